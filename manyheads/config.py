@@ -1,0 +1,62 @@
+"""Configuration: one frozen dataclass, resolved once; the command line takes its defaults from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BUILTIN = "builtin"
+
+
+class ConfigError(ValueError):
+    """A setting cannot hold; the message names the setting and what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine needs to know. `None` means: found out from the checkpoint or the machine.
+
+    Names follow vLLM where a setting means the same.
+    """
+
+    model: str = BUILTIN
+    """A hub id, a local folder, or `builtin`."""
+    heads: str | None = None
+    """Medusa heads: a hub id or a local folder; None takes the heads that come with the model, if any."""
+    speculative: bool = True
+    """False serves the model without its heads, as a plain engine."""
+    dtype: str = "auto"
+    """`auto` (float32 on a CPU, the checkpoint's own on a GPU), `float32`, `bfloat16` or `float16`."""
+    device: str = "auto"
+    max_model_len: int | None = None
+    """Longest sequence, prompt and output together, in tokens; None takes the checkpoint's."""
+    max_num_seqs: int = 64
+    """Most requests that run at once (rows of a step)."""
+    max_num_batched_tokens: int = 512
+    """Most prompt tokens that one step computes beside the decoding rows (chunked prefill)."""
+    block_size: int = 16
+    """Tokens in a page of the K/V cache."""
+    num_blocks: int | None = None
+    """Pages of the K/V cache; None takes what `kv_cache_bytes` or the memory gives."""
+    kv_cache_bytes: int | None = None
+    prefix_caching: bool = True
+    tree_size: int | None = None
+    """Nodes of every speculation tree; None lets the planner choose at each step from measured costs."""
+    max_queue: int = 1024
+    """Most requests that wait; one more is rejected."""
+    seed: int | None = None
+    """Seed for requests that bring none; None takes one from the operating system."""
+    num_threads: int | None = None
+    """CPU threads of the engine; None leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_model_len", "num_blocks", "kv_cache_bytes", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.tree_size is not None and not 1 <= self.tree_size <= 64:
+            raise ConfigError(f"tree_size must be between 1 and 64, not {self.tree_size}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")

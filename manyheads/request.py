@@ -1,0 +1,255 @@
+"""The core types: what a request asks, what crosses the process border, what a caller gets back.
+
+Everything here is a msgspec Struct so that it travels as typed msgpack between the server and the engine process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 256
+MAX_LOGPROBS = 20
+MAX_N = 64
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as asked: the caller's to mend (HTTP 400). Nothing was queued."""
+
+
+class QueueFull(RuntimeError):
+    """The waiting queue is at its limit; the caller may come back later (HTTP 429)."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How to continue a prompt; vLLM's names and meanings, with Medusa's acceptance beside them.
+
+    Raises:
+        RequestError: from `validate()`, naming the field.
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    """Most output tokens; None: until the model stops or the context is full."""
+    min_tokens: int = 0
+    max_steps: int | None = None
+    """Most decoding steps; a step of a speculating request can give several tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 (or -1): all tokens."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output (Keskar et al. 2019, CTRL, section 4.1); 1 is off."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Log-probabilities of the chosen token and of this many most likely ones, from the model's raw logits."""
+    skip_special_tokens: bool = True
+    speculative: bool = True
+    """False decodes this request one token a step."""
+    acceptance: Literal["exact", "typical"] = "exact"
+    """Rule for temperature > 0: `exact` keeps the model's distribution; `typical` is Medusa's own lossy rule
+    (Cai et al. 2024, section 2.3.1)."""
+    typical_epsilon: float = 0.09
+    typical_alpha: float = 0.3
+
+    def validate(self) -> SamplingParams:
+        """Check every field; returns self so that calls chain."""
+
+        def need(ok: bool, message: str) -> None:
+            if not ok:
+                raise RequestError(message)
+
+        def finite(name: str, low: float, high: float) -> None:
+            value = getattr(self, name)
+            need(
+                math.isfinite(value) and low <= value <= high,
+                f"{name} must be between {low:g} and {high:g}, not {value}",
+            )
+
+        need(1 <= self.n <= MAX_N, f"n must be between 1 and {MAX_N}, not {self.n}")
+        need(self.max_tokens is None or self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
+        need(self.max_steps is None or self.max_steps >= 1, f"max_steps must be at least 1, not {self.max_steps}")
+        need(self.min_tokens >= 0, f"min_tokens must not be negative, not {self.min_tokens}")
+        need(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
+        )
+        finite("temperature", 0.0, 100.0)
+        finite("top_p", 0.0, 1.0)
+        need(self.top_p > 0, f"top_p must be above 0, not {self.top_p}")
+        need(self.top_k >= -1, f"top_k must be -1 or 0 (off) or positive, not {self.top_k}")
+        finite("min_p", 0.0, 1.0)
+        finite("repetition_penalty", 0.01, 100.0)
+        finite("presence_penalty", -2.0, 2.0)
+        finite("frequency_penalty", -2.0, 2.0)
+        finite("typical_epsilon", 0.0, 1.0)
+        finite("typical_alpha", 0.0, 100.0)
+        need(
+            self.seed is None or -(2**63) <= self.seed < 2**63,
+            f"seed must be a 64-bit integer, not {self.seed}",
+        )
+        need(
+            len(self.stop) <= MAX_STOP_STRINGS,
+            f"at most {MAX_STOP_STRINGS} stop strings, not {len(self.stop)}",
+        )
+        need(all(self.stop), "a stop string must not be empty")
+        need(all(len(s) <= 1000 for s in self.stop), "a stop string must have at most 1000 characters")
+        need(
+            len(self.stop_token_ids) <= MAX_STOP_TOKENS,
+            f"at most {MAX_STOP_TOKENS} stop token ids, not {len(self.stop_token_ids)}",
+        )
+        need(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids must not be negative")
+        need(len(self.logit_bias) <= 1024, f"at most 1024 logit_bias entries, not {len(self.logit_bias)}")
+        need(
+            all(math.isfinite(b) and abs(b) <= 100 for b in self.logit_bias.values()),
+            "logit_bias values must be between -100 and 100",
+        )
+        need(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            f"logprobs must be between 0 and {MAX_LOGPROBS}, not {self.logprobs}",
+        )
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """One sequence to continue: what the front end sends to the engine. `params.n` is 1 by then."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """The front end no longer wants this request; it gets one last delta with finish_reason `abort`."""
+
+    request_id: str
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities at one output position: the chosen token's, its rank from 1, and the most likely tokens'."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step added to one request. The delta with a finish_reason is the request's last, and comes once."""
+
+    request_id: str
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    """One per new token, when asked for."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The stop token (eos included) that ended the request; it is the last of new_token_ids."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    num_steps: int = 0
+    """Decoding steps so far."""
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot for /metrics and the log. Counters count from the start of the engine."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Free or only kept by the prefix cache."""
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    """Decoding rows summed over steps: generation_tokens / row_steps is tokens per step."""
+    drafted_tokens: int = 0
+    """Tree nodes verified, roots left out."""
+    accepted_tokens: int = 0
+    """Tree nodes accepted, roots left out."""
+    drafted_by_depth: list[int] = []
+    """Rows whose tree reached this depth (from 1)."""
+    accepted_by_depth: list[int] = []
+    """Rows that accepted a node at this depth (from 1)."""
+    tree_size: int = 1
+    """Nodes per speculating row in the latest step."""
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """First message of an engine process: what it serves."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    num_heads: int
+    """Medusa heads; 0 for a plain engine."""
+    dtype: str
+    device: str
+    num_blocks: int
+    block_size: int
+    eos_token_ids: list[int]
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine could not start or has died; the message is for a person."""
+
+    message: str
+
+
+class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
+    """Everything one engine step has to say."""
+
+    deltas: list[RequestDelta]
+    stats: EngineStats | None = None
+
+
+ToEngine = EngineRequest | Abort
+FromEngine = EngineReady | EngineFailed | StepOutputs
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One continuation of a prompt (vLLM's shape)."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for eos or length."""
+    num_steps: int = 0
+    error: str | None = None
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """The answer to one prompt: `params.n` continuations."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
