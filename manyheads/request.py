@@ -16,6 +16,8 @@ MAX_LOGPROBS = 20
 MAX_N = 64
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorKind = Literal["invalid", "queue_full", "engine"]
+"""Why a delta says `error`: the request can't be served as asked (400), too many wait (429), the engine died (503)."""
 
 
 class RequestError(ValueError):
@@ -167,6 +169,7 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_steps: int = 0
     """Decoding steps so far."""
     error: str | None = None
+    error_kind: ErrorKind | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,179 @@
+"""What the benchmark scripts share: the machine's name, prompts, summaries, child processes."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILTIN = ROOT / "manyheads" / "builtin" / "model"
+SPEC_BENCH = ROOT.parent / "shared" / "data" / "spec_bench.jsonl"
+
+
+def machine() -> dict[str, Any]:
+    """Where and when: goes into every result."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    model = next((line.split(": ")[1] for line in cpuinfo.splitlines() if line.startswith("model name")), "?")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit + ("+" if dirty else ""),
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """How many, the median and the extremes."""
+    if not values:
+        return {"n": 0}
+    return {
+        "n": len(values),
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def percentile(values: Sequence[float], p: float) -> float | None:
+    """Nearest-rank percentile, p in (0, 100]; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)]
+
+
+def save(path: Path, part: str, result: dict[str, Any]) -> None:
+    """Puts one part's result into the results file, beside the other parts'."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[part] = result
+    path.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a Markdown table."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+        return "" if value is None else str(value)
+
+    lines = [list(header), ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
+    print("\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A benchmark question as a chat prompt."""
+
+    question_id: int
+    category: str
+    token_ids: list[int]
+
+
+def spec_bench(tokenizer: Any, *, max_prompt_tokens: int, path: Path = SPEC_BENCH) -> list[Prompt]:
+    """First turns of Spec-Bench with the chat template, in a fixed random order; longer prompts are left out."""
+    prompts = []
+    for line in path.read_text().splitlines():
+        question = json.loads(line)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question["turns"][0]}], tokenize=False, add_generation_prompt=True
+        )
+        token_ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(token_ids) <= max_prompt_tokens:
+            prompts.append(Prompt(question["question_id"], question["category"], token_ids))
+    random.Random(0).shuffle(prompts)
+    return prompts
+
+
+def get_json(url: str, body: dict[str, Any] | None = None, timeout: float = 60) -> Any:
+    """GET, or POST with a body."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as reply:
+        text = reply.read()
+    return json.loads(text) if text.strip().startswith((b"{", b"[")) else text.decode()
+
+
+@contextlib.contextmanager
+def server(command: Sequence[str], url: str, ready_timeout: float = 180) -> Iterator[None]:
+    """Runs a server while the block lasts; the block starts when GET {url}/health answers."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        try:
+            deadline = time.monotonic() + ready_timeout
+            while True:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit(f"server did not start: {' '.join(command)}\n{log.read()[-3000:]}")
+                with contextlib.suppress(OSError, urllib.error.URLError):
+                    get_json(f"{url}/health", timeout=5)
+                    break
+                time.sleep(0.3)
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+class ReferenceWorker:
+    """medusa-llm 0.1 in its own environment (first_version/worker.py), one request at a time."""
+
+    def __init__(self, python: str, model: Path, tree: Path | None = None) -> None:
+        command = [python, "-W", "ignore", str(ROOT / "benchmarks/first_version/worker.py"), str(model)]
+        if tree is not None:
+            command += ["--tree", str(tree)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the medusa-llm worker ended with {self.process.wait()}; run its command by hand")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def generate(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> dict[str, Any]:
+        """{"token_ids", "steps", "seconds"}; the seconds are those of the generation alone."""
+        assert self.process.stdin is not None
+        request = {"prompt_ids": prompt_ids, "temperature": temperature, "max_new_tokens": max_new_tokens}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._reply()
+
+    def close(self) -> None:
+        """Ends the process by ending its input."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)

@@ -1,0 +1,38 @@
+"""manyheads serves language models with Medusa heads to many people at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manyheads.config import ConfigError, EngineConfig
+    from manyheads.llm import LLM
+    from manyheads.request import CompletionOutput, RequestError, RequestOutput, SamplingParams
+
+_HOMES = {
+    "LLM": "llm",
+    "CompletionOutput": "request",
+    "ConfigError": "config",
+    "EngineConfig": "config",
+    "RequestError": "request",
+    "RequestOutput": "request",
+    "SamplingParams": "request",
+}
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `manyheads --help` does not wait for torch."""
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"manyheads.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'manyheads' has no attribute {name!r}")

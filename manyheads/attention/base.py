@@ -1,0 +1,49 @@
+"""The seam for attention: rows that are trees over a paged K/V cache.
+
+A step's tokens lie flat, row after row. Rows of one shape stand together in a `Group`, so that a backend may treat them
+as [rows, nodes]. A token attends to its row's cached prefix and to its ancestors in the row's tree (itself included).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """R rows with the same tree of n nodes: tokens `start … start + R·n` of the flat batch, row after row."""
+
+    start: int
+    num_rows: int
+    num_nodes: int
+    ancestors: Tensor  # [n, n] bool
+    cached_len: Tensor  # [R] int64, on the device
+    block_table: Tensor  # [R, max_blocks] int64, on the device
+    max_cached_len: int  # a bound that the host knows
+
+
+class AttentionBackend(Protocol):
+    """Owns nothing but scratch: the cache belongs to the runner."""
+
+    def plan(self, groups: list[Group], slots: Tensor) -> None:
+        """Prepare a step, once for all layers.
+
+        Args:
+            groups: all rows of the step.
+            slots: [T] int64, the cache slot (page · page size + offset) that each in-flight token's K/V goes to.
+        """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write the in-flight K/V and attend.
+
+        Args:
+            layer: which layer's cache.
+            q: [T, heads, head_dim], rotated.
+            k, v: [T, kv_heads, head_dim], k rotated.
+
+        Returns:
+            [T, heads, head_dim]
+        """

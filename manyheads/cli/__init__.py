@@ -1,0 +1,37 @@
+"""The command `manyheads`: one module per subcommand; what is heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from manyheads.cli.parser import Parser, make_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 141
+    except Exception as error:
+        if getattr(args, "debug", False) or not _expected(error):
+            raise
+        print(f"manyheads: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the message says it all (a wrong setting, a missing file, an engine that told why it stopped)."""
+    # NOTE: by the names of the classes' modules, for this must not import what a command did not need
+    ours = type(error).__module__.startswith("manyheads.")
+    return ours or isinstance(error, OSError)
+
+
+__all__ = ["Parser", "main", "make_parser"]

@@ -1,0 +1,162 @@
+"""`manyheads chat`: a conversation in the terminal, with the model in this process or on a server."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from manyheads.cli.parser import engine_config, sampling_params
+from manyheads.config import ConfigError
+from manyheads.request import RequestError, SamplingParams
+
+HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops a reply"
+
+
+@dataclass
+class Piece:
+    """What came of a reply: new text, and the counts so far where they are known."""
+
+    text: str = ""
+    num_tokens: int = 0
+    num_steps: int = 0
+
+
+Ask = Callable[[list[dict[str, str]]], Iterator[Piece]]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Chat until /exit or the end of the input."""
+    params = sampling_params(args)
+    ask, name = _remote(args, params) if args.url else _local(args, params)
+    return converse(ask, name, args.system)
+
+
+def converse(ask: Ask, name: str, system: str | None = None) -> int:
+    """Read, answer, remember."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history for input())
+    print(f"chatting with {name} - {HELP}", file=sys.stderr)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        if text in ("/exit", "/quit"):
+            return 0
+        if text == "/clear":
+            messages = list(start)
+        elif text.startswith("/"):
+            print(HELP, file=sys.stderr)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            reply = _reply(ask, messages)
+            if reply is None:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": reply})
+
+
+def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
+    """Print a reply as it comes; None if there is none."""
+    parts: list[str] = []
+    last = Piece()
+    begin = time.perf_counter()
+    pieces = ask(messages)
+    try:
+        for piece in pieces:
+            parts.append(piece.text)
+            print(piece.text, end="", flush=True)
+            last = piece if piece.num_tokens else last
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    except RequestError as error:
+        print(f"error: {error}\n(/clear begins a new conversation)", file=sys.stderr)
+        return None
+    finally:
+        if isinstance(pieces, Iterator) and hasattr(pieces, "close"):
+            pieces.close()
+    print()
+    seconds = time.perf_counter() - begin
+    if last.num_tokens:
+        counts = f"{last.num_tokens} tokens, {last.num_tokens / seconds:.0f} tokens/s"
+        if last.num_steps:
+            counts += f", {last.num_tokens / last.num_steps:.2f} tokens/step"
+        dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
+        print(f"{dim}[{counts}]{plain}", file=sys.stderr)
+    return "".join(parts)
+
+
+def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
+    from manyheads.llm import LLM
+
+    config = engine_config(args)
+    settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    print(f"loading {config.model} ...", file=sys.stderr)
+    llm = LLM(chat_template=args.chat_template, **settings)
+
+    def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
+        shown = 0
+        for result in llm.stream_chat(messages, params):
+            output = result.outputs[0]
+            if output.error is not None:
+                raise RequestError(output.error)
+            yield Piece(output.text[shown:], len(output.token_ids), output.num_steps)
+            shown = len(output.text)
+
+    return ask, llm.engine.ready.model
+
+
+def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
+    url = args.url.rstrip("/").removesuffix("/v1")
+    key = args.api_key or os.environ.get("MANYHEADS_API_KEY")
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    options: dict[str, Any] = msgspec.to_builtins(params)
+
+    def call(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            return urllib.request.urlopen(urllib.request.Request(url + path, data, headers))
+        except urllib.error.HTTPError as error:
+            raise RequestError(_message(error)) from error
+        except (urllib.error.URLError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ConfigError(f"no answer from {url}: {reason}; is the server running?") from error
+
+    with call("/v1/models") as response:
+        name = str(json.load(response)["data"][0]["id"])
+
+    def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
+        body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
+        with call("/v1/chat/completions", body) as response:
+            for line in response:
+                data = line.removeprefix(b"data: ").strip()
+                if not line.startswith(b"data: ") or data == b"[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise RequestError(event["error"]["message"])
+                usage = event.get("usage") or {}
+                text = "".join(c["delta"].get("content") or "" for c in event["choices"])
+                yield Piece(text, usage.get("completion_tokens", 0), usage.get("decoding_steps", 0))
+
+    return ask, f"{name} at {url}"
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.load(error)["error"]["message"])
+    return f"the server answered {error.code}"

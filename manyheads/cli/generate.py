@@ -1,0 +1,176 @@
+"""`manyheads generate`: prompts from a file or standard input, answers as JSON lines, in order."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from manyheads.cli.parser import engine_config, sampling_params
+from manyheads.config import ConfigError
+from manyheads.llm import LLM, Job
+from manyheads.request import RequestError, SamplingParams
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One line of JSON input."""
+
+    prompt: str | None = None
+    messages: list[_Message] | None = None
+    id: Any = None
+    params: dict[str, Any] = {}
+
+
+@dataclass
+class Item:
+    """One prompt of the input, or what is wrong with it."""
+
+    line: int
+    echo: dict[str, Any]
+    job: Job | None = None
+    error: str | None = None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer every line; 1 if one of them could not be."""
+    params = sampling_params(args, n=args.n)
+    lines = read_lines(args.input, args.format)
+    if not lines:
+        raise ConfigError("the input holds no prompt")
+    llm = LLM(chat_template=args.chat_template, **_settings(args))
+    items = [_item(llm, number, parsed, params, args.raw) for number, parsed in lines]
+    for item in items:
+        if item.error is not None:
+            print(f"line {item.line}: {item.error}", file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        out: IO[str] = (
+            stack.enter_context(open(args.output, "w", encoding="utf-8")) if args.output else sys.stdout
+        )
+        failed = write_answers(llm, items, out, progress=not args.quiet and sys.stderr.isatty())
+    if failed:
+        print(f"{failed} of {len(items)} lines have no answer; their records say why", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def read_lines(name: str, form: str) -> list[tuple[int, _Line | str]]:
+    """Numbered lines that are not blank: parsed, or what is wrong with them.
+
+    Raises:
+        ConfigError: the file is not there or not text.
+    """
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror}; give a file, or - for standard input") from error
+    if form == "auto":
+        first = data.lstrip()[:1]
+        is_json = name.endswith((".jsonl", ".ndjson")) or (name == "-" and first == b"{")
+        form = "jsonl" if is_json else "txt"
+    lines: list[tuple[int, _Line | str]] = []
+    for number, raw in enumerate(data.split(b"\n"), 1):
+        if raw.strip():
+            lines.append((number, _parse(raw.strip(b"\r"), form)))
+    return lines
+
+
+def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) -> int:
+    """Run the jobs and write each answer as soon as all before it are written; the number of lines without one."""
+    jobs = [item.job for item in items if item.job is not None]
+    failed = written = 0
+
+    def flush() -> None:
+        nonlocal failed, written
+        before = written
+        while written < len(items) and (items[written].job is None or items[written].job.finished):  # type: ignore[union-attr]
+            records = list(_records(items[written]))
+            failed += any("error" in record for record in records)
+            for record in records:
+                out.write(msgspec.json.encode(record).decode() + "\n")
+            written += 1
+        if written > before:
+            out.flush()
+
+    try:
+        for _ in llm.follow(jobs, progress):
+            flush()
+        flush()
+    except KeyboardInterrupt:
+        print(f"stopped: {written} of {len(items)} lines are answered and written", file=sys.stderr)
+        raise
+    return failed
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    config = engine_config(args)
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _parse(raw: bytes, form: str) -> _Line | str:
+    """A line, or what is wrong with it."""
+    try:
+        if form == "txt":
+            return _Line(prompt=raw.decode("utf-8"))
+        line = msgspec.json.decode(raw, type=_Line)
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except msgspec.DecodeError as error:
+        return f"not as expected: {error}"
+    if (line.prompt is None) == (line.messages is None):
+        return "needs either `prompt` or `messages`"
+    return line
+
+
+def _item(llm: LLM, number: int, parsed: _Line | str, params: SamplingParams, raw: bool) -> Item:
+    if isinstance(parsed, str):
+        return Item(number, {}, error=parsed)
+    echo: dict[str, Any] = {} if parsed.id is None else {"id": parsed.id}
+    if parsed.messages is not None:
+        messages = [{"role": m.role, "content": m.content} for m in parsed.messages]
+        echo["messages"] = messages
+    else:
+        assert parsed.prompt is not None
+        messages = [{"role": "user", "content": parsed.prompt}]
+        echo["prompt"] = parsed.prompt
+    try:
+        if parsed.params:
+            params = msgspec.convert({**msgspec.to_builtins(params), **parsed.params}, SamplingParams)
+        if parsed.prompt is not None and (raw or not llm.tokenizer.has_chat_template):
+            return Item(number, echo, llm.prompt_job(parsed.prompt, params))
+        if parsed.prompt is not None and not parsed.prompt.strip():
+            raise RequestError("the prompt is empty")
+        return Item(number, echo, llm.chat_job(messages, params))
+    except (RequestError, msgspec.ValidationError) as error:
+        return Item(number, echo, error=str(error))
+
+
+def _records(item: Item) -> Iterable[dict[str, Any]]:
+    if item.job is None:
+        yield {"line": item.line, **item.echo, "error": item.error}
+        return
+    for output in item.job.result().outputs:
+        record = {
+            "line": item.line,
+            **item.echo,
+            "text": output.text,
+            "finish_reason": output.finish_reason,
+            "tokens": len(output.token_ids),
+            "steps": output.num_steps,
+        }
+        if item.job.params.n > 1:
+            record["index"] = output.index
+        if output.error is not None:
+            record["error"] = output.error
+        yield record
+
+

@@ -1,0 +1,216 @@
+"""The engine: schedule, run, postprocess."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from typing import Protocol
+
+from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.medusa.tree import ROOT
+from manyheads.request import EngineReady, EngineRequest, EngineStats, FinishReason, RequestDelta, RequestError
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a runner."""
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class Engine:
+    """Continues many requests at once, one step at a time.
+
+    Every request that `add_request` takes ends in exactly one delta with a finish_reason.
+
+    Args:
+        runner: runs the planned steps.
+        scheduler: plans them; it has the same pages and the same rows as the runner.
+        ready: what is served.
+        seed: for requests that bring none; None takes one from the operating system.
+    """
+
+    def __init__(self, runner: StepRunner, scheduler: Scheduler, ready: EngineReady, seed: int | None = None) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.planner = scheduler.planner
+        self.ready = ready
+        self._requests: dict[str, Request] = {}
+        self._pending: list[RequestDelta] = []
+        self._random = random.Random(seed)
+        self._count: Counter[str] = Counter()
+        self._drafted_by_depth: list[int] = [0] * ready.num_heads
+        self._accepted_by_depth: list[int] = [0] * ready.num_heads
+        self._tree_size = 1
+
+    def add_request(self, message: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it can never be served; nothing was queued.
+            QueueFull: too many are waiting; nothing was queued.
+        """
+        params = message.params.validate()
+        prompt = message.prompt_token_ids
+        if message.request_id in self._requests:
+            raise RequestError(f"request id {message.request_id!r} is in use")
+        if params.n != 1:
+            raise RequestError("the engine takes one sequence a request; n is the front end's to fan out")
+        if not prompt:
+            raise RequestError("the prompt is empty")
+        if min(prompt) < 0 or max(prompt) >= self.ready.vocab_size:
+            raise RequestError(f"prompt token ids must be between 0 and {self.ready.vocab_size - 1}")
+        if any(not 0 <= t < self.ready.vocab_size for t in (*params.stop_token_ids, *params.logit_bias)):
+            raise RequestError(f"stop_token_ids and logit_bias keys must be between 0 and {self.ready.vocab_size - 1}")
+        room = self.ready.max_model_len - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; with one token of output the context holds "
+                f"{self.ready.max_model_len - 1}"
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise RequestError(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) together exceed the context of "
+                f"{self.ready.max_model_len} tokens"
+            )
+        max_len = len(prompt) + (room if params.max_tokens is None else params.max_tokens)
+        request = Request.from_message(message, max_len, tuple(self.ready.eos_token_ids), self._random.getrandbits(62))
+        self.scheduler.add(request)
+        self._requests[request.request_id] = request
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its last delta comes with the next step. Unknown (already finished) ids are fine."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._pending.append(self._finish(request, [], "abort"))
+
+    def has_work(self) -> bool:
+        return bool(self._requests or self._pending)
+
+    def step(self) -> list[RequestDelta]:
+        """Run the model once over everyone who can run; [] when nobody is there."""
+        deltas, self._pending = self._pending, []
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return deltas
+        start = time.perf_counter()
+        result = self.runner.execute(plan)
+        seconds = time.perf_counter() - start
+        return deltas + self._postprocess(plan, result, seconds)
+
+    def stats(self) -> EngineStats:
+        blocks, count = self.scheduler.blocks, self._count
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=blocks.num_usable,
+            num_free_blocks=blocks.num_available,
+            prefix_queries=self.scheduler.prefix_queries,
+            prefix_hits=self.scheduler.prefix_hits,
+            preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=count["prompt_tokens"],
+            generation_tokens=count["generation_tokens"],
+            steps=count["steps"],
+            row_steps=count["row_steps"],
+            drafted_tokens=count["drafted"],
+            accepted_tokens=count["accepted"],
+            drafted_by_depth=list(self._drafted_by_depth),
+            accepted_by_depth=list(self._accepted_by_depth),
+            tree_size=self._tree_size,
+        )
+
+    def check_integrity(self) -> None:
+        """Every page, row and request is accounted for. Raises RuntimeError."""
+        self.scheduler.check_integrity()
+        held = {r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)}
+        if held != self._requests.keys():
+            raise RuntimeError(f"requests without a place: {held ^ self._requests.keys()}")
+
+    def _postprocess(self, plan: StepPlan, result: StepResult, seconds: float) -> list[RequestDelta]:
+        self._count["steps"] += 1
+        self.planner.observe(result.hits, result.trials)
+        if not plan.chunks:
+            self.planner.observe_cost(plan.num_decoding, plan.tree if plan.speculating else ROOT, seconds)
+        computing = {chunk.request.request_id for chunk in plan.chunks}
+        for chunk in plan.chunks:
+            chunk.request.cached_len += chunk.num_inflight
+        deltas = [self._advance(row, plan, row.request.request_id in computing) for row in result.rows]
+        for chunk in plan.chunks:
+            if chunk.request.row is not None:
+                self._register(chunk.request)
+        return deltas
+
+    def _advance(self, row: RowResult, plan: StepPlan, first: bool) -> RequestDelta:
+        """Give a request the tokens that its row gained; the text ends at the first stop."""
+        request, tokens = row.request, row.tokens
+        if first:
+            self._count["prompt_tokens"] += request.prompt_len if request.num_output == 0 else 0
+        else:
+            request.cached_len += len(tokens)
+            self._count["row_steps"] += 1
+            self._count["decode_tokens"] += len(tokens)
+        if row.drafted_depth:
+            self._tree_size = plan.tree.num_nodes
+            self._count["drafted"] += plan.tree.num_nodes - 1
+            self._count["accepted"] += len(tokens) - 1
+            for depth in range(row.drafted_depth):
+                self._drafted_by_depth[depth] += 1
+                self._accepted_by_depth[depth] += depth < len(tokens) - 1
+        request.num_steps += 1
+        request.has_candidates = plan.propose
+
+        reason: FinishReason | None = None
+        stop_token: int | None = None
+        room = request.max_len - len(request.tokens)
+        if len(tokens) >= room:
+            tokens, reason = tokens[:room], "length"
+        for i, token in enumerate(tokens):
+            if token in request.stop_ids:
+                tokens, reason, stop_token = tokens[: i + 1], "stop", token
+                break
+        if reason is None and request.num_steps == request.params.max_steps:
+            reason = "length"
+        request.tokens.extend(tokens)
+        self._count["generation_tokens"] += len(tokens)
+        if reason is None:
+            self._register(request)
+            return self._delta(request, tokens, row)
+        return self._finish(request, tokens, reason, row, stop_token)
+
+    def _register(self, request: Request) -> None:
+        self.scheduler.blocks.register(
+            request.table, request.tokens, min(request.cached_len, len(request.tokens))
+        )
+
+    def _finish(
+        self,
+        request: Request,
+        tokens: list[int],
+        reason: FinishReason,
+        row: RowResult | None = None,
+        stop_token: int | None = None,
+    ) -> RequestDelta:
+        if request.row is not None:
+            self._register(request)
+        self.scheduler.remove(request)
+        del self._requests[request.request_id]
+        return self._delta(request, tokens, row, reason, stop_token)
+
+    @staticmethod
+    def _delta(
+        request: Request,
+        tokens: list[int],
+        row: RowResult | None,
+        reason: FinishReason | None = None,
+        stop_token: int | None = None,
+    ) -> RequestDelta:
+        return RequestDelta(
+            request_id=request.request_id,
+            new_token_ids=tokens,
+            logprobs=row.logprobs[: len(tokens)] if row is not None and row.logprobs is not None else None,
+            finish_reason=reason,
+            stop_token_id=stop_token,
+            num_cached_tokens=request.num_cached_prompt_tokens,
+            num_steps=request.num_steps,
+        )

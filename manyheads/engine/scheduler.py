@@ -1,0 +1,192 @@
+"""Who runs in the next step, and with which tree. Touches no tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from manyheads.engine.block_manager import BlockManager
+from manyheads.engine.step import Chunk, Request, StepPlan
+from manyheads.medusa.planner import Planner
+from manyheads.medusa.tree import ROOT
+from manyheads.request import QueueFull
+
+
+class Scheduler:
+    """Owns the requests: first come, first served; decoding rows always run, prompts in chunks beside them.
+
+    When pages run out, trees shrink first, then the request that came last is preempted: it gives its pages back,
+    keeps its text, and goes to the front of the queue. So the oldest request always gets on, and every request ends.
+
+    Args:
+        max_num_seqs: most rows at once.
+        max_num_batched_tokens: most prompt tokens in a step.
+        max_queue: most waiting requests.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        planner: Planner,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_queue: int,
+    ) -> None:
+        self.blocks = blocks
+        self.planner = planner
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_queue = max_queue
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFull: nothing was queued.
+        """
+        if len(self.waiting) >= self.max_queue:
+            raise QueueFull(f"{len(self.waiting)} requests are waiting; the limit is {self.max_queue}")
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a finished or aborted request and take its pages and its row back."""
+        if request.row is None:
+            self.waiting.remove(request)
+            return
+        self.running.remove(request)
+        self._release(request)
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None when nobody can run."""
+        decoding = [request for request in self.running if request.decoding]
+        prompt_tokens = sum(request.num_uncomputed for request in self.running if not request.decoding)
+        prompt_tokens = min(prompt_tokens, self.max_num_batched_tokens)
+        tree = self.planner.choose(max(len(decoding), 1), prompt_tokens)
+        while tree.num_nodes > 1 and self._missing_blocks(decoding, tree.num_nodes) > self.blocks.num_available:
+            tree = self.planner.largest(tree.num_nodes // 2)
+        plan = StepPlan(chunks=[], speculating=[], single=[], tree=tree, propose=tree.num_nodes > 1)
+        preemptions = self.num_preemptions
+        budget = self.max_num_batched_tokens
+        for request in list(self.running):
+            if request.row is None:
+                continue  # preempted for an older one in this very loop
+            if request.decoding:
+                self._plan_decoding(plan, request)
+            elif budget > 0:
+                budget -= self._plan_chunk(plan, request, budget)
+        if self.num_preemptions == preemptions:
+            self._admit(plan, budget)
+        if not (plan.chunks or plan.speculating or plan.single):
+            return None
+        return plan
+
+    def _missing_blocks(self, requests: list[Request], num_nodes: int) -> int:
+        """Pages to be taken if each of these brought a tree of so many nodes."""
+        wanted = (self.blocks.blocks_for(r.cached_len + num_nodes) - len(r.table.blocks) for r in requests)
+        return sum(max(0, missing) for missing in wanted)
+
+    def _plan_decoding(self, plan: StepPlan, request: Request) -> None:
+        nodes = plan.tree.num_nodes if request.has_candidates and request.params.speculative else ROOT.num_nodes
+        # a tree deeper than what the request may still gain is wasted; its width is not worth a special case
+        if request.max_len - len(request.tokens) <= 1:
+            nodes = ROOT.num_nodes
+        if nodes > 1 and self.blocks.reserve(request.table, request.cached_len + nodes):
+            plan.speculating.append(request)
+        elif self._reserve_or_preempt(request, request.cached_len + 1):
+            plan.single.append(request)
+
+    def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
+        num_tokens = min(request.num_uncomputed, budget)
+        if not self.blocks.reserve(request.table, request.cached_len + num_tokens):
+            held = (len(request.table.blocks) + self.blocks.num_available) * self.blocks.block_size
+            num_tokens = max(1, min(num_tokens, held - request.cached_len))
+            if not self._reserve_or_preempt(request, request.cached_len + num_tokens):
+                return 0
+        plan.chunks.append(Chunk(request, num_tokens))
+        return num_tokens
+
+    def _reserve_or_preempt(self, request: Request, num_tokens: int) -> bool:
+        """Reserve, at the cost of younger requests; False if the request itself had to give way."""
+        if self.blocks.reserve(request.table, num_tokens):
+            return True
+        # first, what trees reserved and did not use; older rows are in the plan already and need all they hold
+        for other in self.running[self.running.index(request) :]:
+            self.blocks.trim(other.table, other.cached_len + 1)
+        while not self.blocks.reserve(request.table, num_tokens):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.cached_len = 0
+        request.has_candidates = False
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        assert request.row is not None
+        self.blocks.free(request.table)
+        self._free_rows.append(request.row)
+        request.row = None
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        while self.waiting and self._free_rows and budget > 0:
+            request = self.waiting[0]
+            request.cached_len = self.blocks.share_prefix(request.table, request.tokens)
+            num_tokens = min(request.num_uncomputed, budget)
+            # leave a page for each running row, or it would be preempted in the next step already
+            spare = self.blocks.num_available - len(self.running)
+            wanted = self.blocks.blocks_for(request.cached_len + num_tokens) - len(request.table.blocks)
+            fits = wanted <= spare or not self.running
+            if not fits or not self.blocks.reserve(request.table, request.cached_len + num_tokens):
+                if self.running or not self._shrink_to_fit(request):
+                    self.blocks.free(request.table)
+                    request.cached_len = 0
+                    return
+                num_tokens = len(request.table.blocks) * self.blocks.block_size - request.cached_len
+            self.waiting.popleft()
+            if request.num_preemptions == 0:
+                request.num_cached_prompt_tokens = request.cached_len
+                self.prefix_queries += request.prompt_len
+                self.prefix_hits += request.cached_len
+            request.row = self._free_rows.pop()
+            self.running.append(request)
+            plan.admitted.append(request)
+            plan.chunks.append(Chunk(request, num_tokens))
+            budget -= num_tokens
+
+    def _shrink_to_fit(self, request: Request) -> bool:
+        """With nobody else running, a first chunk as large as the free pages."""
+        available = self.blocks.num_available * self.blocks.block_size
+        return available > 0 and self.blocks.reserve(
+            request.table, len(request.table.blocks) * self.blocks.block_size + available
+        )
+
+    def check_integrity(self) -> None:
+        """Every page, row and request is in exactly one place.
+
+        Raises:
+            RuntimeError: saying what is wrong.
+        """
+        self.blocks.check_integrity([request.table for request in self.running])
+        rows = [request.row for request in self.running]
+        if None in rows or len(set(rows)) != len(rows) or set(rows) & set(self._free_rows):
+            raise RuntimeError(f"rows {rows} of running requests and free rows {self._free_rows} overlap")
+        for request in self.waiting:
+            if request.row is not None or request.table.blocks or request.cached_len:
+                raise RuntimeError(f"waiting request {request.request_id} holds a row or pages")
+        for request in self.running:
+            if not 0 <= request.cached_len < len(request.tokens) <= request.max_len:
+                raise RuntimeError(f"request {request.request_id}: lengths out of order")
+            if len(request.table.blocks) * self.blocks.block_size < request.cached_len:
+                raise RuntimeError(f"request {request.request_id}: fewer pages than cached tokens")

@@ -1,0 +1,129 @@
+"""What moves between scheduler, runner and engine: requests in flight, the plan of a step, its result. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from manyheads.engine.block_manager import BlockTable
+from manyheads.medusa.tree import ROOT, Tree
+from manyheads.request import EngineRequest, SamplingParams, TokenLogprobs
+
+
+@dataclass(eq=False)
+class Request:
+    """A request inside the engine.
+
+    `tokens` is prompt and output together. The first `cached_len` of them have their K/V in the cache. While decoding,
+    `cached_len == len(tokens) - 1`: the last token is the root of the next tree.
+    """
+
+    request_id: str
+    params: SamplingParams
+    tokens: list[int]
+    prompt_len: int
+    max_len: int
+    """Longest it may get, prompt included, in tokens."""
+    stop_ids: frozenset[int]
+    """Tokens that end it: stop_token_ids, and eos unless ignored."""
+    seed: int
+    table: BlockTable = field(default_factory=BlockTable)
+    row: int | None = None
+    """Its slot in the runner's device state while it runs."""
+    cached_len: int = 0
+    has_candidates: bool = False
+    """Whether the heads have proposed for its next tree."""
+    num_cached_prompt_tokens: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+
+    @classmethod
+    def from_message(
+        cls, message: EngineRequest, max_len: int, eos_token_ids: tuple[int, ...], default_seed: int
+    ) -> Request:
+        params = message.params
+        eos = () if params.ignore_eos else eos_token_ids
+        return cls(
+            request_id=message.request_id,
+            params=params,
+            tokens=list(message.prompt_token_ids),
+            prompt_len=len(message.prompt_token_ids),
+            max_len=max_len,
+            stop_ids=frozenset(params.stop_token_ids) | frozenset(eos),
+            seed=params.seed if params.seed is not None else default_seed,
+        )
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Known tokens without K/V: 1 while decoding, more while the prompt (or what a preempted request had) is
+        being computed."""
+        return len(self.tokens) - self.cached_len
+
+    @property
+    def decoding(self) -> bool:
+        return self.num_uncomputed == 1 and self.num_output > 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A row that computes known tokens: part of a prompt, or of a preempted request's text."""
+
+    request: Request
+    num_inflight: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the row draws a token in this step: no known token is left over."""
+        return self.num_inflight == self.request.num_uncomputed
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Who runs in a step, and with which tree."""
+
+    chunks: list[Chunk]
+    speculating: list[Request]
+    """Rows that bring `tree`."""
+    single: list[Request]
+    """Rows that bring their root alone."""
+    tree: Tree = ROOT
+    propose: bool = False
+    """Whether the heads run, for the next step's trees."""
+    admitted: list[Request] = field(default_factory=list)
+    """Requests whose row is new: the runner fills in its state."""
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self.speculating) + len(self.single)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(chunk.num_inflight for chunk in self.chunks)
+
+    @property
+    def num_inflight(self) -> int:
+        return self.num_prompt_tokens + len(self.speculating) * self.tree.num_nodes + len(self.single)
+
+
+@dataclass
+class RowResult:
+    """What a step did for one row that drew a token."""
+
+    request: Request
+    tokens: list[int]
+    """The tokens gained: accepted nodes below the root, then the target's own token."""
+    logprobs: list[TokenLogprobs] | None = None
+    drafted_depth: int = 0
+    """Depth of the tree the row brought; 0 for a root alone."""
+
+
+@dataclass
+class StepResult:
+    rows: list[RowResult]
+    hits: list[list[int]]
+    """[depth][rank]: accepted prefixes whose next token was the head's candidate of this rank."""
+    trials: list[int]
+    """[depth]: accepted prefixes of this depth whose next token is known."""

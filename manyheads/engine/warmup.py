@@ -1,0 +1,85 @@
+"""Measures what a step costs on this machine, for the planner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from manyheads.engine.block_manager import DUMMY_BLOCK, BlockTable
+from manyheads.engine.runner import Runner
+from manyheads.engine.step import Request, StepPlan
+from manyheads.medusa.planner import CostTable, Planner
+from manyheads.request import SamplingParams
+
+CONTEXT = 192
+"""Cached tokens of each row while measuring."""
+MAX_INFLIGHT = 256
+"""No step of more in-flight tokens is measured: the last slope goes on."""
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def measure_costs(
+    runner: Runner,
+    planner: Planner,
+    max_rows: int,
+    max_len: int,
+    progress: Callable[[str], None],
+) -> CostTable:
+    """Time steps over a grid of rows and nodes; all rows read and write the dummy page.
+
+    `Runner.execute` ends with results on the host, so a host clock times the device too.
+
+    Returns:
+        Seconds, medians of a few runs.
+    """
+    costs = CostTable()
+    context = min(CONTEXT, max_len // 2)
+    rows = [r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256) if r <= max_rows]
+    for num_rows in rows:
+        requests = [_dummy(i, context, runner.block_size) for i in range(num_rows)]
+        for request in requests:
+            runner.state.assign(request)
+
+        def timed(plan: StepPlan) -> float:
+            seconds = []
+            for _ in range(4):
+                runner.state.cached_len[: plan.num_decoding] = context
+                start = time.perf_counter()
+                runner.execute(plan)
+                seconds.append(time.perf_counter() - start)
+            return sorted(seconds[1:])[1]
+
+        progress(f"measuring steps of {num_rows} row{'s' if num_rows > 1 else ''}")
+        costs.plain[num_rows] = timed(StepPlan(chunks=[], speculating=[], single=requests))
+        points: dict[int, float] = {}
+        for size in SIZES:
+            if size > 1 and num_rows * size > max(MAX_INFLIGHT, 2 * num_rows):
+                break
+            tree = planner.largest(size)
+            plan = (
+                StepPlan(chunks=[], speculating=[], single=requests, propose=True)
+                if tree.num_nodes == 1
+                else StepPlan(chunks=[], speculating=requests, single=[], tree=tree, propose=True)
+            )
+            points[num_rows * tree.num_nodes] = timed(plan)
+        costs.trees[num_rows] = points
+    runner.state.cached_len.zero_()
+    runner.state.block_table.zero_()
+    return costs
+
+
+def _dummy(row: int, context: int, block_size: int) -> Request:
+    blocks = [DUMMY_BLOCK] * (-(-(context + 64) // block_size))
+    return Request(
+        request_id=f"warm-up {row}",
+        params=SamplingParams(temperature=0.0),
+        tokens=[0] * (context + 1),
+        prompt_len=context,
+        max_len=context + 65,
+        stop_ids=frozenset(),
+        seed=0,
+        table=BlockTable(blocks=blocks),
+        row=row,
+        cached_len=context,
+        has_candidates=True,
+    )

@@ -1,0 +1,210 @@
+"""Medusa heads on disk, in every format that is in use. Formats are told apart by their keys.
+
+| format | keys |
+|---|---|
+| reference v0.1, TGI "V1" | `{h}.{l}.linear.weight`, `{h}.{l}.linear.bias`, `{h}.{L}.weight` |
+| reference v1.0 (base included) | `medusa_head.` + the same |
+| TGI "V2" (the base's vocabulary projection is shared) | `{h}.{l}.linear.weight`, `{h}.{l}.linear.bias` |
+| vLLM | `blocks.{h}.layers.{l}.weight` (`.bias`), `lm_heads.{h}.weight` or `lm_head.weight`, `token_map` or not |
+
+The reference builds `[ResBlock] * L`, so the L blocks of its heads are one module saved L times; as saved they are
+loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from manyheads.models.config import ModelConfig, read_json
+from manyheads.models.loader import CheckpointError, read_tensors, resolve, tensor_files
+
+HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+STATISTICS = "tree_statistics.json"
+
+_BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
+_PROJECTION = re.compile(r"(\d+)\.(\d+)\.weight")
+_VLLM_BLOCK = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
+_VLLM_PROJECTION = re.compile(r"lm_heads\.(\d+)\.weight")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """H heads of L residual blocks."""
+
+    blocks: list[list[tuple[Tensor, Tensor]]]
+    """[head][block]: weight [hidden, hidden] and bias [hidden]."""
+    projections: list[Tensor] | None
+    """[head]: [V, hidden]; None where the heads share the base's."""
+    token_map: Tensor | None
+    """[truncated V] int64, the token that each row of a projection stands for."""
+    format: str
+    accuracy: list[list[float]] | None
+    """[head][rank] share of right candidates, where the checkpoint brings it."""
+
+
+def split_model(model: str, heads: str | None) -> tuple[Path, Path | None]:
+    """Find the base model's folder and the heads' (None: no heads).
+
+    `model` may be a base, a base with heads beside or inside it, or heads alone that name their base; `heads` wins.
+
+    Raises:
+        ConfigError, CheckpointError: neither is there.
+    """
+    folder = resolve(model)
+    if heads is not None:
+        return folder, resolve(heads)
+    config = read_json(folder / "config.json")
+    base = config.get("base_model_name_or_path")
+    if base and not _has_base_weights(folder):
+        beside = folder / str(base)
+        return resolve(str(beside) if beside.is_dir() else str(base)), folder
+    if (folder / "heads" / "config.json").is_file():
+        return folder, folder / "heads"
+    if _head_file(folder) is not None or "medusa_num_heads" in config:
+        return folder, folder
+    return folder, None
+
+
+def read_heads(folder: Path, config: ModelConfig) -> HeadWeights:
+    """Read heads for a base of this shape.
+
+    Raises:
+        CheckpointError: naming the file and the key that is missing, left over, of the wrong shape, or not finite.
+    """
+    file = _head_file(folder)
+    files = [file] if file is not None else tensor_files(folder)
+    state: dict[str, Tensor] = {}
+    for path in files:
+        state |= dict(read_tensors(path))
+    where = files[0] if len(files) == 1 else folder
+    if any(key.startswith("medusa_head.") for key in state):
+        inside = {k.removeprefix("medusa_head."): t for k, t in state.items() if k.startswith("medusa_head.")}
+        weights = _reference(inside, where, "reference v1.0")
+    elif any(_VLLM_BLOCK.fullmatch(key) for key in state):
+        weights = _vllm(state, where, read_json(folder / "config.json"))
+    elif any(_BLOCK.fullmatch(key) for key in state):
+        weights = _reference(state, where, "reference v0.1")
+    else:
+        raise CheckpointError(f"{where}: no Medusa heads; the first keys are {sorted(state)[:3]}")
+    _check(weights, where, config)
+    return weights
+
+
+def _head_file(folder: Path) -> Path | None:
+    return next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
+
+
+def _has_base_weights(folder: Path) -> bool:
+    """Whether a folder that names a base brings the base's weights too (a full model that was fine-tuned)."""
+    if _head_file(folder) is not None:
+        return False
+    return read_json(folder / "config.json").get("model_type") != "medusa"
+
+
+def _reference(state: dict[str, Tensor], where: Path, name: str) -> HeadWeights:
+    """`{h}.{l}.linear.…` blocks; `{h}.{L}.weight` projections, or none of them ("V2")."""
+    parts: dict[tuple[int, int], dict[str, Tensor]] = {}
+    projections: dict[tuple[int, int], Tensor] = {}
+    for key, tensor in state.items():
+        if match := _BLOCK.fullmatch(key):
+            parts.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
+        elif match := _PROJECTION.fullmatch(key):
+            projections[int(match[1]), int(match[2])] = tensor
+        else:
+            raise CheckpointError(f"{where}: key {key} belongs to no Medusa head")
+    blocks = _grid(parts, where, bias_needed=True)
+    wanted = {(h, len(blocks[h])) for h in range(len(blocks))}
+    if projections and projections.keys() != wanted:
+        odd = min(wanted ^ projections.keys())
+        raise CheckpointError(f"{where}: key {odd[0]}.{odd[1]}.weight is missing or belongs to no head")
+    ordered = [projections[key] for key in sorted(wanted)] if projections else None
+    return HeadWeights(blocks, ordered, None, name if projections else 'TGI "V2"', _accuracy(where))
+
+
+def _vllm(state: dict[str, Tensor], where: Path, config: dict[str, object]) -> HeadWeights:
+    parts: dict[tuple[int, int], dict[str, Tensor]] = {}
+    projections: dict[int, Tensor] = {}
+    token_map: Tensor | None = None
+    for key, tensor in state.items():
+        if match := _VLLM_BLOCK.fullmatch(key):
+            parts.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
+        elif match := _VLLM_PROJECTION.fullmatch(key):
+            projections[int(match[1])] = tensor
+        elif key == "token_map":
+            token_map = tensor.to(torch.int64)
+        elif key != "lm_head.weight":
+            raise CheckpointError(f"{where}: key {key} belongs to no Medusa head")
+    blocks = _grid(parts, where, bias_needed=bool(config.get("medusa_fc_bias", False)))
+    shared = state.get("lm_head.weight")
+    if config.get("original_lm_head") and shared is not None and not projections:
+        projections = dict.fromkeys(range(len(blocks)), shared)
+    if sorted(projections) != list(range(len(blocks))):
+        raise CheckpointError(f"{where}: {len(blocks)} heads, but lm_heads {sorted(projections)}")
+    return HeadWeights(blocks, [projections[h] for h in sorted(projections)], token_map, "vLLM", _accuracy(where))
+
+
+def _grid(
+    parts: dict[tuple[int, int], dict[str, Tensor]], where: Path, bias_needed: bool
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """[head][block] without gaps: heads are counted from the keys, since configs are wrong about them."""
+    num_heads = max(h for h, _ in parts) + 1
+    num_blocks = max(b for _, b in parts) + 1
+    grid: list[list[tuple[Tensor, Tensor]]] = []
+    for h in range(num_heads):
+        row = []
+        for b in range(num_blocks):
+            part = parts.get((h, b), {})
+            if "weight" not in part:
+                raise CheckpointError(f"{where}: block {b} of head {h} has no weight")
+            if "bias" not in part and bias_needed:
+                raise CheckpointError(f"{where}: block {b} of head {h} has no bias")
+            weight = part["weight"]
+            bias = part.get("bias", weight.new_zeros(weight.shape[0]))
+            if bias.shape != weight.shape[:1]:
+                raise CheckpointError(f"{where}: the bias of block {b} of head {h} has shape {tuple(bias.shape)}")
+            row.append((weight, bias))
+        grid.append(row)
+    return grid
+
+
+def _check(weights: HeadWeights, where: Path, config: ModelConfig) -> None:
+    square = (config.hidden_size, config.hidden_size)
+    rows = config.vocab_size if weights.token_map is None else weights.token_map.numel()
+    for h, blocks in enumerate(weights.blocks):
+        for b, (weight, bias) in enumerate(blocks):
+            if tuple(weight.shape) != square:
+                raise CheckpointError(
+                    f"{where}: block {b} of head {h} has shape {tuple(weight.shape)}; the base model needs {square}"
+                )
+            _finite(weight, where, f"block {b} of head {h}")
+            _finite(bias, where, f"block {b} of head {h}")
+    for h, projection in enumerate(weights.projections or []):
+        if tuple(projection.shape) != (rows, config.hidden_size):
+            raise CheckpointError(
+                f"{where}: the projection of head {h} has shape {tuple(projection.shape)}; "
+                f"needed is {(rows, config.hidden_size)}"
+            )
+        _finite(projection, where, f"the projection of head {h}")
+    tokens = weights.token_map
+    if tokens is not None and (int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size):
+        raise CheckpointError(f"{where}: token_map names tokens outside the vocabulary of {config.vocab_size}")
+
+
+def _finite(tensor: Tensor, where: Path, name: str) -> None:
+    if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        raise CheckpointError(f"{where}: {name} holds values that are not finite")
+
+
+def _accuracy(where: Path) -> list[list[float]] | None:
+    path = (where if where.is_dir() else where.parent) / STATISTICS
+    if not path.is_file():
+        return None
+    table = read_json(path).get("accuracy")
+    if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
+        raise CheckpointError(f"{path}: accuracy must be a list of lists [head][rank]")
+    return [[float(p) for p in row] for row in table]

@@ -1,0 +1,73 @@
+"""The Medusa heads: candidates for the next tokens but one, from the last accepted hidden state."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyheads.medusa.checkpoint import HeadWeights
+from manyheads.models.linear import Linear
+from manyheads.models.llama import Llama
+
+
+class MedusaHeads:
+    """H heads of L residual blocks each: x ← x + SiLU(W x + b), then a vocabulary projection.
+
+    The projection is each head's own (Cai et al. 2024, section 2.1.1), or the base model's (TGI's "V2").
+
+    Args:
+        weights: as read from a checkpoint.
+        model: the base, for its vocabulary projection.
+    """
+
+    def __init__(self, weights: HeadWeights, model: Llama, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_heads = len(weights.blocks)
+        self.model = model
+        layers = list(zip(*weights.blocks, strict=True))  # per layer: (weight, bias) of every head
+        # the first layer's blocks all read the same hidden state: one product
+        self._first: Linear | None = None
+        if layers:
+            self._first = Linear(
+                torch.cat([w.to(device, dtype) for w, _ in layers[0]]),
+                torch.cat([b.to(device, dtype) for _, b in layers[0]]),
+            )
+        self._later = [
+            (
+                torch.stack([w.to(device, dtype).T for w, _ in layer]),  # [H, hidden, hidden]
+                torch.stack([b.to(device, dtype) for _, b in layer])[:, None],  # [H, 1, hidden]
+            )
+            for layer in layers[1:]
+        ]
+        self._projections: list[Linear] | None = None
+        if weights.projections is not None:
+            self._projections = [Linear(w.to(device, dtype)) for w in weights.projections]
+        self._token_map = weights.token_map.to(device) if weights.token_map is not None else None
+
+    def candidates(self, hidden: Tensor, num_ranks: int) -> Tensor:
+        """The most likely tokens of each head, best first.
+
+        Args:
+            hidden: [R, hidden], after the base's final norm, of each row's last accepted token.
+
+        Returns:
+            [R, H, num_ranks] int64. Head h (from 0) proposes for depth h + 1 of the next tree, whose root is the token
+            that the base itself draws.
+        """
+        num_rows, size = hidden.shape
+        x = hidden[:, None].expand(num_rows, self.num_heads, size)  # [R, H, hidden]
+        if self._first is not None:
+            x = x + F.silu(self._first(hidden).view(num_rows, self.num_heads, size))
+        for weight, bias in self._later:
+            x = x + F.silu(torch.baddbmm(bias, x.transpose(0, 1), weight)).transpose(0, 1)
+        if self._projections is None:
+            logits = self.model.logits(x.reshape(-1, size))
+        else:
+            logits = torch.stack([p(x[:, h]) for h, p in enumerate(self._projections)], dim=1).flatten(0, 1)
+        best = logits.topk(num_ranks, dim=-1).indices.view(num_rows, self.num_heads, num_ranks)
+        return best if self._token_map is None else self._token_map[best]
+
+    def memory_bytes(self) -> int:
+        """Bytes of the heads' own weights."""
+        linears = [*([self._first] if self._first else []), *(self._projections or [])]
+        return sum(p.nbytes for p in linears) + sum(w.nbytes + b.nbytes for w, b in self._later)

@@ -1,0 +1,153 @@
+"""What a checkpoint's config.json says, read strictly: what is not understood is an error, not a guess."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyheads.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an architecture does beyond Llama's common shape; None means that config.json says."""
+
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Traits(),
+    "MistralForCausalLM": Traits(qkv_bias=False),
+    "Qwen2ForCausalLM": Traits(qkv_bias=True),
+    "Qwen3ForCausalLM": Traits(qk_norm=True),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary embedding for longer contexts: `linear`, or `llama3` (Llama 3.1, section "Positional embedding")."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Llama-like model."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    """Longest sequence; a sliding window smaller than the checkpoint's value caps it."""
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read config.json and generation_config.json.
+
+        Raises:
+            ConfigError: naming the file and the key that is missing or not supported.
+        """
+        raw = read_json(folder / "config.json")
+        architecture = (raw.get("architectures") or ["?"])[0]
+        traits = ARCHITECTURES.get(architecture)
+        if traits is None:
+            raise ConfigError(
+                f"{folder / 'config.json'}: architecture {architecture} is not supported; "
+                f"supported are {', '.join(ARCHITECTURES)}"
+            )
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"{folder / 'config.json'}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
+
+        def need(key: str) -> int:
+            value = raw.get(key)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{folder / 'config.json'}: {key} must be a positive integer, not {value!r}")
+            return value
+
+        theta, scaling = _rope(raw, folder)
+        num_heads, hidden_size = need("num_attention_heads"), need("hidden_size")
+        longest = need("max_position_embeddings")
+        window = raw.get("sliding_window")
+        if window is not None and raw.get("use_sliding_window", True):
+            # within its window a sliding model is a plain one
+            longest = min(longest, int(window))
+        attention_bias = bool(raw.get("attention_bias", False))
+        generation = folder / "generation_config.json"
+        eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
+        dtype_name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+        dtype = getattr(torch, dtype_name.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(f"{folder / 'config.json'}: dtype {dtype_name!r} is no floating-point type of torch")
+        return cls(
+            architecture=architecture,
+            vocab_size=need("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=need("intermediate_size"),
+            num_layers=need("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=longest,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=attention_bias if traits.qkv_bias is None else traits.qkv_bias,
+            o_bias=attention_bias and traits.qkv_bias is None,
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            qk_norm=traits.qk_norm,
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+            dtype=dtype,
+        )
+
+
+def _rope(raw: dict[str, Any], folder: Path) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, spelled as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) does."""
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(
+            f"{folder / 'config.json'}: rope scaling {kind!r} is not supported, only default, linear and llama3"
+        )
+    known = RopeScaling.__dataclass_fields__.keys() - {"kind"}
+    return theta, RopeScaling(kind=kind, **{key: parameters[key] for key in known if key in parameters})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ConfigError saying what is wrong with it."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return value

@@ -1,0 +1,196 @@
+"""Checkpoint → model: strict, tensor by tensor, straight to the device."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from manyheads.config import BUILTIN, ConfigError
+from manyheads.models.config import ModelConfig, read_json
+from manyheads.models.linear import Linear
+from manyheads.models.llama import Layer, Llama
+
+BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "builtin" / "model"
+
+IGNORED_ENDINGS = (".rotary_emb.inv_freq",)
+"""Buffers that some exports store and nobody needs."""
+IGNORED_PREFIXES = ("medusa_head.",)
+"""Medusa heads in a full-model file; medusa/checkpoint.py reads them."""
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.pt", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read as what it claims to be; the message names file and key."""
+
+
+def resolve(model: str) -> Path:
+    """The folder of a model: `builtin`, a local folder, or a hub id that is downloaded (or found in the cache).
+
+    Raises:
+        ConfigError: saying what to do.
+    """
+    if model == BUILTIN:
+        return BUILTIN_FOLDER
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ConfigError(f"{model!r} is no folder; give a local folder, a hub id (name/model) or {BUILTIN!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=["original/*", "consolidated*"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{model!r} is no local folder and could not be had from the hub ({reason}). Check the name and the "
+            f"network; for a gated model log in with `hf auth login`; or use the built-in model: {BUILTIN!r}"
+        ) from error
+    return Path(files)
+
+
+def tensor_files(folder: Path, stem: str = "model", pickle_stem: str = "pytorch_model") -> list[Path]:
+    """The files of a checkpoint: single or sharded, safetensors before pickles.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
+    for name in (f"{stem}.safetensors", f"{pickle_stem}.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise CheckpointError(f"{index} names {missing[0]}, which is not there")
+            return [folder / shard for shard in shards]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise CheckpointError(f"{folder} holds no weights ({stem}.safetensors or {pickle_stem}.bin, single or sharded)")
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (key, tensor) of a safetensors or pickle file; code in a pickle is refused, not run.
+
+    Raises:
+        CheckpointError: the file is damaged or holds something else than tensors.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    yield key, file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as plain tensors ({str(error).splitlines()[0]}); nothing in it was run"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no plain dictionary of tensors")
+    yield from state.items()
+
+
+def load_model(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[str], None] | None = None,
+) -> Llama:
+    """Read the base model of a checkpoint: every parameter is filled, every key is used.
+
+    Raises:
+        CheckpointError: naming the key that is missing, left over, of the wrong shape, or not finite.
+    """
+    expected = _shapes(config)
+    state: dict[str, Tensor] = {}
+    files = tensor_files(folder)
+    for number, path in enumerate(files, 1):
+        if progress and len(files) > 1:
+            progress(f"loading {folder.name}: file {number} of {len(files)}")
+        for key, tensor in read_tensors(path):
+            if key.endswith(IGNORED_ENDINGS) or key.startswith(IGNORED_PREFIXES):
+                continue
+            name = key.removeprefix("model.")
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            shape = expected.get(name)
+            if shape is None:
+                raise CheckpointError(f"{path}: key {key} belongs to no parameter of a {config.architecture}")
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {shape}")
+            if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                raise CheckpointError(f"{path}: {key} holds values that are not finite")
+            state[name] = tensor.to(device, dtype)
+    missing = expected.keys() - state.keys()
+    if missing:
+        raise CheckpointError(f"{folder}: parameter {min(missing)} is missing ({len(missing)} in all)")
+    return _build(config, state)
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name, without the leading `model.`, and its shape."""
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * dim, config.num_kv_heads * dim
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, hidden), "norm.weight": (hidden,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for i in range(config.num_layers):
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+        }
+        for name, out, into, bias in (
+            ("self_attn.q_proj", q, hidden, config.qkv_bias),
+            ("self_attn.k_proj", kv, hidden, config.qkv_bias),
+            ("self_attn.v_proj", kv, hidden, config.qkv_bias),
+            ("self_attn.o_proj", hidden, q, config.o_bias),
+            ("mlp.gate_proj", inner, hidden, config.mlp_bias),
+            ("mlp.up_proj", inner, hidden, config.mlp_bias),
+            ("mlp.down_proj", hidden, inner, config.mlp_bias),
+        ):
+            layer[f"{name}.weight"] = (out, into)
+            if bias:
+                layer[f"{name}.bias"] = (out,)
+        if config.qk_norm:
+            layer |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _build(config: ModelConfig, state: dict[str, Tensor]) -> Llama:
+    def linear(prefix: str, *names: str) -> Linear:
+        """One product for projections that read the same input; the parts are let go as they are joined."""
+        weights = [state.pop(f"{prefix}{name}.weight") for name in names]
+        biases = [state.pop(f"{prefix}{name}.bias") for name in names if f"{prefix}{name}.bias" in state]
+        return Linear(torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if biases else None)
+
+    layers = []
+    for i in range(config.num_layers):
+        at = f"layers.{i}."
+        layers.append(
+            Layer(
+                input_norm=state.pop(f"{at}input_layernorm.weight"),
+                qkv=linear(at + "self_attn.", "q_proj", "k_proj", "v_proj"),
+                q_norm=state.pop(f"{at}self_attn.q_norm.weight", None),
+                k_norm=state.pop(f"{at}self_attn.k_norm.weight", None),
+                o=linear(at + "self_attn.", "o_proj"),
+                post_norm=state.pop(f"{at}post_attention_layernorm.weight"),
+                gate_up=linear(at + "mlp.", "gate_proj", "up_proj"),
+                down=linear(at + "mlp.", "down_proj"),
+            )
+        )
+    embedding = state.pop("embed_tokens.weight")
+    lm_head = Linear(state.pop("lm_head.weight", embedding))
+    return Llama(config, embedding, layers, state.pop("norm.weight"), lm_head)

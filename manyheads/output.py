@@ -1,0 +1,186 @@
+"""From token deltas to text: detokenizing, stop strings, counts. One `SequenceOutput` per continuation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from manyheads.request import (
+    CompletionOutput,
+    ErrorKind,
+    FinishReason,
+    RequestDelta,
+    SamplingParams,
+    TokenLogprobs,
+)
+from manyheads.tokenizer import Detokenizer, Tokenizer
+
+
+class TextDelta(msgspec.Struct, kw_only=True):
+    """What one engine delta added to one continuation, as its reader may see it."""
+
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+
+class StopScanner:
+    """Looks for stop strings in text that arrives in pieces; lets no part of one out.
+
+    The stop string that is complete first wins (of two that end together, the longer), so that the result does not
+    depend on how the text was cut.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        self.stops = stops
+        self.include = include
+        self.matched: str | None = None
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Take text; give what can no longer be part of a stop string. Sets `matched` when one is complete."""
+        buffer = self._held + text
+        ends = [(at + len(stop), at, stop) for stop in self.stops if (at := buffer.find(stop)) >= 0]
+        if ends:
+            end, at, self.matched = min(ends)
+            self._held = ""
+            return buffer[: end if self.include else at]
+        cut = min((self._partial(buffer, stop) for stop in self.stops), default=len(buffer))
+        self._held = buffer[cut:]
+        return buffer[:cut]
+
+    def release(self) -> str:
+        """The text still held: there will be no more."""
+        text, self._held = self._held, ""
+        return text
+
+    @staticmethod
+    def _partial(buffer: str, stop: str) -> int:
+        """Where the longest beginning of `stop` at the end of the buffer starts; the buffer's length if nowhere."""
+        at = max(0, len(buffer) - len(stop) + 1)
+        while (at := buffer.find(stop[0], at)) >= 0:
+            if stop.startswith(buffer[at:]):
+                return at
+            at += 1
+        return len(buffer)
+
+
+class SequenceOutput:
+    """One continuation as it grows.
+
+    Args:
+        params: of the request.
+        context: the prompt's tokens when the text continues the prompt's text (completions), empty for a reply.
+        index: among the `n` continuations of a prompt.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, *, context: Sequence[int] = (), index: int = 0
+    ) -> None:
+        self.index = index
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.num_steps = 0
+        self.num_cached_tokens = 0
+        self.error: str | None = None
+        self.error_kind: ErrorKind | None = None
+        self.needs_abort = False
+        """A stop string ended it, and the engine does not know yet: the caller is to abort the request there."""
+        self._params = params
+        self._special_ids = tokenizer.special_ids
+        self._text: list[str] = []
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, context=context)
+        self._scanner = StopScanner(params.stop, params.include_stop_str_in_output) if params.stop else None
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def push(self, delta: RequestDelta) -> TextDelta:
+        """Take what a step added. After the end there is nothing to add: the answer to an abort is passed over."""
+        if self.finished:
+            return TextDelta()
+        self.num_steps = max(self.num_steps, delta.num_steps)
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        tokens = delta.new_token_ids
+        text, kept = self._read(tokens, delta)
+        if self._stopped:
+            self.finish_reason, self.stop_reason = "stop", self._scanner.matched if self._scanner else None
+            self.needs_abort = delta.finish_reason is None
+        elif delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.error, self.error_kind = delta.error, delta.error_kind
+            if delta.stop_token_id in self._params.stop_token_ids:
+                self.stop_reason = delta.stop_token_id
+        self.token_ids += tokens[:kept]
+        logprobs = None
+        if self.logprobs is not None and delta.logprobs is not None:
+            logprobs = delta.logprobs[:kept]
+            self.logprobs += logprobs
+        if text:
+            self._text.append(text)
+        return TextDelta(
+            text=text, token_ids=tokens[:kept], logprobs=logprobs, finish_reason=self.finish_reason
+        )
+
+    def result(self) -> CompletionOutput:
+        """The continuation so far."""
+        return CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            num_steps=self.num_steps,
+            error=self.error,
+        )
+
+    @property
+    def _stopped(self) -> bool:
+        return self._scanner is not None and self._scanner.matched is not None
+
+    def _read(self, tokens: list[int], delta: RequestDelta) -> tuple[str, int]:
+        """The new text, and how many of the tokens belong to it."""
+        shown = tokens[:-1] if self._hides(delta.stop_token_id) else tokens
+        scanner = self._scanner
+        if scanner is None:
+            text = self._detokenizer.push(shown)
+            return (text + self._detokenizer.flush() if delta.finish_reason else text), len(tokens)
+        text = ""
+        for i, token in enumerate(shown):  # one by one, to know which token completes a stop string
+            piece = self._detokenizer.push([token])
+            text += self._scan(scanner, piece, len(self.token_ids) + i + 1)
+            if scanner.matched is not None:
+                return text, i + 1
+        if delta.finish_reason is not None:
+            text += self._scan(scanner, self._detokenizer.flush(), len(self.token_ids) + len(tokens))
+            if scanner.matched is None:
+                text += scanner.release()
+        return text, len(tokens)
+
+    def _scan(self, scanner: StopScanner, text: str, num_tokens: int) -> str:
+        """A stop string counts only from the token number `min_tokens` on."""
+        return text if num_tokens < self._params.min_tokens else scanner.feed(text)
+
+    def _hides(self, stop_token_id: int | None) -> bool:
+        """A stop token is not part of the text unless asked for; a special one (eos) shows with the special tokens."""
+        if stop_token_id is None or self._params.include_stop_str_in_output:
+            return False
+        return not (stop_token_id in self._special_ids and not self._params.skip_special_tokens)
+
+
+def child_params(params: SamplingParams, index: int) -> SamplingParams:
+    """Parameters of continuation `index` of a request for n: a sequence of its own, with a seed of its own."""
+    if params.n == 1:
+        return params
+    seed = None if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(params, n=1, seed=seed)

@@ -1,0 +1,110 @@
+"""The web application: routes, limits, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from manyheads.request import RequestError
+from manyheads.server.auth import ApiKey
+from manyheads.server.errors import add_error_handlers, error_response
+from manyheads.server.generate import generate_router
+from manyheads.server.limits import MAX_BODY_BYTES, BodyLimit
+from manyheads.server.openai import openai_router
+from manyheads.server.schemas import DetokenizeRequest, TokenizeRequest
+from manyheads.server.service import Service
+
+PAGES = Path(__file__).parent / "page"
+
+
+def package_version() -> str:
+    try:
+        return version("manyheads")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """The application around a running engine.
+
+    Args:
+        service: the engine and its tokenizer.
+        api_key: what requests must bring; None lets everyone in.
+        cors_origins: origins whose pages may call this server.
+        max_body_bytes: larger bodies are answered 413.
+    """
+    app = FastAPI(
+        title="manyheads",
+        version=package_version(),
+        description="Serves a language model with Medusa heads to many people at once.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    add_error_handlers(app)
+    # the last one added is the outermost
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    if api_key:
+        app.add_middleware(ApiKey, key=api_key)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+    app.include_router(generate_router(service))
+    app.include_router(openai_router(service))
+    _add_tokenizer_routes(app, service)
+    _add_service_routes(app, service)
+    for path, name in (("/", "index.html"), ("/docs", "docs.html")):
+        _add_page(app, path, PAGES / name)
+    return app
+
+
+def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", tags=["Tokenizer"], summary="Tokens of a text or a conversation")
+    async def tokenize(body: TokenizeRequest) -> JSONResponse:
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("give either prompt or messages")
+        if body.messages is not None:
+            ids = await service.encode_chat([m.plain() for m in body.messages])
+        else:
+            ids = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.ready.max_model_len})
+
+    @app.post("/detokenize", tags=["Tokenizer"], summary="The text of tokens")
+    async def detokenize(body: DetokenizeRequest) -> JSONResponse:
+        service.check_model(body.model)
+        if not all(0 <= t < service.ready.vocab_size for t in body.tokens):
+            raise RequestError(f"tokens must be between 0 and {service.ready.vocab_size - 1}")
+        text = service.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+        return JSONResponse({"prompt": text})
+
+
+def _add_service_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health", tags=["Service"], summary="200 while the engine serves, 503 else")
+    async def health() -> Response:
+        if not service.client.alive:
+            return error_response(503, f"the engine has stopped: {service.client.failure}", code="engine_unavailable")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/version", tags=["Service"], summary="Of this package")
+    async def get_version() -> JSONResponse:
+        return JSONResponse({"version": package_version()})
+
+    @app.get("/metrics", tags=["Service"], summary="For Prometheus")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_page(app: FastAPI, path: str, file: Path) -> None:
+    @app.get(path, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(file.read_text(encoding="utf-8"))

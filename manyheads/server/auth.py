@@ -1,0 +1,30 @@
+"""An API key, where the server was given one."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from manyheads.server.errors import error_response
+
+OPEN_PATHS = frozenset({"/", "/health", "/version", "/docs", "/openapi.json", "/metrics"})
+"""What needs no key: probes, the interface's description and the page (whose requests bring one)."""
+
+
+class ApiKey:
+    """ASGI middleware: wants `Authorization: Bearer KEY` for everything but OPEN_PATHS."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app = app
+        self._expected = b"Bearer " + key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                response = error_response(
+                    401, "send this server's API key as Authorization: Bearer KEY", code="invalid_api_key"
+                )
+                return await response(scope, receive, send)
+        return await self.app(scope, receive, send)

@@ -1,0 +1,188 @@
+"""The server's end of the engine process: starts it, talks to it, notices its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from manyheads.config import EngineConfig
+from manyheads.request import (
+    Abort,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    RequestDelta,
+    StepOutputs,
+    ToEngine,
+)
+from manyheads.server.engine_process import BUILD_ENGINE, Launch
+
+DeltaQueue = asyncio.Queue[RequestDelta]
+
+
+class EngineError(RuntimeError):
+    """The engine could not start, or has died (HTTP 503)."""
+
+
+class EngineClient:
+    """One engine process and the requests that are open there.
+
+    The sockets live in a folder that only this user may enter; folder and process are gone after `close`.
+
+    Args:
+        config: for the engine.
+        build: `module:function` that makes the engine in its process (tests put their own here).
+        verbose: let the engine report what it does on standard error.
+    """
+
+    def __init__(self, config: EngineConfig, *, build: str = BUILD_ENGINE, verbose: bool = False) -> None:
+        self.config = config
+        self.stats = EngineStats()
+        self.failure: str | None = None
+        """Why the engine is not there any more."""
+        self._build = build
+        self._verbose = verbose
+        self._queues: dict[str, DeltaQueue] = {}
+        self._folder: str | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._context: zmq.asyncio.Context | None = None
+        self._requests: zmq.Socket[bytes] | None = None
+        self._outputs: zmq.asyncio.Socket | None = None
+        self._ready: asyncio.Future[EngineReady] | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+
+    @property
+    def alive(self) -> bool:
+        return self._ready is not None and self._ready.done() and self.failure is None
+
+    @property
+    def num_open(self) -> int:
+        """Requests without a last delta."""
+        return len(self._queues)
+
+    async def start(self) -> EngineReady:
+        """Start the engine and wait until it serves.
+
+        Raises:
+            EngineError: it could not start; the message says why.
+        """
+        self._folder = tempfile.mkdtemp(prefix="manyheads-")
+        self._context = zmq.asyncio.Context()
+        # requests go out through a plain socket: with no limit on its queue, sending never waits
+        self._requests = zmq.Socket(self._context, zmq.PUSH)
+        self._outputs = self._context.socket(zmq.PULL)
+        for socket, name in ((self._requests, "requests"), (self._outputs, "outputs")):
+            socket.set_hwm(0)
+            socket.bind(f"ipc://{self._folder}/{name}")
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "manyheads.server.engine_process",
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,  # so that the terminal's Ctrl-C reaches the server alone
+        )
+        assert self._process.stdin is not None
+        launch = Launch(config=self.config, folder=self._folder, build=self._build, verbose=self._verbose)
+        self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
+        self._ready = asyncio.get_running_loop().create_future()
+        self._tasks = [asyncio.create_task(self._receive(self._outputs)), asyncio.create_task(self._watch())]
+        return await self._ready
+
+    def submit(self, requests: Iterable[EngineRequest]) -> DeltaQueue:
+        """Send requests; all their deltas come through one queue, the last of each with a finish_reason."""
+        queue: DeltaQueue = asyncio.Queue()
+        for request in requests:
+            if self.failure is not None:
+                queue.put_nowait(_failed(request.request_id, self.failure))
+                continue
+            self._queues[request.request_id] = queue
+            self._send(request)
+        return queue
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Ask for the end of requests; their last deltas follow. Unknown ids are fine."""
+        for request_id in request_ids:
+            if request_id in self._queues:
+                self._send(Abort(request_id))
+
+    def abort_all(self) -> None:
+        self.abort(list(self._queues))
+
+    async def close(self) -> None:
+        """End the process and remove the sockets. Open requests get a last delta that says so."""
+        self._fail("the server is shutting down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()  # it owns nothing that would have to be saved
+            await self._process.wait()
+        for socket in (self._requests, self._outputs):
+            if socket is not None:
+                socket.close(linger=0)
+        if self._context is not None:
+            self._context.term()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, message: ToEngine) -> None:
+        assert self._requests is not None
+        self._requests.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    async def _receive(self, outputs: zmq.asyncio.Socket) -> None:
+        decoder: msgspec.msgpack.Decoder[EngineReady | EngineFailed | StepOutputs] = msgspec.msgpack.Decoder(
+            EngineReady | EngineFailed | StepOutputs
+        )
+        while True:
+            message = decoder.decode(await outputs.recv())
+            if isinstance(message, StepOutputs):
+                self.stats = message.stats or self.stats
+                for delta in message.deltas:
+                    ended = delta.finish_reason is not None
+                    queue = self._queues.pop(delta.request_id, None) if ended else self._queues.get(delta.request_id)
+                    if queue is not None:
+                        queue.put_nowait(delta)
+            elif isinstance(message, EngineReady):
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(message)
+            else:
+                self._fail(message.message)
+
+    async def _watch(self) -> None:
+        assert self._process is not None
+        status = await self._process.wait()
+        await asyncio.sleep(0.2)  # its last words come first
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        self._fail(f"the engine process ended {how}")
+
+    def _fail(self, message: str) -> None:
+        if self.failure is not None:
+            return
+        self.failure = message
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(EngineError(message))
+            self._ready.exception()  # retrieved: nobody may be waiting any more
+        queues, self._queues = self._queues, {}
+        for request_id, queue in queues.items():
+            queue.put_nowait(_failed(request_id, message))
+
+
+def _failed(request_id: str, message: str) -> RequestDelta:
+    return RequestDelta(
+        request_id=request_id,
+        new_token_ids=[],
+        finish_reason="error",
+        error=f"the engine has stopped: {message}",
+        error_kind="engine",
+    )

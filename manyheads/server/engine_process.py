@@ -1,0 +1,159 @@
+"""The engine in a process of its own: requests and aborts come in, step outputs go out, over local ZeroMQ sockets.
+
+Started by `EngineClient` as `python -m manyheads.server.engine_process`, with a `Launch` as the first line of standard
+input. Standard input stays open as long as the parent lives: when it closes, this process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from manyheads.config import EngineConfig
+from manyheads.request import (
+    Abort,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    FromEngine,
+    QueueFull,
+    RequestDelta,
+    RequestError,
+    StepOutputs,
+)
+
+if TYPE_CHECKING:
+    from manyheads.engine.engine import Engine
+
+BUILD_ENGINE = "manyheads.engine.build:build_engine"
+STATS_INTERVAL = 0.2
+"""Seconds between two snapshots of the statistics while there is work."""
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parent tells its engine process."""
+
+    config: EngineConfig
+    folder: str
+    """The private folder of the sockets `requests` and `outputs`."""
+    build: str = BUILD_ENGINE
+    """`module:function` that makes the engine from a config and a callback for progress lines."""
+    verbose: bool = False
+
+
+class Loop:
+    """Feeds an engine from one socket and sends what it says to another."""
+
+    def __init__(self, engine: Engine, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
+        self.engine = engine
+        self._inbox = inbox
+        self._outbox = outbox
+        self._decoder: msgspec.msgpack.Decoder[EngineRequest | Abort] = msgspec.msgpack.Decoder(EngineRequest | Abort)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._stats_at = 0.0
+
+    def run(self) -> None:
+        """Serve until the process is ended. With nothing to do it sleeps in the socket."""
+        while True:
+            if not self.engine.has_work():
+                self._inbox.poll()
+            deltas = self._receive()
+            deltas += self.engine.step()
+            now = time.monotonic()
+            stats = None
+            if now - self._stats_at >= STATS_INTERVAL or not self.engine.has_work():
+                stats, self._stats_at = self.engine.stats(), now
+            if deltas or stats is not None:
+                self.send(StepOutputs(deltas=deltas, stats=stats))
+
+    def send(self, message: FromEngine) -> None:
+        self._outbox.send(self._encoder.encode(message))
+
+    def _receive(self) -> list[RequestDelta]:
+        """Everything that has arrived; the refusals are the answer."""
+        refused: list[RequestDelta] = []
+        while True:
+            try:
+                data = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return refused
+            message = self._decoder.decode(data)
+            if isinstance(message, Abort):
+                self.engine.abort(message.request_id)
+                continue
+            try:
+                self.engine.add_request(message)
+            except (RequestError, QueueFull) as error:
+                refused.append(
+                    RequestDelta(
+                        request_id=message.request_id,
+                        new_token_ids=[],
+                        finish_reason="error",
+                        error=str(error),
+                        error_kind="invalid" if isinstance(error, RequestError) else "queue_full",
+                    )
+                )
+
+
+def main() -> None:
+    # Ctrl-C is the parent's to handle; SIGTERM keeps its default and ends this process at once: it owns no state
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
+    threading.Thread(target=_end_with_parent, args=(launch.folder,), daemon=True).start()
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.set_hwm(0)
+    outbox.set_hwm(0)
+    inbox.connect(f"ipc://{launch.folder}/requests")
+    outbox.connect(f"ipc://{launch.folder}/outputs")
+    status = 0
+    try:
+        engine = _build(launch)
+        ready: EngineReady = engine.ready
+        loop = Loop(engine, inbox, outbox)
+        loop.send(ready)
+        loop.run()
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError))
+        if launch.verbose or not expected:
+            traceback.print_exc()
+        text = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
+        outbox.send(msgspec.msgpack.encode(EngineFailed(text)))
+        status = 1
+    context.destroy(linger=2000)
+    sys.exit(status)
+
+
+def _build(launch: Launch) -> Engine:
+    module, _, name = launch.build.partition(":")
+    build: Callable[[EngineConfig, Callable[[str], None]], Engine] = getattr(importlib.import_module(module), name)
+    return build(launch.config, _say if launch.verbose else lambda line: None)
+
+
+def _say(line: str) -> None:
+    print(f"engine: {line}", file=sys.stderr, flush=True)
+
+
+def _end_with_parent(folder: str) -> None:
+    # NOTE: this also runs while the main thread computes or loads, where no signal or socket would be looked at
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

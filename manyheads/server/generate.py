@@ -1,0 +1,78 @@
+"""`/generate` and `/generate_stream`: the interface of this project's first version, and counts beside the text."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from manyheads.request import RequestError
+from manyheads.server.schemas import GenerateRequest
+from manyheads.server.service import Generation, Prompt, Service, Update, or_disconnect
+from manyheads.server.sse import chain, event, stream_response
+
+
+def generate_router(service: Service) -> APIRouter:
+    router = APIRouter(tags=["Generate"])
+
+    @router.post("/generate", summary="Follow an instruction")
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        """The model's chat template is applied to the prompt, unless `parameters.raw` is true or it has none."""
+        start = time.perf_counter()
+        generation = await _prepare(service, body)
+        await or_disconnect(request, generation.collect())
+        return JSONResponse(_answer(generation, start))
+
+    @router.post("/generate_stream", summary="Follow an instruction, word by word")
+    async def generate_stream(body: GenerateRequest, request: Request) -> Response:
+        """Server-sent events `{"text": …}`; the last one is what /generate answers."""
+        start = time.perf_counter()
+        generation = await _prepare(service, body)
+        updates = generation.updates()
+        first = await or_disconnect(request, anext(updates))
+        return stream_response(_events(generation, chain(first, updates), start))
+
+    return router
+
+
+async def _prepare(service: Service, body: GenerateRequest) -> Generation:
+    params = body.parameters.generate_params()
+    if not body.prompt.strip():
+        raise RequestError("the prompt is empty")
+    if body.parameters.raw or not service.tokenizer.has_chat_template:
+        prompt = Prompt(await service.encode(body.prompt), continues=True)
+    else:
+        prompt = Prompt(await service.encode_chat([{"role": "user", "content": body.prompt}]))
+    return service.generate([prompt], params)
+
+
+async def _events(
+    generation: Generation, updates: AsyncGenerator[Update, None], start: float
+) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(updates):
+        async for update in updates:
+            if update.delta.text:
+                yield event({"text": update.delta.text})
+    yield event(_answer(generation, start))
+
+
+def _answer(generation: Generation, start: float) -> dict[str, Any]:
+    output = generation.outputs[0][0]
+    tokens, steps = len(output.token_ids), output.num_steps
+    answer: dict[str, Any] = {
+        "response": output.text,
+        "details": {
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+            "prompt_tokens": generation.num_prompt_tokens,
+            "generated_tokens": tokens,
+            "steps": steps,
+            "tokens_per_step": round(tokens / steps, 3) if steps else 0.0,
+            "seconds": round(time.perf_counter() - start, 4),
+        },
+    }
+    return answer

@@ -1,0 +1,70 @@
+"""Log-probabilities in the two forms of the OpenAI API."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from manyheads.request import TokenLogprobs
+from manyheads.tokenizer import Tokenizer
+
+LEAST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+class ChatLogprobs:
+    """`logprobs` of chat completions."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def of(self, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
+        if not logprobs:
+            return None
+        return {
+            "content": [
+                {
+                    **self._token(entry.token_id, entry.logprob),
+                    "top_logprobs": [self._token(token_id, value) for token_id, value in entry.top],
+                }
+                for entry in logprobs
+            ],
+            "refusal": None,
+        }
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self._tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+class CompletionLogprobs:
+    """`logprobs` of completions; keeps the text offset from chunk to chunk."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._offset = 0
+
+    def add(self, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
+        if not logprobs:
+            return None
+        answer: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for entry in logprobs:
+            text = self._text(entry.token_id)
+            answer["tokens"].append(text)
+            answer["token_logprobs"].append(_finite(entry.logprob))
+            answer["top_logprobs"].append({self._text(t): _finite(value) for t, value in entry.top})
+            answer["text_offset"].append(self._offset)
+            self._offset += len(text)
+        return answer
+
+    def _text(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:  # as OpenAI writes parts of characters: told apart, though no text
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else LEAST

@@ -1,0 +1,134 @@
+"""Prometheus metrics: vLLM's names and meanings under the prefix `manyheads_`, and what only Medusa heads have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from manyheads.request import EngineStats, FinishReason
+
+PREFIX = "manyheads_"
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+
+
+@dataclass
+class SequenceTimer:
+    """When the tokens of one sequence came."""
+
+    num_prompt_tokens: int
+    arrived: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
+    num_tokens: int = 0
+
+
+class Metrics:
+    """What the server counts itself, and the engine's latest statistics, for `/metrics`."""
+
+    def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine_stats))
+        histogram = self._histogram
+        self._ttft = histogram("time_to_first_token_seconds", "Time to the first token", _FIRST_TOKEN)
+        self._itl = histogram("inter_token_latency_seconds", "Time between tokens of a request", _PER_TOKEN)
+        self._tpot = histogram("request_time_per_output_token_seconds", "Mean time per token after first", _PER_TOKEN)
+        self._e2e = histogram("e2e_request_latency_seconds", "Time from arrival to last token", _WHOLE)
+        self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
+        self._generation = histogram("request_generation_tokens", "Generated tokens of a request", _TOKENS)
+        self._success = Counter(
+            PREFIX + "request_success", "Finished sequences by reason", ["finished_reason"], registry=self.registry
+        )
+        for reason in ("stop", "length", "abort", "error"):
+            self._success.labels(reason)
+        self.rejected = Counter(
+            PREFIX + "requests_rejected", "Requests refused as invalid or for a full queue", registry=self.registry
+        )
+
+    def start(self, num_prompt_tokens: int) -> SequenceTimer:
+        return SequenceTimer(num_prompt_tokens)
+
+    def tokens(self, timer: SequenceTimer, count: int) -> None:
+        """Count tokens that came now."""
+        if not count:
+            return
+        now = time.perf_counter()
+        timer.num_tokens += count
+        if timer.first is None:
+            timer.first = now
+            self._ttft.observe(now - timer.arrived)
+            count -= 1
+            gap = 0.0  # tokens that came with the first one kept nobody waiting
+        else:
+            gap = (now - timer.last) / count
+        for _ in range(count):
+            self._itl.observe(gap)
+        timer.last = now
+
+    def finish(self, timer: SequenceTimer, reason: FinishReason) -> None:
+        """Count a sequence that has ended."""
+        self._success.labels(reason).inc()
+        self._e2e.observe(time.perf_counter() - timer.arrived)
+        self._prompt.observe(timer.num_prompt_tokens)
+        self._generation.observe(timer.num_tokens)
+        if timer.first is not None and timer.num_tokens > 1:
+            self._tpot.observe((timer.last - timer.first) / (timer.num_tokens - 1))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's statistics at the time of the scrape."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        s = self._stats()
+        used = (s.num_blocks - s.num_free_blocks) / s.num_blocks if s.num_blocks else 0.0
+        for name, text, value in (
+            ("num_requests_running", "Requests in the running batch", s.num_running),
+            ("num_requests_waiting", "Requests that wait to run", s.num_waiting),
+            ("kv_cache_usage_perc", "Share of K/V cache pages in use; 1 is all", used),
+            ("tokens_per_step", "Generated tokens by decoding row and step", s.generation_tokens / max(s.row_steps, 1)),
+            ("tree_size", "Nodes per speculating row in the latest step", s.tree_size),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, text, value=value)
+        for name, text, count in (
+            ("prompt_tokens", "Prompt tokens computed", s.prompt_tokens),
+            ("generation_tokens", "Tokens generated", s.generation_tokens),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", s.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache", s.prefix_hits),
+            ("num_preemptions", "Requests set back because pages ran out", s.preemptions),
+            ("engine_steps", "Model steps", s.steps),
+            ("decoding_row_steps", "Decoding rows, summed over steps", s.row_steps),
+            ("spec_decode_num_draft_tokens", "Tree nodes verified, roots left out", s.drafted_tokens),
+            ("spec_decode_num_accepted_tokens", "Tree nodes accepted, roots left out", s.accepted_tokens),
+        ):
+            yield CounterMetricFamily(PREFIX + name, text, value=count)
+        yield _by_depth("spec_decode_drafted_by_depth", "Rows whose tree reached this depth", s.drafted_by_depth)
+        yield _by_depth("spec_decode_accepted_by_depth", "Rows that accepted at this depth", s.accepted_by_depth)
+        rate = GaugeMetricFamily(
+            PREFIX + "spec_decode_acceptance_rate", "Share of trees accepted to this depth", labels=["depth"]
+        )
+        for depth, (drafted, accepted) in enumerate(zip(s.drafted_by_depth, s.accepted_by_depth, strict=False), 1):
+            rate.add_metric([str(depth)], accepted / drafted if drafted else 0.0)
+        yield rate
+
+
+def _by_depth(name: str, text: str, counts: list[int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(PREFIX + name, text, labels=["depth"])
+    for depth, count in enumerate(counts, 1):
+        family.add_metric([str(depth)], count)
+    return family

@@ -1,0 +1,204 @@
+"""`serve`: the engine process and the web server, from start to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import uvicorn
+
+from manyheads.config import ConfigError, EngineConfig
+from manyheads.request import EngineReady
+from manyheads.server.app import create_app
+from manyheads.server.engine_client import EngineClient
+from manyheads.server.engine_process import BUILD_ENGINE
+from manyheads.server.limits import MAX_BODY_BYTES
+from manyheads.server.service import Service
+from manyheads.tokenizer import Tokenizer
+
+DRAIN_SECONDS = 3.0
+"""How long running requests may go on after Ctrl-C; then they are aborted, each with an answer."""
+CLOSE_SECONDS = 1
+"""How long those answers may take to get out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What the web server needs to know."""
+
+    host: str = "0.0.0.0"
+    port: int = 8000
+    """0 takes a free one."""
+    api_key: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    """Names of the model in requests; without any, the model's own."""
+    chat_template: str | None = None
+    """A file, or the name of a known template; None takes the tokenizer's."""
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = MAX_BODY_BYTES
+    access_log: bool = False
+    verbose: bool = False
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our end: drain, abort, close, whatever the signal."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
+        super().__init__(config)
+        self._client = client
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # `serve` has handlers of its own, in force from before the engine starts
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(DRAIN_SECONDS, self._client.abort_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD_ENGINE) -> int:
+    """Serve until a signal; the exit status.
+
+    Raises:
+        ConfigError, EngineError: it could not start; nothing is left behind.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processors are the engine's
+    return asyncio.run(_serve(config, server, build))
+
+
+async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int:
+    loop = asyncio.get_running_loop()
+    main = asyncio.current_task()
+    assert main is not None
+    server: Server | None = None
+    stopping = False
+
+    def stop(number: int) -> None:
+        nonlocal stopping
+        if server is None:
+            if not stopping:
+                main.cancel()
+        elif stopping:  # in a hurry: everyone gets an answer now
+            client.abort_all()
+            loop.call_later(CLOSE_SECONDS, setattr, server, "force_exit", True)
+        else:
+            server.handle_exit(number, None)
+        stopping = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    client = EngineClient(config, build=build, verbose=options.verbose)
+    service: Service | None = None
+    try:
+        with _bind(options.host, options.port) as listener:
+            tokenizer, ready = await _start(client, config, options)
+            service = Service(client, tokenizer, ready, options.served_model_names or (ready.model,))
+            app = create_app(
+                service,
+                api_key=options.api_key,
+                cors_origins=options.cors_origins,
+                max_body_bytes=options.max_body_bytes,
+            )
+            server = Server(
+                uvicorn.Config(
+                    app,
+                    log_level="info" if options.access_log else "warning",
+                    access_log=options.access_log,
+                    lifespan="off",
+                    timeout_graceful_shutdown=int(DRAIN_SECONDS) + CLOSE_SECONDS,
+                    server_header=False,
+                ),
+                client,
+            )
+            host, port = listener.getsockname()[:2]
+            print(_greeting(ready, service.names[0], host, port), file=sys.stderr, flush=True)
+            await server.serve(sockets=[listener])
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+    finally:
+        if service is not None:
+            service.close()
+        await client.close()
+    return 0
+
+
+async def _start(client: EngineClient, config: EngineConfig, options: ServerConfig) -> tuple[Tokenizer, EngineReady]:
+    """Load the tokenizer here while the engine process loads the model."""
+
+    loop = asyncio.get_running_loop()
+    tokenizer: asyncio.Future[Tokenizer] = loop.create_future()
+
+    def load() -> None:
+        from manyheads.llm import tokenizer_folder
+
+        try:
+            result = Tokenizer.load(tokenizer_folder(config), options.chat_template)
+        except Exception as error:
+            _tell(loop, tokenizer, error)
+        else:
+            _tell(loop, tokenizer, result)
+
+    # a daemon, so that Ctrl-C does not wait for a download
+    threading.Thread(target=load, daemon=True).start()
+    engine = asyncio.create_task(client.start())
+    try:
+        await asyncio.wait((engine, tokenizer), return_when=asyncio.FIRST_EXCEPTION)
+        for future in (engine, tokenizer):
+            if future.done():
+                future.result()
+        return tokenizer.result(), engine.result()
+    finally:
+        tokenizer.cancel()
+        engine.cancel()
+        await asyncio.gather(engine, tokenizer, return_exceptions=True)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Tokenizer], result: Tokenizer | Exception) -> None:
+    """Resolve a future from another thread, if anyone still waits for it."""
+
+    def resolve() -> None:
+        if future.done():
+            return
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(resolve)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address before the model is loaded, so that a taken one is noticed at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+    return listener
+
+
+def _greeting(ready: EngineReady, name: str, host: str, port: int) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    if host in ("0.0.0.0", "::"):
+        shown = "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    heads = f"{ready.num_heads} Medusa heads" if ready.num_heads else "no Medusa heads"
+    return (
+        f"manyheads serves {name} ({heads}, {ready.dtype} on {ready.device}) at http://{shown}:{port}  "
+        "- Ctrl-C stops it"
+    )

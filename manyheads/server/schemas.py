@@ -1,0 +1,262 @@
+"""What requests may hold. Fields of the OpenAI API without effect here are taken and ignored; unknown ones refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from manyheads.request import RequestError, SamplingParams
+
+MAX_PROMPTS = 256
+"""Most prompts of one request."""
+MAX_MESSAGES = 4096
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
+
+
+class Body(BaseModel):
+    """Part of a body: no unknown fields, no NaN, and text that is text."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        # JSON can spell half a surrogate pair, which no encoding of Unicode has
+        for text in value if isinstance(value, list) else (value,):
+            if isinstance(text, str) and not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise ValueError("not valid Unicode: half a surrogate pair") from None
+        return value
+
+
+class Sampling(Body):
+    """SamplingParams as JSON; null is the default. See `manyheads.SamplingParams` for the meanings."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    max_steps: int | None = Field(default=None, description="most decoding steps; a step can give several tokens")
+    temperature: float | None = Field(default=None, description="0 is greedy")
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    speculative: bool | None = Field(default=None, description="false decodes one token a step")
+    acceptance: Literal["exact", "typical"] | None = Field(default=None, description="rule for temperature > 0")
+    typical_epsilon: float | None = None
+    typical_alpha: float | None = None
+
+    def to_params(self, **overrides: Any) -> SamplingParams:
+        """The engine's parameters.
+
+        Raises:
+            RequestError: a value is out of its range.
+        """
+        given = {name: getattr(self, name) for name in Sampling.model_fields if getattr(self, name) is not None}
+        given.update({name: value for name, value in overrides.items() if value is not None})
+        for name in ("stop", "stop_token_ids"):
+            if name in given:
+                given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
+        assert given.keys() <= _SAMPLING_FIELDS
+        return SamplingParams(**given).validate()
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class OpenAIRequest(Sampling):
+    """What both OpenAI endpoints take. The fields under `user` have no effect here."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    user: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+    store: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+TokenIds = Annotated[list[int], Field(min_length=1)]
+
+
+class CompletionRequest(OpenAIRequest):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | TokenIds | list[TokenIds]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def check(self) -> None:
+        """Raises RequestError for what this server does not do."""
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise RequestError("best_of must equal n: candidates are not ranked here")
+        if self.suffix:
+            raise RequestError("suffix is not supported: this model only continues text")
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo and logprobs do not go together: prompt tokens get no log-probabilities")
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or many."""
+        prompt: Any = self.prompt
+        many = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
+        prompts = prompt if many else [prompt]
+        if not prompts:
+            raise RequestError("the prompt is empty")
+        if len(prompts) > MAX_PROMPTS:
+            raise RequestError(f"at most {MAX_PROMPTS} prompts in one request, not {len(prompts)}")
+        return prompts
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One message; assistants' messages may hold the empty fields that OpenAI's client sends back."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+    name: Any = None
+    refusal: Any = None
+    annotations: Any = None
+    audio: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+    def plain(self) -> dict[str, str]:
+        """Role and text. Raises RequestError for what is not text."""
+        for field in ("audio", "tool_calls", "function_call"):
+            if getattr(self, field):
+                raise RequestError(f"messages with {field} are not supported: this server takes text only")
+        if self.content is None and self.role != "assistant":
+            raise RequestError(f"a {self.role} message needs content")
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "text"
+
+
+class ChatRequest(OpenAIRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    web_search_options: Any = None
+
+    parallel_tool_calls: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    prediction: Any = None
+
+    def check(self) -> None:
+        """Raises RequestError for what this server does not do."""
+        if self.response_format is not None and self.response_format.type != "text":
+            raise RequestError(f"response_format {self.response_format.type!r} is not supported, only 'text'")
+        if self.tools or self.functions:
+            raise RequestError("tools are not supported by this server; leave tools and functions out")
+        if self.tool_choice not in (None, "none", "auto") or self.function_call not in (None, "none", "auto"):
+            raise RequestError("tools are not supported by this server; leave tool_choice and function_call out")
+        if self.audio or any(m != "text" for m in self.modalities or ()):
+            raise RequestError("modalities: this server gives text only")
+        if self.web_search_options:
+            raise RequestError("web_search_options: this server does not search the web")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true")
+
+    def chat_params(self) -> SamplingParams:
+        """Sampling parameters with this endpoint's names for the limits."""
+        self.check()
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError("max_tokens and max_completion_tokens differ; max_tokens is the old name, drop it")
+        return self.to_params(
+            max_tokens=self.max_completion_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+        )
+
+
+class GenerateParameters(Sampling):
+    """`parameters` of /generate: those of SamplingParams and TGI's names for them."""
+
+    max_new_tokens: int | None = Field(default=None, description="most output tokens (max_tokens is the same)")
+    raw: bool = Field(default=False, description="the prompt is text to continue, not an instruction")
+
+    def generate_params(self) -> SamplingParams:
+        if None not in (self.max_tokens, self.max_new_tokens) and self.max_tokens != self.max_new_tokens:
+            raise RequestError("max_tokens and max_new_tokens are the same and must not differ")
+        if self.n not in (None, 1):
+            raise RequestError("n must be 1 here; /v1/completions gives several continuations")
+        return self.to_params(max_tokens=self.max_new_tokens)
+
+
+class GenerateRequest(Body):
+    """POST /generate and /generate_stream."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "Tell me something about hip hop.",
+                    "parameters": {"temperature": 0.5, "max_steps": 100},
+                }
+            ]
+        },
+    )
+
+    prompt: str
+    parameters: GenerateParameters = GenerateParameters()
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a text, or messages by the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool = False

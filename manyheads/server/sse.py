@@ -1,0 +1,47 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi.responses import StreamingResponse
+
+from manyheads.server.errors import as_api_error, error_body
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+_log = logging.getLogger(__name__)
+
+
+def event(data: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Events, and an error as the last one: the status line has been sent by then."""
+    try:
+        async for data in events:
+            yield data
+    except Exception as error:
+        api = as_api_error(error)
+        if api.status == 500:
+            _log.exception("while streaming")
+        yield event(error_body(api.status, api.message, api.param, api.code))
+        yield DONE
+
+
+async def chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The first item, taken already, and the others; closing it closes the others."""
+    async with contextlib.aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item
+
+
+def stream_response(events: AsyncIterator[bytes]) -> StreamingResponse:
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(guarded(events), media_type="text/event-stream", headers=headers)

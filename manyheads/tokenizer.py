@@ -1,0 +1,226 @@
+"""Text to tokens and back: prompts, chat templates, and text that grows with the tokens."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from manyheads.config import ConfigError
+from manyheads.request import RequestError
+
+REPLACEMENT = "\ufffd"
+MAX_HELD_TOKENS = 64
+"""Tokens that may wait for the rest of a character; more than that is not UTF-8 and is shown as it is."""
+CONTEXT_TOKENS = 6
+_BREAK = "\ufdd0"  # a Unicode noncharacter: never part of a text
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+VICUNA_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = 'A chat between a curious user and an artificial "
+    "intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' %}"
+    "{% set turns = messages %}{% endif %}{{ system }}{% for message in turns %}"
+    "{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'] | trim }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT: ' + message['content'] | trim + eos_token }}"
+    "{% else %}{{ raise_exception('a system message must come first') }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+CHAT_TEMPLATES = {"vicuna": VICUNA_TEMPLATE}
+
+
+class Tokenizer:
+    """A transformers tokenizer, safe to use from several threads.
+
+    Args:
+        hf: the transformers tokenizer.
+        chat_template: a Jinja template that replaces the tokenizer's own.
+    """
+
+    def __init__(self, hf: Any, chat_template: str | None = None) -> None:
+        self.hf = hf
+        if chat_template is not None:
+            hf.chat_template = chat_template
+        # NOTE: the wrapper's own calls change truncation in the backend, which fails while another thread encodes;
+        # so everything here goes straight to the backend, with truncation and padding off.
+        self._backend: Any = getattr(hf, "backend_tokenizer", None)
+        self._lock = threading.Lock()
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        added: Mapping[int, Any] = hf.added_tokens_decoder
+        self.special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(hf.all_special_ids)
+        specials = sorted({str(t) for t in hf.all_special_tokens} | {t.content for t in added.values() if t.special})
+        specials = [s for s in specials if len(s) > 1]
+        self._special = re.compile("(?=" + "|".join(map(re.escape, specials)) + ")(.)", re.S) if specials else None
+        self._byte_level = self._backend is not None and "ByteLevel" in repr(self._backend.decoder)
+        self.longest_token = max(map(len, hf.get_vocab()), default=1)
+        """Characters of the longest token: a text of more than this times n characters has more than n tokens."""
+
+    @classmethod
+    def load(cls, folder: str | Path, chat_template: str | None = None) -> Tokenizer:
+        """Load from a local folder.
+
+        Args:
+            folder: with the tokenizer's files.
+            chat_template: a file with a Jinja template, or the name of one in CHAT_TEMPLATES.
+
+        Raises:
+            ConfigError: there is no tokenizer, or no such template.
+        """
+        template = None if chat_template is None else _read_template(chat_template)
+        from transformers import AutoTokenizer
+
+        try:
+            hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                f"no tokenizer could be loaded from {folder}: {reason}; the folder needs tokenizer.json "
+                "(or the files that the model's tokenizer class asks for) and tokenizer_config.json"
+            ) from error
+        return cls(hf, template)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.hf.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens (bos) that the model's tokenizer adds."""
+        if self._backend is not None:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+        with self._lock:
+            return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation by the chat template; special tokens in the messages' own text stay text.
+
+        Args:
+            messages: dicts with `role` and `content`.
+            add_generation_prompt: end with the opening of the assistant's turn.
+
+        Raises:
+            RequestError: there is no template, or it refuses these messages.
+        """
+        if not self.has_chat_template:
+            raise RequestError(
+                "this model's tokenizer has no chat template: use /v1/completions (or LLM.generate) with a complete "
+                "prompt, or start with --chat-template FILE, or --chat-template vicuna for Vicuna checkpoints"
+            )
+        if not messages:
+            raise RequestError("messages must not be empty")
+        guarded = [{**m, "content": self._break_specials(m["content"])} for m in messages]
+        try:
+            text: str = self.hf.apply_chat_template(
+                guarded, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        ids: list[int] = []
+        for part in text.split(_BREAK):
+            ids += self.encode(part, add_special_tokens=False) if part else []
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of tokens."""
+        ids = [t for t in token_ids if t not in self.special_ids] if skip_special_tokens else list(token_ids)
+        if self._backend is not None:
+            text: str = self._backend.decode(ids, skip_special_tokens=False)
+            return text
+        with self._lock:
+            return str(self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for; it need not be whole characters."""
+        piece = self.hf.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        piece = str(piece)
+        if token_id not in self.special_ids:
+            if match := _BYTE_PIECE.fullmatch(piece):
+                return bytes([int(match[1], 16)])
+            if self._byte_level and all(c in _BYTE_OF_CHAR for c in piece):
+                return bytes(_BYTE_OF_CHAR[c] for c in piece)
+            if "\u2581" in piece:
+                return piece.replace("\u2581", " ").encode()
+        return self.decode([token_id], skip_special_tokens=False).encode()
+
+    def _break_specials(self, text: str) -> str:
+        """Mark a cut inside every special token that a message spells out, so that it is encoded as text."""
+        text = text.replace(_BREAK, "")
+        return self._special.sub(rf"\1{_BREAK}", text) if self._special is not None else text
+
+
+class Detokenizer:
+    """The text of one sequence as its tokens arrive: never half a character, and a bounded window of work per step.
+
+    The texts that `push` and `flush` give, joined, are `tokenizer.decode` of all tokens. (Where byte tokens of a
+    SentencePiece vocabulary are no UTF-8, `decode` spoils valid characters beside them and this class does not.)
+
+    Args:
+        skip_special_tokens: leave special tokens out.
+        context: tokens before the first, so that a continuation keeps its leading space where the tokenizer
+            drops a text's first one.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._ids = [t for t in context[-CONTEXT_TOKENS:] if t not in tokenizer.special_ids]
+        self._read = len(self._ids)
+        """Tokens of the window whose text has been given out; they only set the scene for the others."""
+        self._prefix = self._decode(self._ids)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take tokens; give the text that is certain now."""
+        self._ids += [t for t in token_ids if t not in self._skip] if self._skip else token_ids
+        return self._advance(final=len(self._ids) - self._read > MAX_HELD_TOKENS)
+
+    def flush(self) -> str:
+        """The text of what is still held, as it is: there will be no more tokens."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        if len(self._ids) == self._read:
+            return ""
+        window = self._decode(self._ids)
+        if window.endswith(REPLACEMENT) and not final:
+            return ""
+        new = self._decode(self._ids[self._read :])
+        # where it does not start so, bytes that are no UTF-8 took the text before them along
+        text = window[len(self._prefix) :] if window.startswith(self._prefix) else new
+        if not text and not final:
+            return ""
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        self._prefix = new
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
+
+
+def _read_template(name: str) -> str:
+    if name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name]
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join(CHAT_TEMPLATES)
+        raise ConfigError(f"chat template {name!r} is neither a file nor one of: {known}")
+    return path.read_text(encoding="utf-8")
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes (byte-level BPE)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(b): b for b in printable}
+    others = [b for b in range(256) if b not in printable]
+    return table | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()

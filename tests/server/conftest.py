@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.tiny_tokenizer import save_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class Running:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    temp: Path
+    pids: Path
+
+    def wait_ready(self, seconds: float = 40.0) -> Running:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, "the server ended while starting"
+            try:
+                if httpx.get(self.url + "/health").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError("the server did not start")
+
+    def engine_pid(self) -> int:
+        return int(next(iter(sorted(self.pids.iterdir()))).name)
+
+    def stop(self, number: int = signal.SIGINT) -> float:
+        """Seconds that it took to end."""
+        start = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(10)
+        return time.monotonic() - start
+
+
+def launch(temp: Path, *options: str, model: Path | str | None = None, **env: str) -> Running:
+    """Start a server whose temporary files are under `temp`."""
+    folder = temp / "model"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        save_tokenizer(folder)
+        (folder / "config.json").write_text("{}")
+    port = free_port()
+    sockets, pids = temp / "tmp", temp / "pids"
+    for path in (sockets, pids):
+        path.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.server.launch", str(model or folder), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--served-model-name", "fake", *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(sockets), "FAKE_ENGINE_PID_FOLDER": str(pids), **env},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Running(process, f"http://127.0.0.1:{port}", sockets, pids)
+
+
+def process_exists(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = launch(tmp_path_factory.mktemp("server")).wait_ready()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=20) as c:
+        yield c

@@ -1,0 +1,161 @@
+"""A test double with the engine's interface: it writes a canned text, several tokens a step."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from manyheads.config import EngineConfig
+from manyheads.request import (
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    QueueFull,
+    RequestDelta,
+    RequestError,
+    TokenLogprobs,
+)
+from tests.server.tiny_tokenizer import tiny_tokenizer
+
+TEXT = "The cat 🐈 sat on the mat, 猫はマットの上に座った。 It was e\u0301legant. " * 40
+"""What every reply says, from the beginning, to its end of text."""
+
+
+@dataclass
+class _Open:
+    request: EngineRequest
+    tokens: list[int]
+    done: int = 0
+    steps: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`."""
+
+    config: EngineConfig
+    per_step: int = 3
+    step_seconds: float = 0.0
+    open: dict[str, _Open] = field(default_factory=dict)
+    pending: list[RequestDelta] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "generated": 0, "steps": 0, "rows": 0})
+
+    def __post_init__(self) -> None:
+        self.tokenizer = tiny_tokenizer()
+        self.eos = self.tokenizer.hf.eos_token_id
+        self.text = [*self.tokenizer.encode(TEXT), self.eos]
+        self.ready = EngineReady(
+            model="fake",
+            max_model_len=self.config.max_model_len or 2048,
+            vocab_size=len(self.tokenizer.hf),
+            num_heads=3,
+            dtype="float32",
+            device="cpu",
+            num_blocks=64,
+            block_size=16,
+            eos_token_ids=[self.eos],
+        )
+
+    def add_request(self, message: EngineRequest) -> None:
+        message.params.validate()
+        if any(not 0 <= t < self.ready.vocab_size for t in message.prompt_token_ids):
+            raise RequestError(f"prompt token ids must be between 0 and {self.ready.vocab_size - 1}")
+        if len(message.prompt_token_ids) >= self.ready.max_model_len:
+            raise RequestError("the prompt does not fit")
+        if len(self.open) >= self.config.max_queue:
+            raise QueueFull(f"{len(self.open)} requests are waiting")
+        self.open[message.request_id] = _Open(message, list(self.text))
+        self.counts["prompt"] += len(message.prompt_token_ids)
+
+    def abort(self, request_id: str) -> None:
+        entry = self.open.pop(request_id, None)
+        if entry is not None:
+            self.pending.append(
+                RequestDelta(request_id=request_id, new_token_ids=[], finish_reason="abort", num_steps=entry.steps)
+            )
+
+    def has_work(self) -> bool:
+        return bool(self.open or self.pending)
+
+    def step(self) -> list[RequestDelta]:
+        deltas, self.pending = self.pending, []
+        if self.open:
+            self.counts["steps"] += 1
+            time.sleep(self.step_seconds)
+        for request_id, entry in list(self.open.items()):
+            delta = self._advance(request_id, entry)
+            deltas.append(delta)
+            if delta.finish_reason:
+                del self.open[request_id]
+        return deltas
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.open),
+            num_blocks=64,
+            num_free_blocks=64 - min(64, len(self.open)),
+            prompt_tokens=self.counts["prompt"],
+            generation_tokens=self.counts["generated"],
+            steps=self.counts["steps"],
+            row_steps=self.counts["rows"],
+            drafted_by_depth=[10, 5, 2],
+            accepted_by_depth=[6, 2, 1],
+        )
+
+    def _advance(self, request_id: str, entry: _Open) -> RequestDelta:
+        params = entry.request.params
+        prompt = self.tokenizer.decode(entry.request.prompt_token_ids[:200])
+        if "SLOW" in prompt:
+            time.sleep(0.05)
+        if "CRASH" in prompt:
+            raise RuntimeError("the fake engine was told to crash")
+        if "FAIL" in prompt:
+            return RequestDelta(
+                request_id=request_id,
+                new_token_ids=[],
+                finish_reason="error",
+                error="told to fail",
+                error_kind="engine",
+            )
+        room = self.ready.max_model_len - len(entry.request.prompt_token_ids)
+        limit = min(params.max_tokens or room, room, len(entry.tokens))
+        if params.ignore_eos:
+            limit = min(params.max_tokens or room, room)
+            entry.tokens = (entry.tokens[:-1] * 4)[:limit]
+        count = self.per_step if params.speculative else 1
+        new = entry.tokens[entry.done : min(entry.done + count, limit)]
+        entry.done += len(new)
+        entry.steps += 1
+        self.counts["rows"] += 1
+        self.counts["generated"] += len(new)
+        reason = None
+        stop = None
+        for i, token in enumerate(new):
+            if (token == self.eos and not params.ignore_eos) or token in params.stop_token_ids:
+                new, reason, stop = new[: i + 1], "stop", token
+                break
+        if reason is None and (entry.done >= limit or entry.steps == params.max_steps):
+            reason = "length"
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = [TokenLogprobs(t, -0.5, 1, [(t + k, -0.5 - k) for k in range(params.logprobs)]) for t in new]
+        return RequestDelta(
+            request_id=request_id,
+            new_token_ids=new,
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_token_id=stop,
+            num_steps=entry.steps,
+        )
+
+
+def build(config: EngineConfig, progress: object = None) -> FakeEngine:
+    """For the engine process: `tests.server.fake_engine:build`."""
+    if config.model == "missing":
+        raise ValueError("no such model: missing")
+    if folder := os.environ.get("FAKE_ENGINE_PID_FOLDER"):
+        Path(folder, str(os.getpid())).touch()
+    time.sleep(float(os.environ.get("FAKE_ENGINE_START_SECONDS", "0")))
+    return FakeEngine(config, step_seconds=float(os.environ.get("FAKE_ENGINE_STEP_SECONDS", "0.002")))
