@@ -127,9 +127,7 @@ class SequenceOutput:
             self.logprobs += logprobs
         if text:
             self._text.append(text)
-        return TextDelta(
-            text=text, token_ids=tokens[:kept], logprobs=logprobs, finish_reason=self.finish_reason
-        )
+        return TextDelta(text=text, token_ids=tokens[:kept], logprobs=logprobs, finish_reason=self.finish_reason)
 
     def result(self) -> CompletionOutput:
         """The continuation so far."""

@@ -1,4 +1,4 @@
-"""Train the built-in base model: base.py DATA OUT [--seconds N]. One GPU; OUT holds the tokenizer already."""
+"""Train the built-in base model: base.py DATA OUT. One GPU; OUT holds the tokenizer already."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import conversations, documents
+from data import conversations, documents, entries
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LENGTH = 1024
-ROWS = 64
+ROWS = 32
 CONFIG = LlamaConfig(
     vocab_size=4096,
     hidden_size=384,
@@ -70,12 +69,17 @@ def pack(items: list[tuple[list[int], list[int]]], length: int) -> tuple[np.ndar
     return np.array(tokens, dtype=np.int16), np.array(masks, dtype=np.bool_)
 
 
-def batches(tokens: Tensor, masks: Tensor, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch, shuffled."""
-    while True:
-        for index in torch.randperm(len(tokens), generator=rng).split(ROWS):
-            if len(index) == ROWS:
-                yield tokens[index].cuda(non_blocking=True).long(), masks[index].cuda(non_blocking=True)
+def rows_of(items: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Packed rows on the GPU: tokens int64 and masks bool, [rows, LENGTH + 1] each."""
+    tokens, masks = pack(items, LENGTH + 1)
+    return torch.from_numpy(tokens).cuda().long(), torch.from_numpy(masks).cuda()
+
+
+def add_dropout(model: LlamaForCausalLM, p: float) -> None:
+    """Dropout on the embedding and on what each block adds; Llama has none of its own."""
+    layers = [module for layer in model.model.layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    for module in (model.model.embed_tokens, *layers):
+        module.register_forward_hook(lambda module, args, out: F.dropout(out, p, module.training))
 
 
 def loss_of(model: torch.nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -90,70 +94,78 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=330)
-    parser.add_argument("--chat-share", type=float, default=0.45, help="share of the time spent on conversations alone")
-    parser.add_argument("--init", type=Path, help="go on from this checkpoint, on conversations alone")
+    parser.add_argument("--text-epochs", type=int, default=6, help="passages and conversations, every token counts")
+    parser.add_argument("--chat-epochs", type=int, default=4, help="conversations alone, the answers count")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    rng = random.Random(0)
+    start = time.time()
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-
-    talks = conversations(args.data, rng)
-    rng.shuffle(talks)
-    chat = encode_conversations(talks, tokenizer)
-    held_out, chat = chat[:600], chat[600:]
-    known = {tuple(ids) for ids, _ in chat}
-    held_out = [item for item in held_out if tuple(item[0]) not in known]
+    items = entries(args.data)
+    # whole entries are held out, so that no variant of them is seen
+    held_out, items = items[: len(items) // 40], items[len(items) // 40 :]
+    valid = rows_of(encode_conversations(conversations(held_out, random.Random(0)), tokenizer))
     text = [(e.ids, [1] * len(e.ids)) for e in tokenizer.encode_batch(documents(args.data))]
-    first = [*text, *((ids, [1] * len(ids)) for ids, _ in chat)]
-    rng.shuffle(first)
-    phases = [tuple(map(torch.from_numpy, pack(items, LENGTH + 1))) for items in (first, chat)]
-    valid = [t.cuda() for t in map(torch.from_numpy, pack(held_out, LENGTH + 1))]
-    print("tokens:", [int(p[0].numel()) for p in phases], "held out:", len(held_out), flush=True)
+
+    def epoch(number: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(number)
+        chat = encode_conversations(conversations(items, rng), tokenizer)
+        if number < args.text_epochs:
+            chat = [*text, *((ids, [1] * len(ids)) for ids, _ in chat)]
+            rng.shuffle(chat)
+        return rows_of(chat)
+
+    epochs = [epoch(number) for number in range(args.text_epochs + args.chat_epochs)]
+    total = sum(len(tokens) // ROWS for tokens, _ in epochs)
+    print(f"tokens: {[t.numel() for t, _ in epochs]}, steps: {total}, {time.time() - start:.0f} s", flush=True)
 
     model = LlamaForCausalLM(CONFIG).cuda()
-    if args.init:
-        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).cuda()
+    add_dropout(model, args.dropout)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    peak = 2e-3 if not args.init else 6e-4
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=peak, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.Muon(matrices, lr=args.rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
     compiled = torch.compile(model)
-    generator = torch.Generator().manual_seed(0)
-    sources = [batches(*phase, generator) for phase in phases]
-    log, start, step = [], 0.0, 0
-    while True:
-        # the clock starts when everything is compiled
-        if step == 5:
-            start = time.time()
-        done = 0.0 if step < 5 else (time.time() - start) / args.seconds
-        if done >= 1:
-            break
-        warm = min(1.0, (step + 1) / 150)
-        decay = 1.0 if done < 0.5 else 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * warm * max(decay, 0.01)
-        talking = args.init is not None or done > 1 - args.chat_share
-        loss = loss_of(compiled, *next(sources[int(talking)]))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 250 == 0:
-            with torch.no_grad():
-                held = torch.stack([loss_of(model, valid[0][i : i + 16], valid[1][i : i + 16])
-                                    for i in range(0, len(valid[0]), 16)]).mean()  # fmt: skip
-            log.append({"step": step, "done": round(done, 3), "loss": loss.item(), "held_out": held.item()})
-            print(log[-1], flush=True)
-    model.half().save_pretrained(args.out)
-    summary = {"steps": step, "tokens": step * ROWS * LENGTH, "parameters": model.num_parameters(), "log": log}
+    log, step = [], 0
+    best: tuple[float, dict[str, Tensor]] = (math.inf, {})
+    for number, (tokens, masks) in enumerate(epochs):
+        model.train()
+        losses = []
+        for index in torch.randperm(len(tokens))[: len(tokens) // ROWS * ROWS].cuda().split(ROWS):
+            scale = min((step + 1) / 150, max(0.01, 0.5 * (1 + math.cos(math.pi * step / total))))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = args.rate * scale
+            loss = loss_of(compiled, tokens[index], masks[index])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            step += 1
+        model.eval()
+        with torch.no_grad():
+            parts = [loss_of(model, *(t[i : i + 16] for t in valid)) for i in range(0, len(valid[0]), 16)]
+        held = torch.stack(parts).mean().item()
+        if held < best[0]:
+            best = held, {name: tensor.half().cpu() for name, tensor in model.state_dict().items()}
+        train = torch.stack(losses).mean().item()
+        log.append({"epoch": number, "step": step, "loss": round(train, 4), "held_out": round(held, 4)})
+        print(log[-1], f"{time.time() - start:.0f} s", flush=True)
+    model.half().load_state_dict(best[1])
+    model.save_pretrained(args.out)
+    summary = {
+        "settings": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
+        "parameters": model.num_parameters(),
+        "tokens": sum(t.numel() for t, _ in epochs),
+        "held_out": round(best[0], 4),
+        "log": log,
+    }
     (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 

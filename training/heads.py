@@ -1,8 +1,8 @@
 """Medusa heads on the base's own answers: heads.py DATA MODEL [--seconds N]. One GPU.
 
-The base answers prompts of the conversations (greedily, and some at temperature 0.7), and the heads learn to predict what
-it said two and more tokens ahead (Medusa-1, Cai et al. 2024, section 2.2.1, with self-distillation, section 2.3.2). A head is
-one residual block whose output goes through the base's own vocabulary projection ("V2").
+The base answers prompts of the conversations (greedily, and some at temperature 0.7), and the heads learn to predict
+what it said two and more tokens ahead (Medusa-1, Cai et al. 2024, section 2.2.1, with self-distillation, section
+2.3.2). A head is one residual block whose output goes through the base's own vocabulary projection ("V2").
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from base import pack
-from data import conversations
+from data import entries
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -44,7 +44,12 @@ def answers(model: LlamaForCausalLM, prompts: list[list[int]], seconds: float) -
         ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in group]).cuda()
         sampled = {"do_sample": True, "temperature": 0.7} if number % 4 == 3 else {"do_sample": False}
         out = model.generate(
-            input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=MAX_NEW, eos_token_id=END, pad_token_id=0, **sampled
+            input_ids=ids,
+            attention_mask=(ids != 0).long(),
+            max_new_tokens=MAX_NEW,
+            eos_token_id=END,
+            pad_token_id=0,
+            **sampled,
         )[:, width:].tolist()
         for i, new in zip(group, out, strict=True):
             said = new[: new.index(END) + 1] if END in new else new
@@ -87,7 +92,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).cuda().eval().requires_grad_(False)
     user, assistant, end = (tokenizer.token_to_id(f"<|{name}|>") for name in ("user", "assistant", "end"))
-    questions = {talk[0]["content"] for talk in conversations(args.data, random.Random(0))}
+    questions = {talk[0]["content"] for entry in entries(args.data) for talk in entry.variants}
     encoded = tokenizer.encode_batch(sorted(questions))
     prompts = [[user, *e.ids, end, assistant] for e in encoded if len(e.ids) < 400]
     random.Random(1).shuffle(prompts)

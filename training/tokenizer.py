@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 
-from data import conversations, documents
+from data import documents, entries
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 4096
@@ -27,7 +26,7 @@ def main(data: Path, out: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    talks = [message["content"] for talk in conversations(data, random.Random(0)) for message in talk]
+    talks = [message["content"] for entry in entries(data) for message in entry.variants[0]]
     tokenizer.train_from_iterator([*talks, *documents(data)], trainer)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))

@@ -54,9 +54,7 @@ def run(args: argparse.Namespace) -> int:
         if item.error is not None:
             print(f"line {item.line}: {item.error}", file=sys.stderr)
     with contextlib.ExitStack() as stack:
-        out: IO[str] = (
-            stack.enter_context(open(args.output, "w", encoding="utf-8")) if args.output else sys.stdout
-        )
+        out: IO[str] = stack.enter_context(open(args.output, "w", encoding="utf-8")) if args.output else sys.stdout
         failed = write_answers(llm, items, out, progress=not args.quiet and sys.stderr.isatty())
     if failed:
         print(f"{failed} of {len(items)} lines have no answer; their records say why", file=sys.stderr)
@@ -172,5 +170,3 @@ def _records(item: Item) -> Iterable[dict[str, Any]]:
         if output.error is not None:
             record["error"] = output.error
         yield record
-
-

@@ -6,10 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from manyheads.medusa.checkpoint import read_heads, split_model
-from manyheads.medusa.heads import MedusaHeads
-from manyheads.models.config import ModelConfig
-from manyheads.models.loader import load_model
 
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.engine.block_manager import BlockManager
@@ -17,8 +13,12 @@ from manyheads.engine.engine import Engine
 from manyheads.engine.runner import NUM_RANKS, Runner
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.warmup import measure_costs
+from manyheads.medusa.checkpoint import read_heads, split_model
+from manyheads.medusa.heads import MedusaHeads
 from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, Planner
 from manyheads.medusa.tree import MAX_NODES
+from manyheads.models.config import ModelConfig
+from manyheads.models.loader import load_model
 from manyheads.request import EngineReady
 
 

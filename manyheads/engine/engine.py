@@ -179,9 +179,7 @@ class Engine:
         return self._finish(request, tokens, reason, row, stop_token)
 
     def _register(self, request: Request) -> None:
-        self.scheduler.blocks.register(
-            request.table, request.tokens, min(request.cached_len, len(request.tokens))
-        )
+        self.scheduler.blocks.register(request.table, request.tokens, min(request.cached_len, len(request.tokens)))
 
     def _finish(
         self,

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from manyheads.medusa.heads import MedusaHeads
-from manyheads.models.llama import Llama
 from torch import Tensor
 
 from manyheads.attention.base import Group
@@ -18,8 +16,10 @@ from manyheads.attention.cpu import CpuAttention
 from manyheads.engine.sampler import NodeBlock, draw
 from manyheads.engine.state import RowState, has_penalties
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.medusa.heads import MedusaHeads
 from manyheads.medusa.tree import ROOT, TreeTensors, chain_tensors, tree_tensors
 from manyheads.medusa.verify import Verdict, agrees, longest_path, typical
+from manyheads.models.llama import Llama
 from manyheads.request import TokenLogprobs
 
 NUM_RANKS = 10
@@ -124,25 +124,25 @@ class Runner:
         hidden_of_last: list[Tensor] = []
         rows_of_last: list[Tensor] = []
         for block in blocks:
-            rows = next((r for r in decoding if r.requests is block.requests), None)
+            tree_rows = next((r for r in decoding if r.requests is block.requests), None)
             drawn = target[block.start : block.stop].view(len(block.requests), -1)
-            if rows is None:  # finished prompts: every token is kept, one is gained
+            if tree_rows is None:  # finished prompts: every token is kept, one is gained
                 state.last_token[block.rows] = drawn[:, 0]
                 hidden_of_last.append(drawing[block.start : block.stop])
                 emitted = [[token] for token in drawn[:, 0].tolist()]
                 paths = [[0]] * len(emitted)
                 depth = 0
             else:
-                verdict = self._verify(rows, drawn, distributions)
-                if plan.propose or rows.num_nodes > 1:
-                    self._count_hits(rows, verdict, result)
-                self._keep(rows, verdict)
-                last = torch.arange(len(rows.requests), device=self.device) * rows.num_nodes + verdict.last
+                verdict = self._verify(tree_rows, drawn, distributions)
+                if plan.propose or tree_rows.num_nodes > 1:
+                    self._count_hits(tree_rows, verdict, result)
+                self._keep(tree_rows, verdict)
+                last = torch.arange(len(tree_rows.requests), device=self.device) * tree_rows.num_nodes + verdict.last
                 hidden_of_last.append(drawing[block.start : block.stop][last])
                 lengths = verdict.num_accepted.tolist()
                 emitted = [e[:n] for e, n in zip(verdict.emitted.tolist(), lengths, strict=True)]
                 paths = verdict.path.tolist()
-                depth = int(rows.tree.path.shape[1]) - 1
+                depth = int(tree_rows.tree.path.shape[1]) - 1
             rows_of_last.append(block.rows)
             for request, tokens, path in zip(block.requests, emitted, paths, strict=True):
                 row = RowResult(request, tokens, drafted_depth=depth)

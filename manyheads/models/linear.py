@@ -16,8 +16,8 @@ class Linear:
     Decoding multiplies a few rows with each weight, over and over, so what counts is how a weight is read. On a CPU in
     float32, F.linear hands the product to a GEMM that rearranges the weight at every call; here it is arranged once:
 
-    - `fp16`: a weight whose values are all float16 numbers (a checkpoint in half precision) is kept as such, and widened
-      in registers: half the bytes, the same float32 arithmetic (FBGEMM);
+    - `fp16`: a weight whose values are all float16 numbers (a checkpoint in half precision) is kept as such, and
+      widened in registers: half the bytes, the same float32 arithmetic (FBGEMM);
     - `onednn`: any other float32 weight;
     - `plain`: everything else, F.linear.
 

@@ -67,12 +67,12 @@ class Llama:
             qkv = layer.qkv(self._norm(x, layer.input_norm)).view(shape)
             qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
             if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
+                q, k = qk.tensor_split((config.num_heads,), dim=1)
                 qk = torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)), dim=1)
             half = config.head_dim // 2
             # sin is signed: x · cos + rotate_half(x) · sin, without the negation
             qk = torch.addcmul(qk * cos, qk.roll(half, dims=-1), sin)
-            q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
+            q, k = qk.tensor_split((config.num_heads,), dim=1)
             x = x + layer.o(attend(i, q, k, v).flatten(1))
             gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)

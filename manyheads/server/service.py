@@ -100,9 +100,7 @@ class Generation:
             for output in row:
                 request_id = f"{base}-{i}-{output.index}"
                 params = child_params(self.params, output.index)
-                requests.append(
-                    EngineRequest(request_id=request_id, prompt_token_ids=prompt.token_ids, params=params)
-                )
+                requests.append(EngineRequest(request_id=request_id, prompt_token_ids=prompt.token_ids, params=params))
                 open_[request_id] = (i, output, service.metrics.start(len(prompt.token_ids)))
         queue = service.client.submit(requests)
         try:

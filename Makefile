@@ -1,0 +1,37 @@
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+
+.PHONY: serve chat test lint types clean
+
+serve: .venv/serve.done        ## the built-in model at http://127.0.0.1:8000 (MODEL=... for another)
+	$(BIN)/manyheads serve $(MODEL) --port $(PORT)
+
+chat: .venv/serve.done         ## the built-in model in this terminal
+	$(BIN)/manyheads chat $(MODEL)
+
+test: lint types               ## everything that a change must pass
+	$(BIN)/pytest --cov=manyheads --cov-report=term:skip-covered
+
+lint: .venv/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/test.done
+	$(BIN)/mypy -p manyheads
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/python.done:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+.venv/serve.done: .venv/python.done pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/test.done: .venv/python.done pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
