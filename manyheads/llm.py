@@ -82,6 +82,8 @@ class LLM:
             engine = build_engine(self.config)
         self.engine = engine
         self._ids = itertools.count()
+        self._open: dict[str, SequenceOutput] = {}
+        """Of all callers: whoever makes the next step takes the others' tokens for them."""
 
     def generate(
         self,
@@ -203,18 +205,20 @@ class LLM:
             while waiting or running:
                 self._feed(waiting, running)
                 for delta in self.engine.step():
-                    output = running.get(delta.request_id)
+                    output = self._open.get(delta.request_id)
                     if output is None:
                         continue  # the answer to an abort
                     output.push(delta)
                     if output.finished:
-                        del running[delta.request_id]
+                        del self._open[delta.request_id]
                         if output.needs_abort:
                             self.engine.abort(delta.request_id)
+                running = {request_id: output for request_id, output in running.items() if not output.finished}
                 yield
         finally:
             for request_id in running:
-                self.engine.abort(request_id)  # the last deltas come with the next step, and are passed over
+                if self._open.pop(request_id, None) is not None:
+                    self.engine.abort(request_id)  # the last delta comes with the next step, and is passed over
 
     def _feed(self, waiting: deque[tuple[Job, SequenceOutput]], running: dict[str, SequenceOutput]) -> None:
         """Give the engine what it takes; a full queue takes more later."""
@@ -227,7 +231,7 @@ class LLM:
             )
             try:
                 self.engine.add_request(request)
-                running[request.request_id] = output
+                self._open[request.request_id] = running[request.request_id] = output
             except QueueFull:
                 if not self.engine.has_work():
                     raise

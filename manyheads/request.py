@@ -90,6 +90,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
         )
+        for name in ("max_tokens", "min_tokens", "max_steps", "top_k"):
+            need((getattr(self, name) or 0) < 2**31, f"{name} must be below 2**31, not {getattr(self, name)}")
         finite("temperature", 0.0, 100.0)
         finite("top_p", 0.0, 1.0)
         need(self.top_p > 0, f"top_p must be above 0, not {self.top_p}")
@@ -220,6 +222,8 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine could not start or has died; the message is for a person."""
 
     message: str
+    refused: bool = False
+    """A setting or a checkpoint cannot hold: the caller's to mend."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):

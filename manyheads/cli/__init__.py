@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from manyheads.cli.parser import Parser, make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status."""
+    """Run a command; the exit status: 2 for what cannot be done as asked, 1 for what went wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -18,13 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 141
     except Exception as error:
         if getattr(args, "debug", False) or not _expected(error):
             raise
         print(f"manyheads: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def _expected(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from manyheads.cli.interrupt import between_steps
 from manyheads.cli.parser import engine_config, sampling_params
 from manyheads.config import ConfigError
 from manyheads.request import RequestError, SamplingParams
@@ -110,12 +112,14 @@ def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
 
     def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
         shown = 0
-        for result in llm.stream_chat(messages, params):
-            output = result.outputs[0]
-            if output.error is not None:
-                raise RequestError(output.error)
-            yield Piece(output.text[shown:], len(output.token_ids), output.num_steps)
-            shown = len(output.text)
+        with between_steps() as check:
+            for result in llm.stream_chat(messages, params):
+                output = result.outputs[0]
+                if output.error is not None:
+                    raise RequestError(output.error)
+                yield Piece(output.text[shown:], len(output.token_ids), output.num_steps)
+                shown = len(output.text)
+                check()
 
     return ask, llm.engine.ready.model
 
@@ -136,13 +140,18 @@ def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]
             reason = getattr(error, "reason", error)
             raise ConfigError(f"no answer from {url}: {reason}; is the server running?") from error
 
-    with call("/v1/models") as response:
-        name = str(json.load(response)["data"][0]["id"])
+    try:
+        with call("/v1/models") as response:
+            name = str(json.load(response)["data"][0]["id"])
+    except (RequestError, ConfigError):
+        raise
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{url} answers, but not as this API does; is --url right?") from error
 
     def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
         body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
         with call("/v1/chat/completions", body) as response:
-            for line in response:
+            for line in _lines(response):
                 data = line.removeprefix(b"data: ").strip()
                 if not line.startswith(b"data: ") or data == b"[DONE]":
                     continue
@@ -154,6 +163,13 @@ def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]
                 yield Piece(text, usage.get("completion_tokens", 0), usage.get("decoding_steps", 0))
 
     return ask, f"{name} at {url}"
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    try:
+        yield from response
+    except (OSError, http.client.HTTPException) as error:
+        raise RequestError("the server broke the connection off") from error
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import msgspec
 
+from manyheads.cli.interrupt import between_steps
 from manyheads.cli.parser import engine_config, sampling_params
 from manyheads.config import ConfigError
 from manyheads.llm import LLM, Job
@@ -100,8 +101,10 @@ def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) 
             out.flush()
 
     try:
-        for _ in llm.follow(jobs, progress):
-            flush()
+        with between_steps() as check:
+            for _ in llm.follow(jobs, progress):
+                flush()
+                check()
         flush()
     except KeyboardInterrupt:
         print(f"stopped: {written} of {len(items)} lines are answered and written", file=sys.stderr)
@@ -142,7 +145,8 @@ def _item(llm: LLM, number: int, parsed: _Line | str, params: SamplingParams, ra
         echo["prompt"] = parsed.prompt
     try:
         if parsed.params:
-            params = msgspec.convert({**msgspec.to_builtins(params), **parsed.params}, SamplingParams)
+            given = {**msgspec.to_builtins(params, str_keys=True), **parsed.params}
+            params = msgspec.convert(given, SamplingParams, str_keys=True)
         if parsed.prompt is not None and (raw or not llm.tokenizer.has_chat_template):
             return Item(number, echo, llm.prompt_job(parsed.prompt, params))
         if parsed.prompt is not None and not parsed.prompt.strip():

@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(name, options, n=2, cutoff=0.6)
         hint = f"did you mean {' or '.join(close)}?" if close else f"see {self.prog} --help"
         kind = "option" if name.startswith("-") else "argument"
-        self.error(f"unknown {kind} {name}; {hint}")
+        self.exit(2, f"{self.prog}: error: unknown {kind} {name}; {hint}\n")
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice" in message and self.commands:
@@ -76,6 +76,8 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(word, self.commands, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(self.commands)}"
             message = f"unknown command {word!r}; {hint}"
+        else:
+            message += f"; see {self.prog} --help"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

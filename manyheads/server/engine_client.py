@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from manyheads.config import EngineConfig
+from manyheads.config import ConfigError, EngineConfig
 from manyheads.request import (
     Abort,
     EngineFailed,
@@ -74,6 +75,7 @@ class EngineClient:
         """Start the engine and wait until it serves.
 
         Raises:
+            ConfigError: a setting or a checkpoint cannot hold.
             EngineError: it could not start; the message says why.
         """
         self._folder = tempfile.mkdtemp(prefix="manyheads-")
@@ -83,7 +85,10 @@ class EngineClient:
         self._outputs = self._context.socket(zmq.PULL)
         for socket, name in ((self._requests, "requests"), (self._outputs, "outputs")):
             socket.set_hwm(0)
-            socket.bind(f"ipc://{self._folder}/{name}")
+            try:
+                socket.bind(f"ipc://{self._folder}/{name}")
+            except zmq.ZMQError as error:
+                raise EngineError(f"no socket can be made in {self._folder}: {error}; set TMPDIR") from error
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -157,21 +162,22 @@ class EngineClient:
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(message)
             else:
-                self._fail(message.message)
+                self._fail(message.message, ConfigError if message.refused else EngineError)
 
     async def _watch(self) -> None:
         assert self._process is not None
         status = await self._process.wait()
         await asyncio.sleep(0.2)  # its last words come first
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        self._fail(f"the engine process ended {how}")
+        hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+        self._fail(f"the engine process ended {how}{hint}")
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, message: str, kind: type[Exception] = EngineError) -> None:
         if self.failure is not None:
             return
         self.failure = message
         if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(EngineError(message))
+            self._ready.set_exception(kind(message))
             self._ready.exception()  # retrieved: nobody may be waiting any more
         queues, self._queues = self._queues, {}
         for request_id, queue in queues.items():

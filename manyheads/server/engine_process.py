@@ -119,18 +119,20 @@ def main() -> None:
     inbox.connect(f"ipc://{launch.folder}/requests")
     outbox.connect(f"ipc://{launch.folder}/outputs")
     status = 0
+    serving = False
     try:
         engine = _build(launch)
         ready: EngineReady = engine.ready
         loop = Loop(engine, inbox, outbox)
         loop.send(ready)
+        serving = True
         loop.run()
     except Exception as error:
-        expected = isinstance(error, (ValueError, OSError))
+        expected = not serving and isinstance(error, (ValueError, OSError))
         if launch.verbose or not expected:
             traceback.print_exc()
         text = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
-        outbox.send(msgspec.msgpack.encode(EngineFailed(text)))
+        outbox.send(msgspec.msgpack.encode(EngineFailed(text, refused=expected and isinstance(error, ValueError))))
         status = 1
     context.destroy(linger=2000)
     sys.exit(status)

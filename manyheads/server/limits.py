@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from manyheads.server.errors import error_response
 
 MAX_BODY_BYTES = 4 * 2**20
+DISCARD_SECONDS = 5.0
+"""How long a client may go on sending what is not wanted: closing before it has finished can lose it the answer."""
 
 
 class BodyLimit:
     """ASGI middleware: reads a request's body up to a limit before the application sees the request.
 
-    What announces more is answered 413 without reading; what sends more without saying so, as soon as it does.
+    What announces more is answered 413 at once; what sends more without saying so, as soon as it does. The rest of such
+    a body is thrown away as it comes.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
@@ -25,7 +31,7 @@ class BodyLimit:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
-            return await self._refuse(scope, receive, send)
+            return await self._refuse(receive, send, more=True)
         chunks: list[bytes] = []
         size = 0
         more = True
@@ -37,7 +43,7 @@ class BodyLimit:
             size += len(chunks[-1])
             more = message.get("more_body", False)
             if size > self.max_bytes:
-                return await self._refuse(scope, receive, send)
+                return await self._refuse(receive, send, more)
         body: bytes | None = b"".join(chunks)
 
         async def replay() -> Message:
@@ -50,9 +56,19 @@ class BodyLimit:
 
         return await self.app(scope, replay, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, receive: Receive, send: Send, more: bool) -> None:
         response = error_response(
             413, f"the body is larger than {self.max_bytes} bytes, the most this server reads", code="body_too_large"
         )
-        response.headers["Connection"] = "close"  # the rest of the body is not wanted
-        await response(scope, receive, send)
+        response.headers["Connection"] = "close"
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        if more:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_discard(receive), DISCARD_SECONDS)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
+        pass

@@ -17,13 +17,13 @@ import uvicorn
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.request import EngineReady
 from manyheads.server.app import create_app
-from manyheads.server.engine_client import EngineClient
+from manyheads.server.engine_client import EngineClient, EngineError
 from manyheads.server.engine_process import BUILD_ENGINE
 from manyheads.server.limits import MAX_BODY_BYTES
 from manyheads.server.service import Service
 from manyheads.tokenizer import Tokenizer
 
-DRAIN_SECONDS = 3.0
+DRAIN_SECONDS = 2.0
 """How long running requests may go on after Ctrl-C; then they are aborted, each with an answer."""
 CLOSE_SECONDS = 1
 """How long those answers may take to get out."""
@@ -48,7 +48,7 @@ class ServerConfig:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our end: drain, abort, close, whatever the signal."""
+    """uvicorn with our end: drain, abort, close, whatever the signal. It ends with its engine, too."""
 
     def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
         super().__init__(config)
@@ -57,6 +57,9 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # `serve` has handlers of its own, in force from before the engine starts
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._client.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -71,7 +74,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD_ENGI
     """Serve until a signal; the exit status.
 
     Raises:
-        ConfigError, EngineError: it could not start; nothing is left behind.
+        ConfigError, EngineError: it could not start, or the engine has died; nothing is left behind.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processors are the engine's
     return asyncio.run(_serve(config, server, build))
@@ -124,6 +127,8 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
             host, port = listener.getsockname()[:2]
             print(_greeting(ready, service.names[0], host, port), file=sys.stderr, flush=True)
             await server.serve(sockets=[listener])
+            if client.failure is not None and not stopping:
+                raise EngineError(f"the engine has stopped: {client.failure}")
     except asyncio.CancelledError:
         if not stopping:
             raise
@@ -187,9 +192,11 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+        listener.listen()  # only now is the address ours; who connects early waits for the model
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
     return listener
 
 

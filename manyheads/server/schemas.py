@@ -92,6 +92,7 @@ class OpenAIRequest(Sampling):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
 
     @property
     def include_usage(self) -> bool:
@@ -134,6 +135,7 @@ class CompletionRequest(OpenAIRequest):
 class TextPart(Body):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None
 
 
 class Message(Body):
@@ -181,6 +183,7 @@ class ChatRequest(OpenAIRequest):
     modalities: list[str] | None = None
     audio: Any = None
     web_search_options: Any = None
+    moderation: Any = None
 
     parallel_tool_calls: Any = None
     reasoning_effort: Any = None
@@ -199,6 +202,8 @@ class ChatRequest(OpenAIRequest):
             raise RequestError("modalities: this server gives text only")
         if self.web_search_options:
             raise RequestError("web_search_options: this server does not search the web")
+        if self.moderation:
+            raise RequestError("moderation: this server does not moderate texts")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true")
 

@@ -115,9 +115,10 @@ class Generation:
                     del open_[delta.request_id]
                     if output.needs_abort:
                         service.client.abort([delta.request_id])
+                    if delta.error_kind not in ("invalid", "queue_full"):
+                        service.metrics.finish(timer, output.finish_reason)
                     if output.finish_reason == "error":
                         self._raise(delta)
-                    service.metrics.finish(timer, output.finish_reason)
                 if text.text or text.token_ids or text.finish_reason:
                     yield Update(i, output, text)
         finally:
@@ -178,13 +179,17 @@ class Service:
             RequestError: it can never be served.
         """
         params.validate()
-        longest = self.ready.max_model_len
+        longest, vocab_size = self.ready.max_model_len, self.ready.vocab_size
+        if len(prompts) * params.n > (most := self.client.config.max_queue):
+            raise RequestError(f"{len(prompts)} prompts with n={params.n} are too many: this server queues {most}")
+        if not all(0 <= t < vocab_size for t in (*params.stop_token_ids, *params.logit_bias)):
+            raise RequestError(f"stop_token_ids and logit_bias keys must be between 0 and {vocab_size - 1}")
         for prompt in prompts:
             count = len(prompt.token_ids)
             if not count:
                 raise RequestError("the prompt is empty")
-            if not all(0 <= t < self.ready.vocab_size for t in prompt.token_ids):
-                raise RequestError(f"prompt token ids must be between 0 and {self.ready.vocab_size - 1}")
+            if not all(0 <= t < vocab_size for t in prompt.token_ids):
+                raise RequestError(f"prompt token ids must be between 0 and {vocab_size - 1}")
             if count >= longest:
                 raise RequestError(
                     f"the prompt has {count} tokens; this model's context holds {longest}, prompt and output together"

@@ -44,6 +44,25 @@ class Running:
                 time.sleep(0.05)
         raise AssertionError("the server did not start")
 
+    def num_aborts(self) -> int:
+        """Requests that the engine was told to give up."""
+        file = self.pids.with_name("aborts")
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def errors(self) -> str:
+        """What it wrote to standard error, after its end."""
+        return self.process.communicate(timeout=10)[1]
+
+    def is_gone(self, seconds: float = 2.0) -> bool:
+        """Whether no process, socket or temporary folder is left."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            pids = [self.process.pid, *(int(p.name) for p in self.pids.iterdir())]
+            if not any(map(process_exists, pids)) and not list(self.temp.iterdir()):
+                return True
+            time.sleep(0.05)
+        return False
+
     def engine_pid(self) -> int:
         return int(next(iter(sorted(self.pids.iterdir()))).name)
 
@@ -55,18 +74,18 @@ class Running:
         return time.monotonic() - start
 
 
-def launch(temp: Path, *options: str, model: Path | str | None = None, **env: str) -> Running:
+def launch(temp: Path, *options: str, port: int = 0, **env: str) -> Running:
     """Start a server whose temporary files are under `temp`."""
     folder = temp / "model"
     if not folder.exists():
         folder.mkdir(parents=True)
         save_tokenizer(folder)
         (folder / "config.json").write_text("{}")
-    port = free_port()
+    port = port or free_port()
     sockets, pids = temp / "tmp", temp / "pids"
     for path in (sockets, pids):
         path.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.server.launch", str(model or folder), "--port", str(port)]
+    command = [sys.executable, "-m", "tests.server.launch", str(folder), "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--served-model-name", "fake", *options],
         cwd=ROOT,
@@ -86,7 +105,7 @@ def process_exists(pid: int) -> bool:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = launch(tmp_path_factory.mktemp("server")).wait_ready()
+    running = launch(tmp_path_factory.mktemp("server"), "--max-queue", "64").wait_ready()
     yield running
     running.stop()
 

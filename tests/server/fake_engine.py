@@ -72,6 +72,9 @@ class FakeEngine:
     def abort(self, request_id: str) -> None:
         entry = self.open.pop(request_id, None)
         if entry is not None:
+            if folder := os.environ.get("FAKE_ENGINE_PID_FOLDER"):
+                with Path(folder).with_name("aborts").open("a") as file:
+                    file.write(request_id + "\n")
             self.pending.append(
                 RequestDelta(request_id=request_id, new_token_ids=[], finish_reason="abort", num_steps=entry.steps)
             )
@@ -153,8 +156,8 @@ class FakeEngine:
 
 def build(config: EngineConfig, progress: object = None) -> FakeEngine:
     """For the engine process: `tests.server.fake_engine:build`."""
-    if config.model == "missing":
-        raise ValueError("no such model: missing")
+    if text := os.environ.get("FAKE_ENGINE_ERROR"):
+        raise ValueError(text)
     if folder := os.environ.get("FAKE_ENGINE_PID_FOLDER"):
         Path(folder, str(os.getpid())).touch()
     time.sleep(float(os.environ.get("FAKE_ENGINE_START_SECONDS", "0")))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
+import os
 import sys
+from unittest.mock import patch
 
-from manyheads.cli import make_parser
-from manyheads.cli.serve import run
-from manyheads.server import run as server_run
+from manyheads.cli import main
+from manyheads.server import run
+from manyheads.tokenizer import Tokenizer
+from tests.server.tiny_tokenizer import tiny_tokenizer
 
 if __name__ == "__main__":
-    args: argparse.Namespace = make_parser().parse_args(["serve", *sys.argv[1:]])
-    original = server_run.serve
-    server_run.serve = lambda config, options: original(config, options, build="tests.server.fake_engine:build")
-    sys.exit(run(args))
+    if "FAKE_TOKENIZER" in os.environ:  # loading a real one takes seconds
+        patch("manyheads.llm.tokenizer_folder").start()
+        patch.object(Tokenizer, "load", lambda *_: tiny_tokenizer()).start()
+    run.serve = functools.partial(run.serve, build="tests.server.fake_engine:build")
+    sys.exit(main(["serve", *sys.argv[1:]]))

@@ -1,23 +1,10 @@
 from __future__ import annotations
 
 import json
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from tests.server.conftest import Running
 from tests.server.fake_engine import TEXT
-
-
-def idle(client: httpx.Client, seconds: float = 5.0) -> bool:
-    """Whether the engine comes to have nothing to do."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if "manyheads_num_requests_running 0.0" in client.get("/metrics").text:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def events(response: httpx.Response) -> list[dict]:
@@ -60,30 +47,3 @@ def test_stream(client: httpx.Client) -> None:
     assert len(parts) > 5
     assert not any("\ufffd" in p["text"] for p in parts[:-2])
     assert parts[-1]["details"]["generated_tokens"] == 60
-
-
-def test_eight_clients_at_once(client: httpx.Client) -> None:
-    def ask(i: int) -> dict:
-        body = {"prompt": "Hi " * (i + 1), "parameters": {"max_new_tokens": 20 * (i + 1)}}
-        return client.post("/generate", json=body).json()
-
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(ask, range(8)))
-    assert [a["details"]["generated_tokens"] for a in answers] == [20 * (i + 1) for i in range(8)]
-    assert all(TEXT.startswith(a["response"].rstrip("\ufffd")) for a in answers)
-    assert idle(client)
-
-
-def test_disconnecting_frees_the_row(server: Running, client: httpx.Client) -> None:
-    body = {"prompt": "SLOW", "parameters": {"max_new_tokens": 1000}}
-    with httpx.stream("POST", server.url + "/generate_stream", json=body) as response:
-        next(response.iter_lines())
-    assert idle(client, 1.0)
-    try:
-        httpx.post(server.url + "/generate", json=body, timeout=0.3)
-    except httpx.ReadTimeout:
-        pass
-    else:
-        raise AssertionError("the request was to be slow")
-    assert idle(client, 1.0)
-    assert client.post("/generate", json={"prompt": "Hi", "parameters": {"max_steps": 1}}).status_code == 200

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from manyheads.engine.block_manager import DUMMY_BLOCK, BlockManager, BlockTable, prefix_digest
+
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)  # two tokens only: prefixes meet often
+
+
+@dataclass(eq=False)
+class Sequence:
+    tokens: list[int]
+    table: BlockTable = field(default_factory=BlockTable)
+    computed: int = 0
+    registered: int = 0
+    """Leading pages that were registered or shared."""
+
+
+class Pages(RuleBasedStateMachine):
+    """The block manager beside a naive model of it, which names a page's content by the tokens themselves."""
+
+    sequences: Bundle[Sequence] = Bundle("sequences")
+
+    @initialize(num_blocks=st.integers(2, 12), block_size=st.integers(1, 3), caching=st.booleans())
+    def begin(self, num_blocks: int, block_size: int, caching: bool) -> None:
+        self.manager = BlockManager(num_blocks, block_size, caching)
+        self.size, self.caching = block_size, caching
+        self.alive: list[Sequence] = []
+        self.content: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, offset) → the text up to this token
+        self.known: dict[tuple[int, ...], int] = {}  # text up to the end of a page → that page
+        self.cached: list[int] = []  # known pages that nobody holds, next to be evicted first
+
+    def holders(self) -> Counter[int]:
+        return Counter(page for sequence in self.alive for page in sequence.table.blocks)
+
+    def give_back(self, before: list[int], after: list[int]) -> None:
+        """The model's side of a sequence's table that got shorter."""
+        assert after == before[: len(after)]
+        held = self.holders()
+        self.cached += [p for p in reversed(before[len(after) :]) if not held[p] and p in self.known.values()]
+
+    @rule(target=sequences, tokens=TOKENS)
+    def start(self, tokens: list[int]) -> Sequence:
+        pages: list[int] = []
+        while (end := (len(pages) + 1) * self.size) < len(tokens) and tuple(tokens[:end]) in self.known:
+            pages.append(self.known[tuple(tokens[:end])])
+        sequence = Sequence(tokens)
+        sequence.computed = self.manager.share_prefix(sequence.table, tokens)
+        assert (sequence.table.blocks, sequence.computed) == (pages, len(pages) * self.size)
+        for i in range(sequence.computed):
+            assert self.content[pages[i // self.size], i % self.size] == tuple(tokens[: i + 1])
+        sequence.registered = len(pages)
+        self.cached = [page for page in self.cached if page not in pages]
+        self.alive.append(sequence)
+        return sequence
+
+    @rule(sequence=sequences, num_tokens=st.integers(0, 12))
+    def reserve(self, sequence: Sequence, num_tokens: int) -> None:
+        self.reserved(sequence, num_tokens)
+
+    def reserved(self, sequence: Sequence, num_tokens: int) -> bool:
+        before, held = list(sequence.table.blocks), self.holders()
+        available = self.manager.num_usable - len(held)
+        missing = -(-num_tokens // self.size) - len(before)
+        ok = self.manager.reserve(sequence.table, num_tokens)
+        taken = sequence.table.blocks[len(before) :]
+        assert ok == (missing <= available)
+        assert sequence.table.blocks == before + taken
+        assert len(taken) == (max(missing, 0) if ok else 0)
+        assert not held.keys() & set(taken)
+        evicted = [page for page in taken if page in self.cached]
+        assert evicted == self.cached[: len(evicted)], "least recently used first"
+        assert len(evicted) == max(0, len(taken) - (available - len(self.cached))), "free pages before cached ones"
+        self.cached = self.cached[len(evicted) :]
+        self.known = {text: page for text, page in self.known.items() if page not in evicted}
+        return ok
+
+    @rule(sequence=sequences, num_tokens=st.integers(1, 6))
+    def compute(self, sequence: Sequence, num_tokens: int) -> None:
+        end = min(sequence.computed + num_tokens, len(sequence.tokens))
+        if not self.reserved(sequence, end):
+            return
+        held = self.holders()
+        for i in range(sequence.computed, end):
+            page = sequence.table.blocks[i // self.size]
+            assert held[page] == 1, "two requests could write this page"
+            assert page not in self.known.values(), "what the prefix cache knows stays as it is"
+            self.content[page, i % self.size] = tuple(sequence.tokens[: i + 1])
+        sequence.computed = end
+
+    @rule(sequence=sequences, tokens=TOKENS)
+    def append(self, sequence: Sequence, tokens: list[int]) -> None:
+        sequence.tokens = [*sequence.tokens, *tokens][:12]
+
+    @rule(sequence=sequences, behind=st.integers(0, 2))
+    def register(self, sequence: Sequence, behind: int) -> None:
+        num_computed = max(0, sequence.computed - behind)
+        self.manager.register(sequence.table, sequence.tokens, num_computed)
+        for i in range(sequence.registered, num_computed // self.size if self.caching else 0):
+            self.known.setdefault(tuple(sequence.tokens[: (i + 1) * self.size]), sequence.table.blocks[i])
+            sequence.registered = i + 1
+
+    @rule(sequence=sequences, spare=st.integers(0, 3))
+    def trim(self, sequence: Sequence, spare: int) -> None:
+        before, num_tokens = list(sequence.table.blocks), sequence.computed + spare
+        self.manager.trim(sequence.table, num_tokens)
+        assert len(sequence.table.blocks) == min(len(before), -(-num_tokens // self.size))
+        self.give_back(before, sequence.table.blocks)
+
+    @rule(sequence=consumes(sequences))
+    def free(self, sequence: Sequence) -> None:
+        before = list(sequence.table.blocks)
+        self.manager.free(sequence.table)
+        self.alive.remove(sequence)
+        self.give_back(before, sequence.table.blocks)
+        assert (sequence.table.blocks, sequence.table.digests) == ([], [])
+
+    @invariant()
+    def every_page_is_in_one_place(self) -> None:
+        manager, held = self.manager, self.holders()
+        manager.check_integrity([sequence.table for sequence in self.alive])
+        assert manager._holders == [held[page] for page in range(manager.num_blocks)]
+        everywhere = [DUMMY_BLOCK, *manager._free, *manager._cached, *held]
+        assert sorted(everywhere) == list(range(manager.num_blocks))
+        assert list(manager._cached) == self.cached
+        assert manager.num_available == manager.num_usable - len(held)
+
+    @invariant()
+    def pages_hold_what_their_hash_says(self) -> None:
+        assert sorted(self.manager._block_of.values()) == sorted(self.known.values())
+        for digest, page in self.manager._block_of.items():
+            text = self.content[page, self.size - 1]
+            assert self.known[text] == page
+            expected = b"manyheads"
+            for first in range(0, len(text), self.size):
+                assert len(text) % self.size == 0
+                expected = prefix_digest(expected, list(text[first : first + self.size]))
+            assert digest == expected
+
+
+Pages.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestPages = Pages.TestCase
+
+
+def filled(manager: BlockManager, tokens: list[int]) -> BlockTable:
+    """A table whose request has computed all of its tokens."""
+    table = BlockTable()
+    manager.share_prefix(table, tokens)
+    assert manager.reserve(table, len(tokens))
+    manager.register(table, tokens, len(tokens))
+    return table
+
+
+def shared(manager: BlockManager, tokens: list[int]) -> int:
+    """How many tokens of a prompt the prefix cache holds; asking counts as use."""
+    table = BlockTable()
+    count = manager.share_prefix(table, tokens)
+    manager.free(table)
+    return count
+
+
+def test_a_prefix_hit_shares_pages() -> None:
+    manager = BlockManager(8, 4)
+    first = filled(manager, list(range(10)))
+    second = BlockTable()
+    assert manager.share_prefix(second, [*range(8), 50, 51]) == 8
+    assert second.blocks == first.blocks[:2]
+    assert manager.num_available == 4
+    assert manager.reserve(second, 10)
+    assert second.blocks[2] not in first.blocks
+    manager.free(first)
+    manager.check_integrity([second])
+    assert manager.num_available == 4
+
+
+@pytest.mark.parametrize(("length", "hit"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8)])
+def test_a_hit_leaves_a_token_to_compute(length: int, hit: int) -> None:
+    manager = BlockManager(8, 4)
+    manager.free(filled(manager, list(range(9))))
+    assert shared(manager, list(range(length))) == hit
+
+
+def test_a_page_is_known_by_all_that_stands_before_it() -> None:
+    manager = BlockManager(8, 2)
+    filled(manager, [1, 2, 3, 4])
+    assert shared(manager, [3, 4, 9]) == 0
+    assert shared(manager, [1, 2, 3, 4, 9]) == 4
+    assert shared(manager, [2, 1, 3, 4, 9]) == 0
+
+
+def test_a_twin_stays_private() -> None:
+    manager = BlockManager(8, 2)
+    first, second = BlockTable(), BlockTable()
+    for table in (first, second):  # side by side, neither knew of the other
+        assert manager.reserve(table, 4)
+    for table in (first, second):
+        manager.register(table, [1, 2, 3, 4], 4)
+    manager.free(second)
+    assert manager.num_available == 5
+    third = BlockTable()
+    assert manager.share_prefix(third, [1, 2, 3, 4, 5]) == 4
+    assert third.blocks == first.blocks
+    manager.check_integrity([first, third])
+
+
+def test_eviction_is_least_recently_used() -> None:
+    manager = BlockManager(7, 2)
+    a, b, c = ([t] * 5 for t in (1, 2, 3))
+    for tokens in (a[:4], b[:4], c[:4]):
+        manager.free(filled(manager, tokens))
+    assert shared(manager, a) == 4  # now b is the one unused for longest
+    table = BlockTable()
+    assert manager.reserve(table, 4)
+    assert [shared(manager, tokens) for tokens in (a, b, c)] == [4, 0, 4]
+
+
+def test_eviction_starts_at_the_end_of_a_prompt() -> None:
+    manager = BlockManager(4, 2)
+    tokens = list(range(6))
+    manager.free(filled(manager, tokens))
+    assert manager.reserve(BlockTable(), 1)
+    assert shared(manager, [*tokens, 9]) == 4
+
+
+def test_free_pages_go_before_cached_ones() -> None:
+    manager = BlockManager(4, 2)
+    manager.free(filled(manager, [1, 2]))
+    assert manager.reserve(BlockTable(), 4)
+    assert shared(manager, [1, 2, 3]) == 2
+
+
+def test_out_of_pages_refuses_and_takes_nothing() -> None:
+    manager = BlockManager(5, 2)
+    first, second = BlockTable(), BlockTable()
+    assert manager.reserve(first, 5)
+    assert not manager.reserve(second, 3)
+    assert second.blocks == []
+    assert manager.num_available == 1
+    assert manager.reserve(second, 2)
+    assert not manager.reserve(second, 3)
+    manager.free(first)
+    assert manager.reserve(second, 8)
+    manager.check_integrity([second])
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    manager = BlockManager(4, 2, prefix_caching=False)
+    manager.free(filled(manager, [1, 2, 3]))
+    assert shared(manager, [1, 2, 3]) == 0
+
+
+def test_a_cache_of_the_dummy_page_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 pages"):
+        BlockManager(1, 4)
+
+
+CORRUPTIONS: dict[str, Callable[[BlockManager, BlockTable], object]] = {
+    "holds a page twice": lambda m, t: t.blocks.append(t.blocks[0]),
+    "held by": lambda m, t: t.blocks.pop(),
+    "free twice": lambda m, t: m._free.append(m._free[0]),
+    "in 2 states": lambda m, t: m._free.append(t.blocks[0]),
+    "in 0 states": lambda m, t: m._free.pop(),
+    "directions disagree": lambda m, t: m._digest_of.update({t.blocks[0]: b"another"}),
+    "no content": lambda m, t: m._block_of.clear(),
+}
+
+
+@pytest.mark.parametrize("message", CORRUPTIONS)
+def test_check_integrity_finds(message: str) -> None:
+    manager = BlockManager(6, 2)
+    manager.free(filled(manager, [7, 7]))
+    table = filled(manager, [1, 2, 3])
+    manager.check_integrity([table])
+    CORRUPTIONS[message](manager, table)
+    with pytest.raises(RuntimeError, match=message):
+        manager.check_integrity([table])

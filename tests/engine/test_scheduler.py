@@ -1,0 +1,513 @@
+"""Scheduler and engine, driven by a fake model whose text is known: whatever is scheduled, the text must not change."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manyheads.engine.block_manager import BlockManager
+from manyheads.engine.engine import Engine
+from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.medusa.planner import Planner
+from manyheads.medusa.tree import ROOT, Choice, Tree
+from manyheads.request import (
+    EngineReady,
+    EngineRequest,
+    QueueFull,
+    RequestDelta,
+    RequestError,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+VOCAB, EOS = 7, 0
+HEADS, RANKS = 3, 3
+
+
+def entry_of(context: list[int], token: int) -> int:
+    """The fake model: a token's K/V entry depends on all entries before it; modulo VOCAB it is the next token."""
+    return hash((*context, token))
+
+
+def continuation(prompt: list[int], params: SamplingParams, max_len: int) -> list[int]:
+    """The right answer, without an engine."""
+    stop = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+    context: list[int] = []
+    for token in prompt:
+        context.append(entry_of(context, token))
+    output: list[int] = []
+    while len(prompt) + len(output) < max_len and len(output) != params.max_tokens and stop.isdisjoint(output[-1:]):
+        output.append(context[-1] % VOCAB)
+        context.append(entry_of(context, output[-1]))
+    return output
+
+
+class FakeRunner:
+    """Keeps a paged cache and the rows' state as the real runner does, so that a wrong page gives a wrong text.
+
+    Args:
+        skill: of ten proposals of a head, how many are right; the rank of the right one varies below 10.
+    """
+
+    def __init__(self, page_size: int, skill: int) -> None:
+        self.page_size, self.skill = page_size, skill
+        self.cache: dict[int, int] = {}  # slot → K/V entry
+        self.cached_len: dict[int, int] = {}  # by row, from here on
+        self.last_token: dict[int, int] = {}
+        self.candidates: dict[int, list[list[int]]] = {}
+        self.writers: dict[int, Request] = {}  # page → who writes it in this step
+        self.plans: list[StepPlan] = []
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        self.writers.clear()
+        requests = [*(chunk.request for chunk in plan.chunks), *plan.speculating, *plan.single]
+        assert requests, "a step without a row"
+        assert len(set(map(id, requests))) == len(requests)
+        for request in plan.admitted:
+            self.cached_len[row_of(request)] = request.cached_len
+            self.last_token[row_of(request)] = request.tokens[-1]
+            self.candidates.pop(row_of(request), None)
+        for request in requests:
+            assert self.cached_len[row_of(request)] == request.cached_len
+        result = StepResult(rows=[], hits=[[0] * RANKS for _ in range(HEADS)], trials=[0] * HEADS)
+        for chunk in plan.chunks:
+            request, n = chunk.request, chunk.num_inflight
+            assert 1 <= n <= request.num_uncomputed
+            known = request.tokens[request.cached_len :][:n]
+            nodes = {(0,) * i: token for i, token in enumerate(known)}
+            target = self.forward(request, nodes)[(0,) * (n - 1)]
+            self.cached_len[row_of(request)] += n
+            if chunk.is_last:
+                self.finish(plan, result, request, [target], 0)
+        for requests, tree in ((plan.speculating, plan.tree), (plan.single, ROOT)):
+            for request in requests:
+                self.decode(plan, result, request, tree)
+        return result
+
+    def decode(self, plan: StepPlan, result: StepResult, request: Request, tree: Tree) -> None:
+        row = row_of(request)
+        assert request.decoding
+        assert tree is ROOT or (request.has_candidates and request.params.speculative)
+        assert not request.has_candidates or row in self.candidates
+        nodes: dict[Choice, int] = {(): self.last_token[row]}
+        nodes |= {choice: self.candidates[row][len(choice) - 1][choice[-1]] for choice in tree.choices[1:]}
+        target = self.forward(request, nodes)
+        path: list[Choice] = [()]
+        while below := [c for c in nodes if c and c[:-1] == path[-1] and nodes[c] == target[path[-1]]]:
+            path.append(below[0])
+        tokens = [target[choice] for choice in path]
+        where = {choice: request.cached_len + i for i, choice in enumerate(nodes)}
+        for depth, choice in enumerate(path):
+            self.cache[self.slot(request, request.cached_len + depth)] = self.cache[self.slot(request, where[choice])]
+        self.cached_len[row] += len(path)
+        if request.has_candidates and (plan.propose or tree is not ROOT):
+            for depth, token in enumerate(tokens[:HEADS]):
+                result.trials[depth] += 1
+                for rank, candidate in enumerate(self.candidates[row][depth]):
+                    result.hits[depth][rank] += candidate == token
+        self.finish(plan, result, request, tokens, tree.max_depth)
+
+    def forward(self, request: Request, nodes: dict[Choice, int]) -> dict[Choice, int]:
+        """Compute a row's tree; the token that the model continues each node with."""
+        prefix = [self.cache[self.slot(request, i)] for i in range(request.cached_len)]
+        entries: dict[Choice, int] = {}
+        for i, (choice, token) in enumerate(nodes.items()):
+            above = [entries[choice[:depth]] for depth in range(len(choice))]
+            entries[choice] = entry_of(prefix + above, token)
+            slot = self.slot(request, request.cached_len + i)
+            assert self.writers.setdefault(slot // self.page_size, request) is request, "a page with two writers"
+            self.cache[slot] = entries[choice]
+        return {choice: entry % VOCAB for choice, entry in entries.items()}
+
+    def finish(self, plan: StepPlan, result: StepResult, request: Request, tokens: list[int], depth: int) -> None:
+        row, params = row_of(request), request.params
+        logprobs = None if params.logprobs is None else [TokenLogprobs(token, 0.0, 1, []) for token in tokens]
+        result.rows.append(RowResult(request, tokens, logprobs, depth))
+        self.last_token[row] = tokens[-1]
+        if plan.propose:
+            context = [self.cache[self.slot(request, i)] for i in range(self.cached_len[row])]
+            self.candidates[row] = self.propose(context, tokens[-1])
+        else:
+            self.candidates.pop(row, None)
+
+    def propose(self, context: list[int], token: int) -> list[list[int]]:
+        context, proposals = list(context), []
+        for _ in range(HEADS):
+            context.append(entry_of(context, token))
+            token = context[-1] % VOCAB
+            luck = context[-1] // VOCAB
+            ranks = [(token + 1 + rank) % VOCAB for rank in range(RANKS)]  # all of them wrong
+            if luck % 10 < self.skill:
+                ranks[0 if self.skill == 10 else luck // 10 % RANKS] = token
+            proposals.append(ranks)
+        return proposals
+
+    def slot(self, request: Request, position: int) -> int:
+        return request.table.blocks[position // self.page_size] * self.page_size + position % self.page_size
+
+
+def row_of(request: Request) -> int:
+    assert request.row is not None
+    return request.row
+
+
+class RestlessPlanner(Planner):
+    """A tree of another size at every step."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__([[0.6, 0.3, 0.1]] * HEADS)
+        self.sizes = itertools.cycle(sizes)
+
+    def choose(self, rows: int, prompt_tokens: int = 0) -> Tree:
+        return self.largest(next(self.sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    pages: int = 16
+    page_size: int = 4
+    max_len: int = 32
+    rows: int = 4
+    budget: int = 8
+    max_queue: int = 8
+    sizes: list[int] = field(default_factory=lambda: [1])
+    skill: int = 10
+    caching: bool = True
+
+
+@dataclass
+class Sent:
+    message: EngineRequest
+    abort_at: int | None = None
+    output: list[int] = field(default_factory=list)
+    last: RequestDelta | None = None
+
+
+class World:
+    """An engine, and everything that it was asked and has said. Looks at all that must hold after every step."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.runner = FakeRunner(setup.page_size, setup.skill)
+        self.scheduler = Scheduler(
+            BlockManager(setup.pages + 1, setup.page_size, setup.caching),
+            RestlessPlanner(setup.sizes),
+            max_num_seqs=setup.rows,
+            max_num_batched_tokens=setup.budget,
+            max_queue=setup.max_queue,
+        )
+        self.max_len = min(setup.max_len, setup.pages * setup.page_size)
+        ready = EngineReady(
+            model="fake",
+            max_model_len=self.max_len,
+            vocab_size=VOCAB,
+            num_heads=HEADS,
+            dtype="float32",
+            device="cpu",
+            num_blocks=setup.pages,
+            block_size=setup.page_size,
+            eos_token_ids=[EOS],
+        )
+        self.engine = Engine(self.runner, self.scheduler, ready, seed=0)
+        self.sent: dict[str, Sent] = {}
+        self.finished: list[str] = []
+        self.num_steps = 0
+
+    def add(self, prompt: list[int], *, abort_after: int | None = None, **params: Any) -> str:
+        name = str(len(self.sent))
+        message = EngineRequest(
+            request_id=name, prompt_token_ids=prompt, params=SamplingParams(temperature=0.0, **params)
+        )
+        self.engine.add_request(message)
+        self.sent[name] = Sent(message, None if abort_after is None else self.num_steps + abort_after)
+        return name
+
+    def step(self) -> None:
+        for name, sent in self.sent.items():
+            if sent.abort_at == self.num_steps:
+                self.engine.abort(name)
+        self.num_steps += 1
+        scheduler = self.scheduler
+        oldest = next(iter([*scheduler.running, *scheduler.waiting]), None)
+        progress = (len(oldest.tokens), oldest.cached_len) if oldest else None
+        deltas = self.engine.step()
+        self.engine.check_integrity()
+        for delta in deltas:
+            self.take(delta)
+        if oldest is not None and self.sent[oldest.request_id].last is None:
+            assert (len(oldest.tokens), oldest.cached_len) > (progress or ()), "the oldest request stands still"
+        self.check_order()
+        if scheduler.running:
+            self.check_plan(self.runner.plans[-1])
+
+    def take(self, delta: RequestDelta) -> None:
+        sent = self.sent[delta.request_id]
+        assert sent.last is None, "a delta after the last one"
+        sent.output += delta.new_token_ids
+        if sent.message.params.logprobs is not None and delta.new_token_ids:
+            assert [x.token_id for x in delta.logprobs or ()] == delta.new_token_ids
+        assert delta.num_cached_tokens % self.setup.page_size == 0
+        assert delta.num_cached_tokens < len(sent.message.prompt_token_ids)
+        if delta.finish_reason is not None:
+            sent.last = delta
+            self.finished.append(delta.request_id)
+
+    def check_order(self) -> None:
+        """First come, first served: nobody who waits came before one who runs."""
+        order = [int(request.request_id) for request in (*self.scheduler.running, *self.scheduler.waiting)]
+        assert order == sorted(order)
+
+    def check_plan(self, plan: StepPlan) -> None:
+        assert len(self.scheduler.running) <= self.setup.rows
+        assert plan.num_prompt_tokens <= self.setup.budget
+
+    def run(self) -> None:
+        """To the end, which comes within as many steps as there are tokens: the oldest gains one at every step."""
+        bound = self.num_steps + sum(self.max_len for sent in self.sent.values() if sent.last is None) + 1
+        while self.engine.has_work():
+            assert self.num_steps < bound, "does not end"
+            self.step()
+        self.check_answers()
+
+    def check_answers(self) -> None:
+        assert sorted(self.finished, key=int) == list(self.sent)
+        for sent in self.sent.values():
+            params, last = sent.message.params, sent.last
+            right = continuation(sent.message.prompt_token_ids, params, self.max_len)
+            stops = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+            assert last is not None
+            assert sent.output == right[: len(sent.output)]
+            if last.finish_reason == "abort":
+                assert sent.abort_at is not None
+                assert sent.output != right
+            elif last.finish_reason == "stop":
+                assert sent.output == right
+                assert last.stop_token_id == right[-1]
+                assert right[-1] in stops
+            else:
+                assert last.finish_reason == "length"
+                assert not stops & set(sent.output)
+                assert sent.output == right or last.num_steps == params.max_steps
+            assert params.max_steps is None or last.num_steps <= params.max_steps
+        stats = self.engine.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+        assert stats.num_free_blocks == stats.num_blocks == self.setup.pages
+        assert sorted(self.scheduler._free_rows) == list(range(self.setup.rows))
+        assert stats.generation_tokens == sum(len(sent.output) for sent in self.sent.values())
+        assert stats.prompt_tokens == sum(len(s.message.prompt_token_ids) for s in self.sent.values() if s.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    after: int
+    """Steps since the one before."""
+    prompt: list[int]
+    params: dict[str, Any]
+    abort_after: int | None
+
+
+def several(elements: st.SearchStrategy[Any], low: int, high: int) -> st.SearchStrategy[list[Any]]:
+    """Lists whose every length is equally likely (plain `lists` are mostly short)."""
+    return st.integers(low, high).flatmap(lambda n: st.lists(elements, min_size=n, max_size=n))
+
+
+SETUPS = st.builds(
+    Setup,
+    pages=st.integers(1, 14),
+    page_size=st.integers(2, 4),
+    rows=st.integers(1, 5),
+    budget=st.integers(1, 12),
+    max_queue=st.integers(1, 8),
+    sizes=st.lists(st.sampled_from([1, 2, 4, 8, 13]), min_size=1, max_size=4),
+    skill=st.sampled_from([0, 5, 8, 10]),
+    caching=st.booleans(),
+)
+ARRIVALS = st.builds(
+    Arrival,
+    after=st.sampled_from([0, 0, 0, 1, 2, 5]),
+    prompt=several(st.integers(1, 2), 1, 14),
+    params=st.fixed_dictionaries(
+        {"ignore_eos": st.sampled_from([True, True, False])},
+        optional={
+            "max_tokens": st.integers(1, 16),
+            "max_steps": st.integers(1, 9),
+            "stop_token_ids": st.just((3,)),
+            "speculative": st.just(False),
+            "logprobs": st.just(0),
+        },
+    ),
+    abort_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+)
+
+
+@given(setup=SETUPS, arrivals=several(ARRIVALS, 1, 12))
+@settings(max_examples=400, deadline=None)
+def test_any_traffic(setup: Setup, arrivals: list[Arrival]) -> None:
+    world = World(setup)
+    for arrival in arrivals:
+        for _ in range(arrival.after):
+            world.step()
+        waiting = len(world.scheduler.waiting)
+        refusal: type[Exception] | None = None
+        if len(arrival.prompt) + arrival.params.get("max_tokens", 1) > world.max_len:
+            refusal = RequestError
+        elif waiting >= setup.max_queue:
+            refusal = QueueFull
+        if refusal is None:
+            world.add(arrival.prompt, abort_after=arrival.abort_after, **arrival.params)
+        else:
+            with pytest.raises(refusal):
+                world.add(arrival.prompt, **arrival.params)
+            assert len(world.scheduler.waiting) == waiting
+        world.engine.check_integrity()
+    world.run()
+
+
+def test_preemption_keeps_the_text() -> None:
+    world = World(Setup(pages=8, page_size=2, max_len=16, budget=16))
+    for first in (1, 2, 3, 4):
+        world.add([first] * 4, ignore_eos=True)
+    world.run()
+    assert world.engine.stats().preemptions > 0
+    assert world.finished == ["0", "1", "2", "3"]
+    assert [len(sent.output) for sent in world.sent.values()] == [12] * 4
+
+
+def test_trees_shrink_before_anyone_is_preempted() -> None:
+    world = World(Setup(pages=8, page_size=2, max_len=8, sizes=[8]))
+    for first in (1, 2):
+        world.add([first], max_tokens=7, ignore_eos=True)
+    world.run()
+    assert any(plan.tree.num_nodes > 1 for plan in world.runner.plans)
+    assert any(1 < plan.tree.num_nodes < 8 for plan in world.runner.plans)
+    assert world.engine.stats().preemptions == 0
+
+
+def test_one_request_may_fill_the_whole_cache() -> None:
+    world = World(Setup(pages=3, page_size=4, max_len=12, sizes=[8, 1], budget=3))
+    world.add([1] * 7, ignore_eos=True)
+    world.add([1] * 11, ignore_eos=True)
+    world.run()
+    assert [len(sent.output) for sent in world.sent.values()] == [5, 1]
+
+
+def test_a_long_prompt_goes_in_chunks_beside_those_who_decode() -> None:
+    world = World(Setup(budget=4))
+    world.add([1, 2, 3], ignore_eos=True, max_tokens=8)
+    world.step()
+    world.add([2] * 10, ignore_eos=True, max_tokens=2)
+    world.run()
+    chunks = [[chunk.num_inflight for chunk in plan.chunks] for plan in world.runner.plans]
+    assert chunks[:4] == [[3], [4], [4], [2]]
+    assert all(plan.num_decoding for plan in world.runner.plans[1:])
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    world = World(Setup())
+    world.add([1, 2, 3, 4, 5, 6], max_tokens=1)
+    world.run()
+    name = world.add([1, 2, 3, 4, 5, 5], max_tokens=1)
+    world.run()
+    last = world.sent[name].last
+    assert last is not None
+    assert last.num_cached_tokens == 4
+    assert world.runner.plans[-1].num_prompt_tokens == 2
+    stats = world.engine.stats()
+    assert (stats.prefix_queries, stats.prefix_hits) == (12, 4)
+
+
+@pytest.mark.parametrize(("skill", "steps"), [(0, 12), (10, 4)])
+def test_heads_save_steps_and_change_no_token(skill: int, steps: int) -> None:
+    world = World(Setup(sizes=[13], skill=skill))
+    name = world.add([1, 2, 3], max_tokens=12, ignore_eos=True)
+    world.run()
+    last, stats = world.sent[name].last, world.engine.stats()
+    assert last is not None
+    assert last.num_steps == steps  # one token from the prompt, then 1 + the right ones of 3 heads at a time
+    assert stats.accepted_by_depth == ([3, 3, 3] if skill else [0, 0, 0])
+    assert stats.drafted_by_depth == [3 if skill else 10] * 3  # the last token of 12 needs no tree
+
+
+def test_a_request_may_decline_speculation() -> None:
+    world = World(Setup(sizes=[8]))
+    world.add([1, 2, 3], max_tokens=6, ignore_eos=True, speculative=False)
+    world.run()
+    assert not any(plan.speculating for plan in world.runner.plans)
+
+
+def test_max_steps_ends_a_request() -> None:
+    world = World(Setup(sizes=[13]))
+    name = world.add([1, 2, 3], max_steps=2, ignore_eos=True)
+    world.run()
+    assert len(world.sent[name].output) == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([1] * 32, {}, "the prompt has 32 tokens"),
+        ([1] * 30, {"max_tokens": 3}, "together exceed the context of 32"),
+        ([], {}, "empty"),
+        ([VOCAB], {}, "between 0 and 6"),
+        ([-1], {}, "between 0 and 6"),
+        ([1], {"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
+        ([1], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
+        ([1], {"n": 2}, "one sequence"),
+        ([1], {"max_tokens": 0}, "max_tokens must be at least 1"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(prompt: list[int], params: dict[str, Any], message: str) -> None:
+    world = World(Setup())
+    with pytest.raises(RequestError, match=message):
+        world.add(prompt, **params)
+    assert not world.engine.has_work()
+    assert world.engine.step() == []
+
+
+def test_an_id_in_use_is_refused() -> None:
+    world = World(Setup())
+    world.add([1], max_tokens=2)
+    with pytest.raises(RequestError, match="in use"):
+        world.engine.add_request(world.sent["0"].message)
+    world.run()
+
+
+def test_a_full_queue_refuses_until_someone_leaves_it() -> None:
+    world = World(Setup(rows=1, max_queue=2))
+    for _ in range(2):
+        world.add([1], max_tokens=2, ignore_eos=True)
+    with pytest.raises(QueueFull, match="the limit is 2"):
+        world.add([1])
+    assert world.engine.stats().num_waiting == 2
+    world.step()
+    world.add([1], max_tokens=2)
+    with pytest.raises(QueueFull):
+        world.add([1])
+    world.run()
+
+
+def test_aborts_free_what_was_held_and_answer_once() -> None:
+    world = World(Setup(rows=1))
+    running = world.add([1] * 6, ignore_eos=True, abort_after=2)
+    waiting = world.add([2] * 6, ignore_eos=True, abort_after=1)
+    for _ in range(3):
+        world.step()
+    world.engine.abort(running)
+    world.engine.abort("unknown")
+    assert world.finished == [waiting, running]
+    world.run()
+    assert len(world.sent[running].output) == 2
+    assert world.sent[waiting].output == []
+
+
+def test_an_idle_engine_says_nothing() -> None:
+    world = World(Setup())
+    assert world.engine.step() == []
+    assert world.runner.plans == []

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyheads.medusa.checkpoint import HeadWeights
+from manyheads.medusa.heads import MedusaHeads
+from manyheads.models.linear import Linear
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+HIDDEN, VOCAB, HEADS = 16, 40, 3
+
+
+def weights(layers: int, rows: int | None = VOCAB, token_map: Tensor | None = None, half: bool = False) -> HeadWeights:
+    torch.manual_seed(layers)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape).half() if half else torch.randn(*shape)
+
+    blocks = [[(random(HIDDEN, HIDDEN) / 4, random(HIDDEN)) for _ in range(layers)] for _ in range(HEADS)]
+    projections = None if rows is None else [random(rows, HIDDEN) for _ in range(HEADS)]
+    return HeadWeights(blocks, projections, token_map, "test", None)
+
+
+def model() -> Any:
+    """As much of a base as heads ask for."""
+    torch.manual_seed(99)
+    lm_head = Linear(torch.randn(VOCAB, HIDDEN))
+    return SimpleNamespace(lm_head=lm_head, logits=lambda x: lm_head(x).float())
+
+
+def naive(w: HeadWeights, hidden: Tensor, lm_head: Any, num_ranks: int) -> list[list[list[int]]]:
+    out = []
+    for x in hidden.double():
+        row = []
+        for h, blocks in enumerate(w.blocks):
+            y = x
+            for weight, bias in blocks:
+                y = y + F.silu(weight.double() @ y + bias.double())
+            logits = lm_head(y.float()[None])[0] if w.projections is None else w.projections[h].double() @ y
+            best = logits.argsort(descending=True)[:num_ranks].tolist()
+            row.append(best if w.token_map is None else [int(w.token_map[i]) for i in best])
+        out.append(row)
+    return out
+
+
+TOKEN_MAP = torch.tensor([7, 3, 39, 0, 12, 5])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    "w",
+    [weights(1), weights(3), weights(1, None), weights(2, None), weights(1, 6, TOKEN_MAP), weights(2, half=True)],
+    ids=["one layer", "three layers", "shared projection", "shared, two layers", "token map", "half precision"],
+)
+def test_candidates_are_the_heads_best_tokens(w: HeadWeights, rows: int) -> None:
+    base = model()
+    hidden = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(rows))
+    found = MedusaHeads(w, base, torch.float32, CPU).candidates(hidden, 4)
+    assert found.dtype == torch.int64
+    assert found.tolist() == naive(w, hidden, base.lm_head, 4)
+
+
+def test_memory_is_counted_without_what_the_base_owns() -> None:
+    blocks = HEADS * 2 * (HIDDEN * HIDDEN + HIDDEN) * 4
+    assert MedusaHeads(weights(2, None), model(), torch.float32, CPU).memory_bytes() == blocks
+    own = MedusaHeads(weights(2), model(), torch.float32, CPU).memory_bytes()
+    assert own == blocks + HEADS * VOCAB * HIDDEN * 4
+
+
+def test_heads_run_in_the_dtype_they_are_given() -> None:
+    heads = MedusaHeads(weights(2), model(), torch.bfloat16, CPU)
+    hidden = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0))
+    best = torch.tensor(naive(weights(2), hidden, None, 1))
+    assert float((heads.candidates(hidden.bfloat16(), 1) == best).float().mean()) > 0.6

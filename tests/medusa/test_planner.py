@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manyheads.medusa.planner import (
+    DEFAULT_ACCEPTANCE,
+    PRIOR_TRIALS,
+    REGROW_EVERY,
+    SIZES,
+    WINDOW_TRIALS,
+    Acceptance,
+    CostTable,
+    Planner,
+)
+from manyheads.medusa.tree import MAX_NODES, ROOT
+
+
+def planner(fixed: float, per_token: float, rows: int = 1) -> Planner:
+    """Steps that cost `fixed` plus `per_token` for each in-flight token."""
+    made = Planner(DEFAULT_ACCEPTANCE)
+    made.costs = CostTable(
+        plain={r: fixed + per_token * r for r in (1, 2 * rows)},
+        trees={r: {n: fixed + per_token * n for n in (r, 64 * r)} for r in (1, 2 * rows)},
+    )
+    return made
+
+
+def test_nothing_is_speculated_when_tokens_are_dear() -> None:
+    assert planner(0.0, 1.0).choose(1) is ROOT
+    assert planner(0.1, 1.0).choose(1) is ROOT
+
+
+def test_the_largest_tree_is_taken_when_tokens_are_free() -> None:
+    assert planner(1.0, 0.0).choose(1).num_nodes == MAX_NODES
+
+
+def test_trees_shrink_as_the_load_grows() -> None:
+    sizes = [planner(1.0, 0.01, rows).choose(rows).num_nodes for rows in (1, 4, 16, 256)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3] == 1
+
+
+def test_heads_that_cost_more_than_they_bring_are_left_alone() -> None:
+    made = planner(1.0, 0.0)
+    assert made.costs
+    made.costs.trees = {1: {1: 10.0, 64: 10.0}}
+    assert made.choose(1) is ROOT
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(0.001, 1.0), min_size=7, max_size=7).map(sorted),
+    st.floats(0.001, 1.0),
+    st.integers(1, 9),
+    st.integers(0, 50),
+)
+def test_the_choice_has_the_best_rate(seconds: list[float], plain: float, rows: int, prompt: int) -> None:
+    made = Planner(DEFAULT_ACCEPTANCE)
+    points = {8 * n: s for n, s in zip((1, 2, 4, 8, 16, 32, 64), seconds, strict=True)}
+    made.costs = CostTable(plain={8: plain}, trees={8: points})
+    rates = {1: rows / made.costs.plain_cost(rows, prompt)}
+    for size in SIZES[1:]:
+        rates[size] = rows * made.expected_tokens(size) / made.costs.tree_cost(rows, rows * size + prompt)
+    assert rates[made.choose(rows, prompt).num_nodes] == pytest.approx(max(rates.values()))
+
+
+def test_a_set_size_holds_at_any_load() -> None:
+    made = Planner(DEFAULT_ACCEPTANCE, tree_size=6)
+    assert [made.choose(rows).num_nodes for rows in (1, 100)] == [6, 6]
+    assert made.choose(1).choices == made.largest(64).choices[:6]
+
+
+def test_without_heads_or_costs_nothing_is_speculated() -> None:
+    assert Planner([], tree_size=6).choose(1) is ROOT
+    assert Planner(DEFAULT_ACCEPTANCE).choose(1) is ROOT
+
+
+def test_expected_tokens_add_up_the_nodes() -> None:
+    made = Planner([[0.5, 0.25], [0.5]])
+    # the nodes, most probable first: the root 1, (0) 0.5, then (1) and (0, 0) 0.25, (1, 0) 0.125
+    assert [made.expected_tokens(n) for n in range(1, 7)] == pytest.approx([1.0, 1.5, 1.75, 2.0, 2.125, 2.125])
+
+
+def test_acceptance_starts_at_the_prior_and_learns() -> None:
+    acceptance = Acceptance([[0.5, 0.1], [0.4, 0.2]])
+    assert acceptance.table() == [pytest.approx([0.5, 0.1]), pytest.approx([0.4, 0.2])]
+    n = int(PRIOR_TRIALS)
+    acceptance.observe([[n, 0]], [n])  # a shallow step says nothing of the second head
+    assert acceptance.table() == [pytest.approx([0.75, 0.05]), pytest.approx([0.4, 0.2])]
+    for _ in range(200):
+        acceptance.observe([[30, 60], [90, 0]], [100, 100])
+    assert acceptance.table()[0] == pytest.approx([0.3, 0.6], abs=0.01)
+    assert acceptance.table()[1] == pytest.approx([0.9, 0.0], abs=0.01)
+
+
+def test_acceptance_forgets() -> None:
+    acceptance = Acceptance([[0.5]])
+    for _ in range(1000):
+        acceptance.observe([[100]], [100])
+    assert acceptance.table()[0][0] > 0.99
+    for _ in range(int(WINDOW_TRIALS) // 100):  # one window's worth: about 1/e of the old is left
+        acceptance.observe([[0]], [100])
+    assert acceptance.table()[0][0] == pytest.approx(0.37, abs=0.02)
+
+
+def test_the_tree_follows_what_is_observed() -> None:
+    made = planner(1.0, 0.02)
+    before = made.choose(1)
+    for _ in range(50):
+        made.observe([[99] + [0] * 9] * 4, [100] * 4)
+    for _ in range(REGROW_EVERY):
+        after = made.choose(1)
+    assert after.choices[:5] == ((), (0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)) != before.choices[:5]
+    for _ in range(1000):
+        made.observe([[0] * 10] * 4, [100] * 4)
+    for _ in range(REGROW_EVERY):
+        after = made.choose(1)
+    assert after is ROOT
+
+
+def test_dearer_steps_than_at_warm_up_pay_for_larger_trees() -> None:
+    made = planner(1.0, 0.1)
+    before = made.choose(1)
+    for _ in range(200):
+        made.observe_cost(1, before, 3.0)
+    after = made.choose(1)
+    assert after.num_nodes > before.num_nodes
+    assert made.choose(2).num_nodes == planner(1.0, 0.1).choose(2).num_nodes  # another number of rows
+    for _ in range(200):
+        made.observe_cost(1, after, 0.0)  # never below what was measured
+    assert made.choose(1) == before
+
+
+def test_one_slow_step_changes_little() -> None:
+    made = planner(1.0, 0.1)
+    before = made.choose(1)
+    made.observe_cost(1, before, 1e6)
+    assert made.choose(1).num_nodes <= before.num_nodes + 4
+
+
+def test_costs_between_and_past_the_measured_ones() -> None:
+    costs = CostTable(plain={1: 1.0, 4: 4.0}, trees={2: {2: 2.0, 10: 10.0}, 4: {4: 40.0, 8: 80.0}})
+    assert [costs.plain_cost(rows) for rows in (1, 2, 4, 6)] == pytest.approx([1, 2, 4, 6])
+    assert [costs.tree_cost(2, n) for n in (1, 2, 6, 10, 20)] == pytest.approx([2, 2, 6, 10, 20])
+    assert costs.tree_cost(3, 8) == pytest.approx((8 + 80) / 2)
+    assert [costs.tree_cost(rows, 8) for rows in (1, 9)] == pytest.approx([8, 80])
+    assert costs.plain_cost(2, extra_tokens=4) == pytest.approx(2 + (6 - 2))
+    assert CostTable(plain={1: 3.0}).plain_cost(5) == 3.0
+
+
+def test_noise_makes_no_larger_step_free() -> None:
+    """A last slope below zero is a measuring error: past it the cost stays."""
+    costs = CostTable(plain={1: 1.0, 2: 2.0, 4: 1.0})
+    assert costs.plain_cost(400) >= 1.0

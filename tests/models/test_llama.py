@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from manyheads.config import ConfigError
+from manyheads.models.config import ModelConfig
+from manyheads.models.llama import Llama
+from manyheads.models.loader import load_model
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""With 8 dimensions of base 100 and 32 positions, frequencies are kept, blended and slowed."""
+MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama with biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama without grouped queries": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
+    "llama with wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16, "num_key_value_heads": 1}),
+    "llama of another base": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_theta": 500.0}}),
+    "llama3 rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}),
+    "linear rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "mistral within its window": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2 tied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "qwen3 tied": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3 with biases": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8, "attention_bias": True}),
+}
+
+
+def reference(name: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of transformers: biases and norms too, so that each of them counts."""
+    torch.manual_seed(seed)
+    model_class, config_class, options = MODELS[name]
+    model = model_class(config_class(**SHAPE | {"attn_implementation": "eager"} | options)).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5) + ("norm" in key))
+    return model
+
+
+def causal(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one row without a cache."""
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Llama:
+    return load_model(folder, ModelConfig.from_folder(folder), dtype, CPU)
+
+
+def logits(model: Llama, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model.logits(model.forward(tokens, torch.arange(len(tokens)), causal))
+
+
+TOKENS = torch.randint(0, 61, (40,), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    model = reference(name)
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        wanted = model(TOKENS[None]).logits[0]
+    assert float(wanted.std()) > 0.5  # not all alike, so that the tolerance means something
+    torch.testing.assert_close(logits(load(tmp_path), TOKENS), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_in_half_precision_run_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    reference("llama with biases").to(dtype).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        wanted = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(TOKENS[None]).logits[0]
+    assert ModelConfig.from_folder(tmp_path).dtype == dtype
+    torch.testing.assert_close(logits(load(tmp_path), TOKENS), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_runs_in_bfloat16(tmp_path: Path) -> None:
+    model = reference("qwen3")
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    found = logits(loaded, TOKENS)
+    assert found.dtype == torch.float32
+    with torch.inference_mode():
+        wanted = model(TOKENS[None]).logits[0]
+    assert float(F.cosine_similarity(found, wanted).min()) > 0.98
+
+
+def test_positions_count_and_not_places_in_the_batch(tmp_path: Path) -> None:
+    """Two tokens in the other order, with their positions and a mask that follows them."""
+    reference("llama").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    order = torch.tensor([2, 0, 3, 1])
+
+    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        mask = order[:, None] >= order
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
+
+    with torch.inference_mode():
+        found = model.logits(model.forward(TOKENS[order], order, attend))
+    torch.testing.assert_close(found, logits(model, TOKENS[:4])[order], atol=1e-5, rtol=1e-5)
+
+
+def test_memory_is_that_of_the_weights(tmp_path: Path) -> None:
+    model = reference("qwen2")
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).memory_bytes() == sum(p.numel() * 4 for p in model.parameters())
+
+
+def edit(folder: Path, **values: Any) -> Path:
+    """config.json with some keys changed; None takes a key away."""
+    path = folder / "config.json"
+    raw = (json.loads(path.read_text()) if path.exists() else {}) | values
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return edit(tmp_path, architectures=["LlamaForCausalLM"], **SHAPE)
+
+
+def test_rope_is_understood_as_transformers_4_spelled_it(tmp_path: Path) -> None:
+    model = reference("llama3 rope")
+    model.save_pretrained(tmp_path)
+    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    edit(tmp_path, rope_parameters=None, rope_scaling=scaling, rope_theta=100.0)
+    with torch.inference_mode():
+        wanted = model(TOKENS[None]).logits[0]
+    torch.testing.assert_close(logits(load(tmp_path), TOKENS), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "longest"),
+    [
+        ({"sliding_window": 40}, 40),
+        ({"sliding_window": 400}, 128),
+        ({"sliding_window": 40, "use_sliding_window": False}, 128),
+        ({"sliding_window": 40, "use_sliding_window": True}, 40),
+    ],
+)
+def test_a_sliding_window_caps_the_length(llama: Path, values: dict[str, Any], longest: int) -> None:
+    assert ModelConfig.from_folder(edit(llama, **values)).max_position_embeddings == longest
+
+
+def test_the_generation_config_says_where_texts_end(llama: Path) -> None:
+    assert ModelConfig.from_folder(llama).eos_token_ids == ()
+    assert ModelConfig.from_folder(edit(llama, eos_token_id=2)).eos_token_ids == (2,)
+    (llama / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert ModelConfig.from_folder(llama).eos_token_ids == (3, 4)
+    (llama / "generation_config.json").write_text("{}")
+    assert ModelConfig.from_folder(llama).eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM"),
+        ({"architectures": None}, "architecture . is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"vocab_size": None}, "vocab_size must be a positive integer, not None"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
+        ({"hidden_size": "32"}, "hidden_size must be"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"torch_dtype": "no_such_type"}, "dtype 'no_such_type'"),
+    ],
+)
+def test_configs_that_are_not_understood_are_refused(llama: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelConfig.from_folder(edit(llama, **values))
+    assert str(llama / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "no valid JSON"), ("[]", "no JSON object"), ("\udcff", "no valid")]
+)
+def test_a_broken_config_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ConfigError, match=f"config.json .*{message}"):
+        ModelConfig.from_folder(tmp_path)

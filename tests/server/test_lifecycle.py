@@ -1,0 +1,268 @@
+"""From start to end: clients that leave, signals, an engine that dies, a port that is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from manyheads.config import ConfigError
+from manyheads.server.run import _bind
+from tests.server.conftest import Running, launch
+from tests.server.fake_engine import TEXT
+
+LONG = {"prompt": "Hi", "parameters": {"max_new_tokens": 2000}}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def num_running(url: str) -> int:
+    line = next(x for x in httpx.get(url + "/metrics").text.splitlines() if x.startswith("manyheads_num_requests_run"))
+    return int(float(line.split()[1]))
+
+
+def data_lines(response: httpx.Response) -> list[str]:
+    return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+
+
+class Clients:
+    """Requests in flight: one that waits for the whole answer, one that streams."""
+
+    def __init__(self, pool: ThreadPoolExecutor, running: Running) -> None:
+        self.whole = pool.submit(self.ask, running.url)
+        self.stream = pool.submit(self.read, running.url)
+        assert eventually(lambda: num_running(running.url) == 2)
+
+    @staticmethod
+    def ask(url: str, **parameters: Any) -> httpx.Response:
+        body = {"prompt": "Hi", "parameters": LONG["parameters"] | parameters}
+        return httpx.post(url + "/generate", json=body, timeout=30)
+
+    @staticmethod
+    def read(url: str) -> list[str]:
+        body = {"messages": HELLO, "stream": True}
+        with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=30) as response:
+            return data_lines(response)
+
+
+def start(temp: Path, *options: str, **more: Any) -> Running:
+    return launch(temp, *options, FAKE_TOKENIZER="1", **more)
+
+
+# clients
+
+
+def test_a_stream_that_is_left_is_aborted(server: Running) -> None:
+    before = server.num_aborts()
+    body = {"prompt": "SLOW", "n": 3, "stream": True, "max_tokens": 2000}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    assert eventually(lambda: server.num_aborts() == before + 3, 2.0)
+    assert eventually(lambda: num_running(server.url) == 0)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_a_client_that_gives_up_waiting_is_aborted(server: Running, path: str) -> None:
+    before = server.num_aborts()
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.15) as client:
+        client.post(server.url + path, json=LONG | {"prompt": "SLOW"}).read()
+        time.sleep(1)
+        raise AssertionError("the request was to be slow")
+    assert eventually(lambda: server.num_aborts() == before + 1, 2.0)
+    assert eventually(lambda: num_running(server.url) == 0)
+
+
+def test_a_reader_that_stalls_and_leaves_is_aborted(server: Running) -> None:
+    before = server.num_aborts()
+    body = json.dumps({"prompt": ["Hi"] * 4, "n": 4, "max_tokens": 1900, "logprobs": 20, "stream": True}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        s.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + body)
+        assert eventually(lambda: num_running(server.url) == 16)
+    assert eventually(lambda: server.num_aborts() == before + 16, 10.0)
+
+
+def test_the_engine_stops_at_a_stop_string(server: Running, client: httpx.Client) -> None:
+    before = server.num_aborts()
+    answer = client.post("/generate", json={"prompt": "Hi", "parameters": {"stop": ["mat"]}}).json()
+    assert answer["response"] == "The cat 🐈 sat on the "
+    assert eventually(lambda: server.num_aborts() == before + 1, 2.0)
+
+
+def test_eight_clients_at_once(server: Running, client: httpx.Client) -> None:
+    def ask(i: int) -> tuple[str, int]:
+        prompt, length = "Hi " * 60 * i + "you", 1 + 37 * i
+        if i % 3 == 0:
+            answer = client.post("/generate", json={"prompt": prompt, "parameters": {"max_new_tokens": length}}).json()
+            return answer["response"], answer["details"]["generated_tokens"]
+        body: dict[str, Any] = {"prompt": prompt, "max_tokens": length, "stream": i % 3 == 1}
+        if i % 3 == 2:
+            answer = client.post("/v1/completions", json=body).json()
+            return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+        body["stream_options"] = {"include_usage": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            *chunks, usage, done = data_lines(response)
+        assert done == "[DONE]"
+        return "".join(json.loads(c)["choices"][0]["text"] for c in chunks), json.loads(usage)["usage"][
+            "completion_tokens"
+        ]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert [count for _, count in answers] == [1 + 37 * i for i in range(8)]
+    assert all(text and TEXT.startswith(text.rstrip("\ufffd")) for text, _ in answers)
+    assert eventually(lambda: num_running(server.url) == 0)
+
+
+# signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_requests_running(tmp_path: Path, number: signal.Signals) -> None:
+    # once with everything as it is in earnest
+    launcher = launch if number == signal.SIGINT else start
+    running = launcher(tmp_path, "--api-key", "key", FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+    refused = httpx.post(running.url + "/generate", json=LONG)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    with httpx.Client(base_url=running.url, headers={"Authorization": "Bearer key"}, timeout=30) as client:
+        with ThreadPoolExecutor(3) as pool:
+            long = pool.submit(client.post, "/generate", json=LONG)
+            short = pool.submit(client.post, "/generate", json={"prompt": "Hi", "parameters": {"max_steps": 10}})
+            stream = pool.submit(client.post, "/v1/chat/completions", json={"messages": HELLO, "stream": True})
+            assert eventually(lambda: num_running(running.url) == 3)
+            assert running.stop(number) < 5
+        assert short.result().json()["details"]["finish_reason"] == "length"  # there was time for this one
+        assert long.result().json()["details"]["finish_reason"] == "abort"
+        *_, last, done = data_lines(stream.result())
+        assert (json.loads(last)["choices"][0]["finish_reason"], done) == ("abort", "[DONE]")
+    assert running.process.returncode == 0
+    assert running.is_gone()
+    assert "Traceback" not in running.errors()
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, running)
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert running.stop(signal.SIGINT) < 2
+        assert clients.whole.result().json()["details"]["finish_reason"] == "abort"
+    assert running.is_gone()
+
+
+def test_a_stuck_engine_does_not_keep_it(tmp_path: Path) -> None:
+    running = start(tmp_path).wait_ready()
+    os.kill(running.engine_pid(), signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(Clients.ask, running.url)
+        time.sleep(0.2)
+        assert running.stop(signal.SIGTERM) < 5
+        with contextlib.suppress(httpx.TransportError):
+            assert answer.result().status_code >= 500
+    assert running.is_gone()
+
+
+def test_a_signal_while_it_starts(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_START_SECONDS="60")
+    assert eventually(lambda: bool(list(running.pids.iterdir())), 20)
+    assert running.stop(signal.SIGINT) < 5
+    assert running.is_gone()
+    assert "Traceback" not in running.errors()
+
+
+# ends that nobody asked for
+
+
+def test_the_engine_is_killed(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, running)
+        os.kill(running.engine_pid(), signal.SIGKILL)
+        check_engine_died(clients.whole, clients.stream, "the engine process ended by signal 9")
+    assert running.process.wait(5) == 1
+    assert "manyheads: error: the engine has stopped: the engine process ended by signal 9" in running.errors()
+    assert running.is_gone()
+
+
+def test_the_engine_crashes(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, running)
+        crash = httpx.post(running.url + "/generate", json=LONG | {"prompt": "CRASH"})
+        assert crash.status_code == 503
+        check_engine_died(clients.whole, clients.stream, "the fake engine was told to crash")
+    assert running.process.wait(5) == 1
+    errors = running.errors()
+    assert "Traceback" in errors  # of the engine, for whoever mends it
+    assert "manyheads: error: the engine has stopped: RuntimeError: the fake engine was told to crash" in errors
+    assert running.is_gone()
+
+
+def check_engine_died(whole: Future[httpx.Response], stream: Future[list[str]], reason: str) -> None:
+    response = whole.result()
+    assert response.status_code == 503
+    assert response.headers["Retry-After"]
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "engine_unavailable")
+    assert reason in error["message"]
+    *_, last, done = stream.result()
+    assert done == "[DONE]"
+    assert reason in json.loads(last)["error"]["message"]
+
+
+def test_the_server_is_killed(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, running)
+        running.stop(signal.SIGKILL)
+        assert running.is_gone()  # the engine notices
+        for client in (clients.whole, clients.stream):
+            assert isinstance(client.exception(), httpx.TransportError)
+
+
+# starts that fail
+
+
+def test_the_engine_refuses_to_start(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_ERROR="heads do not fit; take others")
+    assert running.process.wait(20) == 2
+    assert running.errors() == "manyheads: error: heads do not fit; take others\n"
+    assert running.is_gone()
+
+
+def test_port_taken(tmp_path: Path) -> None:
+    with _bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        running = start(tmp_path, port=port)
+        assert running.process.wait(20) == 2
+    assert running.errors() == (
+        f"manyheads: error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port or --host\n"
+    )
+    assert running.is_gone()
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("no.such.host.invalid", 8000), ("192.0.2.1", 8000)])
+def test_no_such_address(host: str, port: int) -> None:
+    with pytest.raises(ConfigError, match=rf"cannot listen on {host}:{port}: .+; choose another --port or --host"):
+        _bind(host, port)
