@@ -100,6 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         finite("repetition_penalty", 0.01, 100.0)
         finite("presence_penalty", -2.0, 2.0)
         finite("frequency_penalty", -2.0, 2.0)
+        need(self.acceptance in ("exact", "typical"), f"acceptance must be exact or typical, not {self.acceptance!r}")
         finite("typical_epsilon", 0.0, 1.0)
         finite("typical_alpha", 0.0, 100.0)
         need(

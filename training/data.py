@@ -102,15 +102,20 @@ def turn(question: str, answer: str) -> Conversation:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def entries(folder: Path) -> list[Entry]:
-    """What the model is to be good at: questions with short, whole, English answers. No answer comes twice."""
+def entries(folder: Path) -> tuple[list[Entry], list[Entry]]:
+    """What the model is to be good at: questions with short, whole, English answers. No answer comes twice.
+
+    Returns:
+        Those of `everyday/`, and those made from the data files.
+    """
     rng = random.Random(0)
-    rows = list(read(folder / "t0_50k.jsonl.gz"))
-    result = [about(subject, text, rng) for subject, text in openings(rows).items()]
+    everyday = []
     for file in sorted((Path(__file__).parent / "everyday").glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             item = json.loads(line)
-            result.append(Entry([turn(question, item["answer"]) for question in item["questions"]], weight=4))
+            everyday.append(Entry([turn(question, item["answer"]) for question in item["questions"]], weight=8))
+    rows = list(read(folder / "t0_50k.jsonl.gz"))
+    result = [about(subject, text, rng) for subject, text in openings(rows).items()]
     for row in read(folder / "gpteacher.jsonl.gz"):
         question = clean(row["instruction"]) + ("\n" + row["input"].strip() if row["input"].strip() else "")
         answer = row["response"].strip()
@@ -127,7 +132,7 @@ def entries(folder: Path) -> list[Entry]:
             by_answer.setdefault(completion, []).append(turn(prompt, completion))
     result += [Entry(variants) for variants in by_answer.values()]
     rng.shuffle(result)
-    return result
+    return everyday, result
 
 
 def conversations(items: list[Entry], rng: random.Random) -> list[Conversation]:

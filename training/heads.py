@@ -12,6 +12,7 @@ import json
 import math
 import random
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).cuda().eval().requires_grad_(False)
     user, assistant, end = (tokenizer.token_to_id(f"<|{name}|>") for name in ("user", "assistant", "end"))
-    questions = {talk[0]["content"] for entry in entries(args.data) for talk in entry.variants}
+    questions = {talk[0]["content"] for entry in chain(*entries(args.data)) for talk in entry.variants}
     encoded = tokenizer.encode_batch(sorted(questions))
     prompts = [[user, *e.ids, end, assistant] for e in encoded if len(e.ids) < 400]
     random.Random(1).shuffle(prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 from data import documents, entries
@@ -26,7 +27,7 @@ def main(data: Path, out: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    talks = [message["content"] for entry in entries(data) for message in entry.variants[0]]
+    talks = [message["content"] for entry in chain(*entries(data)) for message in entry.variants[0]]
     tokenizer.train_from_iterator([*talks, *documents(data)], trainer)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))

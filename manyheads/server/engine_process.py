@@ -125,6 +125,7 @@ def main() -> None:
         ready: EngineReady = engine.ready
         loop = Loop(engine, inbox, outbox)
         loop.send(ready)
+        loop.send(StepOutputs(deltas=[], stats=engine.stats()))
         serving = True
         loop.run()
     except Exception as error:

@@ -105,6 +105,8 @@ class Generation:
         queue = service.client.submit(requests)
         try:
             while open_:
+                if not queue.empty():
+                    await asyncio.sleep(0)  # a long backlog is not to keep the others waiting
                 delta = await queue.get()
                 if delta.request_id not in open_:
                     continue

@@ -145,7 +145,7 @@ class Pages(RuleBasedStateMachine):
             assert digest == expected
 
 
-Pages.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Pages.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestPages = Pages.TestCase
 
 

@@ -348,7 +348,7 @@ ARRIVALS = st.builds(
 
 
 @given(setup=SETUPS, arrivals=several(ARRIVALS, 1, 12))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=800, deadline=None)
 def test_any_traffic(setup: Setup, arrivals: list[Arrival]) -> None:
     world = World(setup)
     for arrival in arrivals:
@@ -387,6 +387,23 @@ def test_trees_shrink_before_anyone_is_preempted() -> None:
     world.run()
     assert any(plan.tree.num_nodes > 1 for plan in world.runner.plans)
     assert any(1 < plan.tree.num_nodes < 8 for plan in world.runner.plans)
+    assert world.engine.stats().preemptions == 0
+
+
+def test_admission_leaves_a_page_for_those_who_run() -> None:
+    world = World(Setup(pages=3, page_size=2))
+    world.add([1, 1], max_tokens=3, ignore_eos=True)
+    world.add([2, 2, 2], max_tokens=2, ignore_eos=True)  # its two pages are free, but one is needed in the next step
+    world.run()
+    assert world.engine.stats().preemptions == 0
+
+
+def test_a_chunk_shrinks_to_the_pages_that_are_left() -> None:
+    world = World(Setup(pages=4, page_size=2, budget=4))
+    world.add([1, 1], max_tokens=2, ignore_eos=True)
+    world.add([2] * 7, max_tokens=1)
+    world.run()
+    assert [[chunk.num_inflight for chunk in plan.chunks] for plan in world.runner.plans] == [[2, 2], [2], [3]]
     assert world.engine.stats().preemptions == 0
 
 

@@ -16,6 +16,7 @@ import pytest
 from tests.server.tiny_tokenizer import save_tokenizer
 
 ROOT = Path(__file__).parents[2]
+_launched: list[subprocess.Popen[bytes]] = []
 
 
 def free_port() -> int:
@@ -28,7 +29,7 @@ def free_port() -> int:
 class Running:
     """A server in a process of its own."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     url: str
     temp: Path
     pids: Path
@@ -50,8 +51,8 @@ class Running:
         return len(file.read_text().splitlines()) if file.exists() else 0
 
     def errors(self) -> str:
-        """What it wrote to standard error, after its end."""
-        return self.process.communicate(timeout=10)[1]
+        """What it wrote to standard error."""
+        return self.pids.with_name("stderr").read_text()
 
     def is_gone(self, seconds: float = 2.0) -> bool:
         """Whether no process, socket or temporary folder is left."""
@@ -90,10 +91,18 @@ def launch(temp: Path, *options: str, port: int = 0, **env: str) -> Running:
         [*command, "--host", "127.0.0.1", "--served-model-name", "fake", *options],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(sockets), "FAKE_ENGINE_PID_FOLDER": str(pids), **env},
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=(temp / "stderr").open("w"),
     )
+    _launched.append(process)
     return Running(process, f"http://127.0.0.1:{port}", sockets, pids)
+
+
+def pytest_sessionfinish() -> None:
+    """A test that failed may have left its server behind."""
+    for process in _launched:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def process_exists(pid: int) -> bool:
@@ -108,6 +117,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = launch(tmp_path_factory.mktemp("server"), "--max-queue", "64").wait_ready()
     yield running
     running.stop()
+    assert len(running.errors().splitlines()) == 1, running.errors()  # the greeting
 
 
 @pytest.fixture

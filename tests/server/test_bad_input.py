@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -8,7 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from openai.types import chat, completion_create_params
 
+from manyheads.server.schemas import ChatRequest, CompletionRequest
 from tests.server.conftest import Running
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -44,11 +45,40 @@ def check(response: httpx.Response, status: int, *words: str) -> None:
         (CHAT, {"messages": HELLO, "stop": "\ud800"}, 400, "stop"),
         (CHAT, {"messages": HELLO, "model": "\ud800"}, 400, "model"),
         (CHAT, {"messages": HELLO, "\ud800": "x"}, 400, "unknown"),
+        (TEXT, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        (TEXT, {"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
+        (TEXT, {"prompt": "a", "max_tokens": 2**31}, 400, "max_tokens"),
+        (TEXT, {"prompt": "a", "n": 10**6}, 400, "n must be"),
+        (TEXT, {"prompt": ["a"] * 20, "n": 4}, 400, "this server queues 64"),
+        (TEXT, {"prompt": "a", "temperature": 1e30}, 400, "temperature"),
+        (TEXT, {"prompt": "a", "model": "gpt-4"}, 404, "'fake'"),
+        (TEXT, {"prompt": "a", "model": ""}, 404, "'fake'"),
+        (TEXT, {"prompt": "a", "nonsense": 1}, 400, "unknown field 'nonsense'"),
+        (TEXT, {"prompt": "a", "stop": ["x"] * 10_000}, 400, "stop"),
+        (TEXT, {"prompt": "a", "stop": "x" * 10_000}, 400, "stop"),
         (TEXT, {}, 400, "'prompt' is required"),
         (GENERATE, {"prompt": ""}, 400, "empty"),
         (GENERATE, {"prompt": "a", "parameters": {"max_new_tokens": 0}}, 400, "max_tokens"),
         (GENERATE, {"prompt": "a", "parameters": {"maxtokens": 5}}, 400, "parameters.maxtokens"),
         (GENERATE, {"prompt": "hello " * 5000}, 400, "context"),
+        (GENERATE, {"prompt": "a", "parameters": {"max_new_tokens": -3}}, 400, "max_tokens"),
+        (GENERATE, {"prompt": "a", "parameters": {"max_new_tokens": 10**12}}, 400, "max_tokens"),
+        (GENERATE, {"prompt": "a", "parameters": {"n": 10**6}}, 400, "n must be 1"),
+        (GENERATE, {"prompt": "a", "parameters": {"stop": ["x"] * 10_000}}, 400, "stop"),
+        (GENERATE, {"prompt": "a", "model": "gpt-4"}, 400, "unknown field 'model'"),
+        (CHAT, {"messages": [{"role": "user", "content": "hello " * 5000}]}, 400, "context"),
+        (CHAT, {"messages": [{"role": "user"}]}, 400, "content"),
+        (CHAT, {"messages": [{"role": "user", "content": "a", "nonsense": 1}]}, 400, "messages.0.nonsense"),
+        (CHAT, {"messages": [{"role": "user", "content": "a", "\ud800": 1}]}, 400, "unknown field"),
+        (CHAT, {"messages": HELLO, "stream_options": {"nonsense": 1}}, 400, "stream_options.nonsense"),
+        (CHAT, {"messages": HELLO, "moderation": {"model": "m"}}, 400, "moderation"),
+        (CHAT, {"messages": HELLO, "top_k": 10**30}, 400, "top_k"),
+        (CHAT, {"messages": HELLO, "top_k": 2**63}, 400, "top_k"),
+        (CHAT, {"messages": HELLO, "max_steps": 10**30}, 400, "max_steps"),
+        (CHAT, {"messages": HELLO, "min_tokens": 2**63 - 1}, 400, "min_tokens"),
+        (CHAT, {"messages": HELLO, "stop_token_ids": [10**30]}, 400, "stop_token_ids"),
+        (CHAT, {"messages": HELLO, "stop_token_ids": [5000]}, 400, "stop_token_ids"),
+        (CHAT, {"messages": HELLO, "logit_bias": {str(10**30): 1}}, 400, "logit_bias"),
         (CHAT, {"messages": []}, 400, "messages"),
         (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages.0.role"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
@@ -75,6 +105,7 @@ def test_refused_with_a_reason(client: httpx.Client, path: str, body: Any, statu
     content = json.dumps(body).encode()
     response = client.post(path, content=content, headers={"Content-Type": "application/json"})
     check(response, status, word)
+    assert client.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -83,6 +114,7 @@ def test_refused_with_a_reason(client: httpx.Client, path: str, body: Any, statu
         b"{",
         b"",
         b'{"prompt": "\xff\xfe"}',
+        b"\xff\xfe\x00",
         b'{"prompt": "a", "temperature": NaN}',
         b'{"prompt": "a", "temperature": Infinity}',
         b'{"prompt": "a", "logit_bias": {"1": NaN}}',
@@ -122,11 +154,11 @@ def test_large_body_is_not_read(client: httpx.Client, server: Running) -> None:
         for _ in range(160):
             yield b"x" * 65536
 
-    # the server may close before all is sent, which is its right
-    with contextlib.suppress(httpx.WriteError, httpx.ReadError):
-        check(client.post(GENERATE, content=chunks()), 413, "4194304")
-    with contextlib.suppress(httpx.WriteError, httpx.ReadError):
-        check(client.post(GENERATE, content=b"x" * 10_000_000), 413)
+    check(client.post(GENERATE, content=chunks()), 413, "4194304")
+    check(client.post(GENERATE, content=b"x" * 10_000_000), 413)
+    just = b'{"prompt": "' + b"x" * (4 * 2**20 - 14) + b'"}'
+    check(client.post(GENERATE, content=just, headers={"Content-Type": "application/json"}), 400, "context")
+    check(client.post(GENERATE, content=just + b" "), 413)
     assert client.get("/health").status_code == 200
 
 
@@ -140,6 +172,13 @@ def test_ignored_fields_of_openai(client: httpx.Client) -> None:
         "parallel_tool_calls": True,
         "prompt_cache_key": "k",
         "safety_identifier": "s",
+        "prompt_cache_options": {"mode": "explicit"},
+        "stream_options": {"include_obfuscation": False},
+        "verbosity": "low",
+        "store": True,
+        "modalities": ["text"],
+        "prediction": {"type": "content", "content": "a"},
+        "moderation": None,
         "reasoning_effort": "low",
         "tools": [],
         "tool_choice": "auto",
@@ -147,4 +186,27 @@ def test_ignored_fields_of_openai(client: httpx.Client) -> None:
         "stop": None,
         "logit_bias": {"5": -100},
     }
-    assert client.post(CHAT, json=body).status_code == 200
+    response = client.post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("endpoint", [chat.completion_create_params, completion_create_params])
+def test_every_field_of_openai_is_known(endpoint: Any) -> None:
+    schema = ChatRequest if endpoint is chat.completion_create_params else CompletionRequest
+    assert endpoint.CompletionCreateParamsBase.__annotations__.keys() <= schema.model_fields.keys()
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": HELLO}, {"messages": []}, {"prompt": "a", "x": 1}])
+def test_tokenize(client: httpx.Client, body: Any) -> None:
+    check(client.post("/tokenize", json=body), 400)
+
+
+def test_detokenize(client: httpx.Client) -> None:
+    check(client.post("/detokenize", json={"tokens": [10**30]}), 400, "tokens")
+    check(client.post("/detokenize", json={"tokens": [1], "model": "x"}), 404, "'fake'")
+
+
+def test_pages(client: httpx.Client) -> None:
+    for path in ("/", "/docs"):
+        assert client.get(path).headers["content-type"].startswith("text/html")
+    assert "/v1/chat/completions" in client.get("/openapi.json").json()["paths"]

@@ -96,7 +96,8 @@ def test_running_requests_are_seen(server: Running, client: httpx.Client) -> Non
     aborted = "request_success_total[finished_reason=abort]"
     before = scrape(client)[aborted]
     with client.stream("POST", "/generate_stream", json={"prompt": "SLOW"}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept, for its end is the connection's
+        next(lines)
         assert eventually(lambda: scrape(client)["num_requests_running"] == 1)
         assert scrape(client)["kv_cache_usage_perc"] == pytest.approx(1 / 64)
     assert eventually(lambda: scrape(client)[aborted] == before + 1)
