@@ -46,7 +46,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     if heads_folder is not None and config.speculative:
         weights = read_heads(heads_folder, model_config)
         heads = MedusaHeads(weights, model, dtype, device)
-        prior = _prior(weights.accuracy, heads.num_heads, model_config.vocab_size)
+        prior = _prior(weights.accuracy, heads.num_heads, min(NUM_RANKS, heads.num_tokens))
 
     num_blocks = _num_blocks(config, model_config, dtype)
     max_model_len = _max_model_len(config, model_config, num_blocks)
@@ -97,9 +97,8 @@ def _dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dt
     return dtype
 
 
-def _prior(accuracy: list[list[float]] | None, num_heads: int, vocab_size: int) -> list[list[float]]:
+def _prior(accuracy: list[list[float]] | None, num_heads: int, ranks: int) -> list[list[float]]:
     """Acceptance by [depth][rank] to start from, as wide as a row's candidates."""
-    ranks = min(NUM_RANKS, vocab_size)
     table = accuracy or DEFAULT_ACCEPTANCE
     table = [*table, *[table[-1]] * num_heads][:num_heads]
     return [[*row, *[0.0] * ranks][:ranks] for row in table]

@@ -32,6 +32,9 @@ class Engine:
     """
 
     def __init__(self, runner: StepRunner, scheduler: Scheduler, ready: EngineReady, seed: int | None = None) -> None:
+        fits = scheduler.blocks.num_usable * scheduler.blocks.block_size
+        if ready.max_model_len > fits:
+            raise ValueError(f"max_model_len={ready.max_model_len}, but the pages hold {fits} tokens")
         self.runner = runner
         self.scheduler = scheduler
         self.planner = scheduler.planner

@@ -70,7 +70,7 @@ class Runner:
     ) -> None:
         self.model, self.heads = model, heads
         self.device, self.block_size = model.device, block_size
-        self.num_ranks = min(NUM_RANKS, model.config.vocab_size)
+        self.num_ranks = min(NUM_RANKS, heads.num_tokens if heads else model.config.vocab_size)
         config = model.config
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.cache = torch.zeros(shape, dtype=model.dtype, device=self.device)

@@ -67,7 +67,7 @@ class Scheduler:
         prompt_tokens = sum(request.num_uncomputed for request in self.running if not request.decoding)
         prompt_tokens = min(prompt_tokens, self.max_num_batched_tokens)
         tree = self.planner.choose(max(len(decoding), 1), prompt_tokens)
-        while tree.num_nodes > 1 and self._missing_blocks(decoding, tree.num_nodes) > self.blocks.num_available:
+        while tree.num_nodes > 1 and self._missing_blocks(tree.num_nodes) > self.blocks.num_available:
             tree = self.planner.largest(tree.num_nodes // 2)
         plan = StepPlan(chunks=[], speculating=[], single=[], tree=tree, propose=tree.num_nodes > 1)
         preemptions = self.num_preemptions
@@ -85,10 +85,11 @@ class Scheduler:
             return None
         return plan
 
-    def _missing_blocks(self, requests: list[Request], num_nodes: int) -> int:
-        """Pages to be taken if each of these brought a tree of so many nodes."""
-        wanted = (self.blocks.blocks_for(r.cached_len + num_nodes) - len(r.table.blocks) for r in requests)
-        return sum(max(0, missing) for missing in wanted)
+    def _missing_blocks(self, num_nodes: int) -> int:
+        """Pages to be taken if each decoding row brought a tree of so many nodes, beside the chunks of the others."""
+        chunk = self.max_num_batched_tokens
+        wanted = ((r, num_nodes if r.decoding else min(r.num_uncomputed, chunk)) for r in self.running)
+        return sum(max(0, self.blocks.blocks_for(r.cached_len + n) - len(r.table.blocks)) for r, n in wanted)
 
     def _plan_decoding(self, plan: StepPlan, request: Request) -> None:
         nodes = plan.tree.num_nodes if request.has_candidates and request.params.speculative else ROOT.num_nodes
@@ -147,13 +148,10 @@ class Scheduler:
             # leave a page for each running row, or it would be preempted in the next step already
             spare = self.blocks.num_available - len(self.running)
             wanted = self.blocks.blocks_for(request.cached_len + num_tokens) - len(request.table.blocks)
-            fits = wanted <= spare or not self.running
-            if not fits or not self.blocks.reserve(request.table, request.cached_len + num_tokens):
-                if self.running or not self._shrink_to_fit(request):
-                    self.blocks.free(request.table)
-                    request.cached_len = 0
-                    return
-                num_tokens = len(request.table.blocks) * self.blocks.block_size - request.cached_len
+            if wanted > spare or not self.blocks.reserve(request.table, request.cached_len + num_tokens):
+                self.blocks.free(request.table)
+                request.cached_len = 0
+                return
             self.waiting.popleft()
             if request.num_preemptions == 0:
                 request.num_cached_prompt_tokens = request.cached_len
@@ -164,13 +162,6 @@ class Scheduler:
             plan.admitted.append(request)
             plan.chunks.append(Chunk(request, num_tokens))
             budget -= num_tokens
-
-    def _shrink_to_fit(self, request: Request) -> bool:
-        """With nobody else running, a first chunk as large as the free pages."""
-        available = self.blocks.num_available * self.blocks.block_size
-        return available > 0 and self.blocks.reserve(
-            request.table, len(request.table.blocks) * self.blocks.block_size + available
-        )
 
     def check_integrity(self) -> None:
         """Every page, row and request is in exactly one place.

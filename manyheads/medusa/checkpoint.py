@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def read_heads(folder: Path, config: ModelConfig) -> HeadWeights:
     files = [file] if file is not None else tensor_files(folder)
     state: dict[str, Tensor] = {}
     for path in files:
-        state |= dict(read_tensors(path))
+        state |= {key.removeprefix("medusa_heads."): tensor for key, tensor in read_tensors(path)}
     where = files[0] if len(files) == 1 else folder
     if any(key.startswith("medusa_head.") for key in state):
         inside = {k.removeprefix("medusa_head."): t for k, t in state.items() if k.startswith("medusa_head.")}
@@ -140,9 +141,12 @@ def _vllm(state: dict[str, Tensor], where: Path, config: dict[str, object]) -> H
         elif key != "lm_head.weight":
             raise CheckpointError(f"{where}: key {key} belongs to no Medusa head")
     blocks = _grid(parts, where, bias_needed=bool(config.get("medusa_fc_bias", False)))
-    shared = state.get("lm_head.weight")
-    if config.get("original_lm_head") and shared is not None and not projections:
-        projections = dict.fromkeys(range(len(blocks)), shared)
+    if config.get("original_lm_head") and len(projections) <= 1:  # one projection for all heads
+        shared = state.get("lm_head.weight", projections.get(0))
+        projections = {} if shared is None else dict.fromkeys(range(len(blocks)), shared)
+    if token_map is not None and token_map.numel():  # projections of the whole vocabulary are cut to the map
+        rows = int(token_map.max()) + 1
+        projections = {h: p[token_map] if rows <= len(p) != len(token_map) else p for h, p in projections.items()}
     if sorted(projections) != list(range(len(blocks))):
         raise CheckpointError(f"{where}: {len(blocks)} heads, but lm_heads {sorted(projections)}")
     return HeadWeights(blocks, [projections[h] for h in sorted(projections)], token_map, "vLLM", _accuracy(where))
@@ -164,9 +168,12 @@ def _grid(
             if "bias" not in part and bias_needed:
                 raise CheckpointError(f"{where}: block {b} of head {h} has no bias")
             weight = part["weight"]
-            bias = part.get("bias", weight.new_zeros(weight.shape[0]))
-            if bias.shape != weight.shape[:1]:
-                raise CheckpointError(f"{where}: the bias of block {b} of head {h} has shape {tuple(bias.shape)}")
+            bias = part.get("bias", weight.new_zeros(weight.shape[:1]))
+            if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+                raise CheckpointError(
+                    f"{where}: block {b} of head {h} has a weight of shape {tuple(weight.shape)} and a bias of shape "
+                    f"{tuple(bias.shape)}"
+                )
             row.append((weight, bias))
         grid.append(row)
     return grid
@@ -177,9 +184,10 @@ def _check(weights: HeadWeights, where: Path, config: ModelConfig) -> None:
     rows = config.vocab_size if weights.token_map is None else weights.token_map.numel()
     for h, blocks in enumerate(weights.blocks):
         for b, (weight, bias) in enumerate(blocks):
-            if tuple(weight.shape) != square:
+            if tuple(weight.shape) != square or not weight.is_floating_point():
                 raise CheckpointError(
-                    f"{where}: block {b} of head {h} has shape {tuple(weight.shape)}; the base model needs {square}"
+                    f"{where}: block {b} of head {h} has shape {tuple(weight.shape)} in {weight.dtype}; the "
+                    f"base model needs {square} in floating point"
                 )
             _finite(weight, where, f"block {b} of head {h}")
             _finite(bias, where, f"block {b} of head {h}")
@@ -191,6 +199,8 @@ def _check(weights: HeadWeights, where: Path, config: ModelConfig) -> None:
             )
         _finite(projection, where, f"the projection of head {h}")
     tokens = weights.token_map
+    if tokens is not None and not tokens.numel():
+        raise CheckpointError(f"{where}: token_map is empty")
     if tokens is not None and (int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size):
         raise CheckpointError(f"{where}: token_map names tokens outside the vocabulary of {config.vocab_size}")
 
@@ -205,6 +215,9 @@ def _accuracy(where: Path) -> list[list[float]] | None:
     if not path.is_file():
         return None
     table = read_json(path).get("accuracy")
-    if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
-        raise CheckpointError(f"{path}: accuracy must be a list of lists [head][rank]")
-    return [[float(p) for p in row] for row in table]
+    rows: list[list[Any]] = (
+        table if isinstance(table, list) and all(isinstance(row, list) for row in table) else [[None]]
+    )
+    if not all(isinstance(p, (int, float)) and 0 <= p <= 1 for row in rows for p in row):
+        raise CheckpointError(f"{path}: accuracy must be a list of lists [head][rank] of shares between 0 and 1")
+    return [[float(p) for p in row] for row in rows]

@@ -23,6 +23,8 @@ class MedusaHeads:
 
     def __init__(self, weights: HeadWeights, model: Llama, dtype: torch.dtype, device: torch.device) -> None:
         self.num_heads = len(weights.blocks)
+        self.num_tokens = model.config.vocab_size if weights.token_map is None else weights.token_map.numel()
+        """Tokens that a head can propose."""
         self.model = model
         layers = list(zip(*weights.blocks, strict=True))  # per layer: (weight, bias) of every head
         # the first layer's blocks all read the same hidden state: one product

@@ -64,14 +64,17 @@ class CostTable:
 
 
 def _interpolate(points: dict[int, float], x: int) -> float:
-    """Piecewise linear; past the last point its slope goes on, before the first one the value stays."""
+    """Piecewise linear; past the last point its slope goes on, before the first one the value stays.
+
+    More work cannot cost less: a point above a later one is noise, and is taken for the later one's value.
+    """
     keys = sorted(points)
+    values = list(accumulate((points[key] for key in reversed(keys)), min))[::-1]
     if x <= keys[0] or len(keys) == 1:
-        return points[keys[0]]
+        return values[0]
     at = min(bisect_left(keys, x), len(keys) - 1)
-    low, high = keys[at - 1], keys[at]
-    slope = (points[high] - points[low]) / (high - low)
-    return points[low] + max(slope, 0.0) * (x - low)
+    slope = (values[at] - values[at - 1]) / (keys[at] - keys[at - 1])
+    return values[at - 1] + slope * (x - keys[at - 1])
 
 
 class Acceptance:

@@ -118,22 +118,26 @@ def grow(acceptance: list[list[float]], num_nodes: int) -> tuple[Tree, list[floa
     """
     choices: list[Choice] = [()]
     probabilities = [1.0]
-    heap: list[tuple[float, Choice]] = []
+    # what is measured need not fall with the rank
+    order = [sorted(range(len(ranks)), key=lambda r, ranks=ranks: -ranks[r]) for ranks in acceptance]  # type: ignore[misc]
+    heap: list[tuple[float, Choice, int]] = []
 
-    def push(parent: Choice, parent_probability: float, rank: int) -> None:
+    def push(parent: Choice, parent_probability: float, place: int) -> None:
+        """The child that stands at this place of the order at its depth."""
         depth = len(parent)
-        if depth < len(acceptance) and rank < len(acceptance[depth]):
+        if depth < len(order) and place < len(order[depth]):
+            rank = order[depth][place]
             p = parent_probability * acceptance[depth][rank]
             if p > 0:
-                heapq.heappush(heap, (-p, (*parent, rank)))
+                heapq.heappush(heap, (-p, (*parent, rank), place))
 
     probability: dict[Choice, float] = {(): 1.0}
     push((), 1.0, 0)
     while heap and len(choices) < num_nodes:
-        negative, choice = heapq.heappop(heap)
+        negative, choice, place = heapq.heappop(heap)
         choices.append(choice)
         probabilities.append(-negative)
         probability[choice] = -negative
         push(choice, -negative, 0)
-        push(choice[:-1], probability[choice[:-1]], choice[-1] + 1)
+        push(choice[:-1], probability[choice[:-1]], place + 1)
     return Tree(tuple(choices)), probabilities

@@ -136,6 +136,8 @@ def _rope(raw: dict[str, Any], folder: Path) -> tuple[float, RopeScaling | None]
         raise ConfigError(
             f"{folder / 'config.json'}: rope scaling {kind!r} is not supported, only default, linear and llama3"
         )
+    if not isinstance(parameters.get("factor"), (int, float)):
+        raise ConfigError(f"{folder / 'config.json'}: rope scaling {kind!r} needs a factor")
     known = RopeScaling.__dataclass_fields__.keys() - {"kind"}
     return theta, RopeScaling(kind=kind, **{key: parameters[key] for key in known if key in parameters})
 

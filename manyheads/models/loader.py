@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,7 +64,10 @@ def tensor_files(folder: Path, stem: str = "model", pickle_stem: str = "pytorch_
     for name in (f"{stem}.safetensors", f"{pickle_stem}.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index} has no weight_map")
+            shards = sorted({str(shard) for shard in weight_map.values()})
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise CheckpointError(f"{index} names {missing[0]}, which is not there")
@@ -92,11 +93,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         return
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors ({str(error).splitlines()[0]}); nothing in it was run"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as plain tensors ({reason}); nothing in it was run") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise CheckpointError(f"{path} holds no plain dictionary of tensors")
     yield from state.items()
 

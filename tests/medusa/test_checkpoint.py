@@ -148,6 +148,31 @@ def test_vllm_with_one_projection_for_all_heads(tmp_path: Path) -> None:
     check(weights, projections=[PROJECTIONS[1]] * HEADS)
 
 
+def test_vllm_saves_the_one_projection_as_the_first_heads_too(tmp_path: Path) -> None:
+    state = {k: t for k, t in vllm().items() if not k.startswith(("lm_heads.1", "lm_heads.2"))}
+    weights = read_heads(write(tmp_path, "model.safetensors", state, original_lm_head=True, **VLLM), CONFIG)
+    check(weights, projections=[PROJECTIONS[0]] * HEADS)
+
+
+def test_vllm_cuts_whole_projections_to_the_token_map(tmp_path: Path) -> None:
+    state = vllm() | {"token_map": TOKEN_MAP}
+    weights = read_heads(write(tmp_path, "model.safetensors", state, **VLLM), CONFIG)
+    check(weights, projections=[p[TOKEN_MAP] for p in PROJECTIONS], token_map=TOKEN_MAP)
+
+
+def test_vllm_with_a_prefix(tmp_path: Path) -> None:
+    state = {f"medusa_heads.{key}": tensor for key, tensor in vllm().items()}
+    check(read_heads(write(tmp_path, "model.safetensors", state, **VLLM), CONFIG))
+
+
+@pytest.mark.parametrize("accuracy", [[["x"]], [[None]], [[1.5]], [[float("nan")]], [0.5], "many"])
+def test_statistics_that_make_no_sense_are_named(tmp_path: Path, accuracy: object) -> None:
+    folder = write(tmp_path, "medusa_lm_head.pt", reference(), **MEDUSA)
+    (folder / "tree_statistics.json").write_text(json.dumps({"accuracy": accuracy}))
+    with pytest.raises(CheckpointError, match=r"tree_statistics.json: accuracy must be"):
+        read_heads(folder, CONFIG)
+
+
 def test_heads_are_counted_from_the_keys(tmp_path: Path) -> None:
     """medusa-vicuna-7b-v1.3 declares 2 heads and holds 5."""
     config = {"medusa_num_heads": 2, "medusa_num_layers": 7}
@@ -219,7 +244,7 @@ BAD: dict[str, tuple[str, State, dict[str, Any], str]] = {
         "medusa_lm_head.pt",
         reference() | {"0.1.linear.bias": random(5)},
         MEDUSA,
-        r"bias of block 1 of head 0 has shape \(5,\)",
+        r"block 1 of head 0 has .* a bias of shape \(5,\)",
     ),
     "another vocabulary": (
         "medusa_lm_head.pt",
@@ -258,6 +283,24 @@ BAD: dict[str, tuple[str, State, dict[str, Any], str]] = {
         vllm(rows=4),
         FC_BIAS,
         r"projection of head 0 has shape \(4, 4\)",
+    ),
+    "integer weights": (
+        "medusa_lm_head.pt",
+        reference() | {"0.1.linear.weight": torch.ones(HIDDEN, HIDDEN, dtype=torch.int8)},
+        MEDUSA,
+        "block 1 of head 0 has .* in torch.int8",
+    ),
+    "scalar weight": (
+        "medusa_lm_head.pt",
+        reference() | {"0.1.linear.weight": NAN},
+        MEDUSA,
+        r"block 1 of head 0 has a weight of shape \(\)",
+    ),
+    "empty token map": (
+        "model.safetensors",
+        vllm() | {"token_map": TOKEN_MAP[:0]},
+        FC_BIAS,
+        "projection of head 0|token_map is empty",
     ),
     "token outside": (
         "model.safetensors",

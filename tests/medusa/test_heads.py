@@ -33,7 +33,9 @@ def model() -> Any:
     """As much of a base as heads ask for."""
     torch.manual_seed(99)
     lm_head = Linear(torch.randn(VOCAB, HIDDEN))
-    return SimpleNamespace(lm_head=lm_head, logits=lambda x: lm_head(x).float())
+    return SimpleNamespace(
+        config=SimpleNamespace(vocab_size=VOCAB), lm_head=lm_head, logits=lambda x: lm_head(x).float()
+    )
 
 
 def naive(w: HeadWeights, hidden: Tensor, lm_head: Any, num_ranks: int) -> list[list[list[int]]]:

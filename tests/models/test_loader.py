@@ -188,7 +188,15 @@ def test_damaged_safetensors_are_named(folder: Path, damage: Callable[[bytes], b
         load(folder)
 
 
-@pytest.mark.parametrize("damage", [cut, lambda raw: b"words"], ids=["cut", "text"])
+def flip(raw: bytes) -> bytes:
+    """Bits of the pickled dictionary, not of the tensors."""
+    at = raw.index(b"_rebuild_tensor")
+    return raw[:at] + bytes(b ^ 0x15 for b in raw[at : at + 40]) + raw[at + 40 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, flip, lambda raw: b"", lambda raw: b"words"], ids=["cut", "flipped", "empty", "text"]
+)
 def test_damaged_pickles_are_named(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     pickled(folder, 1)
     file = folder / "pytorch_model.bin"
@@ -216,11 +224,20 @@ def test_code_in_a_pickle_is_not_run(folder: Path) -> None:
     assert (folder / "ran").exists()
 
 
-@pytest.mark.parametrize("held", [[torch.zeros(2)], torch.zeros(2), {"a": {"b": torch.zeros(2)}}, {"a": 1}])
+@pytest.mark.parametrize(
+    "held", [[torch.zeros(2)], torch.zeros(2), {0: torch.zeros(2)}, {"a": {"b": torch.zeros(2)}}, {"a": 1}]
+)
 def test_a_pickle_of_something_else_is_refused(tmp_path: Path, held: object) -> None:
     torch.save(held, tmp_path / "x.bin")
     with pytest.raises(CheckpointError, match=r"x.bin holds no plain dictionary of tensors"):
         list(read_tensors(tmp_path / "x.bin"))
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}])
+def test_an_index_without_a_map_is_named(folder: Path, index: dict[str, Any]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index.json has no weight_map"):
+        load(folder)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, model: PreTrainedModel) -> None:
