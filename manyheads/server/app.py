@@ -9,9 +9,10 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 
 from manyheads.request import RequestError
-from manyheads.server.auth import ApiKey
+from manyheads.server.auth import DOCS_FILES, ApiKey
 from manyheads.server.errors import add_error_handlers, error_response
 from manyheads.server.generate import generate_router
 from manyheads.server.limits import MAX_BODY_BYTES, BodyLimit
@@ -19,7 +20,7 @@ from manyheads.server.openai import openai_router
 from manyheads.server.schemas import DetokenizeRequest, TokenizeRequest
 from manyheads.server.service import Service
 
-PAGES = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "page" / "index.html"
 
 
 def package_version() -> str:
@@ -44,12 +45,13 @@ def create_app(
         cors_origins: origins whose pages may call this server.
         max_body_bytes: larger bodies are answered 413.
     """
-    app = FastAPI(
+    # Swagger's page with its scripts from this server: it works without a network
+    app = FastAPIOffline(
         title="manyheads",
         version=package_version(),
         description="Serves a language model with Medusa heads to many people at once.",
-        docs_url=None,
         redoc_url=None,
+        static_url=DOCS_FILES,
     )
     add_error_handlers(app)
     # the last one added is the outermost
@@ -62,8 +64,6 @@ def create_app(
     app.include_router(openai_router(service))
     _add_tokenizer_routes(app, service)
     _add_service_routes(app, service)
-    for path, name in (("/", "index.html"), ("/docs", "docs.html")):
-        _add_page(app, path, PAGES / name)
     return app
 
 
@@ -103,8 +103,6 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-
-def _add_page(app: FastAPI, path: str, file: Path) -> None:
-    @app.get(path, include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(file.read_text(encoding="utf-8"))
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))

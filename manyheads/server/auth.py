@@ -10,6 +10,12 @@ from manyheads.server.errors import error_response
 
 OPEN_PATHS = frozenset({"/", "/health", "/version", "/docs", "/openapi.json", "/metrics"})
 """What needs no key: probes, the interface's description and the page (whose requests bring one)."""
+DOCS_FILES = "/docs-files"
+"""Where the scripts of /docs are."""
+
+
+def is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(DOCS_FILES + "/")
 
 
 class ApiKey:
@@ -20,7 +26,7 @@ class ApiKey:
         self._expected = b"Bearer " + key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not is_open(scope["path"]):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 response = error_response(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -209,4 +210,7 @@ def test_detokenize(client: httpx.Client) -> None:
 def test_pages(client: httpx.Client) -> None:
     for path in ("/", "/docs"):
         assert client.get(path).headers["content-type"].startswith("text/html")
+    for link in re.findall(r'(?:src|href)="([^"]+)"', client.get("/docs").text):
+        assert link.startswith("/"), "the page needs no network"
+        assert client.get(link).status_code == 200
     assert "/v1/chat/completions" in client.get("/openapi.json").json()["paths"]
