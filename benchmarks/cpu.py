@@ -106,7 +106,7 @@ def reference_server(args: argparse.Namespace, heads: Path, *extra: str) -> cont
 def our_server(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """`manyheads serve` with its defaults."""
     manyheads = str(Path(sys.executable).with_name("manyheads"))
-    command = [manyheads, "serve", "--model", str(args.model), "--port", str(PORTS["manyheads"])]
+    command = [manyheads, "serve", str(args.model), "--port", str(PORTS["manyheads"])]
     command += ["--heads", str(args.heads)] if args.heads else []
     return server(command, f"http://127.0.0.1:{PORTS['manyheads']}")
 

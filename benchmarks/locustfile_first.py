@@ -74,7 +74,9 @@ class FirstVersionUser(HttpUser):
             record: dict[str, Any] = {"sent": sent, "seconds": time.time() - sent, "error": None}
             if reply.status_code == 200 and "response" in reply.json():
                 answer = reply.json()
-                record |= {key: answer[key] for key in ("tokens", "steps", "prompt_tokens") if key in answer}
+                counts = answer.get("details", answer)  # ours; the first version's
+                names = {"generated_tokens": "tokens", "tokens": "tokens", "steps": "steps"}
+                record |= {name: counts[key] for key, name in names.items() if key in counts}
                 reply.success()
             else:
                 record["error"] = f"{reply.status_code} {reply.text[:300]}"

@@ -1,4 +1,4 @@
-"""Medusa heads on the base's own answers: heads.py DATA MODEL [--seconds N]. One GPU.
+"""Medusa heads on the base's own answers: heads.py DATA MODEL [--seconds N].
 
 The base answers prompts of the conversations (greedily, and some at temperature 0.7), and the heads learn to predict
 what it said two and more tokens ahead (Medusa-1, Cai et al. 2024, section 2.2.1, with self-distillation, section
@@ -12,14 +12,14 @@ import json
 import math
 import random
 import time
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from base import pack
+from base import DEVICE, pack
 from data import entries
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -30,21 +30,30 @@ MAX_NEW = 192
 END = 4
 
 
-@torch.inference_mode()
-def answers(model: LlamaForCausalLM, prompts: list[list[int]], seconds: float) -> list[tuple[list[int], list[int]]]:
-    """(tokens, 1 where the model speaks) of as many prompts as the time allows, three of four answered greedily."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = [order[i : i + 2048] for i in range(0, len(order), 2048)]
-    random.Random(0).shuffle(groups)
-    result: list[tuple[list[int], list[int]]] = []
-    start = time.time()
-    for number, group in enumerate(groups):
-        if time.time() - start > seconds:
-            break
-        width = max(len(prompts[i]) for i in group)
-        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in group]).cuda()
-        sampled = {"do_sample": True, "temperature": 0.7} if number % 4 == 3 else {"do_sample": False}
-        out = model.generate(
+Generate = Callable[[list[list[int]], float], list[list[int]]]
+"""Prompts and a temperature to what the base says."""
+
+
+def generator(folder: Path) -> Generate:
+    """manyheads itself on a CPU, transformers on a GPU."""
+    if DEVICE == "cpu":
+        from manyheads import LLM, SamplingParams
+
+        llm = LLM(str(folder), speculative=False, max_num_seqs=64)
+
+        def served(prompts: list[list[int]], temperature: float) -> list[list[int]]:
+            params = SamplingParams(max_tokens=MAX_NEW, temperature=temperature, seed=0)
+            return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+        return served
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE).eval()
+
+    @torch.inference_mode()
+    def generated(prompts: list[list[int]], temperature: float) -> list[list[int]]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=DEVICE)
+        sampled = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        return model.generate(
             input_ids=ids,
             attention_mask=(ids != 0).long(),
             max_new_tokens=MAX_NEW,
@@ -52,6 +61,22 @@ def answers(model: LlamaForCausalLM, prompts: list[list[int]], seconds: float) -
             pad_token_id=0,
             **sampled,
         )[:, width:].tolist()
+
+    return generated
+
+
+def answers(generate: Generate, prompts: list[list[int]], seconds: float) -> list[tuple[list[int], list[int]]]:
+    """(tokens, 1 where the model speaks) of as many prompts as the time allows, three of four answered greedily."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = 2048 if DEVICE == "cuda" else 256
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    random.Random(0).shuffle(groups)
+    result: list[tuple[list[int], list[int]]] = []
+    start = time.time()
+    for number, group in enumerate(groups):
+        if time.time() - start > seconds:
+            break
+        out = generate([prompts[i] for i in group], 0.7 if number % 4 == 3 else 0.0)
         for i, new in zip(group, out, strict=True):
             said = new[: new.index(END) + 1] if END in new else new
             result.append((prompts[i] + said, [0] * len(prompts[i]) + [1] * len(said)))
@@ -88,39 +113,47 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--seconds", type=float, default=75, help="for training")
     parser.add_argument("--answer-seconds", type=float, default=75)
+    parser.add_argument("--init", type=Path, help="start from these heads")
+    parser.add_argument("--share", type=float, default=1.0, help="of the questions that come from the data files")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).cuda().eval().requires_grad_(False)
     user, assistant, end = (tokenizer.token_to_id(f"<|{name}|>") for name in ("user", "assistant", "end"))
-    questions = {talk[0]["content"] for entry in chain(*entries(args.data)) for talk in entry.variants}
-    encoded = tokenizer.encode_batch(sorted(questions))
+    # everyday questions first, in all their variants: the heads are to be good at what the base is good at
+    everyday, others = entries(args.data)
+    questions = {talk[0]["content"]: None for entry in everyday for talk in entry.variants}
+    questions |= {entry.variants[0][0]["content"]: None for entry in others[: int(len(others) * args.share)]}
+    encoded = tokenizer.encode_batch(list(questions))
     prompts = [[user, *e.ids, end, assistant] for e in encoded if len(e.ids) < 400]
     random.Random(1).shuffle(prompts)
-    said = answers(model, prompts, args.answer_seconds)
+    said = answers(generator(args.model), prompts, args.answer_seconds)
     random.Random(2).shuffle(said)
-    held_out, said = said[:1500], said[1500:]
-    train, valid = ([torch.from_numpy(a).cuda() for a in pack(part, 1024)] for part in (said, held_out))
+    held_out, said = said[: len(said) // 20], said[len(said) // 20 :]
+    train, valid = ([torch.from_numpy(a).to(DEVICE) for a in pack(part, 1024)] for part in (said, held_out))
 
     # float32: hidden states as the engine sees them on a CPU
-    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).cuda().eval().requires_grad_(False)
+    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE).eval().requires_grad_(False)
     torch.set_float32_matmul_precision("high")
     projection = model.lm_head.weight
-    heads = Heads(model.config.hidden_size).cuda()
+    heads = Heads(model.config.hidden_size).to(DEVICE)
+    if args.init:
+        state = load_file(args.init / "medusa_lm_head.safetensors", device=DEVICE)
+        heads.weight.data.copy_(torch.stack([state[f"{h}.0.linear.weight"] for h in range(NUM_HEADS)]))
+        heads.bias.data.copy_(torch.stack([state[f"{h}.0.linear.bias"] for h in range(NUM_HEADS)])[:, None])
     optimizer = torch.optim.AdamW(heads.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     start, step = time.time(), 0
-    rows = 24
+    rows = 24 if DEVICE == "cuda" else 4
     while (done := (time.time() - start) / args.seconds) < 1:
-        index = torch.randint(len(train[0]), (rows,), device="cuda")
+        index = torch.randint(len(train[0]), (rows,), device=DEVICE)
         tokens, mask = train[0][index].long(), train[1][index]
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
             hidden = model.model(input_ids=tokens).last_hidden_state
         wanted, use = targets(tokens, mask)
-        loss = torch.zeros((), device="cuda")
+        loss = torch.zeros((), device=DEVICE)
         states = heads(hidden.flatten(0, 1).float())
         for h in range(NUM_HEADS):
             at = use[h].flatten()
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 logits = states[h][at] @ projection.T
             loss = loss + 0.8**h * F.cross_entropy(logits.float(), wanted[h].flatten()[at])
         for group in optimizer.param_groups:
@@ -129,7 +162,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        if step % 200 == 0:
+        if step % (200 if DEVICE == "cuda" else 20) == 0:
             print(step, f"{done:.2f} loss {loss.item():.3f}", flush=True)
 
     hits = torch.zeros(NUM_HEADS, NUM_RANKS, dtype=torch.float64)

@@ -1,0 +1,177 @@
+"""Each sampling parameter against a plain loop over the reference model, with and without trees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from manyheads import EngineConfig, SamplingParams
+from manyheads.engine.build import build_engine
+from manyheads.engine.engine import Engine
+from manyheads.engine.sampler import gumbel
+from manyheads.request import EngineRequest, RequestDelta
+from tests.tiny import VOCAB, save_model
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny") / "model"
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> LlamaForCausalLM:
+    return save_model(folder)
+
+
+@pytest.fixture(scope="module", params=[1, 16], ids=["one node", "16 nodes"])
+def engine(folder: Path, reference: LlamaForCausalLM, request: pytest.FixtureRequest) -> Engine:
+    return build_engine(
+        EngineConfig(model=str(folder), dtype="float32", tree_size=request.param, num_threads=1, num_blocks=64)
+    )
+
+
+def answer(engine: Engine, **params: Any) -> list[RequestDelta]:
+    params = {"max_tokens": NEW} | params
+    engine.add_request(
+        EngineRequest(request_id="x", prompt_token_ids=PROMPT, params=SamplingParams(**params).validate())
+    )
+    deltas = []
+    while engine.has_work():
+        deltas += engine.step()
+    return deltas
+
+
+def tokens_of(deltas: list[RequestDelta]) -> list[int]:
+    return [token for delta in deltas for token in delta.new_token_ids]
+
+
+@torch.inference_mode()
+def raw_logits(reference: LlamaForCausalLM, tokens: list[int]) -> Tensor:
+    logits: Tensor = reference(torch.tensor([tokens])).logits[0, -1].float()
+    return logits
+
+
+def edited(reference: LlamaForCausalLM, output: list[int], **params: Any) -> Tensor:
+    """The next token's logits after penalties and bias, token by token as their papers and APIs say."""
+    logits = raw_logits(reference, PROMPT + output).tolist()
+    for token in range(VOCAB):
+        count = output.count(token)
+        if count or token in PROMPT:
+            penalty = params.get("repetition_penalty", 1.0)
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        logits[token] -= params.get("frequency_penalty", 0.0) * count
+        logits[token] -= params.get("presence_penalty", 0.0) * (count > 0)
+        logits[token] += params.get("logit_bias", {}).get(token, 0.0)
+    return torch.tensor(logits)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.8},
+        {"logit_bias": {2: 4.0, 7: -3.0}},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": -0.4, "logit_bias": {1: 1.0}},
+    ],
+    ids=lambda params: ", ".join(params),
+)
+def test_penalties_and_bias(engine: Engine, reference: LlamaForCausalLM, params: dict[str, Any]) -> None:
+    wanted: list[int] = []
+    for _ in range(NEW):
+        wanted.append(int(edited(reference, wanted, **params).argmax()))
+    assert tokens_of(answer(engine, temperature=0.0, **params)) == wanted
+    assert wanted != tokens_of(answer(engine, temperature=0.0)), "the parameter has an effect here"
+
+
+def kept(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
+    """Tokens that may be drawn."""
+    order = logits.argsort(descending=True).tolist()
+    order = order[: top_k or VOCAB]
+    p = dict(zip(order, torch.softmax(logits[order], 0).tolist(), strict=True))
+    result, mass = set(), 0.0
+    for token in order:
+        if mass >= top_p or p[token] < min_p * p[order[0]]:
+            break
+        result.add(token)
+        mass += p[token]
+    return result
+
+
+@pytest.mark.parametrize(
+    "params", [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 5, "top_p": 0.8, "min_p": 0.1}], ids=str
+)
+def test_filters_keep_the_draw_among_the_likely(
+    engine: Engine, reference: LlamaForCausalLM, params: dict[str, Any]
+) -> None:
+    """The noise is known, so the very token is."""
+    for seed in range(5):
+        wanted: list[int] = []
+        for _ in range(NEW):
+            logits = raw_logits(reference, PROMPT + wanted) / 1.5
+            position = torch.tensor([[len(PROMPT) + len(wanted)]])
+            noisy = logits + gumbel(torch.tensor([seed]), position, VOCAB)[0, 0]
+            allowed = kept(logits, **params)
+            wanted.append(max(allowed, key=lambda t, noisy=noisy: float(noisy[t])))  # type: ignore[misc]
+        assert tokens_of(answer(engine, temperature=1.5, seed=seed, **params)) == wanted
+
+
+def test_logprobs_are_the_models(engine: Engine, reference: LlamaForCausalLM) -> None:
+    deltas = answer(engine, temperature=1.0, seed=3, logprobs=4)
+    output = tokens_of(deltas)
+    entries = [entry for delta in deltas for entry in delta.logprobs or []]
+    assert len(entries) == len(output) == NEW
+    for i, entry in enumerate(entries):
+        wanted = torch.log_softmax(raw_logits(reference, PROMPT + output[:i]), 0)
+        assert entry.logprob == pytest.approx(float(wanted[output[i]]), abs=1e-4)
+        best = wanted.topk(4)
+        assert [token for token, _ in entry.top] == best.indices.tolist()
+        assert [p for _, p in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_the_text_ends_at_a_stop_token_but_not_too_early(engine: Engine) -> None:
+    free = tokens_of(answer(engine, temperature=0.0))
+    stop = free[9]
+    at = free.index(stop)
+    deltas = answer(engine, temperature=0.0, stop_token_ids=(stop,))
+    assert tokens_of(deltas) == free[: at + 1]
+    assert (deltas[-1].finish_reason, deltas[-1].stop_token_id) == ("stop", stop)
+    late = tokens_of(answer(engine, temperature=0.0, stop_token_ids=(stop,), min_tokens=15))
+    assert stop not in late[:14]
+    assert len(late) >= 15
+
+
+def test_steps_are_counted(engine: Engine) -> None:
+    deltas = answer(engine, temperature=0.0, max_steps=5)
+    assert len([d for d in deltas if d.new_token_ids]) == 5 == deltas[-1].num_steps
+    assert deltas[-1].finish_reason == "length"
+
+
+def test_a_request_can_do_without_speculation(engine: Engine) -> None:
+    assert len([d for d in answer(engine, temperature=0.0, speculative=False) if d.new_token_ids]) == NEW
+
+
+def test_typical_acceptance_takes_more(engine: Engine) -> None:
+    """With every draft typical (ε = 0 accepts what has any probability), whole paths are accepted."""
+    if engine.planner.tree_size == 1:
+        pytest.skip("nothing to accept")
+    loose = answer(engine, temperature=1.0, seed=1, acceptance="typical", typical_epsilon=0.0)
+    exact = answer(engine, temperature=1.0, seed=1)
+    assert loose[-1].num_steps < exact[-1].num_steps
+
+
+def test_noise_is_standard_gumbel() -> None:
+    noise = gumbel(torch.arange(64), torch.arange(20).expand(64, -1), 1000)
+    assert float(noise.double().mean()) == pytest.approx(0.57722, abs=0.005)  # Euler's constant
+    assert float(noise.double().var()) == pytest.approx(1.64493, abs=0.01)  # π² / 6
+    assert len(noise.unique()) > 0.95 * 64 * 20 * 1000 * 0.9
+    again = gumbel(torch.tensor([7]), torch.tensor([[3]]), 1000)
+    assert torch.equal(again[0, 0], noise[7, 3])

@@ -1,0 +1,43 @@
+"""A tiny random checkpoint with Medusa heads. With 16 tokens, ten candidates a head are often right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 16
+HIDDEN = 32
+HEADS = 3
+
+
+def save_model(folder: Path) -> LlamaForCausalLM:
+    """Write base and heads ("V2") to `folder`; the base as transformers has it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    heads = folder / "heads"
+    heads.mkdir()
+    state = {f"{h}.0.linear.weight": torch.randn(HIDDEN, HIDDEN) / 8 for h in range(HEADS)}
+    state |= {f"{h}.0.linear.bias": torch.zeros(HIDDEN) for h in range(HEADS)}
+    save_file(state, heads / "medusa_lm_head.safetensors")
+    (heads / "config.json").write_text(json.dumps({"medusa_num_heads": HEADS, "base_model_name_or_path": ".."}))
+    return model
