@@ -86,7 +86,7 @@ def load_round(url: str, args: argparse.Namespace, seconds: float, parameters: d
 
 def export_reference(args: argparse.Namespace, folder: str, tree: Path | None) -> Path:
     """The model as medusa-llm 0.1 reads it; two heads for its own tree, all for a tree of ours."""
-    heads = json.loads((args.heads or args.model / "heads").joinpath("config.json").read_text())["medusa_num_heads"]
+    heads = json.loads((args.heads or args.model / "heads").joinpath("config.json").read_text())["num_heads"]
     command = [args.reference_python, str(ROOT / "benchmarks/first_version/export_heads.py"), str(args.model), folder]
     command += ["--num-heads", str(heads if tree else 2)]
     command += ["--heads", str(args.heads)] if args.heads else []
@@ -131,12 +131,16 @@ def part_first_version(args: argparse.Namespace) -> dict[str, Any]:
                 parameters = {
                     "medusa-llm": work | {"max_steps": args.new_tokens},
                     "manyheads": work
-                    | {"ignore_eos": True}
+                    | {"ignore_eos": True, "raw": True}
                     | ({"acceptance": args.acceptance} if args.acceptance else {}),
                 }
                 rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
                 for name in systems:  # warm up
-                    get_json(f"{urls[name]}/generate", {"prompt": "Hello.", "parameters": parameters[name]}, 300)
+                    get_json(
+                        f"{urls[name]}/generate",
+                        {"prompt": "<|user|>Hello.<|end|><|assistant|>", "parameters": parameters[name]},
+                        300,
+                    )
                 for i in range(args.rounds):
                     for name in systems if i % 2 == 0 else systems[::-1]:
                         rounds[name].append(load_round(urls[name], args, args.seconds, parameters[name]))

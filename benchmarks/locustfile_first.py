@@ -32,7 +32,8 @@ SUBJECTS = (
     "coffee",
     "jazz",
 )
-PROMPTS = itertools.cycle(f"Tell me something about {subject}." for subject in SUBJECTS)
+# The first version has no chat template: both servers get the built-in model's as part of the text.
+PROMPTS = itertools.cycle(f"<|user|>Tell me something about {subject}.<|end|><|assistant|>" for subject in SUBJECTS)
 
 spawned_at: list[float] = []
 samples: list[dict[str, Any]] = []

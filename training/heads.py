@@ -2,7 +2,7 @@
 
 The base answers prompts of the conversations (greedily, and some at temperature 0.7), and the heads learn to predict
 what it said two and more tokens ahead (Medusa-1, Cai et al. 2024, section 2.2.1, with self-distillation, section
-2.3.2). A head is one residual block whose output goes through the base's own vocabulary projection ("V2").
+2.3.2). A head is one residual block; its output goes through one vocabulary projection for all heads.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from base import DEVICE, pack
 from data import entries
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 NUM_HEADS = 4
+RATE = 2e-3
 NUM_RANKS = 10
 MAX_NEW = 192
 END = 4
@@ -85,26 +86,39 @@ def answers(generate: Generate, prompts: list[list[int]], seconds: float) -> lis
 
 
 class Heads(torch.nn.Module):
-    def __init__(self, hidden: int) -> None:
+    """Residual blocks, one for each head, and a projection that all heads share: the base's own to begin with.
+
+    With the base's own throughout ("V2") they would be hardly better than guesses here: what a block adds is almost
+    nowhere negative (SiLU), so it cannot take back the next token that the hidden state stands for.
+    """
+
+    def __init__(self, projection: Tensor) -> None:
         super().__init__()
+        hidden = projection.shape[1]
         self.weight = torch.nn.Parameter(torch.zeros(NUM_HEADS, hidden, hidden))
-        self.bias = torch.nn.Parameter(torch.zeros(NUM_HEADS, 1, hidden))
+        self.bias = torch.nn.Parameter(torch.zeros(NUM_HEADS, hidden))
+        self.projection = torch.nn.Parameter(projection.clone())
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[N, D] → [heads, N, D]: what goes through the vocabulary projection."""
-        return hidden + F.silu(torch.baddbmm(self.bias, hidden.expand(NUM_HEADS, -1, -1), self.weight.transpose(1, 2)))
+    def logits(self, h: int, hidden: Tensor) -> Tensor:
+        """[N, D] → [N, V]: of head h, for the token h + 2 places on."""
+        return (hidden + F.silu(F.linear(hidden, self.weight[h], self.bias[h]))) @ self.projection.T
 
 
-def targets(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """[heads, rows, T] tokens that head h is to predict, and whether they were said by the model."""
-    wanted, valid = [], []
-    for h in range(NUM_HEADS):
-        shift = h + 2
-        wanted.append(F.pad(tokens[:, shift:], (0, shift)))
-        # the position itself must be able to propose: it draws a token of the answer
-        said = F.pad(mask[:, shift:], (0, shift)) & F.pad(mask[:, 1:], (0, 1))
-        valid.append(said)
-    return torch.stack(wanted), torch.stack(valid)
+@torch.no_grad()
+def examples(model: LlamaForCausalLM, said: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, D], and the tokens [N, heads] that follow the next one; -1 where the answer is over."""
+    hidden, wanted = [], []
+    for tokens, masks in zip(*(torch.from_numpy(a).split(8) for a in pack(said, 1024)), strict=True):
+        tokens, masks = tokens.to(DEVICE).long(), masks.to(DEVICE)
+        states = model.model(input_ids=tokens).last_hidden_state
+        shifts = range(2, NUM_HEADS + 2)
+        ahead = torch.stack([F.pad(tokens[:, s:], (0, s)) for s in shifts], dim=-1)
+        valid = torch.stack([F.pad(masks[:, s:], (0, s)) for s in shifts], dim=-1).cummin(-1).values
+        # the position draws a token of the answer, and at least one more comes
+        use = F.pad(masks[:, 1:], (0, 1)) & valid[..., 0]
+        hidden.append(states[use])
+        wanted.append(torch.where(valid, ahead, -1)[use])
+    return torch.cat(hidden), torch.cat(wanted)
 
 
 def main() -> None:
@@ -113,7 +127,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--seconds", type=float, default=75, help="for training")
     parser.add_argument("--answer-seconds", type=float, default=75)
-    parser.add_argument("--init", type=Path, help="start from these heads")
+    parser.add_argument("--answers", type=Path, help="file that keeps the answers, for another try")
     parser.add_argument("--share", type=float, default=1.0, help="of the questions that come from the data files")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -126,71 +140,74 @@ def main() -> None:
     encoded = tokenizer.encode_batch(list(questions))
     prompts = [[user, *e.ids, end, assistant] for e in encoded if len(e.ids) < 400]
     random.Random(1).shuffle(prompts)
-    said = answers(generator(args.model), prompts, args.answer_seconds)
+    if args.answers and args.answers.exists():
+        said = json.loads(args.answers.read_text())
+    else:
+        said = answers(generator(args.model), prompts, args.answer_seconds)
+        if args.answers:
+            args.answers.write_text(json.dumps(said))
     random.Random(2).shuffle(said)
     held_out, said = said[: len(said) // 20], said[len(said) // 20 :]
-    train, valid = ([torch.from_numpy(a).to(DEVICE) for a in pack(part, 1024)] for part in (said, held_out))
-
     # float32: hidden states as the engine sees them on a CPU
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE).eval().requires_grad_(False)
+    train, valid = examples(model, said), examples(model, held_out)
     torch.set_float32_matmul_precision("high")
-    projection = model.lm_head.weight
-    heads = Heads(model.config.hidden_size).to(DEVICE)
-    if args.init:
-        state = load_file(args.init / "medusa_lm_head.safetensors", device=DEVICE)
-        heads.weight.data.copy_(torch.stack([state[f"{h}.0.linear.weight"] for h in range(NUM_HEADS)]))
-        heads.bias.data.copy_(torch.stack([state[f"{h}.0.linear.bias"] for h in range(NUM_HEADS)])[:, None])
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
-    start, step = time.time(), 0
-    rows = 24 if DEVICE == "cuda" else 4
-    while (done := (time.time() - start) / args.seconds) < 1:
-        index = torch.randint(len(train[0]), (rows,), device=DEVICE)
-        tokens, mask = train[0][index].long(), train[1][index]
-        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-            hidden = model.model(input_ids=tokens).last_hidden_state
-        wanted, use = targets(tokens, mask)
-        loss = torch.zeros((), device=DEVICE)
-        states = heads(hidden.flatten(0, 1).float())
-        for h in range(NUM_HEADS):
-            at = use[h].flatten()
+    heads = Heads(model.lm_head.weight).to(DEVICE)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    start, step, done = time.time(), 0, 0.0
+    while done < 1:
+        for index in torch.randperm(len(train[0])).to(DEVICE).split(4096 if DEVICE == "cuda" else 1024):
+            done = (time.time() - start) / args.seconds
+            hidden, wanted = train[0][index], train[1][index]
+            loss = torch.zeros((), device=DEVICE)
             with torch.autocast(DEVICE, torch.bfloat16):
-                logits = states[h][at] @ projection.T
-            loss = loss + 0.8**h * F.cross_entropy(logits.float(), wanted[h].flatten()[at])
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        if step % (200 if DEVICE == "cuda" else 20) == 0:
-            print(step, f"{done:.2f} loss {loss.item():.3f}", flush=True)
+                for h in range(NUM_HEADS):
+                    logits = heads.logits(h, hidden).float()
+                    loss = loss + 0.8**h * F.cross_entropy(logits, wanted[:, h], ignore_index=-1)
+            for group in optimizer.param_groups:
+                group["lr"] = (
+                    RATE * min(1.0, (step + 1) / 50) * max(0.01, 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 50 == 0:
+                print(step, f"{done:.2f} loss {loss.item():.3f}", flush=True)
+            if done >= 1:
+                break
 
-    hits = torch.zeros(NUM_HEADS, NUM_RANKS, dtype=torch.float64)
-    counts = torch.zeros(NUM_HEADS, dtype=torch.float64)
+    accuracy = []
     with torch.no_grad():
-        for i in range(0, len(valid[0]), rows):
-            tokens, mask = valid[0][i : i + rows].long(), valid[1][i : i + rows]
-            states = heads(model.model(input_ids=tokens).last_hidden_state.flatten(0, 1))
-            wanted, use = targets(tokens, mask)
-            for h in range(NUM_HEADS):
-                at = use[h].flatten()
-                top = (states[h][at] @ projection.T).topk(NUM_RANKS).indices
-                hits[h] += (top == wanted[h].flatten()[at][:, None]).double().sum(0).cpu()
-                counts[h] += int(at.sum())
-    accuracy = (hits / counts[:, None]).tolist()
-    for h, ranks in enumerate(accuracy):
-        print(f"head {h}: top-1 {ranks[0]:.3f}, top-{NUM_RANKS} {sum(ranks):.3f}")
+        for h in range(NUM_HEADS):
+            use = valid[1][:, h] >= 0
+            top = heads.logits(h, valid[0][use]).topk(NUM_RANKS).indices
+            accuracy.append((top == valid[1][use, h, None]).double().mean(0).tolist())
+            print(f"head {h}: top-1 {accuracy[h][0]:.3f}, top-{NUM_RANKS} {sum(accuracy[h]):.3f}")
 
     out = args.model / "heads"
     out.mkdir(exist_ok=True)
-    state = {f"{h}.0.linear.weight": heads.weight[h].detach().half().contiguous().cpu() for h in range(NUM_HEADS)}
-    state |= {f"{h}.0.linear.bias": heads.bias[h, 0].detach().half().contiguous().cpu() for h in range(NUM_HEADS)}
-    save_file(state, out / "medusa_lm_head.safetensors", metadata={"format": "pt"})
-    config = {"medusa_num_heads": NUM_HEADS, "medusa_num_layers": 1, "base_model_name_or_path": "..", "version": "2"}
+    state = {"lm_head.weight": heads.projection}
+    for h in range(NUM_HEADS):
+        state |= {f"blocks.{h}.layers.0.weight": heads.weight[h], f"blocks.{h}.layers.0.bias": heads.bias[h]}
+    half = {key: tensor.detach().half().contiguous().cpu() for key, tensor in state.items()}
+    save_file(half, out / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "base_model_name_or_path": "..",
+        "hidden_size": model.config.hidden_size,
+        "vocab_size": model.config.vocab_size,
+        "truncated_vocab_size": model.config.vocab_size,
+        "num_heads": NUM_HEADS,
+        "num_hidden_layers": 1,
+        "medusa_fc_bias": True,
+        "original_lm_head": True,
+    }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     statistics = {
         "accuracy": [[round(p, 5) for p in ranks] for ranks in accuracy],
-        "tokens": int(counts[0]),
+        "tokens": len(valid[0]),
         "source": "held-out answers of the built-in model, three of four greedy, the others at temperature 0.7",
     }
     (out / "tree_statistics.json").write_text(json.dumps(statistics, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Writes a model with shared-projection Medusa heads in the form that medusa-llm 0.1 reads.
+"""Writes a model with Medusa heads that share a projection in the form that medusa-llm 0.1 reads.
 
 medusa-llm 0.1 (with transformers 4.36) wants a base checkpoint of its time and, beside it, `medusa_lm_head.pt`
-whose every head carries a vocabulary projection of its own. The built-in model shares the base's projection and is
-stored in half precision by newer libraries, so this script
+whose every head carries a vocabulary projection of its own. The built-in model's heads share one (vLLM's format,
+`lm_head.weight`; without it, the base's), and all is stored in half precision by newer libraries, so this script
 
-- copies the base's vocabulary projection into every head (`{h}.1.weight`),
+- copies that projection into every head (`{h}.1.weight`),
 - writes all weights in float32 (what a CPU computes in; the values are unchanged),
 - spells `config.json` and `tokenizer.json` as the libraries of 2023 did (`rope_theta` as a plain key, merges as
   strings): they cannot read today's spelling.
@@ -105,7 +105,11 @@ def export(model: Path, heads: Path, out: Path, num_heads: int) -> None:
     # NOTE: transformers 4.36 refuses a safetensors file without this metadata.
     save_file(base, base_out / "model.safetensors", metadata={"format": "pt"})
 
-    state = read_weights(heads, "medusa_lm_head*.safetensors")
+    state = {
+        re.sub(r"^blocks\.(\d+)\.layers\.0\.", r"\1.0.linear.", key): tensor
+        for key, tensor in read_weights(heads, "*.safetensors").items()
+    }
+    projection = state.pop("lm_head.weight", projection)
     found = 1 + max(int(key.split(".")[0]) for key in state)
     for key in state:
         if not re.fullmatch(r"\d+\.(0\.linear\.(weight|bias)|1\.weight)", key):

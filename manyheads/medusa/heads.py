@@ -14,7 +14,8 @@ from manyheads.models.llama import Llama
 class MedusaHeads:
     """H heads of L residual blocks each: x ← x + SiLU(W x + b), then a vocabulary projection.
 
-    The projection is each head's own (Cai et al. 2024, section 2.1.1), or the base model's (TGI's "V2").
+    The projection is each head's own (Cai et al. 2024, section 2.1.1), one for all heads, or the base model's (TGI's
+    "V2").
 
     Args:
         weights: as read from a checkpoint.
@@ -43,7 +44,10 @@ class MedusaHeads:
         ]
         self._projections: list[Linear] | None = None
         if weights.projections is not None:
-            self._projections = [Linear(w.to(device, dtype)) for w in weights.projections]
+            own = weights.projections
+            if all(w is own[0] for w in own):  # one for all heads: one product
+                own = own[:1]
+            self._projections = [Linear(w.to(device, dtype)) for w in own]
         self._token_map = weights.token_map.to(device) if weights.token_map is not None else None
 
     def candidates(self, hidden: Tensor, num_ranks: int) -> Tensor:
@@ -64,6 +68,8 @@ class MedusaHeads:
             x = x + F.silu(torch.baddbmm(bias, x.transpose(0, 1), weight)).transpose(0, 1)
         if self._projections is None:
             logits = self.model.logits(x.reshape(-1, size))
+        elif len(self._projections) == 1:
+            logits = self._projections[0](x.reshape(-1, size))
         else:
             logits = torch.stack([p(x[:, h]) for h, p in enumerate(self._projections)], dim=1).flatten(0, 1)
         best = logits.topk(num_ranks, dim=-1).indices.view(num_rows, self.num_heads, num_ranks)

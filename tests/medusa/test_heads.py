@@ -53,14 +53,28 @@ def naive(w: HeadWeights, hidden: Tensor, lm_head: Any, num_ranks: int) -> list[
     return out
 
 
+def one_projection() -> HeadWeights:
+    w = weights(1)
+    assert w.projections is not None
+    return HeadWeights(w.blocks, w.projections[:1] * HEADS, None, "test", None)
+
+
 TOKEN_MAP = torch.tensor([7, 3, 39, 0, 12, 5])
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize(
     "w",
-    [weights(1), weights(3), weights(1, None), weights(2, None), weights(1, 6, TOKEN_MAP), weights(2, half=True)],
-    ids=["one layer", "three layers", "shared projection", "shared, two layers", "token map", "half precision"],
+    [
+        weights(1),
+        weights(3),
+        weights(1, None),
+        weights(2, None),
+        one_projection(),
+        weights(1, 6, TOKEN_MAP),
+        weights(2, half=True),
+    ],
+    ids=["one layer", "three layers", "the base's", "the base's, two layers", "one for all", "token map", "half"],
 )
 def test_candidates_are_the_heads_best_tokens(w: HeadWeights, rows: int) -> None:
     base = model()
@@ -68,6 +82,11 @@ def test_candidates_are_the_heads_best_tokens(w: HeadWeights, rows: int) -> None
     found = MedusaHeads(w, base, torch.float32, CPU).candidates(hidden, 4)
     assert found.dtype == torch.int64
     assert found.tolist() == naive(w, hidden, base.lm_head, 4)
+
+
+def test_one_projection_for_all_heads_is_kept_once() -> None:
+    one = MedusaHeads(one_projection(), model(), torch.float32, CPU).memory_bytes()
+    assert MedusaHeads(weights(1), model(), torch.float32, CPU).memory_bytes() - one == (HEADS - 1) * VOCAB * HIDDEN * 4
 
 
 def test_memory_is_counted_without_what_the_base_owns() -> None:
