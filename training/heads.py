@@ -12,7 +12,9 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 NUM_HEADS = 4
+NUM_TOKENS = 3000
 RATE = 2e-3
 NUM_RANKS = 10
 MAX_NEW = 192
@@ -86,7 +89,8 @@ def answers(generate: Generate, prompts: list[list[int]], seconds: float) -> lis
 
 
 class Heads(torch.nn.Module):
-    """Residual blocks, one for each head, and a projection that all heads share: the base's own to begin with.
+    """Residual blocks, one for each head, and a projection that all heads share: the base's own to begin with, cut to
+    the tokens that the heads may propose.
 
     With the base's own throughout ("V2") they would be hardly better than guesses here: what a block adds is almost
     nowhere negative (SiLU), so it cannot take back the next token that the hidden state stands for.
@@ -128,17 +132,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=75, help="for training")
     parser.add_argument("--answer-seconds", type=float, default=75)
     parser.add_argument("--answers", type=Path, help="file that keeps the answers, for another try")
-    parser.add_argument("--share", type=float, default=1.0, help="of the questions that come from the data files")
+    parser.add_argument("--longest", type=int, default=400, help="tokens of a question")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     user, assistant, end = (tokenizer.token_to_id(f"<|{name}|>") for name in ("user", "assistant", "end"))
-    # everyday questions first, in all their variants: the heads are to be good at what the base is good at
-    everyday, others = entries(args.data)
-    questions = {talk[0]["content"]: None for entry in everyday for talk in entry.variants}
-    questions |= {entry.variants[0][0]["content"]: None for entry in others[: int(len(others) * args.share)]}
+    questions = {talk[0]["content"]: None for entry in chain(*entries(args.data)) for talk in entry.variants[:2]}
     encoded = tokenizer.encode_batch(list(questions))
-    prompts = [[user, *e.ids, end, assistant] for e in encoded if len(e.ids) < 400]
+    prompts = [[user, *e.ids, end, assistant] for e in encoded if len(e.ids) < args.longest]
     random.Random(1).shuffle(prompts)
     if args.answers and args.answers.exists():
         said = json.loads(args.answers.read_text())
@@ -147,12 +148,18 @@ def main() -> None:
         if args.answers:
             args.answers.write_text(json.dumps(said))
     random.Random(2).shuffle(said)
+    counts = Counter(token for tokens, masks in said for token, mask in zip(tokens, masks, strict=True) if mask)
+    token_map = sorted(token for token, _ in counts.most_common(NUM_TOKENS))
+    place = torch.full((tokenizer.get_vocab_size() + 1,), -2)  # of a token in the map; -2 outside
+    place[token_map] = torch.arange(len(token_map))
+    place[-1] = -1  # no token
     held_out, said = said[: len(said) // 20], said[len(said) // 20 :]
     # float32: hidden states as the engine sees them on a CPU
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE).eval().requires_grad_(False)
     train, valid = examples(model, said), examples(model, held_out)
+    train, valid = ((hidden, place.to(DEVICE)[wanted]) for hidden, wanted in (train, valid))
     torch.set_float32_matmul_precision("high")
-    heads = Heads(model.lm_head.weight).to(DEVICE)
+    heads = Heads(model.lm_head.weight[token_map]).to(DEVICE)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     start, step, done = time.time(), 0, 0.0
     while done < 1:
@@ -163,7 +170,7 @@ def main() -> None:
             with torch.autocast(DEVICE, torch.bfloat16):
                 for h in range(NUM_HEADS):
                     logits = heads.logits(h, hidden).float()
-                    loss = loss + 0.8**h * F.cross_entropy(logits, wanted[:, h], ignore_index=-1)
+                    loss = loss + 0.8**h * F.cross_entropy(logits, wanted[:, h].clamp(min=-1), ignore_index=-1)
             for group in optimizer.param_groups:
                 group["lr"] = (
                     RATE * min(1.0, (step + 1) / 50) * max(0.01, 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
@@ -180,7 +187,7 @@ def main() -> None:
     accuracy = []
     with torch.no_grad():
         for h in range(NUM_HEADS):
-            use = valid[1][:, h] >= 0
+            use = valid[1][:, h] != -1
             top = heads.logits(h, valid[0][use]).topk(NUM_RANKS).indices
             accuracy.append((top == valid[1][use, h, None]).double().mean(0).tolist())
             print(f"head {h}: top-1 {accuracy[h][0]:.3f}, top-{NUM_RANKS} {sum(accuracy[h]):.3f}")
@@ -191,6 +198,7 @@ def main() -> None:
     for h in range(NUM_HEADS):
         state |= {f"blocks.{h}.layers.0.weight": heads.weight[h], f"blocks.{h}.layers.0.bias": heads.bias[h]}
     half = {key: tensor.detach().half().contiguous().cpu() for key, tensor in state.items()}
+    half["token_map"] = torch.tensor(token_map)
     save_file(half, out / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "medusa",
@@ -198,7 +206,7 @@ def main() -> None:
         "base_model_name_or_path": "..",
         "hidden_size": model.config.hidden_size,
         "vocab_size": model.config.vocab_size,
-        "truncated_vocab_size": model.config.vocab_size,
+        "truncated_vocab_size": len(token_map),
         "num_heads": NUM_HEADS,
         "num_hidden_layers": 1,
         "medusa_fc_bias": True,

@@ -15,6 +15,9 @@ from manyheads.medusa.tree import MAX_NODES, ROOT, Tree, grow
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 """Tree sizes that are considered."""
 
+MIN_GAIN = 1.05
+"""Speculation must promise this much more than plain decoding: the best of many estimates is an overestimate, and a
+change to trees costs a step whose proposals come too late."""
 PRIOR_TRIALS = 64.0
 """Weight of the prior acceptance, in observed tokens."""
 WINDOW_TRIALS = 20_000.0
@@ -125,7 +128,7 @@ class Planner:
             return self._tree(self.tree_size)
         assert self.costs is not None
         offset = self._offset.get(rows, 0.0)
-        best = rows / (self.costs.plain_cost(rows, prompt_tokens) + offset)
+        best = MIN_GAIN * rows / (self.costs.plain_cost(rows, prompt_tokens) + offset)
         tree = ROOT
         for size in SIZES[1:]:
             if size > len(self._expected):

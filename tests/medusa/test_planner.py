@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from manyheads.medusa.planner import (
     DEFAULT_ACCEPTANCE,
+    MIN_GAIN,
     PRIOR_TRIALS,
     REGROW_EVERY,
     SIZES,
@@ -60,7 +61,7 @@ def test_the_choice_has_the_best_rate(seconds: list[float], plain: float, rows: 
     made = Planner(DEFAULT_ACCEPTANCE)
     points = {8 * n: s for n, s in zip((1, 2, 4, 8, 16, 32, 64), seconds, strict=True)}
     made.costs = CostTable(plain={8: plain}, trees={8: points})
-    rates = {1: rows / made.costs.plain_cost(rows, prompt)}
+    rates = {1: MIN_GAIN * rows / made.costs.plain_cost(rows, prompt)}
     for size in SIZES[1:]:
         rates[size] = rows * made.expected_tokens(size) / made.costs.tree_cost(rows, rows * size + prompt)
     assert rates[made.choose(rows, prompt).num_nodes] == pytest.approx(max(rates.values()))
