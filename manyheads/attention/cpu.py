@@ -36,7 +36,9 @@ class CpuAttention:
         self.cache = cache
         self.block_size, self.num_kv_heads, self.head_dim = cache.shape[3:]
         self.queries_per_kv = num_heads // self.num_kv_heads
-        self._flat = cache.flatten(2, 3)  # [layers, 2, slots, kv_heads, head_dim]
+        # each layer's keys and values, as pages and as slots: views, made once
+        self._pages = [layer.unbind(0) for layer in cache]
+        self._flat = [layer.flatten(1, 2).unbind(0) for layer in cache]
         self._parts: list[_Part] = []
         self._slots = cache.new_empty(0, dtype=torch.int64)
 
@@ -60,7 +62,7 @@ class CpuAttention:
         return _Part(group.start, group.num_rows, num_nodes, pages, mask)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._flat[layer].unbind(0)
+        keys, values = self._flat[layer]
         keys.index_copy_(0, self._slots, k)
         values.index_copy_(0, self._slots, v)
         outputs = [self._attend(layer, part, q) for part in self._parts]
@@ -68,7 +70,7 @@ class CpuAttention:
 
     def _attend(self, layer: int, part: _Part, q: Tensor) -> Tensor:
         rows, nodes, kv_heads, dim = part.num_rows, part.num_nodes, self.num_kv_heads, self.head_dim
-        key_pages, value_pages = self.cache[layer].unbind(0)
+        key_pages, value_pages = self._pages[layer]
         keys = key_pages.index_select(0, part.pages).view(rows, -1, kv_heads, dim).transpose(1, 2)
         values = value_pages.index_select(0, part.pages).view(rows, -1, kv_heads, dim).transpose(1, 2)
         queries = q[part.start : part.start + rows * nodes].view(rows, nodes, kv_heads, self.queries_per_kv, dim)

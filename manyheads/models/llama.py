@@ -67,12 +67,12 @@ class Llama:
             qkv = layer.qkv(self._norm(x, layer.input_norm)).view(shape)
             qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
             if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = qk.tensor_split((config.num_heads,), dim=1)
+                q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
                 qk = torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)), dim=1)
             half = config.head_dim // 2
             # sin is signed: x · cos + rotate_half(x) · sin, without the negation
             qk = torch.addcmul(qk * cos, qk.roll(half, dims=-1), sin)
-            q, k = qk.tensor_split((config.num_heads,), dim=1)
+            q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
             x = x + layer.o(attend(i, q, k, v).flatten(1))
             gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
@@ -93,9 +93,7 @@ class Llama:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm, its statistics in float32 (Zhang and Sennrich 2019)."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.config.rms_norm_eps)
-        return (wide * scale).to(x.dtype) * weight
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
 
 def _rope_table(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
