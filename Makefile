@@ -10,8 +10,9 @@ serve: .venv/serve.done        ## the built-in model at http://127.0.0.1:8000 (M
 chat: .venv/serve.done         ## the built-in model in this terminal
 	$(BIN)/manyheads chat $(MODEL)
 
+# several test processes share few cores: threads that wait must not spin
 test: lint types               ## everything that a change must pass
-	$(BIN)/pytest --cov=manyheads --cov-report=term:skip-covered
+	GOMP_SPINCOUNT=1000 $(BIN)/pytest --cov=manyheads --cov-report=term:skip-covered
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

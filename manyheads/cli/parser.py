@@ -28,7 +28,7 @@ ENGINE_HELP: dict[str, tuple[type, str]] = {
     "tree_size": (int, "nodes of every speculation tree, 1 to 64 (default: chosen at each step)"),
     "max_queue": (int, "most requests that wait; more are rejected"),
     "seed": (int, "for requests that bring none (default: from the operating system)"),
-    "num_threads": (int, "CPU threads of the engine"),
+    "num_threads": (int, "CPU threads of the engine (default: all cores; take fewer where others are busy)"),
 }
 SAMPLING_HELP: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "most output tokens (default: until the model stops)"),
