@@ -96,13 +96,16 @@ class Prompt:
     token_ids: list[int]
 
 
-def spec_bench(tokenizer: Any, *, max_prompt_tokens: int, path: Path = SPEC_BENCH) -> list[Prompt]:
+def spec_bench(
+    tokenizer: Any, *, max_prompt_tokens: int, path: Path = SPEC_BENCH, system: str | None = None
+) -> list[Prompt]:
     """First turns of Spec-Bench with the chat template, in a fixed random order; longer prompts are left out."""
     prompts = []
+    before = [{"role": "system", "content": system}] if system else []
     for line in path.read_text().splitlines():
         question = json.loads(line)
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question["turns"][0]}], tokenize=False, add_generation_prompt=True
+            [*before, {"role": "user", "content": question["turns"][0]}], tokenize=False, add_generation_prompt=True
         )
         token_ids = tokenizer(text, add_special_tokens=False).input_ids
         if len(token_ids) <= max_prompt_tokens:

@@ -3,7 +3,7 @@
     python benchmarks/exactness.py
 
 Spec-Bench prompts arrive at random times at an engine with so few pages that requests are preempted, chunks of 32
-prompt tokens, and the prefix cache on; once for each tree size. transformers answers each prompt alone, in float32.
+prompt tokens, and a prefix (a system message) that they share in the cache; once for each tree size. transformers answers each prompt alone, in float32.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.request import EngineRequest
 
+SYSTEM = (
+    "You are a helpful assistant. You answer in short and simple English sentences, you stay with the question, "
+    "and you say so when you do not know the answer."
+)
 TREES: dict[str, int | None] = {"1": 1, "4": 4, "16": 16, "64": 64, "planner": None}
 
 
@@ -75,7 +79,8 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     longest = args.num_blocks * 16 - args.new_tokens
-    prompts = spec_bench(tokenizer, max_prompt_tokens=min(longest, 1400), path=args.spec_bench)[: args.prompts]
+    prompts = spec_bench(tokenizer, max_prompt_tokens=min(longest, 1400), path=args.spec_bench, system=SYSTEM)
+    prompts = prompts[: args.prompts]
     result: dict[str, Any] = {
         "machine": machine(),
         "prompts": len(prompts),
