@@ -3,7 +3,8 @@
     python benchmarks/exactness.py
 
 Spec-Bench prompts arrive at random times at an engine with so few pages that requests are preempted, chunks of 32
-prompt tokens, and a prefix (a system message) that they share in the cache; once for each tree size. transformers answers each prompt alone, in float32.
+prompt tokens, and a prefix (a system message) that they share in the cache; once for each tree size. transformers
+answers each prompt alone, in float32.
 """
 
 from __future__ import annotations

@@ -109,7 +109,11 @@ def export(model: Path, heads: Path, out: Path, num_heads: int) -> None:
         re.sub(r"^blocks\.(\d+)\.layers\.0\.", r"\1.0.linear.", key): tensor
         for key, tensor in read_weights(heads, "*.safetensors").items()
     }
-    projection = state.pop("lm_head.weight", projection)
+    if "lm_head.weight" in state:
+        own = state.pop("lm_head.weight")
+        tokens = state.pop("token_map", torch.arange(len(own))).long()
+        # a token outside the map gets the logit 0, far below any candidate's
+        projection = torch.zeros_like(projection).index_copy_(0, tokens, own)
     found = 1 + max(int(key.split(".")[0]) for key in state)
     for key in state:
         if not re.fullmatch(r"\d+\.(0\.linear\.(weight|bias)|1\.weight)", key):
