@@ -117,13 +117,23 @@ class Planner:
         self._grown = ROOT
         self._expected: list[float] = []
         self._steps_until_regrow = 0
+        self._chosen: dict[tuple[int, int], Tree] = {}
         self._offset: dict[int, float] = {}
 
     def choose(self, rows: int, prompt_tokens: int = 0) -> Tree:
-        """The tree for `rows` decoding rows beside `prompt_tokens` of prompts; ROOT when nothing pays."""
+        """The tree for `rows` decoding rows beside `prompt_tokens` of prompts; ROOT when nothing pays.
+
+        A choice holds until the next look at the tree's shape.
+        """
         if not self.acceptance.num_depths or (self.costs is None and self.tree_size is None):
             return ROOT
         self._regrow()
+        load = (rows, prompt_tokens)
+        if load not in self._chosen:
+            self._chosen[load] = self._best(rows, prompt_tokens)
+        return self._chosen[load]
+
+    def _best(self, rows: int, prompt_tokens: int) -> Tree:
         if self.tree_size is not None:
             return self._tree(self.tree_size)
         assert self.costs is not None
@@ -171,6 +181,7 @@ class Planner:
         if self._steps_until_regrow > 0:
             return
         self._steps_until_regrow = REGROW_EVERY
+        self._chosen.clear()
         self._grown, probabilities = grow(self.acceptance.table(), MAX_NODES)
         self._expected = list(accumulate(probabilities))
 
