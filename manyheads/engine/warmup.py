@@ -16,6 +16,8 @@ CONTEXT = 192
 MAX_INFLIGHT = 256
 """No step of more in-flight tokens is measured: the last slope goes on."""
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, 0.5
+"""Steps of each kind: at least so many (the first does not count), at most so many, for about so long."""
 
 
 def measure_costs(
@@ -40,29 +42,30 @@ def measure_costs(
         for request in requests:
             runner.state.assign(request)
 
-        def timed(plan: StepPlan) -> float:
-            seconds = []
-            for _ in range(5):
-                runner.state.cached_len[: plan.num_decoding] = context
-                start = time.perf_counter()
-                runner.execute(plan)
-                seconds.append(time.perf_counter() - start)
-            return min(seconds[1:])  # what disturbs a step only makes it longer
-
         progress(f"measuring steps of {num_rows} row{'s' if num_rows > 1 else ''}")
-        costs.plain[num_rows] = timed(StepPlan(chunks=[], speculating=[], single=requests))
-        points: dict[int, float] = {}
-        for size in SIZES:
-            if size > 1 and num_rows * size > max(MAX_INFLIGHT, 2 * num_rows):
+        plain = StepPlan(chunks=[], speculating=[], single=requests)
+        plans = {num_rows: StepPlan(chunks=[], speculating=[], single=requests, propose=True)}
+        for size in SIZES[1:]:
+            if num_rows * size > max(MAX_INFLIGHT, 2 * num_rows):
                 break
             tree = planner.largest(size)
-            plan = (
-                StepPlan(chunks=[], speculating=[], single=requests, propose=True)
-                if tree.num_nodes == 1
-                else StepPlan(chunks=[], speculating=requests, single=[], tree=tree, propose=True)
-            )
-            points[num_rows * tree.num_nodes] = timed(plan)
-        costs.trees[num_rows] = points
+            if tree.num_nodes > 1:
+                plans[num_rows * tree.num_nodes] = StepPlan(
+                    chunks=[], speculating=requests, single=[], tree=tree, propose=True
+                )
+        # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
+        seconds: dict[int, list[float]] = {0: [], **{num_inflight: [] for num_inflight in plans}}
+        start, turns = time.perf_counter(), 0
+        while turns < MIN_TURNS or (turns < MAX_TURNS and time.perf_counter() - start < TURN_SECONDS):
+            for num_inflight, plan in ((0, plain), *plans.items()):
+                runner.state.cached_len[:num_rows] = context
+                began = time.perf_counter()
+                runner.execute(plan)
+                seconds[num_inflight].append(time.perf_counter() - began)
+            turns += 1
+        shortest = {num_inflight: min(times[1:]) for num_inflight, times in seconds.items()}
+        costs.plain[num_rows] = shortest.pop(0)
+        costs.trees[num_rows] = shortest
     runner.state.cached_len.zero_()
     runner.state.block_table.zero_()
     return costs
