@@ -25,6 +25,7 @@ QUESTION = "Tell me something about hip hop."
 def builtin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     port = free_port()
     command = [sys.executable, "-m", "manyheads", "serve", "--port", str(port), "--max-num-seqs", "8"]
+    command += ["--tree-size", "8"]  # whatever speculation pays on this machine
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     temp = tmp_path_factory.mktemp("served")
     running = Running(process, f"http://127.0.0.1:{port}", temp, temp).wait_ready(120)
