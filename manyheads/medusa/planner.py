@@ -15,9 +15,9 @@ from manyheads.medusa.tree import MAX_NODES, ROOT, Tree, grow
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 """Tree sizes that are considered."""
 
-MIN_GAIN = 1.05
-"""Speculation must promise this much more than plain decoding: the best of many estimates is an overestimate, and a
-change to trees costs a step whose proposals come too late."""
+MIN_GAIN = 1.15
+"""Speculation must promise this much more than plain decoding: the best of many estimates is an overestimate, costs are
+measured at one length of context, and a change to trees costs a step whose proposals come too late."""
 PRIOR_TRIALS = 64.0
 """Weight of the prior acceptance, in observed tokens."""
 WINDOW_TRIALS = 20_000.0
@@ -118,7 +118,7 @@ class Planner:
         self._expected: list[float] = []
         self._steps_until_regrow = 0
         self._chosen: dict[tuple[int, int], Tree] = {}
-        self._offset: dict[int, float] = {}
+        self._offsets: dict[int, list[float]] = {}  # rows → seconds, [plain, trees]
 
     def choose(self, rows: int, prompt_tokens: int = 0) -> Tree:
         """The tree for `rows` decoding rows beside `prompt_tokens` of prompts; ROOT when nothing pays.
@@ -137,8 +137,8 @@ class Planner:
         if self.tree_size is not None:
             return self._tree(self.tree_size)
         assert self.costs is not None
-        offset = self._offset.get(rows, 0.0)
-        best = MIN_GAIN * rows / (self.costs.plain_cost(rows, prompt_tokens) + offset)
+        plain, offset = self._offsets.get(rows, [0.0, 0.0])
+        best = MIN_GAIN * rows / (self.costs.plain_cost(rows, prompt_tokens) + plain)
         tree = ROOT
         for size in SIZES[1:]:
             if size > len(self._expected):
@@ -166,15 +166,19 @@ class Planner:
     def observe_cost(self, rows: int, tree: Tree, seconds: float) -> None:
         """Take in the time of a step of `rows` decoding rows without prompt tokens.
 
-        Longer contexts make a step dearer than it was at warm-up, by about the same amount for every tree: what the
-        rows' caches cost to read. So the difference is kept as an offset per number of rows.
+        Longer contexts make a step dearer than it was at warm-up: what the rows' caches cost to read, and more with
+        trees than without. So the difference is kept as two offsets per number of rows. The one that is not observed
+        drifts to the other, so that what was given up is tried again.
         """
         if self.costs is None:
             return
         size = tree.num_nodes
         predicted = self.costs.tree_cost(rows, rows * size) if size > 1 else self.costs.plain_cost(rows)
-        old = self._offset.get(rows, 0.0)
-        self._offset[rows] = max(0.0, old + 0.05 * (min(seconds, 4 * predicted) - predicted - old))
+        offsets = self._offsets.setdefault(rows, [0.0, 0.0])
+        seen, other = (1, 0) if size > 1 else (0, 1)
+        offsets[seen] += 0.05 * (min(seconds, 4 * predicted) - predicted - offsets[seen])
+        offsets[seen] = max(0.0, offsets[seen])
+        offsets[other] += 0.003 * (offsets[seen] - offsets[other])
 
     def _regrow(self) -> None:
         self._steps_until_regrow -= 1
