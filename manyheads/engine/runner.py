@@ -162,7 +162,8 @@ class Runner:
         """A row that computes `num_tokens` known tokens: a chain."""
         first = request.cached_len
         tokens = torch.tensor(request.tokens[first : first + num_tokens], device=self.device)
-        return self._rows([request], chain_tensors(num_tokens, self.device), tokens[None])
+        index = torch.tensor([request.row], device=self.device)
+        return self._rows([request], index, chain_tensors(num_tokens, self.device), tokens[None])
 
     def _tree_rows(self, requests: list[Request], tree: TreeTensors) -> _Rows:
         """Rows whose trees are their last token and their heads' candidates."""
@@ -173,12 +174,11 @@ class Runner:
         if tree.num_nodes > 1:
             below = self.state.candidates[index].flatten(1)[:, tree.candidate]
             tokens = torch.cat((tokens, below), dim=1)
-        return self._rows(requests, tree, tokens)
+        return self._rows(requests, index, tree, tokens)
 
-    def _rows(self, requests: list[Request], tree: TreeTensors, tokens: Tensor) -> _Rows:
+    def _rows(self, requests: list[Request], index: Tensor, tree: TreeTensors, tokens: Tensor) -> _Rows:
         for request in requests:
             self.state.sync_blocks(request)
-        index = torch.tensor([request.row for request in requests], device=self.device)
         cached = self.state.cached_len[index, None]  # [R, 1]
         slot = cached + torch.arange(tree.num_nodes, device=self.device)
         page = self.state.block_table[index].gather(1, slot // self.block_size)

@@ -16,19 +16,9 @@ from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.request import EngineRequest
-from tests.tiny import VOCAB, save_model
+from tests.tiny import VOCAB
 
 TREES = [1, 4, 16, 64, None]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tiny") / "model"
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> LlamaForCausalLM:
-    return save_model(folder)
 
 
 def engine(folder: Path, tree_size: int | None, **settings: Any) -> Engine:

@@ -15,20 +15,10 @@ from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.sampler import gumbel
 from manyheads.request import EngineRequest, RequestDelta
-from tests.tiny import VOCAB, save_model
+from tests.tiny import VOCAB
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 NEW = 24
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tiny") / "model"
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> LlamaForCausalLM:
-    return save_model(folder)
 
 
 @pytest.fixture(scope="module", params=[1, 16], ids=["one node", "16 nodes"])
