@@ -1,7 +1,7 @@
-"""Train the built-in base model: base.py DATA OUT. OUT holds the tokenizer already.
+"""Train the built-in base model: base.py DATA OUT. OUT holds the tokenizer already. Seven minutes on an H200.
 
-On a GPU it takes five minutes. With `--init`, a checkpoint learns more conversations; a few everyday answers more are
-minutes on a CPU too.
+The heads learn beside it from the first step on (their loss is the recipe of Medusa-2, Cai et al. 2024, section 2.2.2),
+so that the base's hidden states hold what is to come; heads.py then fits them to what the finished base says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import conversations, documents, entries
+from medusa import Heads, ahead
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -87,24 +88,33 @@ def add_dropout(model: LlamaForCausalLM, p: float) -> None:
         module.register_forward_hook(lambda module, args, out: F.dropout(out, p, module.training))
 
 
-def loss_of(model: torch.nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-    with torch.autocast(DEVICE, torch.bfloat16):
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    weight = mask[:, 1:].flatten().float()
-    return (loss * weight).sum() / weight.sum().clamp(min=1)
+class Joint(torch.nn.Module):
+    """The base and its heads, from tokens to losses."""
+
+    def __init__(self, base: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.base = base
+        self.heads = Heads(torch.randn_like(base.lm_head.weight) * 0.02)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of base and heads on the tokens that `mask` marks; both [B, LENGTH + 1]."""
+        with torch.autocast(DEVICE, torch.bfloat16):
+            hidden = self.base.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+            loss = F.cross_entropy(self.base.lm_head(hidden).float(), tokens[:, 1:].flatten(), reduction="none")
+            weight = mask[:, 1:].flatten().float()
+            heads = self.heads.loss(hidden, ahead(tokens, mask)[:, :-1].flatten(0, 1))
+        return (loss * weight).sum() / weight.sum().clamp(min=1), heads
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--text-epochs", type=int, default=12, help="passages and conversations, every token counts")
+    parser.add_argument("--text-epochs", type=int, default=10, help="passages and conversations, every token counts")
     parser.add_argument("--chat-epochs", type=int, default=8, help="conversations alone, the answers count")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--init", type=Path, help="start from this checkpoint")
-    parser.add_argument("--share", type=float, default=1.0, help="of the entries that come from the data files")
+    parser.add_argument("--heads-weight", type=float, default=0.3, help="of the heads' loss")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -113,7 +123,7 @@ def main() -> None:
     everyday, others = entries(args.data)
     # whole entries are held out, so that no variant of them is seen
     held_out, others = others[: len(others) // 40], others[len(others) // 40 :]
-    items = everyday + others[: int(len(others) * args.share)]
+    items = everyday + others
     valid = rows_of(encode_conversations(conversations(held_out, random.Random(0)), tokenizer))
     passages = documents(args.data) if args.text_epochs else []
     text = [(e.ids, [1] * len(e.ids)) for e in tokenizer.encode_batch(passages)]
@@ -130,13 +140,12 @@ def main() -> None:
     total = sum(len(tokens) // ROWS for tokens, _ in epochs)
     print(f"tokens: {[t.numel() for t, _ in epochs]}, steps: {total}, {time.time() - start:.0f} s", flush=True)
 
-    model = LlamaForCausalLM(CONFIG)
-    if args.init:
-        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
-    model = model.to(DEVICE)
-    add_dropout(model, args.dropout)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    base = LlamaForCausalLM(CONFIG)
+    add_dropout(base, args.dropout)
+    model = Joint(base).to(DEVICE)
+    named = dict(model.named_parameters())
+    matrices = [p for n, p in named.items() if p.ndim == 2 and "embed" not in n and "projection" not in n]
+    rest = [p for n, p in named.items() if p.ndim != 2 or "embed" in n or "projection" in n]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=args.rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -151,27 +160,26 @@ def main() -> None:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = args.rate * scale
-            loss = loss_of(compiled, tokens[index], masks[index])
-            loss.backward()
+            loss, heads_loss = compiled(tokens[index], masks[index])
+            (loss + args.heads_weight * heads_loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-            if DEVICE == "cpu":
-                print(step, round(loss.item(), 3), f"{time.time() - start:.0f} s", flush=True)
+            losses.append(torch.stack((loss, heads_loss)).detach())
             step += 1
         model.eval()
         with torch.no_grad():
-            parts = [loss_of(model, *(t[i : i + 16] for t in valid)) for i in range(0, len(valid[0]), 16)]
-        held = torch.stack(parts).mean().item()
-        train = torch.stack(losses).mean().item()
-        log.append({"epoch": number, "step": step, "loss": round(train, 4), "held_out": round(held, 4)})
+            parts = [torch.stack(model(*(t[i : i + 16] for t in valid))) for i in range(0, len(valid[0]), 16)]
+        train, held = (torch.stack(values).mean(0).tolist() for values in (losses, parts))
+        names = ("loss", "heads_loss", "held_out", "held_out_heads")
+        log.append({"epoch": number, "step": step} | dict(zip(names, (round(v, 4) for v in train + held), strict=True)))
         print(log[-1], f"{time.time() - start:.0f} s", flush=True)
-    model.half().save_pretrained(args.out)
+    torch.save(model.heads.state_dict(), args.out / "heads.pt")
+    base.half().save_pretrained(args.out)
     summary = {
         "settings": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
-        "parameters": model.num_parameters(),
+        "parameters": base.num_parameters(),
         "tokens": sum(t.numel() for t, _ in epochs),
         "log": log,
     }

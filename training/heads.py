@@ -1,8 +1,8 @@
 """Medusa heads on the base's own answers: heads.py DATA MODEL [--seconds N].
 
-The base answers prompts of the conversations (greedily, and some at temperature 0.7), and the heads learn to predict
-what it said two and more tokens ahead (Medusa-1, Cai et al. 2024, section 2.2.1, with self-distillation, section
-2.3.2). A head is one residual block; its output goes through one vocabulary projection for all heads.
+The base answers prompts (greedily, and some at temperature 0.7), and the heads, which base.py has left beside it, go on
+learning to predict what it says two and more tokens ahead (Medusa-1, Cai et al. 2024, section 2.2.1, with
+self-distillation, section 2.3.2). Their vocabulary projection is cut to the tokens that the base uses.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from base import DEVICE, pack
-from data import entries
+from data import clean, entries, read
+from medusa import NUM_HEADS, Heads, ahead
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-NUM_HEADS = 4
 NUM_TOKENS = 3000
 RATE = 2e-3
 NUM_RANKS = 10
@@ -88,26 +87,6 @@ def answers(generate: Generate, prompts: list[list[int]], seconds: float) -> lis
     return result
 
 
-class Heads(torch.nn.Module):
-    """Residual blocks, one for each head, and a projection that all heads share: the base's own to begin with, cut to
-    the tokens that the heads may propose.
-
-    With the base's own throughout ("V2") they would be hardly better than guesses here: what a block adds is almost
-    nowhere negative (SiLU), so it cannot take back the next token that the hidden state stands for.
-    """
-
-    def __init__(self, projection: Tensor) -> None:
-        super().__init__()
-        hidden = projection.shape[1]
-        self.weight = torch.nn.Parameter(torch.zeros(NUM_HEADS, hidden, hidden))
-        self.bias = torch.nn.Parameter(torch.zeros(NUM_HEADS, hidden))
-        self.projection = torch.nn.Parameter(projection.clone())
-
-    def logits(self, h: int, hidden: Tensor) -> Tensor:
-        """[N, D] → [N, V]: of head h, for the token h + 2 places on."""
-        return (hidden + F.silu(F.linear(hidden, self.weight[h], self.bias[h]))) @ self.projection.T
-
-
 @torch.no_grad()
 def examples(model: LlamaForCausalLM, said: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
     """Hidden states [N, D], and the tokens [N, heads] that follow the next one; -1 where the answer is over."""
@@ -115,14 +94,23 @@ def examples(model: LlamaForCausalLM, said: list[tuple[list[int], list[int]]]) -
     for tokens, masks in zip(*(torch.from_numpy(a).split(8) for a in pack(said, 1024)), strict=True):
         tokens, masks = tokens.to(DEVICE).long(), masks.to(DEVICE)
         states = model.model(input_ids=tokens).last_hidden_state
-        shifts = range(2, NUM_HEADS + 2)
-        ahead = torch.stack([F.pad(tokens[:, s:], (0, s)) for s in shifts], dim=-1)
-        valid = torch.stack([F.pad(masks[:, s:], (0, s)) for s in shifts], dim=-1).cummin(-1).values
-        # the position draws a token of the answer, and at least one more comes
-        use = F.pad(masks[:, 1:], (0, 1)) & valid[..., 0]
+        targets = ahead(tokens, masks)
+        use = targets[..., 0] >= 0
         hidden.append(states[use])
-        wanted.append(torch.where(valid, ahead, -1)[use])
+        wanted.append(targets[use])
     return torch.cat(hidden), torch.cat(wanted)
+
+
+@torch.no_grad()
+def report(heads: Heads, valid: tuple[Tensor, Tensor]) -> list[list[float]]:
+    """Share of held-out tokens that the candidate of each [head][rank] is."""
+    accuracy = []
+    for h in range(NUM_HEADS):
+        use = valid[1][:, h] != -1
+        top = heads.logits(h, valid[0][use]).topk(NUM_RANKS).indices
+        accuracy.append((top == valid[1][use, h, None]).double().mean(0).tolist())
+        print(f"head {h}: top-1 {accuracy[h][0]:.3f}, top-{NUM_RANKS} {sum(accuracy[h]):.3f}", flush=True)
+    return accuracy
 
 
 def main() -> None:
@@ -138,6 +126,9 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     user, assistant, end = (tokenizer.token_to_id(f"<|{name}|>") for name in ("user", "assistant", "end"))
     questions = {talk[0]["content"]: None for entry in chain(*entries(args.data)) for talk in entry.variants[:2]}
+    # and what the base was not asked: its answers to strangers are what it is used for
+    unseen = dict.fromkeys(clean(row["prompt"]) for row in read(args.data / "t0_50k.jsonl.gz"))
+    questions |= dict.fromkeys(random.Random(3).sample(list(unseen), min(len(unseen), len(questions))))
     encoded = tokenizer.encode_batch(list(questions))
     prompts = [[user, *e.ids, end, assistant] for e in encoded if len(e.ids) < args.longest]
     random.Random(1).shuffle(prompts)
@@ -159,18 +150,20 @@ def main() -> None:
     train, valid = examples(model, said), examples(model, held_out)
     train, valid = ((hidden, place.to(DEVICE)[wanted]) for hidden, wanted in (train, valid))
     torch.set_float32_matmul_precision("high")
-    heads = Heads(model.lm_head.weight[token_map]).to(DEVICE)
+    trained = torch.load(args.model / "heads.pt", map_location="cpu", weights_only=True)
+    trained["projection"] = trained["projection"][token_map]
+    heads = Heads(trained["projection"])
+    heads.load_state_dict(trained)
+    heads = heads.to(DEVICE)
+    report(heads, valid)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     start, step, done = time.time(), 0, 0.0
     while done < 1:
         for index in torch.randperm(len(train[0])).to(DEVICE).split(4096 if DEVICE == "cuda" else 1024):
             done = (time.time() - start) / args.seconds
             hidden, wanted = train[0][index], train[1][index]
-            loss = torch.zeros((), device=DEVICE)
             with torch.autocast(DEVICE, torch.bfloat16):
-                for h in range(NUM_HEADS):
-                    logits = heads.logits(h, hidden).float()
-                    loss = loss + 0.8**h * F.cross_entropy(logits, wanted[:, h].clamp(min=-1), ignore_index=-1)
+                loss = heads.loss(hidden, wanted)
             for group in optimizer.param_groups:
                 group["lr"] = (
                     RATE * min(1.0, (step + 1) / 50) * max(0.01, 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
@@ -184,14 +177,7 @@ def main() -> None:
             if done >= 1:
                 break
 
-    accuracy = []
-    with torch.no_grad():
-        for h in range(NUM_HEADS):
-            use = valid[1][:, h] != -1
-            top = heads.logits(h, valid[0][use]).topk(NUM_RANKS).indices
-            accuracy.append((top == valid[1][use, h, None]).double().mean(0).tolist())
-            print(f"head {h}: top-1 {accuracy[h][0]:.3f}, top-{NUM_RANKS} {sum(accuracy[h]):.3f}")
-
+    accuracy = report(heads, valid)
     out = args.model / "heads"
     out.mkdir(exist_ok=True)
     state = {"lm_head.weight": heads.projection}

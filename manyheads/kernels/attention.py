@@ -1,0 +1,366 @@
+"""Attention of rows that are trees or chains over a paged K/V cache, for NVIDIA GPUs from Turing on.
+
+One kernel serves prompt chunks, plain decoding and speculating rows. Its grid depends on shapes that the host knows,
+and lengths are read on the device, so that a CUDA graph may capture it and replay it with other lengths.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_TREE_NODES = 64
+"""One bit of a mask each."""
+
+MAX_SPLITS = 32
+MIN_SPLIT_LEN = 128
+"""Positions; below this, the combining costs more than the splitting gains."""
+
+_LOG2_E = 1.4426950408889634
+
+
+def choose_splits(num_rows: int, num_kv_heads: int, num_m_tiles: int, max_len: int, num_sms: int) -> int:
+    """How many programs share a row's length, so that about two programs fall to each SM.
+
+    Args:
+        num_m_tiles: see `tile_sizes`.
+        max_len: positions (cached and in flight) of the longest row; a bound will do.
+    """
+    programs = max(1, num_rows * num_kv_heads * num_m_tiles)
+    return max(1, min(2 * num_sms // programs, max_len // MIN_SPLIT_LEN, MAX_SPLITS))
+
+
+def tile_sizes(max_nodes: int, queries_per_kv: int, largest: int = 128) -> tuple[int, int]:
+    """Queries in a tile (nodes times the query heads that share a kv head), and the number of tiles.
+
+    tl.dot wants at least 16. A long prompt wants 128, so that K and V are read half as often; a tree does not, as its
+    last tile would be mostly empty.
+    """
+    queries = max_nodes * queries_per_kv
+    block_m = 128 if queries >= 512 else min(64, max(16, triton.next_power_of_2(queries)))
+    block_m = min(block_m, largest)
+    return block_m, -(-queries // block_m)
+
+
+def scratch_numel(num_tokens: int, num_heads: int, head_dim: int, num_splits: int) -> int:
+    """float32 elements of scratch that `tree_attention` needs."""
+    return 0 if num_splits == 1 else num_splits * num_tokens * num_heads * (head_dim + 2)
+
+
+def tree_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    row_start: Tensor,
+    cached_len: Tensor,
+    block_table: Tensor,
+    mask: Tensor,
+    *,
+    max_nodes: int,
+    num_splits: int,
+    out: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> Tensor:
+    """Every token attends to its row's cached prefix and to the in-flight nodes that it may see.
+
+    The K/V of the in-flight tokens must be in the cache already: node i of row r at position cached_len[r] + i.
+
+    Args:
+        q: [T, H, d], rotated; d is a power of two from 16 on; any strides, but the last dimension contiguous.
+        k_pages, v_pages: [pages, page size, KV, d], one layer of the cache; any strides, the last dimension contiguous.
+        row_start: [R + 1] int32; tokens row_start[r] … row_start[r + 1] - 1 are row r's. Rows may be empty.
+        cached_len: [R] int64, positions.
+        block_table: [R, B] int64, page ids; covers cached_len + nodes positions.
+        mask: [T] int64; bit j: node j of the row is visible (itself included, at most 64 nodes). 0 in all of a row's
+            tokens: the row is a chain of any length.
+        max_nodes: tokens of the longest row, or more.
+        num_splits: programs that share a row's positions; above 1, their results meet in scratch.
+        out: [T, H, d], written to and returned.
+        scratch: float32, contiguous, at least `scratch_numel` elements.
+
+    Returns:
+        [T, H, d] of q's dtype. Tokens that belong to no row are undefined.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
+    num_rows = cached_len.shape[0]
+    if out is None:
+        out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if num_tokens == 0 or num_rows == 0:
+        return out
+    queries_per_kv = num_heads // num_kv_heads
+    largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
+    block_m, num_tiles = tile_sizes(max_nodes, queries_per_kv, largest_m)
+    split = num_splits > 1
+    if split and scratch is None:
+        numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)
+        scratch = torch.empty(numel, dtype=torch.float32, device=q.device)
+    partial = scratch if scratch is not None else out  # without splits it is never touched
+    _attend_kernel[(num_tiles * num_splits, num_kv_heads, num_rows)](
+        q,
+        k_pages,
+        v_pages,
+        out,
+        partial,
+        row_start,
+        cached_len,
+        block_table,
+        mask,
+        num_tokens,
+        num_splits,
+        head_dim**-0.5 * _LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        k_pages.stride(0),
+        k_pages.stride(1),
+        k_pages.stride(2),
+        v_pages.stride(0),
+        v_pages.stride(1),
+        v_pages.stride(2),
+        block_table.stride(0),
+        NUM_HEADS=num_heads,
+        QUERIES_PER_KV=queries_per_kv,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        SPLIT=split,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=num_stages,
+    )
+    if split:
+        _combine_kernel[(num_tokens, num_heads)](
+            partial,
+            out,
+            num_tokens,
+            num_splits,
+            out.stride(0),
+            out.stride(1),
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            SPLITS=triton.next_power_of_2(num_splits),
+            num_warps=4 if num_splits > 8 else 1,
+        )
+    return out
+
+
+@lru_cache(maxsize=64)
+def _tuning(device: torch.device, head_dim: int, element_size: int) -> tuple[int, int, int]:
+    """(largest BLOCK_M, BLOCK_N, num_stages) that spill no registers and fit into shared memory, found by compiling."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    row_bytes = head_dim * element_size
+    if capability < (8, 0):
+        # Triton leaves Turing's tensor cores alone: the products are plain FMAs, and hold their operands in registers
+        return max(16, 4096 // row_bytes), 32, 2
+    if row_bytes > 256:
+        return 64, 32, 2  # float32, for tests
+    # Triton spreads its stages over the page lookup and the loads that wait for it, so 3 are a double buffer of K and V
+    return 128, 64 if capability >= (9, 0) or row_bytes <= 128 else 32, 3
+
+
+@triton.jit
+def _attend_block(
+    q,
+    k_base,
+    v_base,
+    table,
+    pos,
+    node,
+    mask,
+    cached,
+    end,
+    m,
+    denom,
+    acc,
+    scale,
+    stride_k_page,
+    stride_k_slot,
+    stride_v_page,
+    stride_v_slot,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
+):
+    """Online softmax over one block of positions; all of them are visible unless IN_FLIGHT.
+
+    q [M, d]; pos [N]; node, mask, m, denom [M]; acc [M, d].
+    """
+    dim = tl.arange(0, HEAD_DIM)
+    slot = pos % PAGE_SIZE
+    # page id · stride passes 2^31 elements in a cache of a few gigabytes: 64 bits
+    if IN_FLIGHT:
+        # slots past the end are some other step's leftovers, perhaps NaN, and 0 · NaN is NaN: they must not be loaded
+        inside = pos < end
+        page = tl.load(table + pos // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+        k_at = k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :]
+        v_at = v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :]
+        k = tl.load(k_at, mask=inside[:, None], other=0.0)
+        v = tl.load(v_at, mask=inside[:, None], other=0.0)
+    else:
+        page = tl.load(table + pos // PAGE_SIZE).to(tl.int64)
+        k = tl.load(k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :])
+        v = tl.load(v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :])
+    # ieee: says nothing to halves, and keeps float32 from being rounded to tf32
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if IN_FLIGHT:
+        other = pos - cached  # node at this position; negative in the prefix
+        # a shift by less than 0 or more than 63 is undefined; an arithmetic shift of bit 63 copies it, so keep one bit
+        bit = tl.minimum(tl.maximum(other, 0), 63).to(tl.int64)
+        branch = ((mask[:, None] >> bit[None, :]) & 1) != 0
+        chain = (mask == 0)[:, None] & (other[None, :] <= node[:, None])
+        visible = ((other < 0)[None, :] | branch | chain) & inside[None, :]
+        scores = tl.where(visible, scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    # a query that has seen nothing yet has the maximum -inf, and -inf - -inf is NaN
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if IN_FLIGHT else m_new
+    p = tl.exp2(scores - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    denom = denom * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, denom, acc
+
+
+# Values that change from step to step must not be specialized on, or serving would stop to compile.
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_splits"],
+    do_not_specialize_on_alignment=["row_start", "cached_len", "block_table", "token_mask"],
+)
+def _attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    partial_ptr,
+    row_start,
+    cached_len,
+    block_table,
+    token_mask,
+    num_tokens,
+    num_splits,
+    scale,
+    stride_q_token,
+    stride_q_head,
+    stride_out_token,
+    stride_out_head,
+    stride_k_page,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_page,
+    stride_v_slot,
+    stride_v_head,
+    stride_table,
+    NUM_HEADS: tl.constexpr,
+    QUERIES_PER_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One program: a tile of a row's queries, one kv head, one share of the positions."""
+    # a prompt's last tiles see the most: they start first, so that no long program is left over at the end
+    tile = tl.num_programs(0) // num_splits - 1 - tl.program_id(0) // num_splits
+    split = tl.program_id(0) % num_splits
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+
+    first_token = tl.load(row_start + row).to(tl.int64)
+    num_nodes = (tl.load(row_start + row + 1).to(tl.int64) - first_token).to(tl.int32)
+    if tile * BLOCK_M >= num_nodes * QUERIES_PER_KV:
+        return
+
+    # query heads that share a kv head stand side by side in the tile, so that K and V are read once for all of them
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    node = query // QUERIES_PER_KV
+    head = kv_head * QUERIES_PER_KV + query % QUERIES_PER_KV
+    real = node < num_nodes
+    token = first_token + node
+    mask = tl.load(token_mask + token, mask=real, other=0)
+    dim = tl.arange(0, HEAD_DIM)
+    q_at = q_ptr + (token * stride_q_token + head * stride_q_head)[:, None] + dim[None, :]
+    q = tl.load(q_at, mask=real[:, None], other=0.0)
+
+    # what all queries of the tile see, and what at least one sees: a chain's nodes see no later ones
+    cached = tl.load(cached_len + row).to(tl.int32)
+    is_chain = tl.load(token_mask + first_token) == 0
+    first_node = tile * BLOCK_M // QUERIES_PER_KV
+    last_node = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // QUERIES_PER_KV, num_nodes - 1)
+    seen_by_all = cached + tl.where(is_chain, first_node + 1, 0)
+    end = cached + tl.where(is_chain, last_node + 1, num_nodes)
+
+    # Shares are whole blocks, so that blocks of one split never overlap the next one's. A late share may be empty.
+    share = tl.cdiv(tl.cdiv(end, num_splits), BLOCK_N) * BLOCK_N
+    low = tl.minimum(split * share, end)
+    high = tl.minimum(low + share, end)
+    # whole blocks that need no mask; the few behind them do
+    unmasked = tl.maximum(tl.minimum(seen_by_all, high) // BLOCK_N * BLOCK_N, low)
+
+    k_base = k_ptr + kv_head * stride_k_head
+    v_base = v_ptr + kv_head * stride_v_head
+    table = block_table + row * stride_table
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    denom = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    offset = tl.arange(0, BLOCK_N)
+    for start in range(low, unmasked, BLOCK_N):
+        m, denom, acc = _attend_block(
+            q, k_base, v_base, table, start + offset, node, mask, cached, end, m, denom, acc, scale,
+            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, PAGE_SIZE, HEAD_DIM, False,
+        )  # fmt: skip
+    for start in range(unmasked, high, BLOCK_N):
+        m, denom, acc = _attend_block(
+            q, k_base, v_base, table, start + offset, node, mask, cached, end, m, denom, acc, scale,
+            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, PAGE_SIZE, HEAD_DIM, True,
+        )  # fmt: skip
+
+    if SPLIT:
+        # partial: acc [splits, T, H, d], then m [splits, T, H], then denom [splits, T, H]
+        index = (split * num_tokens.to(tl.int64) + token) * NUM_HEADS + head
+        stats = partial_ptr + num_splits * num_tokens.to(tl.int64) * NUM_HEADS * HEAD_DIM
+        tl.store(stats + index, m, mask=real)
+        tl.store(stats + num_splits * num_tokens.to(tl.int64) * NUM_HEADS + index, denom, mask=real)
+        # where nothing was seen, the combining does not look
+        tl.store(partial_ptr + index[:, None] * HEAD_DIM + dim[None, :], acc, mask=(real & (denom > 0))[:, None])
+    else:
+        acc = acc / tl.where(denom == 0, 1.0, denom)[:, None]
+        out_at = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + dim[None, :]
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
+def _combine_kernel(
+    partial_ptr,
+    out_ptr,
+    num_tokens,
+    num_splits,
+    stride_out_token,
+    stride_out_head,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One program: one head of one token; softmax over the splits' partial results."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    dim = tl.arange(0, HEAD_DIM)
+    split = tl.arange(0, SPLITS)  # a power of two
+    size = num_tokens.to(tl.int64) * NUM_HEADS  # of one split
+    index = split * size + token * NUM_HEADS + head
+    stats = partial_ptr + num_splits * size * HEAD_DIM
+    m = tl.load(stats + index, mask=split < num_splits, other=float("-inf"))
+    # a split that saw nothing has written neither acc nor a finite maximum
+    seen = m > float("-inf")
+    denom = tl.load(stats + num_splits * size + index, mask=seen, other=0.0)
+    acc = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dim[None, :], mask=seen[:, None], other=0.0)
+    largest = tl.max(m, 0)
+    weight = tl.where(seen, tl.exp2(m - tl.where(largest == float("-inf"), 0.0, largest)), 0.0)
+    total = tl.sum(weight * denom, 0)
+    result = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+    out_at = out_ptr + token * stride_out_token + head * stride_out_head + dim
+    tl.store(out_at, result.to(out_ptr.dtype.element_ty))

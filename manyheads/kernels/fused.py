@@ -1,0 +1,268 @@
+"""What stands between a model's matrix products, each in one kernel: float32 inside, rounded once at the end.
+
+The wrappers check nothing and never wait for the device, as they run once a layer. Tensors are contiguous unless a
+docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_HEADS_A_PROGRAM = 8
+_BLOCK = 1024
+"""Elements a program of the elementwise kernels."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """x / rms(x) · weight, as F.rms_norm rounds it.
+
+    Args:
+        x: [T, D], D up to 16384.
+        weight: [D]
+        out: [T, D], written to and returned.
+
+    Returns:
+        [T, D]
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    rows, dim = x.shape
+    block = triton.next_power_of_2(dim)
+    _rms_norm_kernel[(rows,)](x, x, weight, out, eps, dim, BLOCK=block, ADD=False, num_warps=_warps(block))
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds x to the residual in place, rounded to its dtype, and norms the sum.
+
+    Args:
+        x, residual: [T, D], D up to 16384.
+        weight: [D]
+
+    Returns:
+        [T, D], the norm of the new residual.
+    """
+    out = torch.empty_like(x)
+    rows, dim = x.shape
+    block = triton.next_power_of_2(dim)
+    _rms_norm_kernel[(rows,)](x, residual, weight, out, eps, dim, BLOCK=block, ADD=True, num_warps=_warps(block))
+    return out
+
+
+def rope_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    num_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Norms (if there are weights) and rotates q and k, and writes k and v to the cache.
+
+    Args:
+        qkv: [T, (H + 2 · KV) · d]; rows may be strided.
+        cos, sin: [positions, d] or [positions, 1, d]; the first half of sin is negated.
+        positions: [T] int64, into cos and sin.
+        slots: [T] int64, page · page size + offset; no two alike, or which of them is kept is chance.
+        k_pages, v_pages: [pages, page size, KV, d], one layer of the cache; any strides, the last dimension contiguous.
+        num_heads: H.
+        q_weight, k_weight: [d], both or neither: per-head RMS norms before the rotation (Qwen3).
+
+    Returns:
+        [T, H, d], the rotated q.
+    """
+    num_tokens = qkv.shape[0]
+    page_size, num_kv_heads, head_dim = k_pages.shape[1:]
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    has_norm = q_weight is not None
+    num_all_heads = num_heads + 2 * num_kv_heads
+    _rope_store_kernel[(num_tokens, -(-num_all_heads // _HEADS_A_PROGRAM))](
+        qkv,
+        out,
+        cos,
+        sin,
+        positions,
+        slots,
+        k_pages,
+        v_pages,
+        q_weight if has_norm else cos,  # without norms they are never read
+        k_weight if has_norm else cos,
+        eps,
+        qkv.stride(0),
+        cos.stride(0),
+        k_pages.stride(0),
+        k_pages.stride(1),
+        k_pages.stride(2),
+        v_pages.stride(0),
+        v_pages.stride(1),
+        v_pages.stride(2),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_HEADS=_HEADS_A_PROGRAM,
+        PAGE_SIZE=page_size,
+        HAS_NORM=has_norm,
+        num_warps=4,
+    )
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up.
+
+    Args:
+        gate_up: [T, 2 · I], gate before up.
+
+    Returns:
+        [T, I]
+    """
+    rows, width = gate_up.shape
+    dim = width // 2
+    out = torch.empty((rows, dim), dtype=gate_up.dtype, device=gate_up.device)
+    _silu_mul_kernel[(rows, -(-dim // _BLOCK))](gate_up, out, dim, BLOCK=_BLOCK, num_warps=4)
+    return out
+
+
+def head_input(hidden: Tensor, block_out: Tensor) -> Tensor:
+    """The residual block of all Medusa heads: hidden + silu(block_out).
+
+    Args:
+        hidden: [R, D]
+        block_out: [R, H, D]
+
+    Returns:
+        [R, H, D]
+    """
+    out = torch.empty_like(block_out)
+    rows, heads, dim = block_out.shape
+    _head_input_kernel[(rows * heads, -(-dim // _BLOCK))](
+        hidden, block_out, out, dim, HEADS=heads, BLOCK=_BLOCK, num_warps=4
+    )
+    return out
+
+
+def _warps(block: int) -> int:
+    """At most 32 elements a thread, and no fewer than 4 warps."""
+    return min(16, max(4, block // 512))
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, dim, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """One program: one row, all of it in registers, so that x is read once."""
+    row = tl.program_id(0).to(tl.int64) * dim
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    x = tl.load(x_ptr + row + column, mask=inside, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + row + column, mask=inside, other=0.0)
+        # rounded before the norm, which must see what the next layer will add to
+        x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
+        tl.store(residual_ptr + row + column, x, mask=inside)
+    wide = x.to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
+    tl.store(out_ptr + row + column, (wide * scale * weight).to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _rope_store_kernel(
+    qkv_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions,
+    slots,
+    k_ptr,
+    v_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    eps,
+    stride_qkv,
+    stride_cos,
+    stride_k_page,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_page,
+    stride_v_slot,
+    stride_v_head,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """One program: one token, a block of its heads; q, k and v heads may meet in one block."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    is_q = head < NUM_HEADS
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    is_v = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
+    dim = tl.arange(0, BLOCK_DIM)
+    in_dim = dim < HEAD_DIM
+    # each element's partner half a head away is loaded too (from the L1 cache), which spares an exchange of registers
+    partner = (dim + HEAD_DIM // 2) % HEAD_DIM
+    source = qkv_ptr + token * stride_qkv + head[:, None] * HEAD_DIM
+    rotated = (is_q | is_k)[:, None] & in_dim[None, :]
+    raw = tl.load(source + dim[None, :], mask=(is_q | is_k | is_v)[:, None] & in_dim[None, :], other=0.0)
+    x = raw.to(tl.float32)
+    y = tl.load(source + partner[None, :], mask=rotated, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)
+        q_weight = tl.load(q_weight_ptr + dim, mask=in_dim, other=0.0).to(tl.float32)
+        k_weight = tl.load(k_weight_ptr + dim, mask=in_dim, other=0.0).to(tl.float32)
+        q_weight_y = tl.load(q_weight_ptr + partner, mask=in_dim, other=0.0).to(tl.float32)
+        k_weight_y = tl.load(k_weight_ptr + partner, mask=in_dim, other=0.0).to(tl.float32)
+        x = x * scale[:, None] * tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
+        y = y * scale[:, None] * tl.where(is_q[:, None], q_weight_y[None, :], k_weight_y[None, :])
+    position = tl.load(positions + token)
+    cos = tl.load(cos_ptr + position * stride_cos + dim, mask=in_dim, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + position * stride_cos + dim, mask=in_dim, other=0.0).to(tl.float32)
+    result = (x * cos[None, :] + y * sin[None, :]).to(raw.dtype)
+
+    out_at = out_ptr + (token * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(out_at, result, mask=is_q[:, None] & in_dim[None, :])
+    slot = tl.load(slots + token)
+    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE  # 64 bits: a cache has more than 2^31 elements
+    k_at = k_ptr + page * stride_k_page + offset * stride_k_slot + (head - NUM_HEADS)[:, None] * stride_k_head
+    tl.store(k_at + dim[None, :], result, mask=is_k[:, None] & in_dim[None, :])
+    v_head = head - NUM_HEADS - NUM_KV_HEADS
+    v_at = v_ptr + page * stride_v_page + offset * stride_v_slot + v_head[:, None] * stride_v_head
+    tl.store(v_at + dim[None, :], raw, mask=is_v[:, None] & in_dim[None, :])
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, dim, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < dim
+    gate = tl.load(gate_up_ptr + row * 2 * dim + column, mask=inside, other=0.0)
+    up = tl.load(gate_up_ptr + row * 2 * dim + dim + column, mask=inside, other=0.0)
+    result = _silu(gate.to(tl.float32)) * up.to(tl.float32)
+    tl.store(out_ptr + row * dim + column, result.to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def _head_input_kernel(hidden_ptr, block_out_ptr, out_ptr, dim, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # of R · H
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < dim
+    hidden = tl.load(hidden_ptr + row // HEADS * dim + column, mask=inside, other=0.0)
+    block_out = tl.load(block_out_ptr + row * dim + column, mask=inside, other=0.0)
+    result = hidden.to(tl.float32) + _silu(block_out.to(tl.float32))
+    tl.store(out_ptr + row * dim + column, result.to(hidden.dtype), mask=inside)

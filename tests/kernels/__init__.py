@@ -1,0 +1,37 @@
+"""Without a GPU the kernels run in Triton's interpreter, which it decides on when they are imported."""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+torch.set_num_threads(1)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """|found - wanted| / |wanted|, NaN if found has any."""
+    wanted = wanted.double().cpu()
+    return float((found.double().cpu() - wanted).norm() / wanted.norm())
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.6's interpreter takes int() of arrays of shape [1] for loop bounds, which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    _mend_interpreter()

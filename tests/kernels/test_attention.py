@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels import DEVICE, relative_error
+
+pytest.importorskip("triton")
+
+from manyheads.kernels.attention import choose_splits, scratch_numel, tile_sizes, tree_attention
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}  # bfloat16's own rounding is 2e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    cached: int
+    parents: list[int] | None  # of a tree's nodes, -1 for the root; None: a chain
+    num_nodes: int
+
+    def visible(self, i: int) -> list[int]:
+        """Nodes that node i sees."""
+        if self.parents is None:
+            return list(range(i + 1))
+        path = [i]
+        while self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        return sorted(path)
+
+    def masks(self) -> list[int]:
+        """One int64 a node, so bit 63 is the sign."""
+        if self.parents is None:
+            return [0] * self.num_nodes
+        bits = [sum(1 << j for j in self.visible(i)) for i in range(self.num_nodes)]
+        return [b - (1 << 64) if b >> 63 else b for b in bits]
+
+
+def chain(cached: int, n: int) -> Row:
+    return Row(cached, None, n)
+
+
+def tree(cached: int, n: int, seed: int = 0) -> Row:
+    random = torch.Generator().manual_seed(seed)
+    parents = [-1] + [int(torch.randint(0, i, (1,), generator=random)) for i in range(1, n)]
+    return Row(cached, parents, n)
+
+
+@dataclass(frozen=True)
+class Batch:
+    rows: list[Row]
+    q: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    row_start: Tensor
+    cached_len: Tensor
+    block_table: Tensor
+    mask: Tensor
+
+    @property
+    def max_nodes(self) -> int:
+        return max(row.num_nodes for row in self.rows)
+
+    def run(self, num_splits: int = 1, max_nodes: int | None = None, **buffers: Tensor) -> Tensor:
+        return tree_attention(
+            self.q,
+            self.k_pages,
+            self.v_pages,
+            self.row_start,
+            self.cached_len,
+            self.block_table,
+            self.mask,
+            max_nodes=max_nodes or self.max_nodes,
+            num_splits=num_splits,
+            **buffers,
+        )
+
+    def expected(self) -> Tensor:
+        """Token by token in float64, over the positions that it may see and nothing else."""
+        _, num_heads, dim = self.q.shape
+        page_size, per_kv = self.k_pages.shape[1], num_heads // self.k_pages.shape[2]
+        out = torch.zeros(self.q.shape, dtype=torch.float64, device=self.q.device)
+        start = 0
+        for r, row in enumerate(self.rows):
+            positions = torch.arange(row.cached + row.num_nodes, device=self.q.device)
+            pages = self.block_table[r, positions // page_size]
+            keys = self.k_pages[pages, positions % page_size].double().repeat_interleave(per_kv, dim=1)  # [L, H, d]
+            values = self.v_pages[pages, positions % page_size].double().repeat_interleave(per_kv, dim=1)
+            for i in range(row.num_nodes):
+                seen = [*range(row.cached), *(row.cached + j for j in row.visible(i))]
+                scores = torch.einsum("hd,lhd->hl", self.q[start + i].double(), keys[seen]) / math.sqrt(dim)
+                out[start + i] = torch.einsum("hl,lhd->hd", scores.softmax(1), values[seen])
+            start += row.num_nodes
+        return out
+
+    def check(self, num_splits: int = 1, max_nodes: int | None = None) -> None:
+        assert relative_error(self.run(num_splits, max_nodes), self.expected()) < TOLERANCE[self.q.dtype]
+
+
+def batch(
+    rows: list[Row],
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 16,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Batch:
+    """Pages scattered over a cache in which everything that no row owns is NaN; tables end in page 0, the dummy.
+
+    The cache is a slice of one with layers, and q a slice of a fused projection: both are strided.
+    """
+    random = torch.Generator().manual_seed(seed)
+    needed = [-(-(row.cached + row.num_nodes) // page_size) for row in rows]
+    free = (1 + torch.randperm(sum(needed) + 3, generator=random)).tolist()
+    cache = torch.full((2, len(free) + 1, page_size, kv_heads, dim), float("nan"))
+    table = torch.zeros(len(rows), max(needed) + 2, dtype=torch.int64)
+    for r, row in enumerate(rows):
+        for page in range(needed[r]):
+            table[r, page] = free.pop()
+        positions = torch.arange(row.cached + row.num_nodes)
+        content = torch.randn(2, len(positions), kv_heads, dim, generator=random)
+        cache[:, table[r, positions // page_size], positions % page_size] = content
+    lengths = [row.num_nodes for row in rows]
+    row_start = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, generator=random)
+    layers = torch.stack((torch.full_like(cache, float("nan")), cache)).to(DEVICE, dtype)
+    return Batch(
+        rows=rows,
+        q=qkv.to(DEVICE, dtype)[:, :heads],
+        k_pages=layers[1, 0],
+        v_pages=layers[1, 1],
+        row_start=row_start.to(DEVICE),
+        cached_len=torch.tensor([row.cached for row in rows]).to(DEVICE),
+        block_table=table.to(DEVICE),
+        mask=torch.tensor([m for row in rows for m in row.masks()], dtype=torch.int64).to(DEVICE),
+    )
+
+
+CASES = {
+    "one token": [chain(5, 1)],
+    "nothing cached": [chain(0, 1)],
+    "a tree and nothing else": [tree(0, 16)],
+    "plain rows, page borders": [chain(c, 1) for c in (0, 1, 15, 16, 17, 63, 64, 65, 300)],
+    "prompt from its start": [chain(0, 200)],
+    "prompt goes on in the middle of a page": [chain(77, 130)],
+    "64 nodes": [tree(130, 64)],
+    "trees, ragged": [tree(c, n, n) for c, n in ((0, 2), (31, 5), (32, 16), (250, 5), (64, 1))],
+    "empty rows": [chain(20, 0), tree(9, 5), chain(0, 0), chain(30, 2), chain(3, 0)],
+    "everything at once": [chain(40, 70), chain(0, 3), tree(113, 64), tree(48, 5), tree(500, 2), chain(12, 1)],
+}
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_a_token_sees_its_prefix_and_its_ancestors(case: str, num_splits: int) -> None:
+    batch(CASES[case]).check(num_splits)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (3, 1), (6, 2), (4, 1), (8, 2)])
+def test_query_heads_share_key_heads(heads: int, kv_heads: int, num_splits: int) -> None:
+    batch([tree(37, 7), chain(20, 30), chain(90, 1)], heads, kv_heads).check(num_splits)
+
+
+@pytest.mark.parametrize("num_splits", [1, 5])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_types_and_dimensions(dtype: torch.dtype, dim: int, num_splits: int) -> None:
+    batch([tree(150, 16), chain(3, 20), chain(200, 1)], dim=dim, dtype=dtype).check(num_splits)
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 48, 256])
+def test_pages_of_any_size(page_size: int) -> None:
+    batch([tree(100, 5), chain(7, 40)], page_size=page_size).check(2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_mixtures(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(0, high, (1,), generator=random))
+
+    rows = [tree(draw(200), (1, 2, 5, 16, 64)[draw(5)], seed) for _ in range(2)]
+    rows += [chain(draw(100), 1 + draw(60)) for _ in range(2)]
+    order = torch.randperm(4, generator=random).tolist()
+    kv_heads = 1 + seed % 2
+    batch([rows[i] for i in order], kv_heads * (1 + seed % 4), kv_heads, seed=seed).check((1, 2, 5)[seed % 3])
+
+
+def test_a_chain_as_a_tree_is_the_same() -> None:
+    """All 64 bits of a mask count, the sign too."""
+    chained = batch([chain(50, 64)])
+    row = Row(50, list(range(-1, 63)), 64)
+    masked = batch([row])
+    assert masked.mask[-1].item() == -1
+    torch.testing.assert_close(masked.run(), chained.run())
+
+
+def test_a_bound_above_the_longest_row_changes_nothing() -> None:
+    made = batch([tree(70, 5), chain(3, 1)])
+    made.check(1, max_nodes=64)
+    made.check(2, max_nodes=64)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_dummy_rows_are_finite(num_splits: int) -> None:
+    """Rows that pad a captured graph: nothing cached, all on the dummy page."""
+    made = batch([tree(40, 5), chain(0, 5)])
+    made.k_pages[0], made.v_pages[0] = 0, 0
+    made.block_table[1] = 0
+    out = made.run(num_splits)
+    assert out.isfinite().all()
+    assert not out[5:].any()
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_given_buffers_are_used(num_splits: int) -> None:
+    made = batch([tree(140, 5), chain(30, 3)])
+    wide = torch.full((8, 6, 16), float("nan"), device=DEVICE)
+    scratch = torch.full((scratch_numel(8, 4, 16, num_splits) + 7,), float("nan"), device=DEVICE)
+    out = made.run(num_splits, out=wide[:, 1:5], scratch=scratch)
+    assert out.data_ptr() == wide[:, 1:5].data_ptr()
+    assert relative_error(out, made.expected()) < 1e-5
+    assert wide[:, 0].isnan().all()
+    assert wide[:, 5].isnan().all()
+    assert scratch[-7:].isnan().all()
+
+
+def test_large_scores() -> None:
+    made = batch([tree(100, 16), chain(30, 3)])
+    made.q.mul_(300)
+    made.check(1)
+    made.check(2)
+
+
+def test_no_tokens() -> None:
+    made = batch([chain(5, 0)])
+    assert made.run(max_nodes=1).shape == (0, 4, 16)
+
+
+def test_tiles_cover_all_queries() -> None:
+    for max_nodes in (1, 5, 16, 64, 200, 2048):
+        for per_kv in (1, 3, 4, 8):
+            block_m, tiles = tile_sizes(max_nodes, per_kv)
+            assert block_m in (16, 32, 64, 128)
+            assert (tiles - 1) * block_m < max_nodes * per_kv <= tiles * block_m
+
+
+def test_splits_fill_the_processors() -> None:
+    assert choose_splits(1, 8, 1, 100_000, 132) == 32
+    assert choose_splits(1, 8, 1, 1024, 132) == 8
+    assert choose_splits(1, 8, 1, 100, 132) == 1
+    assert choose_splits(8, 8, 1, 100_000, 132) == 4
+    assert choose_splits(64, 8, 4, 100_000, 132) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+class TestOnGpu:
+    @pytest.mark.parametrize("num_splits", [1, 7, 32])
+    @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (32, 32, 128), (14, 2, 64), (6, 2, 128)])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_large_mixtures(self, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, num_splits: int) -> None:
+        rows = [tree(3000, 64), tree(1777, 33), chain(5000, 1), chain(0, 600), chain(900, 129), tree(0, 5)]
+        batch(rows, heads, kv_heads, dim, dtype=dtype).check(num_splits)
+
+    @pytest.mark.parametrize("num_splits", [1, 4])
+    def test_a_captured_graph_reads_new_lengths(self, num_splits: int) -> None:
+        shape = [tree(900, 16, 1), tree(1000, 16, 2)]
+        first = batch(shape, 8, 2, 128, dtype=torch.float16)
+        second = batch([tree(1000, 16, 3), tree(33, 16, 4)], 8, 2, 128, dtype=torch.float16, seed=1)
+        out = first.run(num_splits)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = first.run(num_splits)
+        used = second.block_table.shape[1]
+        first.q.copy_(second.q)
+        first.k_pages.fill_(float("nan"))[: len(second.k_pages)] = second.k_pages[: len(first.k_pages)]
+        first.v_pages.fill_(float("nan"))[: len(second.v_pages)] = second.v_pages[: len(first.v_pages)]
+        first.block_table[:, :used] = second.block_table[:, : first.block_table.shape[1]]
+        first.mask.copy_(second.mask)
+        first.cached_len.copy_(second.cached_len)
+        graph.replay()
+        assert relative_error(out, second.expected()) < TOLERANCE[torch.float16]
+
+    def test_caches_beyond_32_bits(self) -> None:
+        """The last page of 2^31 elements and more."""
+        small = batch([tree(100, 16)], 8, 8, 128, dtype=torch.float16)
+        page = small.k_pages[0].numel()
+        num_pages = 2**31 // page + 200
+        k_pages = torch.zeros((num_pages, *small.k_pages.shape[1:]), dtype=torch.float16, device=DEVICE)
+        v_pages = torch.zeros_like(k_pages)
+        k_pages[-len(small.k_pages) :], v_pages[-len(small.k_pages) :] = small.k_pages, small.v_pages
+        table = small.block_table + num_pages - len(small.k_pages)
+        out = tree_attention(
+            small.q,
+            k_pages,
+            v_pages,
+            small.row_start,
+            small.cached_len,
+            table,
+            small.mask,
+            max_nodes=16,
+            num_splits=2,
+        )
+        assert relative_error(out, small.expected()) < TOLERANCE[torch.float16]

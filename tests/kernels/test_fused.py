@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.kernels import DEVICE, relative_error
+
+pytest.importorskip("triton")
+
+from manyheads.kernels.fused import add_rms_norm, head_input, rms_norm, rope_store, silu_mul
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}  # bfloat16's own rounding is 2e-3
+EPS = 1e-5
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    """In float64, not rounded."""
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+def all_but_a_few(found: Tensor, wanted: Tensor) -> bool:
+    """Equal, or one rounding apart where float32 came out on the other side."""
+    return bool((found != wanted).double().mean() < 0.01) and relative_error(found, wanted) < 1e-3
+
+
+@pytest.mark.parametrize("dim", [1, 64, 96, 4096, 5000, 16384])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rms_norm(dim: int, dtype: torch.dtype) -> None:
+    x, weight = randn(3, dim, dtype=dtype) * 3, randn(dim, dtype=dtype, seed=1)
+    out = torch.empty_like(x)
+    assert rms_norm(x, weight, EPS, out) is out
+    assert torch.equal(rms_norm(x, weight, EPS), out)
+    assert relative_error(out, norm(x, weight)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rms_norm_rounds_once(dtype: torch.dtype) -> None:
+    x, weight = randn(16, 768, dtype=dtype), randn(768, dtype=dtype, seed=1)
+    assert all_but_a_few(rms_norm(x, weight, EPS), norm(x, weight).to(dtype))
+
+
+@pytest.mark.parametrize("dim", [64, 1000])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_add_rms_norm(dim: int, dtype: torch.dtype) -> None:
+    x, residual, weight = (randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(5, dim), (5, dim), (dim,)]))
+    total = residual + x
+    kept = x.clone()
+    out = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, kept)
+    assert torch.equal(out, rms_norm(total, weight, EPS))
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page_size", "dtype"),
+    [
+        (4, 2, 64, 16, torch.float32),
+        (3, 1, 128, 16, torch.float16),
+        (14, 2, 64, 16, torch.bfloat16),
+        (2, 2, 8, 4, torch.float32),
+        (5, 5, 80, 3, torch.float32),
+    ],
+)
+def test_rope_store(heads: int, kv_heads: int, dim: int, page_size: int, dtype: torch.dtype, has_norm: bool) -> None:
+    tokens, num_pages = 6, 5
+    random = torch.Generator().manual_seed(0)
+    qkv = randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    angle = randn(50, dim // 2, seed=1)
+    cos = torch.cat((angle.cos(), angle.cos()), -1).to(dtype)
+    sin = torch.cat((-angle.sin(), angle.sin()), -1).to(dtype)
+    positions = torch.randint(0, 50, (tokens,), generator=random).to(DEVICE)
+    slots = torch.randperm(num_pages * page_size, generator=random)[:tokens].to(DEVICE)
+    cache = randn(2, 2, num_pages, page_size, kv_heads, dim, dtype=dtype, seed=2)
+    weights = (1 + randn(2, dim, dtype=dtype, seed=3)).unbind(0) if has_norm else (None, None)
+
+    q, k, v = qkv.double().view(tokens, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+    if weights[0] is not None and weights[1] is not None:
+        q, k = norm(q, weights[0]), norm(k, weights[1])
+    q, k = (x * cos.double()[positions, None] + x.roll(dim // 2, -1) * sin.double()[positions, None] for x in (q, k))
+    wanted = cache.double()
+    wanted[1].flatten(1, 2)[0, slots], wanted[1].flatten(1, 2)[1, slots] = k, v
+
+    found = rope_store(qkv, cos[:, None], sin[:, None], positions, slots, *cache[1], heads, *weights, EPS)
+    assert found.shape == (tokens, heads, dim)
+    assert relative_error(found, q) < TOLERANCE[dtype]
+    assert relative_error(cache, wanted) < TOLERANCE[dtype]
+    # v is copied, and nothing else is touched
+    assert torch.equal(cache[1, 1].double(), wanted[1, 1])
+    others = [s for s in range(num_pages * page_size) if s not in slots.tolist()]
+    assert torch.equal(cache.flatten(2, 3)[:, :, others].double(), wanted.flatten(2, 3)[:, :, others])
+    assert torch.equal(cache[0].double(), wanted[0])
+
+
+@pytest.mark.parametrize("dim", [1, 96, 2500])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_silu_mul(dim: int, dtype: torch.dtype) -> None:
+    x = randn(5, 2 * dim, dtype=dtype) * 4
+    gate, up = x.double().chunk(2, dim=-1)
+    assert relative_error(silu_mul(x), F.silu(gate) * up) < TOLERANCE[dtype]
+
+
+def test_silu_mul_of_extremes() -> None:
+    x = torch.tensor([[-1e4, 1e4, 0.0, 2.0, 2.0, 2.0]], device=DEVICE)
+    assert silu_mul(x).tolist() == [[0.0, 2e4, 0.0]]
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_head_input(heads: int, dtype: torch.dtype) -> None:
+    hidden, block_out = randn(3, 1100, dtype=dtype), randn(3, heads, 1100, dtype=dtype, seed=1)
+    wanted = hidden.double()[:, None] + F.silu(block_out.double())
+    assert relative_error(head_input(hidden, block_out), wanted) < TOLERANCE[dtype]
+
+
+def test_no_tokens() -> None:
+    assert rms_norm(randn(0, 64), randn(64), EPS).shape == (0, 64)
+    assert add_rms_norm(randn(0, 64), randn(0, 64), randn(64), EPS).shape == (0, 64)
+    assert silu_mul(randn(0, 64)).shape == (0, 32)
+    assert head_input(randn(0, 64), randn(0, 3, 64)).shape == (0, 3, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+class TestOnGpu:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_as_torch_rounds(self, dtype: torch.dtype) -> None:
+        x, weight = randn(4096, 4096, dtype=dtype), randn(4096, dtype=dtype, seed=1)
+        assert all_but_a_few(rms_norm(x, weight, EPS), F.rms_norm(x, (4096,), weight, EPS))
+
+    def test_a_long_prompt(self) -> None:
+        x = randn(8192, 2 * 14336, dtype=torch.bfloat16)
+        gate, up = x.float().chunk(2, dim=-1)
+        assert relative_error(silu_mul(x), F.silu(gate) * up) < TOLERANCE[torch.bfloat16]
+
+    def test_caches_beyond_32_bits(self) -> None:
+        heads, dim, page_size = 8, 128, 16
+        num_pages = 2**31 // (page_size * heads * dim) + 10
+        k_pages, v_pages = torch.zeros(2, num_pages, page_size, heads, dim, dtype=torch.float16, device=DEVICE)
+        qkv = randn(2, 3 * heads * dim, dtype=torch.float16)
+        cos, sin = torch.ones(4, dim, device=DEVICE), torch.zeros(4, dim, device=DEVICE)
+        slots = torch.tensor([num_pages * page_size - 1, 5], device=DEVICE)
+        q = rope_store(qkv, cos, sin, torch.tensor([0, 3], device=DEVICE), slots, k_pages, v_pages, heads)
+        wanted = qkv.view(2, 3, heads, dim)
+        assert torch.equal(q, wanted[:, 0])
+        for pages, part in ((k_pages, 1), (v_pages, 2)):
+            assert torch.equal(pages.flatten(0, 1)[slots], wanted[:, part])
