@@ -29,15 +29,18 @@ class EngineConfig:
     device: str = "auto"
     max_model_len: int | None = None
     """Longest sequence, prompt and output together, in tokens; None takes the checkpoint's."""
-    max_num_seqs: int = 64
-    """Most requests that run at once (rows of a step)."""
-    max_num_batched_tokens: int = 512
-    """Most prompt tokens that one step computes beside the decoding rows (chunked prefill)."""
+    max_num_seqs: int | None = None
+    """Most requests that run at once (rows of a step); None is 64 on a CPU, 256 on a GPU."""
+    max_num_batched_tokens: int | None = None
+    """Most prompt tokens that one step computes beside the decoding rows (chunked prefill); None is 512 on a CPU, 2048
+    on a GPU."""
     block_size: int = 16
     """Tokens in a page of the K/V cache."""
     num_blocks: int | None = None
     """Pages of the K/V cache; None takes what `kv_cache_bytes` or the memory gives."""
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, K/V cache and scratch may take together."""
     prefix_caching: bool = True
     tree_size: int | None = None
     """Nodes of every speculation tree; None lets the planner choose at each step from measured costs."""
@@ -49,13 +52,13 @@ class EngineConfig:
     """CPU threads of the engine; None leaves torch's choice."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_model_len", "num_blocks", "kv_cache_bytes", "num_threads"):
+        names = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue")
+        for name in (*names, "max_model_len", "num_blocks", "kv_cache_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}")
         if self.tree_size is not None and not 1 <= self.tree_size <= 64:
             raise ConfigError(f"tree_size must be between 1 and 64, not {self.tree_size}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from manyheads.medusa.tree import TreeTensors
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -18,32 +20,36 @@ class Group:
 
     start: int
     num_rows: int
-    num_nodes: int
-    ancestors: Tensor  # [n, n] bool
+    tree: TreeTensors
     cached_len: Tensor  # [R] int64, on the device
     block_table: Tensor  # [R, max_blocks] int64, on the device
     max_cached_len: int  # a bound that the host knows
+
+    @property
+    def num_nodes(self) -> int:
+        return self.tree.num_nodes
 
 
 class AttentionBackend(Protocol):
     """Owns nothing but scratch: the cache belongs to the runner."""
 
-    def plan(self, groups: list[Group], slots: Tensor) -> None:
+    def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         """Prepare a step, once for all layers.
 
         Args:
             groups: all rows of the step.
+            positions: [T] int64, for the rotary embedding.
             slots: [T] int64, the cache slot (page · page size + offset) that each in-flight token's K/V goes to.
         """
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the in-flight K/V and attend.
+    def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+        """Norm (if there are weights) and rotate queries and keys, write the in-flight K/V, and attend.
 
         Args:
             layer: which layer's cache.
-            q: [T, heads, head_dim], rotated.
-            k, v: [T, kv_heads, head_dim], k rotated.
+            qkv: [T, (heads + 2 · kv_heads) · head_dim].
+            q_norm, k_norm: [head_dim], RMS norm weights (Qwen3).
 
         Returns:
-            [T, heads, head_dim]
+            [T, heads · head_dim]
         """

@@ -30,6 +30,8 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     """Digest of each leading full page that was registered or shared."""
+    num_synced: int = 0
+    """Leading pages that the device's table holds already."""
 
 
 class BlockManager:
@@ -111,6 +113,7 @@ class BlockManager:
         keep = max(self.blocks_for(num_tokens), len(table.digests))
         while len(table.blocks) > keep:
             self._release(table.blocks.pop())
+        table.num_synced = min(table.num_synced, keep)
 
     def register(self, table: BlockTable, tokens: list[int], num_computed: int) -> None:
         """Make the full pages among the first `num_computed` tokens known to the prefix cache.
@@ -133,6 +136,7 @@ class BlockManager:
             self._release(block)
         table.blocks.clear()
         table.digests.clear()
+        table.num_synced = 0
 
     def _release(self, block: int) -> None:
         self._holders[block] -= 1

@@ -48,24 +48,25 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         heads = MedusaHeads(weights, model, dtype, device)
         prior = _prior(weights.accuracy, heads.num_heads, min(NUM_RANKS, heads.num_tokens))
 
-    num_blocks = _num_blocks(config, model_config, dtype)
+    num_rows = config.max_num_seqs or (64 if device.type == "cpu" else 256)
+    num_blocks = _num_blocks(config, model_config, dtype, device, num_rows)
     max_model_len = _max_model_len(config, model_config, num_blocks)
     runner = Runner(
         model,
         heads,
-        num_rows=config.max_num_seqs,
+        num_rows=num_rows,
         max_len=max_model_len,
         num_blocks=num_blocks,
         block_size=config.block_size,
     )
     planner = Planner(prior, config.tree_size)
     if heads is not None and config.tree_size is None:
-        planner.costs = measure_costs(runner, planner, config.max_num_seqs, max_model_len, progress)
+        planner.costs = measure_costs(runner, planner, num_rows, max_model_len, progress)
     scheduler = Scheduler(
         BlockManager(num_blocks, config.block_size, config.prefix_caching),
         planner,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=num_rows,
+        max_num_batched_tokens=config.max_num_batched_tokens or (512 if device.type == "cpu" else 2048),
         max_queue=config.max_queue,
     )
     ready = EngineReady(
@@ -83,10 +84,14 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
 
 
 def _device(name: str) -> torch.device:
-    # the CPU backend is the only one so far; a GPU backend joins behind attention/base.py
-    if name not in ("auto", "cpu"):
-        raise ConfigError(f"device must be auto or cpu, not {name!r}: GPUs are not supported yet")
-    return torch.device("cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    return torch.device(name)
 
 
 def _dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
@@ -104,7 +109,9 @@ def _prior(accuracy: list[list[float]] | None, num_heads: int, ranks: int) -> li
     return [[*row, *[0.0] * ranks][:ranks] for row in table]
 
 
-def _num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+def _num_blocks(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, num_rows: int
+) -> int:
     """Pages of the K/V cache, the dummy page included."""
     if config.num_blocks is not None:
         return config.num_blocks + 1
@@ -115,8 +122,21 @@ def _num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) ->
             raise ConfigError(f"kv_cache_bytes={config.kv_cache_bytes} holds no page; a page takes {page} bytes")
         return count
     longest = config.max_model_len or model.max_position_embeddings
-    enough = config.max_num_seqs * -(-(longest + MAX_NODES) // config.block_size)
-    return max(2, min(enough + 1, _host_memory() // 4 // page))
+    enough = num_rows * -(-(longest + MAX_NODES) // config.block_size)
+    if device.type == "cpu":
+        return max(2, min(enough + 1, _host_memory() // 4 // page))
+    free, total = torch.cuda.mem_get_info(device)
+    room = int(free - (1 - config.gpu_memory_utilization) * total - _SCRATCH_BYTES)
+    if room < 2 * page:
+        raise ConfigError(
+            f"{device} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB left beside the weights, which leaves no room "
+            f"for the K/V cache at gpu_memory_utilization={config.gpu_memory_utilization:g}"
+        )
+    return min(enough + 1, room // page)
+
+
+_SCRATCH_BYTES = 4 * 2**30
+"""Left free on a GPU for activations, logits and graphs."""
 
 
 def _host_memory() -> int:

@@ -5,18 +5,38 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import Protocol
 
-from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.scheduler import Scheduler, Unsettled
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
 from manyheads.medusa.tree import ROOT
 from manyheads.request import EngineReady, EngineRequest, EngineStats, FinishReason, RequestDelta, RequestError
 
 
+class PendingStep(Protocol):
+    """A step that was launched; a device may still be at work on it."""
+
+    def read(self) -> StepResult:
+        """Wait for it."""
+
+
 class StepRunner(Protocol):
     """What the engine needs of a runner."""
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    @property
+    def overlaps(self) -> bool:
+        """Whether the host has anything to gain from launching a step before it reads the one before."""
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Run a step, after those launched before; the row state advances without the host."""
+
+
+@dataclass(frozen=True)
+class _Launched:
+    plan: StepPlan
+    step: PendingStep
+    at: float
 
 
 class Engine:
@@ -41,6 +61,8 @@ class Engine:
         self.ready = ready
         self._requests: dict[str, Request] = {}
         self._pending: list[RequestDelta] = []
+        self._unread: _Launched | None = None
+        self._read_at = 0.0
         self._random = random.Random(seed)
         self._count: Counter[str] = Counter()
         self._drafted_by_depth: list[int] = [0] * ready.num_heads
@@ -89,18 +111,46 @@ class Engine:
             self._pending.append(self._finish(request, [], "abort"))
 
     def has_work(self) -> bool:
-        return bool(self._requests or self._pending)
+        return bool(self._requests or self._pending or self._unread)
 
     def step(self) -> list[RequestDelta]:
-        """Run the model once over everyone who can run; [] when nobody is there."""
+        """Run the model once over everyone who can run; [] when nobody is there.
+
+        On a device that works beside the host, a step is launched before the one before is read: while the host looks
+        at what came out and plans, the device computes. What the scheduler does not know yet, it takes for the worst
+        case (`Request.unread`); what a finished request gains from a step that was launched too early is dropped.
+        """
         deltas, self._pending = self._pending, []
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return deltas
-        start = time.perf_counter()
-        result = self.runner.execute(plan)
-        seconds = time.perf_counter() - start
-        return deltas + self._postprocess(plan, result, seconds)
+        try:
+            plan = self.scheduler.schedule()
+        except Unsettled:
+            deltas += self._settle()
+            plan = self.scheduler.schedule()
+        launched = self._launch(plan) if plan is not None else None
+        deltas += self._settle()
+        self._unread = launched
+        return deltas if self.runner.overlaps else deltas + self._settle()
+
+    def _launch(self, plan: StepPlan) -> _Launched:
+        launched = _Launched(plan, self.runner.launch(plan), time.perf_counter())
+        for chunk in plan.chunks:
+            chunk.request.cached_len += chunk.num_inflight
+        drawing = ([chunk.request for chunk in plan.chunks if chunk.is_last], plan.single, plan.speculating)
+        for requests, gain in zip(drawing, (1, 1, plan.tree.max_depth + 1), strict=True):
+            for request in requests:
+                request.unread += gain
+                request.has_candidates = plan.propose
+        return launched
+
+    def _settle(self) -> list[RequestDelta]:
+        """Read the step that is unread, if any."""
+        launched, self._unread = self._unread, None
+        if launched is None:
+            return []
+        result = launched.step.read()
+        now = time.perf_counter()
+        seconds, self._read_at = now - max(launched.at, self._read_at), now
+        return self._postprocess(launched.plan, result, seconds)
 
     def stats(self) -> EngineStats:
         blocks, count = self.scheduler.blocks, self._count
@@ -136,9 +186,11 @@ class Engine:
         if not plan.chunks:
             self.planner.observe_cost(plan.num_decoding, plan.tree if plan.speculating else ROOT, seconds)
         computing = {chunk.request.request_id for chunk in plan.chunks}
-        for chunk in plan.chunks:
-            chunk.request.cached_len += chunk.num_inflight
-        deltas = [self._advance(row, plan, row.request.request_id in computing) for row in result.rows]
+        deltas = [
+            self._advance(row, plan, row.request.request_id in computing)
+            for row in result.rows
+            if self._requests.get(row.request.request_id) is row.request
+        ]
         for chunk in plan.chunks:
             if chunk.request.row is not None:
                 self._register(chunk.request)
@@ -147,6 +199,7 @@ class Engine:
     def _advance(self, row: RowResult, plan: StepPlan, first: bool) -> RequestDelta:
         """Give a request the tokens that its row gained; the text ends at the first stop."""
         request, tokens = row.request, row.tokens
+        request.unread -= row.drafted_depth + 1
         if first:
             self._count["prompt_tokens"] += request.prompt_len if request.num_output == 0 else 0
         else:
@@ -161,7 +214,6 @@ class Engine:
                 self._drafted_by_depth[depth] += 1
                 self._accepted_by_depth[depth] += depth < len(tokens) - 1
         request.num_steps += 1
-        request.has_candidates = plan.propose
 
         reason: FinishReason | None = None
         stop_token: int | None = None

@@ -1,50 +1,90 @@
-"""Owns device memory and runs a step: expand, forward, target, verify, compact, propose.
+"""Owns device memory and runs a step: expand, forward, draw, verify, keep, propose.
 
 A step is a function of the plan and of the row state on the device; what the host learns from it (`StepResult`) is not
-needed to launch the next one's forward pass, only to plan it.
+needed to launch the next one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import Group
-from manyheads.attention.cpu import CpuAttention
+from manyheads.attention.base import AttentionBackend, Group
+from manyheads.attention.torch import TorchAttention
+from manyheads.engine.decode import InFlight, advance, expand, place
+from manyheads.engine.graphs import StepGraphs
 from manyheads.engine.sampler import NodeBlock, draw
 from manyheads.engine.state import RowState, has_penalties
-from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.engine.step import Chunk, Request, RowResult, StepPlan, StepResult
 from manyheads.medusa.heads import MedusaHeads
-from manyheads.medusa.tree import ROOT, TreeTensors, chain_tensors, tree_tensors
+from manyheads.medusa.tree import ROOT, chain_tensors, tree_tensors
 from manyheads.medusa.verify import Verdict, agrees, longest_path, typical
 from manyheads.models.llama import Llama
+from manyheads.models.ops import has_kernels
 from manyheads.request import TokenLogprobs
 
 NUM_RANKS = 10
 """Candidates kept of each head."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Rows:
-    """R rows that bring the same tree of n nodes: flat tokens `start … start + R·n`."""
+    """Requests that bring the same tree, and their tokens from `start` on in the flat batch."""
 
     requests: list[Request]
-    index: Tensor  # [R] int64, slots of the row state
-    tree: TreeTensors
-    tokens: Tensor  # [R, n] int64
-    position: Tensor  # [R, n] int64, of the tokens themselves
-    slots: Tensor  # [R, n] int64, cache slots
-    start: int = 0
+    inflight: InFlight
+    start: int
 
     @property
-    def num_nodes(self) -> int:
-        return self.tree.num_nodes
+    def stop(self) -> int:
+        return self.start + self.inflight.tokens.numel()
 
-    @property
-    def num_inflight(self) -> int:
-        return self.tokens.numel()
+
+@dataclass(eq=False)
+class Report:
+    """What a step says of R rows that drew tokens, on its way to the host."""
+
+    requests: list[Request]
+    values: Tensor  # as `advance` returns it
+    width: int  # of emitted tokens and of paths
+    depth: int  # of the tree
+    known: list[int]  # the rows whose candidates were proposed for this step, or []
+    logits: dict[int, Tensor]  # by row, for requests that want log-probabilities: [n, V] float32, raw
+
+
+class PendingStep:
+    """A launched step.
+
+    Args:
+        copied: when the reports have reached the host; None if they were never anywhere else.
+    """
+
+    def __init__(self, reports: list[Report], num_ranks: int, copied: torch.cuda.Event | None = None) -> None:
+        self._reports, self._num_ranks, self._copied = reports, num_ranks, copied
+
+    def read(self) -> StepResult:
+        if self._copied is not None:
+            self._copied.synchronize()
+        result = StepResult(rows=[], hits=[], trials=[])
+        for report in self._reports:
+            width = report.width
+            values = report.values.numpy()
+            gained, emitted = values[:, 0], values[:, 1 : 1 + width]
+            for i, request in enumerate(report.requests):
+                tokens = emitted[i, : gained[i]].tolist()
+                logprobs = None
+                if i in report.logits:
+                    path = values[i, 1 + width : 1 + width + len(tokens)]
+                    logits = report.logits[i][torch.from_numpy(path).to(report.logits[i].device)]
+                    logprobs = _token_logprobs(logits, tokens, request.params.logprobs or 0)
+                result.rows.append(RowResult(request, tokens, logprobs, report.depth))
+            if report.known:
+                candidates = values[:, 1 + 2 * width :].reshape(len(values), -1, self._num_ranks)
+                _count_hits(result, gained[report.known], emitted[report.known], candidates[report.known])
+        return result
 
 
 class Runner:
@@ -70,214 +110,234 @@ class Runner:
     ) -> None:
         self.model, self.heads = model, heads
         self.device, self.block_size = model.device, block_size
-        self.num_ranks = min(NUM_RANKS, heads.num_tokens if heads else model.config.vocab_size)
         config = model.config
+        self.num_ranks = min(NUM_RANKS, heads.num_tokens if heads else config.vocab_size)
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.max_len = max_len
         self.cache = torch.zeros(shape, dtype=model.dtype, device=self.device)
-        self.attention = CpuAttention(self.cache, config.num_heads)
+        self.attention = _attention(self.cache, model)
         num_heads = heads.num_heads if heads else 0
         self.state = RowState(num_rows, max_len, block_size, num_heads, self.num_ranks, config.vocab_size, self.device)
+        self.graphs = StepGraphs(self) if has_kernels(self.device) else None
+
+    @property
+    def overlaps(self) -> bool:
+        return self.device.type != "cpu"
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step."""
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Run one step, after those launched before."""
         state = self.state
-        for request in plan.admitted:
-            state.assign(request)
-        chunks = [self._chunk_rows(chunk.request, chunk.num_inflight) for chunk in plan.chunks]
-        decoding = [
-            self._tree_rows(requests, tree_tensors(tree, self.num_ranks, self.device))
-            for requests, tree in ((plan.speculating, plan.tree), (plan.single, ROOT))
-            if requests
-        ]
-        every = [*chunks, *decoding]
+        state.admit(plan.admitted)
+        state.sync_blocks([*(chunk.request for chunk in plan.chunks), *plan.speculating, *plan.single])
+        if self.graphs is not None and self.graphs.serves(plan):
+            requests, index, values = self.graphs.launch(plan)
+            depth = plan.tree.max_depth if plan.speculating else 0
+            width = state.num_heads + 1 if depth else 1
+            self._count_output(requests, index, values[:, 1 : 1 + width], values[:, :1])
+            report = self._report(plan, requests, values, width, depth, {})
+            return self._pending([report])
+        return self._eager(plan)
+
+    def _eager(self, plan: StepPlan) -> PendingStep:
+        """A step of any rows."""
+        state = self.state
         start = 0
-        for rows in every:
-            rows.start = start
-            start += rows.num_inflight
+        chunks: list[_Rows] = []
+        decoding: list[_Rows] = []
+        for chunk in plan.chunks:
+            chunks.append(self._chunk(chunk, start))
+            start = chunks[-1].stop
+        for requests, tree in ((plan.speculating, plan.tree), (plan.single, ROOT)):
+            if requests:
+                # of about equal length side by side: attention may pad them to rectangles
+                requests = sorted(requests, key=lambda request: request.max_cached_len)
+                index = state.tensor([request.row or 0 for request in requests])
+                inflight = expand(state, index, tree_tensors(tree, self.num_ranks, self.device))
+                decoding.append(_Rows(requests, inflight, start))
+                start = decoding[-1].stop
 
-        hidden = self._forward(every)
+        hidden = self._forward([*chunks, *decoding])
 
-        # the nodes that draw a token: the last one of a finished prompt, all nodes of decoding rows
+        for rows in chunks:
+            state.cached_len[rows.inflight.index] += rows.inflight.num_nodes
         finished = [rows for chunk, rows in zip(plan.chunks, chunks, strict=True) if chunk.is_last]
-        for chunk, rows in zip(plan.chunks, chunks, strict=True):
-            state.cached_len[rows.index] += chunk.num_inflight
         if not finished and not decoding:
-            return StepResult(rows=[], hits=[], trials=[])
-        last_nodes = [rows.start + rows.num_nodes - 1 for rows in finished]
-        decode_start = decoding[0].start if decoding else start
-        drawing = hidden[decode_start:]
-        if last_nodes:
-            drawing = torch.cat((hidden[torch.tensor(last_nodes, device=self.device)], drawing))
+            return self._pending([])
+        # the nodes that draw a token: the last one of a finished prompt, all nodes of decoding rows
+        drawing = hidden[decoding[0].start :] if decoding else hidden[:0]
+        if finished:
+            drawing = torch.cat((hidden[state.tensor([rows.stop - 1 for rows in finished])], drawing))
         logits = self.model.logits(drawing)
-
-        blocks = self._node_blocks(finished, decoding)
-        raw = {
-            id(request): logits[block.start + i * block.num_nodes :][: block.num_nodes].clone()
+        blocks = _node_blocks(finished, decoding)
+        raw = [
+            {
+                i: logits[block.start + i * block.num_nodes :][: block.num_nodes].clone()
+                for i, request in enumerate(block.requests)
+                if request.params.logprobs is not None
+            }
             for block in blocks
-            for i, request in enumerate(block.requests)
-            if request.params.logprobs is not None
-        }
+        ]
         target, distributions = draw(logits, blocks, state)
 
-        result = StepResult(rows=[], hits=[], trials=[])
-        hidden_of_last: list[Tensor] = []
-        rows_of_last: list[Tensor] = []
-        for block in blocks:
-            tree_rows = next((r for r in decoding if r.requests is block.requests), None)
+        reports: list[Report] = []
+        last_hidden: list[Tensor] = []
+        for block, logits_of in zip(blocks, raw, strict=True):
+            trees = next((r for r in decoding if r.requests is block.requests), None)
             drawn = target[block.start : block.stop].view(len(block.requests), -1)
-            if tree_rows is None:  # finished prompts: every token is kept, one is gained
-                state.last_token[block.rows] = drawn[:, 0]
-                hidden_of_last.append(drawing[block.start : block.stop])
-                emitted = [[token] for token in drawn[:, 0].tolist()]
-                paths = [[0]] * len(emitted)
-                depth = 0
+            depth = 0
+            if trees is None:  # finished prompts: every token is kept, one is gained
+                state.drafts[block.rows, 0] = drawn[:, 0]
+                last_hidden.append(drawing[block.start : block.stop])
+                emitted = drawn
+                gained = torch.ones_like(drawn)
+                values = torch.cat((gained, drawn, torch.zeros_like(drawn)), dim=1)
             else:
-                verdict = self._verify(tree_rows, drawn, distributions)
-                if plan.propose or tree_rows.num_nodes > 1:
-                    self._count_hits(tree_rows, verdict, result)
-                self._keep(tree_rows, verdict)
-                last = torch.arange(len(tree_rows.requests), device=self.device) * tree_rows.num_nodes + verdict.last
-                hidden_of_last.append(drawing[block.start : block.stop][last])
-                lengths = verdict.num_accepted.tolist()
-                emitted = [e[:n] for e, n in zip(verdict.emitted.tolist(), lengths, strict=True)]
-                paths = verdict.path.tolist()
-                depth = int(tree_rows.tree.path.shape[1]) - 1
-            rows_of_last.append(block.rows)
-            for request, tokens, path in zip(block.requests, emitted, paths, strict=True):
-                row = RowResult(request, tokens, drafted_depth=depth)
-                if request.params.logprobs is not None:
-                    nodes = raw[id(request)][path[: len(tokens)]]
-                    row.logprobs = _token_logprobs(nodes, tokens, request.params.logprobs)
-                if has_penalties(request):
-                    assert request.row is not None
-                    state.count_output(request.row, tokens)
-                result.rows.append(row)
+                verdict = self._verify(trees, drawn, distributions)
+                values = advance(state, self.cache, trees.inflight, verdict)
+                first = torch.arange(0, drawn.numel(), block.num_nodes, device=self.device)
+                last_hidden.append(drawing[block.start + first + verdict.last])
+                emitted, gained = verdict.emitted, verdict.num_accepted[:, None]
+                depth = trees.inflight.tree.max_depth
+            self._count_output(block.requests, block.rows, emitted, gained)
+            reports.append(self._report(plan, block.requests, values, depth + 1, depth, logits_of))
         if plan.propose and self.heads is not None:
-            proposals = self.heads.candidates(torch.cat(hidden_of_last), self.num_ranks)
-            state.candidates[torch.cat(rows_of_last)] = proposals
-        return result
+            proposals = self.heads.candidates(torch.cat(last_hidden), self.num_ranks)
+            state.candidates[torch.cat([block.rows for block in blocks])] = proposals.flatten(1)
+        return self._pending(reports)
 
-    def _chunk_rows(self, request: Request, num_tokens: int) -> _Rows:
-        """A row that computes `num_tokens` known tokens: a chain."""
-        first = request.cached_len
-        tokens = torch.tensor(request.tokens[first : first + num_tokens], device=self.device)
-        index = torch.tensor([request.row], device=self.device)
-        return self._rows([request], index, chain_tensors(num_tokens, self.device), tokens[None])
+    def _report(
+        self,
+        plan: StepPlan,
+        requests: list[Request],
+        values: Tensor,
+        width: int,
+        depth: int,
+        logits: dict[int, Tensor],
+    ) -> Report:
+        known: list[int] = []
+        if (plan.propose or depth) and values.shape[1] > 1 + 2 * width:
+            known = [i for i, request in enumerate(requests) if request.has_candidates]
+        return Report(requests, values, width, depth, known, logits)
 
-    def _tree_rows(self, requests: list[Request], tree: TreeTensors) -> _Rows:
-        """Rows whose trees are their last token and their heads' candidates."""
-        # of about equal length side by side: attention pads them to rectangles
-        requests = sorted(requests, key=lambda request: request.cached_len)
-        index = torch.tensor([request.row for request in requests], device=self.device)
-        tokens = self.state.last_token[index, None]
-        if tree.num_nodes > 1:
-            below = self.state.candidates[index].flatten(1)[:, tree.candidate]
-            tokens = torch.cat((tokens, below), dim=1)
-        return self._rows(requests, index, tree, tokens)
+    def _pending(self, reports: list[Report]) -> PendingStep:
+        """Send the reports on their way to the host."""
+        if self.device.type == "cpu":
+            return PendingStep(reports, self.num_ranks)
+        for report in reports:
+            host = torch.empty(report.values.shape, dtype=report.values.dtype, pin_memory=True)
+            report.values = host.copy_(report.values, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return PendingStep(reports, self.num_ranks, copied)
 
-    def _rows(self, requests: list[Request], index: Tensor, tree: TreeTensors, tokens: Tensor) -> _Rows:
-        for request in requests:
-            self.state.sync_blocks(request)
-        cached = self.state.cached_len[index, None]  # [R, 1]
-        slot = cached + torch.arange(tree.num_nodes, device=self.device)
-        page = self.state.block_table[index].gather(1, slot // self.block_size)
-        return _Rows(
-            requests=requests,
-            index=index,
-            tree=tree,
-            tokens=tokens,
-            position=cached + tree.depth,
-            slots=page * self.block_size + slot % self.block_size,
-        )
+    def _chunk(self, chunk: Chunk, start: int) -> _Rows:
+        """A row that computes known tokens: a chain."""
+        request = chunk.request
+        tokens = self.state.tensor([request.tokens[request.cached_len : request.cached_len + chunk.num_inflight]])
+        index = self.state.tensor([request.row or 0])
+        rows = place(self.state, index, chain_tensors(chunk.num_inflight, self.device), tokens)
+        return _Rows([request], rows, start)
 
     def _forward(self, every: list[_Rows]) -> Tensor:
         """The hidden state of every in-flight token, [T, hidden]."""
         groups = [
             Group(
-                start=rows.start + low * rows.num_nodes,
+                start=rows.start + low * rows.inflight.num_nodes,
                 num_rows=high - low,
-                num_nodes=rows.num_nodes,
-                ancestors=rows.tree.ancestors,
-                cached_len=self.state.cached_len[rows.index[low:high]],
-                block_table=self.state.block_table[rows.index[low:high]],
-                max_cached_len=rows.requests[high - 1].cached_len,
+                tree=rows.inflight.tree,
+                cached_len=self.state.cached_len[rows.inflight.index[low:high]],
+                block_table=self.state.block_table[rows.inflight.index[low:high]],
+                max_cached_len=rows.requests[high - 1].max_cached_len,
             )
             for rows in every
-            for low, high in _length_classes([request.cached_len for request in rows.requests])
+            for low, high in _length_classes([request.max_cached_len for request in rows.requests])
         ]
-        self.attention.plan(groups, torch.cat([rows.slots.flatten() for rows in every]))
-        tokens = torch.cat([rows.tokens.flatten() for rows in every])
-        position = torch.cat([rows.position.flatten() for rows in every])
-        return self.model.forward(tokens, position, self.attention)
-
-    def _node_blocks(self, finished: list[_Rows], decoding: list[_Rows]) -> list[NodeBlock]:
-        blocks: list[NodeBlock] = []
-        start = 0
-        if finished:
-            blocks.append(
-                NodeBlock(
-                    requests=[rows.requests[0] for rows in finished],
-                    start=0,
-                    rows=torch.cat([rows.index for rows in finished]),
-                    position=torch.cat([rows.position[:, -1:] for rows in finished]) + 1,
-                    tokens=torch.cat([rows.tokens[:, -1:] for rows in finished]),
-                    ancestors=torch.ones(1, 1, dtype=torch.bool, device=self.device),
-                )
-            )
-            start = len(finished)
-        for rows in decoding:
-            blocks.append(
-                NodeBlock(rows.requests, start, rows.index, rows.position + 1, rows.tokens, rows.tree.ancestors)
-            )
-            start += rows.num_inflight
-        return blocks
+        tokens, position, slots = (
+            torch.cat([x.flatten() for x in parts])
+            for parts in zip(*((r.inflight.tokens, r.inflight.position, r.inflight.slots) for r in every), strict=True)
+        )
+        self.attention.plan(groups, position, slots)
+        return self.model.forward(tokens, self.attention)
 
     def _verify(self, rows: _Rows, target: Tensor, distributions: dict[int, Tensor]) -> Verdict:
-        accepted = agrees(rows.tokens, target, rows.tree)
+        inflight = rows.inflight
+        accepted = agrees(inflight.tokens, target, inflight.tree)
         for i, request in enumerate(rows.requests):
             if request.row in distributions:
                 one = slice(i, i + 1)
-                index = rows.index[one]
+                index = inflight.index[one]
                 accepted[one] = typical(
-                    rows.tokens[one],
+                    inflight.tokens[one],
                     distributions[request.row][None],
-                    rows.tree,
+                    inflight.tree,
                     self.state.epsilon[index],
                     self.state.alpha[index],
                 )
-        return longest_path(rows.tokens, target, accepted, rows.tree)
+        return longest_path(inflight.tokens, target, accepted, inflight.tree)
 
-    def _count_hits(self, rows: _Rows, verdict: Verdict, result: StepResult) -> None:
-        """How good the proposals of these rows turned out, for the planner."""
-        known = [i for i, request in enumerate(rows.requests) if request.has_candidates]
-        if not known:
+    def _count_output(self, requests: list[Request], rows: Tensor, emitted: Tensor, gained: Tensor) -> None:
+        """Add what rows with penalties gained to their counts."""
+        with_penalties = [i for i, request in enumerate(requests) if has_penalties(request)]
+        if not with_penalties:
             return
-        index = torch.tensor(known, device=self.device)
-        candidates = self.state.candidates[rows.index[index]]  # [R, H, K]
-        emitted = verdict.emitted[index][:, : candidates.shape[1]]  # [R, min(D + 1, H)]
-        depths = emitted.shape[1]
-        valid = torch.arange(depths, device=self.device) < verdict.num_accepted[index, None]
-        hit = (candidates[:, :depths] == emitted[..., None]) & valid[..., None]
-        for d, (hits, trials) in enumerate(zip(hit.sum(0).tolist(), valid.sum(0).tolist(), strict=True)):
-            if d == len(result.trials):
-                result.hits.append([0] * self.num_ranks)
-                result.trials.append(0)
-            result.hits[d] = [a + b for a, b in zip(result.hits[d], hits, strict=True)]
-            result.trials[d] += trials
+        assert self.state.output_count is not None
+        which = self.state.tensor(with_penalties)
+        emitted, gained = emitted[which], gained[which]
+        counted = torch.arange(emitted.shape[1], device=self.device) < gained
+        at = (rows[which, None].expand_as(emitted), emitted)
+        self.state.output_count.index_put_(at, counted.to(torch.int32), accumulate=True)
 
-    def _keep(self, rows: _Rows, verdict: Verdict) -> None:
-        """Move the accepted nodes' K/V to the end of the row's prefix, and advance the row."""
-        depth = torch.arange(verdict.path.shape[1], device=self.device)
-        moved = (verdict.path != depth) & (depth < verdict.num_accepted[:, None])
-        if rows.num_nodes > 1 and bool(moved.any()):
-            source = rows.slots.gather(1, verdict.path)[moved]
-            destination = rows.slots[:, : depth.numel()][moved]
-            flat = self.cache.flatten(2, 3)
-            flat[:, :, destination] = flat[:, :, source]
-        self.state.cached_len[rows.index] += verdict.num_accepted
-        bonus = verdict.emitted.gather(1, verdict.num_accepted[:, None] - 1)[:, 0]
-        self.state.last_token[rows.index] = bonus
+
+def _attention(cache: Tensor, model: Llama) -> AttentionBackend:
+    if has_kernels(cache.device):
+        from manyheads.attention.triton import TritonAttention
+
+        return TritonAttention(cache, model.config, model.rope)
+    return TorchAttention(cache, model.config, model.rope)
+
+
+def _node_blocks(finished: list[_Rows], decoding: list[_Rows]) -> list[NodeBlock]:
+    blocks: list[NodeBlock] = []
+    start = 0
+    if finished:
+        rows = [r.inflight for r in finished]
+        root = tree_tensors(ROOT, 1, rows[0].index.device)
+        blocks.append(
+            NodeBlock(
+                requests=[r.requests[0] for r in finished],
+                start=0,
+                rows=torch.cat([r.index for r in rows]),
+                position=torch.cat([r.position[:, -1:] for r in rows]) + 1,
+                tokens=torch.cat([r.tokens[:, -1:] for r in rows]),
+                tree=root,
+            )
+        )
+        start = len(finished)
+    for r in decoding:
+        inflight = r.inflight
+        blocks.append(
+            NodeBlock(r.requests, start, inflight.index, inflight.position + 1, inflight.tokens, inflight.tree)
+        )
+        start += inflight.tokens.numel()
+    return blocks
+
+
+def _count_hits(result: StepResult, gained: np.ndarray, emitted: np.ndarray, candidates: np.ndarray) -> None:
+    """How good the proposals of these rows turned out, for the planner.
+
+    Args:
+        gained: [R]; emitted: [R, D + 1]; candidates: [R, H, K].
+    """
+    depths = min(emitted.shape[1], candidates.shape[1])
+    valid = np.arange(depths) < gained[:, None]
+    hit = (candidates[:, :depths] == emitted[:, :depths, None]) & valid[..., None]
+    for d, (hits, trials) in enumerate(zip(hit.sum(0).tolist(), valid.sum(0).tolist(), strict=True)):
+        if d == len(result.trials):
+            result.hits.append([0] * candidates.shape[2])
+            result.trials.append(0)
+        result.hits[d] = [a + b for a, b in zip(result.hits[d], hits, strict=True)]
+        result.trials[d] += trials
 
 
 def _length_classes(lengths: list[int]) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manyheads.engine.state import RowState, has_penalties
 from manyheads.engine.step import Request
+from manyheads.medusa.tree import TreeTensors
 
 _MASK32 = 0xFFFFFFFF
 
@@ -27,7 +28,7 @@ class NodeBlock:
     rows: Tensor  # [R] int64, slots of the row state
     position: Tensor  # [R, n] int64, position in the sequence of the token that is to be drawn
     tokens: Tensor  # [R, n] int64, what the nodes hold
-    ancestors: Tensor  # [n, n] bool
+    tree: TreeTensors
 
     @property
     def num_nodes(self) -> int:
@@ -59,7 +60,7 @@ def draw(logits: Tensor, blocks: list[NodeBlock], state: RowState) -> tuple[Tens
         if not sampled:
             continue
         every = len(sampled) == len(block.requests)
-        index = torch.tensor(sampled, device=logits.device)
+        index = state.tensor(sampled)
         rows = block.rows[index]
         shape = (len(block.requests), block.num_nodes, logits.shape[-1])
         chosen = logits[block.start : block.stop].view(shape)
@@ -73,14 +74,10 @@ def draw(logits: Tensor, blocks: list[NodeBlock], state: RowState) -> tuple[Tens
                 row = block.requests[i].row
                 assert row is not None
                 typical[row] = torch.softmax(chosen[j], dim=-1)
-        position = block.position[index]
-        depth = position - position[:, :1]  # nodes of one depth share a draw of noise
-        first_position = position[:, :1] + torch.arange(int(depth.max()) + 1, device=logits.device)
-        noise = gumbel(state.seed[rows], first_position, logits.shape[-1])  # [R, D + 1, V]
-        if noise.shape[1] == 1:
-            perturbed = chosen + noise
-        else:
-            perturbed = chosen + torch.stack([n[d] for n, d in zip(noise, depth, strict=True)])
+        # nodes of one depth share a draw of noise
+        depths = torch.arange(block.tree.max_depth + 1, device=logits.device)
+        noise = gumbel(state.seed[rows], block.position[index, :1] + depths, logits.shape[-1])  # [R, D + 1, V]
+        perturbed = chosen + noise[:, block.tree.depth]
         target[block.start : block.stop].view(shape[:2])[index] = perturbed.argmax(dim=-1)
     return target, typical
 
@@ -112,8 +109,16 @@ def _fmix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def edits_logits(request: Request) -> bool:
+    """Whether its parameters change logits before a token is chosen."""
+    early_stop = request.num_output < request.params.min_tokens and bool(request.stop_ids)
+    return has_penalties(request) or bool(request.params.logit_bias) or early_stop
+
+
 def _edit_logits(logits: Tensor, block: NodeBlock, i: int, request: Request, state: RowState) -> None:
     """Penalties, bias and the stop tokens that come too early, in place on one row's [n, V] logits."""
+    if not edits_logits(request):
+        return
     params = request.params
     row = request.row
     assert row is not None
@@ -121,7 +126,7 @@ def _edit_logits(logits: Tensor, block: NodeBlock, i: int, request: Request, sta
         assert state.prompt_seen is not None
         assert state.output_count is not None
         # a node's count: the row's output so far, and the nodes on the way from the root (which is output already)
-        below = block.ancestors.clone()
+        below = block.tree.ancestors.clone()
         below[:, 0] = False
         count = state.output_count[row].repeat(block.num_nodes, 1)
         tokens = block.tokens[i].expand(block.num_nodes, -1)

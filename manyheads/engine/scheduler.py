@@ -11,6 +11,10 @@ from manyheads.medusa.tree import ROOT
 from manyheads.request import QueueFull
 
 
+class Unsettled(Exception):
+    """Pages ran out while steps are unread: what they gained must be known before someone is preempted for it."""
+
+
 class Scheduler:
     """Owns the requests: first come, first served; decoding rows always run, prompts in chunks beside them.
 
@@ -62,7 +66,11 @@ class Scheduler:
         self._release(request)
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step; None when nobody can run."""
+        """Plan the next step; None when nobody can run.
+
+        Raises:
+            Unsettled: call again when nothing is unread.
+        """
         decoding = [request for request in self.running if request.decoding]
         prompt_tokens = sum(request.num_uncomputed for request in self.running if not request.decoding)
         prompt_tokens = min(prompt_tokens, self.max_num_batched_tokens)
@@ -89,16 +97,19 @@ class Scheduler:
         """Pages to be taken if each decoding row brought a tree of so many nodes, beside the chunks of the others."""
         chunk = self.max_num_batched_tokens
         wanted = ((r, num_nodes if r.decoding else min(r.num_uncomputed, chunk)) for r in self.running)
-        return sum(max(0, self.blocks.blocks_for(r.cached_len + n) - len(r.table.blocks)) for r, n in wanted)
+        return sum(max(0, self.blocks.blocks_for(r.max_cached_len + n) - len(r.table.blocks)) for r, n in wanted)
 
     def _plan_decoding(self, plan: StepPlan, request: Request) -> None:
+        room = request.max_len - len(request.tokens) - request.unread
+        if room < 1:
+            return  # what is unread may be all that it gets
         nodes = plan.tree.num_nodes if request.has_candidates and request.params.speculative else ROOT.num_nodes
         # a tree deeper than what the request may still gain is wasted; its width is not worth a special case
-        if request.max_len - len(request.tokens) <= 1:
+        if room == 1:
             nodes = ROOT.num_nodes
-        if nodes > 1 and self.blocks.reserve(request.table, request.cached_len + nodes):
+        if nodes > 1 and self.blocks.reserve(request.table, request.max_cached_len + nodes):
             plan.speculating.append(request)
-        elif self._reserve_or_preempt(request, request.cached_len + 1):
+        elif self._reserve_or_preempt(request, request.max_cached_len + 1):
             plan.single.append(request)
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
@@ -108,13 +119,15 @@ class Scheduler:
             num_tokens = max(1, min(num_tokens, held - request.cached_len))
             if not self._reserve_or_preempt(request, request.cached_len + num_tokens):
                 return 0
-        plan.chunks.append(Chunk(request, num_tokens))
+        plan.chunks.append(Chunk(request, num_tokens, num_tokens == request.num_uncomputed))
         return num_tokens
 
     def _reserve_or_preempt(self, request: Request, num_tokens: int) -> bool:
         """Reserve, at the cost of younger requests; False if the request itself had to give way."""
         if self.blocks.reserve(request.table, num_tokens):
             return True
+        if any(other.unread for other in self.running):
+            raise Unsettled
         # first, what trees reserved and did not use; older rows are in the plan already and need all they hold
         for other in self.running[self.running.index(request) :]:
             self.blocks.trim(other.table, other.cached_len + 1)
@@ -160,7 +173,7 @@ class Scheduler:
             request.row = self._free_rows.pop()
             self.running.append(request)
             plan.admitted.append(request)
-            plan.chunks.append(Chunk(request, num_tokens))
+            plan.chunks.append(Chunk(request, num_tokens, num_tokens == request.num_uncomputed))
             budget -= num_tokens
 
     def check_integrity(self) -> None:
@@ -177,7 +190,8 @@ class Scheduler:
             if request.row is not None or request.table.blocks or request.cached_len:
                 raise RuntimeError(f"waiting request {request.request_id} holds a row or pages")
         for request in self.running:
-            if not 0 <= request.cached_len < len(request.tokens) <= request.max_len:
+            last = len(request.tokens) - (request.unread == 0)
+            if not 0 <= request.cached_len <= last < request.max_len + (request.unread > 0):
                 raise RuntimeError(f"request {request.request_id}: lengths out of order")
             if len(request.table.blocks) * self.blocks.block_size < request.cached_len:
                 raise RuntimeError(f"request {request.request_id}: fewer pages than cached tokens")

@@ -10,10 +10,10 @@ from manyheads.medusa.tree import MAX_NODES
 
 
 class RowState:
-    """One slot for each request that may run at once.
+    """One slot for each request that may run at once, and a last one, the dummy row, that pads a step.
 
     Args:
-        num_rows: slots.
+        num_rows: slots, without the dummy row.
         max_len: longest sequence, in tokens.
         block_size: tokens in a page.
         num_heads, num_ranks: shape of a row's candidates.
@@ -31,82 +31,93 @@ class RowState:
         device: torch.device,
     ) -> None:
         self.num_rows, self.vocab_size, self.device = num_rows, vocab_size, device
-        self.block_size = block_size
+        self.block_size, self.num_heads, self.num_ranks = block_size, num_heads, num_ranks
 
-        def ints(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros((num_rows + 1, *shape), dtype=dtype, device=device)
 
-        def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-
-        max_blocks = -(-(max_len + MAX_NODES) // block_size)
-        self.last_token = ints(num_rows)  # [rows], the root of the row's next tree
-        self.cached_len = ints(num_rows)  # [rows]
-        self.candidates = ints(num_rows, max(num_heads, 1), num_ranks)  # [rows, heads, ranks]
-        self.block_table = ints(num_rows, max_blocks)  # [rows, max_blocks], 0 (the dummy page) where unused
-        self.seed = ints(num_rows)  # [rows]
-        self.min_len = ints(num_rows)  # [rows], shortest sequence that a stop token may end
-        self.temperature = floats(num_rows)  # [rows], 0 is greedy
-        self.top_p = floats(num_rows)
-        self.top_k = ints(num_rows)  # [rows], vocab_size is off
-        self.min_p = floats(num_rows)
-        self.repetition_penalty = floats(num_rows)
-        self.presence_penalty = floats(num_rows)
-        self.frequency_penalty = floats(num_rows)
-        self.epsilon = floats(num_rows)
-        self.alpha = floats(num_rows)
+        self.cached_len = zeros()  # [rows]
+        self.drafts = zeros(1 + num_heads * num_ranks)  # [rows, 1 + H · K]: the last token, and the heads' candidates
+        self.block_table = zeros(-(-(max_len + MAX_NODES) // block_size))  # [rows, blocks], meaningless where unused
+        self._ints = zeros(3)
+        self.seed, self.min_len, self.top_k = self._ints.unbind(1)
+        # min_len: shortest sequence that a stop token may end; top_k: vocab_size is off; temperature: 0 is greedy
+        self._floats = zeros(8, dtype=torch.float32)
+        self.temperature, self.top_p, self.min_p, self.epsilon, self.alpha = self._floats[:, :5].unbind(1)
+        self.repetition_penalty, self.presence_penalty, self.frequency_penalty = self._floats[:, 5:].unbind(1)
         self.prompt_seen: Tensor | None = None  # [rows, V] bool
         self.output_count: Tensor | None = None  # [rows, V] int32
-        self._written: list[list[int]] = [[] for _ in range(num_rows)]  # block_table, as the host wrote it
 
-    def assign(self, request: Request) -> None:
-        """Fill the row of an admitted (or re-admitted) request."""
-        row, params = request.row, request.params
-        assert row is not None
-        self.cached_len[row] = request.cached_len
-        self.last_token[row] = request.tokens[-1]  # the root, if a preempted request has all but this one in the cache
-        self.block_table[row] = 0
-        self._written[row] = []
-        self.seed[row] = request.seed
-        self.min_len[row] = request.prompt_len + params.min_tokens
-        self.temperature[row] = params.temperature
-        self.top_p[row] = params.top_p
-        self.top_k[row] = params.top_k if params.top_k > 0 else self.vocab_size
-        self.min_p[row] = params.min_p
-        self.repetition_penalty[row] = params.repetition_penalty
-        self.presence_penalty[row] = params.presence_penalty
-        self.frequency_penalty[row] = params.frequency_penalty
-        self.epsilon[row] = params.typical_epsilon
-        self.alpha[row] = params.typical_alpha
-        if has_penalties(request):
-            if self.output_count is None or self.prompt_seen is None:
-                shape = (self.num_rows, self.vocab_size)
-                self.prompt_seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-                self.output_count = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            self.prompt_seen[row] = False
-            self.prompt_seen[row, torch.tensor(request.tokens[: request.prompt_len], device=self.device)] = True
-            self.output_count[row] = 0
-            self.count_output(row, request.tokens[request.prompt_len :])
+    @property
+    def last_token(self) -> Tensor:
+        """[rows], the root of each row's next tree."""
+        return self.drafts[:, 0]
 
-    def count_output(self, row: int, tokens: list[int]) -> None:
-        """Add output tokens to a row's counts, for its penalties."""
-        assert self.output_count is not None
-        ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
-        self.output_count[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+    @property
+    def candidates(self) -> Tensor:
+        """[rows, H · K], head by head, best first."""
+        return self.drafts[:, 1:]
 
-    def sync_blocks(self, request: Request) -> None:
-        """Bring the device's page table up to date with the pages the request holds."""
-        row, blocks = request.row, request.table.blocks
-        assert row is not None
-        written = self._written[row]
-        if written == blocks:
+    def tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        """int64, on its way to the device."""
+        host = torch.tensor(values, dtype=torch.int64)
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+    def admit(self, requests: list[Request]) -> None:
+        """Fill the rows of admitted (or re-admitted) requests."""
+        if not requests:
             return
-        known = min(len(written), len(blocks))
-        if written[:known] != blocks[:known]:  # pages were given back and others taken
-            known = 0
-        if len(blocks) > known:
-            self.block_table[row, known : len(blocks)] = torch.tensor(blocks[known:], device=self.device)
-        self._written[row] = list(blocks)
+        ints, floats = [], []
+        for request in requests:
+            p = request.params
+            # a preempted request may have all but its last token in the cache: that one is the root then
+            lengths = [request.row or 0, request.cached_len, request.tokens[-1]]
+            top_k = p.top_k if p.top_k > 0 else self.vocab_size
+            ints.append([*lengths, request.seed, request.prompt_len + p.min_tokens, top_k])
+            typical = [p.typical_epsilon, p.typical_alpha]
+            penalties = [p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
+            floats.append([p.temperature, p.top_p, p.min_p, *typical, *penalties])
+        values = self.tensor(ints)
+        rows = values[:, 0]
+        self.cached_len[rows] = values[:, 1]
+        self.drafts[rows, 0] = values[:, 2]
+        self._ints[rows] = values[:, 3:]
+        self._floats[rows] = torch.tensor(floats, device=self.device)
+        for request in requests:
+            if has_penalties(request):
+                self._count(request)
+
+    def _count(self, request: Request) -> None:
+        """Which tokens a row's prompt and output hold, for its penalties."""
+        if self.output_count is None or self.prompt_seen is None:
+            shape = (self.num_rows + 1, self.vocab_size)
+            self.prompt_seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self.output_count = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        row = request.row
+        assert row is not None
+        self.prompt_seen[row] = False
+        self.prompt_seen[row, self.tensor(request.tokens[: request.prompt_len])] = True
+        self.output_count[row] = 0
+        output = self.tensor(request.tokens[request.prompt_len :])
+        self.output_count[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+
+    def sync_blocks(self, requests: list[Request]) -> None:
+        """Bring the device's page tables up to date with the pages that the requests hold."""
+        rows: list[int] = []
+        columns: list[int] = []
+        blocks: list[int] = []
+        for request in requests:
+            table = request.table
+            new = table.blocks[table.num_synced :]
+            if new:
+                assert request.row is not None
+                rows += [request.row] * len(new)
+                columns += range(table.num_synced, len(table.blocks))
+                blocks += new
+                table.num_synced = len(table.blocks)
+        if rows:
+            where = self.tensor([rows, columns, blocks])
+            self.block_table[where[0], where[1]] = where[2]
 
 
 def has_penalties(request: Request) -> bool:

@@ -30,6 +30,8 @@ class Request:
     row: int | None = None
     """Its slot in the runner's device state while it runs."""
     cached_len: int = 0
+    unread: int = 0
+    """Most tokens that it may still gain from steps that were launched and not read yet."""
     has_candidates: bool = False
     """Whether the heads have proposed for its next tree."""
     num_cached_prompt_tokens: int = 0
@@ -64,7 +66,12 @@ class Request:
 
     @property
     def decoding(self) -> bool:
-        return self.num_uncomputed == 1 and self.num_output > 0
+        return self.unread > 0 or (self.num_uncomputed == 1 and self.num_output > 0)
+
+    @property
+    def max_cached_len(self) -> int:
+        """The most that the device may have cached when the next step begins: `cached_len`, and what is unread."""
+        return len(self.tokens) - 1 + self.unread if self.decoding else self.cached_len
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,8 @@ class Chunk:
 
     request: Request
     num_inflight: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the row draws a token in this step: no known token is left over."""
-        return self.num_inflight == self.request.num_uncomputed
+    is_last: bool
+    """Whether the row draws a token in this step: no known token is left over."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class StepPlan:
         return self.num_prompt_tokens + len(self.speculating) * self.tree.num_nodes + len(self.single)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RowResult:
     """What a step did for one row that drew a token."""
 
@@ -117,10 +121,10 @@ class RowResult:
     """The tokens gained: accepted nodes below the root, then the target's own token."""
     logprobs: list[TokenLogprobs] | None = None
     drafted_depth: int = 0
-    """Depth of the tree the row brought; 0 for a root alone."""
+    """Depth of the tree the row brought; 0 for a root alone. So the row gains at most one token more than that."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepResult:
     rows: list[RowResult]
     hits: list[list[int]]

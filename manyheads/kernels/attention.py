@@ -77,7 +77,8 @@ def tree_attention(
         block_table: [R, B] int64, page ids; covers cached_len + nodes positions.
         mask: [T] int64; bit j: node j of the row is visible (itself included, at most 64 nodes). 0 in all of a row's
             tokens: the row is a chain of any length.
-        max_nodes: tokens of the longest row, or more.
+        max_nodes: tokens of the longest row, or more. Programs past a row's nodes end at once, but are started: rows of
+            very different lengths are better given to two calls.
         num_splits: programs that share a row's positions; above 1, their results meet in scratch.
         out: [T, H, d], written to and returned.
         scratch: float32, contiguous, at least `scratch_numel` elements.
@@ -96,10 +97,10 @@ def tree_attention(
     largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
     block_m, num_tiles = tile_sizes(max_nodes, queries_per_kv, largest_m)
     split = num_splits > 1
-    if split and scratch is None:
+    partial = out  # without splits it is never touched, but its type is part of what gets compiled
+    if split:
         numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)
-        scratch = torch.empty(numel, dtype=torch.float32, device=q.device)
-    partial = scratch if scratch is not None else out  # without splits it is never touched
+        partial = torch.empty(numel, dtype=torch.float32, device=q.device) if scratch is None else scratch
     _attend_kernel[(num_tiles * num_splits, num_kv_heads, num_rows)](
         q,
         k_pages,
@@ -152,7 +153,7 @@ def tree_attention(
 
 @lru_cache(maxsize=64)
 def _tuning(device: torch.device, head_dim: int, element_size: int) -> tuple[int, int, int]:
-    """(largest BLOCK_M, BLOCK_N, num_stages) that spill no registers and fit into shared memory, found by compiling."""
+    """(largest BLOCK_M, BLOCK_N, num_stages) that fit into registers and shared memory, found by compiling."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     row_bytes = head_dim * element_size
     if capability < (8, 0):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.medusa.checkpoint import HeadWeights
+from manyheads.models import ops
 from manyheads.models.linear import Linear
 from manyheads.models.llama import Llama
 
@@ -63,7 +64,7 @@ class MedusaHeads:
         num_rows, size = hidden.shape
         x = hidden[:, None].expand(num_rows, self.num_heads, size)  # [R, H, hidden]
         if self._first is not None:
-            x = x + F.silu(self._first(hidden).view(num_rows, self.num_heads, size))
+            x = ops.head_input(hidden, self._first(hidden).view(num_rows, self.num_heads, size))
         for weight, bias in self._later:
             x = x + F.silu(torch.baddbmm(bias, x.transpose(0, 1), weight)).transpose(0, 1)
         if self._projections is None:

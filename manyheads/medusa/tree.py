@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -63,13 +63,29 @@ class TreeTensors:
 
     parent: Tensor  # [n] int64, the root is its own parent
     depth: Tensor  # [n] int64
-    candidate: Tensor  # [n - 1] int64, index into a row's flattened [heads * ranks] candidates, root left out
-    ancestors: Tensor  # [n, n] bool, ancestors[i, j]: j is i or above it
+    column: Tensor  # [n] int64, index into a row's draft: its last token, then its [heads · ranks] candidates
+    bits: Tensor  # [n] int64, bit j of entry i: j is i or above it; all 0 is a chain, of any length
     path: Tensor  # [n, D + 1] int64, the nodes from the root down to node i by depth, padded with i itself
 
     @property
     def num_nodes(self) -> int:
-        return self.depth.numel()
+        return self.depth.shape[0]
+
+    @property
+    def max_depth(self) -> int:
+        return self.path.shape[1] - 1
+
+    @cached_property
+    def order(self) -> Tensor:
+        """[n] int64: 0, 1, 2, …"""
+        return torch.arange(self.num_nodes, device=self.depth.device)
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """[n, n] bool, entry (i, j): j is i or above it."""
+        if self.path.shape[1] == 0:
+            return self.order[:, None] >= self.order
+        return (self.bits[:, None] >> self.order) & 1 != 0
 
 
 @lru_cache(maxsize=512)
@@ -77,16 +93,15 @@ def tree_tensors(tree: Tree, num_ranks: int, device: torch.device) -> TreeTensor
     """The tensors of `tree` where a row holds `num_ranks` candidates of each head."""
     index = {choice: i for i, choice in enumerate(tree.choices)}
     paths = [[index[choice[:d]] for d in range(len(choice) + 1)] for choice in tree.choices]
-    ancestors = torch.zeros(tree.num_nodes, tree.num_nodes, dtype=torch.bool)
-    for i, path in enumerate(paths):
-        ancestors[i, path] = True
+    bits = [sum(1 << j for j in path) for path in paths]
     width = tree.max_depth + 1
-    candidate = [(len(choice) - 1) * num_ranks + choice[-1] for choice in tree.choices[1:]]
+    column = [0, *(1 + (len(choice) - 1) * num_ranks + choice[-1] for choice in tree.choices[1:])]
     return TreeTensors(
         parent=torch.tensor([index[choice[:-1]] for choice in tree.choices], device=device),
         depth=torch.tensor([len(choice) for choice in tree.choices], device=device),
-        candidate=torch.tensor(candidate, dtype=torch.int64, device=device),
-        ancestors=ancestors.to(device),
+        column=torch.tensor(column, device=device),
+        # bit 63 is the sign
+        bits=torch.tensor([b - (1 << 64) if b >> 63 else b for b in bits], device=device),
         path=torch.tensor([path + [i] * (width - len(path)) for i, path in enumerate(paths)], device=device),
     )
 
@@ -99,8 +114,8 @@ def chain_tensors(num_nodes: int, device: torch.device) -> TreeTensors:
     return TreeTensors(
         parent=(nodes - 1).clamp(min=0),
         depth=nodes,
-        candidate=nodes.new_empty(0),
-        ancestors=nodes[:, None] >= nodes[None, :],
+        column=nodes,
+        bits=torch.zeros_like(nodes),
         path=nodes.new_empty(num_nodes, 0),
     )
 

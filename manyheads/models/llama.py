@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.attention.base import AttentionBackend
+from manyheads.models import ops
 from manyheads.models.config import ModelConfig, RopeScaling
 from manyheads.models.linear import Linear
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [T, heads, d], k [T, kv_heads, d], v [T, kv_heads, d]) → [T, heads, d]"""
 
 POSITION_MARGIN = 64
 """Rotary positions past the longest sequence: nodes of a tree may stick out, and are never kept."""
@@ -46,37 +44,28 @@ class Llama:
         self.config = config
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.cos, self.sin = _rope_table(config, self.device, self.dtype)
+        self.rope = _rope_table(config, self.device, self.dtype)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens: Tensor, attention: AttentionBackend) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
-            tokens, positions: [T] int64.
-            attend: attention over the row each token belongs to; it also stores k and v.
+            tokens: [T] int64.
+            attention: planned for these tokens.
 
         Returns:
             [T, hidden]
         """
-        config = self.config
-        num_rotated = config.num_heads + config.num_kv_heads
-        shape = (tokens.shape[0], num_rotated + config.num_kv_heads, config.head_dim)
-        cos, sin = self.cos[positions], self.sin[positions]  # [T, 1, d]
-        x = F.embedding(tokens, self.embedding)
+        eps = self.config.rms_norm_eps
+        residual = F.embedding(tokens, self.embedding)
+        x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._norm(x, layer.input_norm)).view(shape)
-            qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
-                qk = torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)), dim=1)
-            half = config.head_dim // 2
-            # sin is signed: x · cos + rotate_half(x) · sin, without the negation
-            qk = torch.addcmul(qk * cos, qk.roll(half, dims=-1), sin)
-            q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
-            x = x + layer.o(attend(i, q, k, v).flatten(1))
-            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-        return self._norm(x, self.norm)
+            x = layer.o(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
+            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = layer.down(ops.silu_mul(layer.gate_up(x)))
+            following = self.layers[i + 1].input_norm if i + 1 < len(self.layers) else self.norm
+            x = ops.add_rms_norm(x, residual, following, eps)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, V] float32."""
@@ -90,10 +79,6 @@ class Llama:
             norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
             total += sum(linear.nbytes for linear in linears) + sum(n.nbytes for n in norms if n is not None)
         return total
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm, its statistics in float32 (Zhang and Sennrich 2019)."""
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
 
 def _rope_table(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -130,9 +130,10 @@ def load_model(
                 raise CheckpointError(f"{path}: key {key} belongs to no parameter of a {config.architecture}")
             if tuple(tensor.shape) != shape:
                 raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {shape}")
-            if not torch.isfinite(tensor.sum(dtype=torch.float64)):
-                raise CheckpointError(f"{path}: {key} holds values that are not finite")
             state[name] = tensor.to(device, dtype)
+            # summed on the device, where a large checkpoint takes no time
+            if not torch.isfinite(state[name].sum(dtype=torch.float64 if device.type == "cpu" else torch.float32)):
+                raise CheckpointError(f"{path}: {key} holds values that are not finite")
     missing = expected.keys() - state.keys()
     if missing:
         raise CheckpointError(f"{folder}: parameter {min(missing)} is missing ({len(missing)} in all)")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM
 
+from manyheads.engine.runner import Runner
 from tests.tiny import save_model
 
 
@@ -16,3 +18,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> LlamaForCausalLM:
     return save_model(folder)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "overlapping"])
+def overlaps(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """The engine as on a CPU, and as on a GPU: there it launches a step before it reads the one before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "overlaps", request.param)
+        yield request.param

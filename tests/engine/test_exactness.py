@@ -33,13 +33,18 @@ def run(engine: Engine, jobs: list[tuple[list[int], SamplingParams]], rate: floa
     rng = random.Random(0)
     waiting = list(enumerate(jobs))[::-1]
     replies: dict[str, list[int]] = {str(i): [] for i in range(len(jobs))}
+    finished: list[str] = []
     while waiting or engine.has_work():
         while waiting and rng.random() < rate and len(engine.scheduler.waiting) < engine.scheduler.max_queue:
             i, (prompt, params) = waiting.pop()
             engine.add_request(EngineRequest(request_id=str(i), prompt_token_ids=prompt, params=params))
         for delta in engine.step():
+            assert delta.request_id not in finished
             replies[delta.request_id] += delta.new_token_ids
+            if delta.finish_reason is not None:
+                finished.append(delta.request_id)
         engine.check_integrity()
+    assert len(finished) == len(jobs)
     return list(replies.values())
 
 
@@ -50,10 +55,13 @@ def prompts(count: int, shared: int = 0) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("tree_size", TREES)
-def test_greedy_text_is_the_models(folder: Path, reference: LlamaForCausalLM, tree_size: int | None) -> None:
+def test_greedy_text_is_the_models(
+    folder: Path, reference: LlamaForCausalLM, tree_size: int | None, overlaps: bool
+) -> None:
     """Random arrivals, chunks of 8 tokens, a shared prefix, and pages for a fraction of what is asked."""
     asked = prompts(24, shared=9)
     served = engine(folder, tree_size)
+    assert served.runner.overlaps == overlaps
     jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(asked)]
     got = run(served, jobs, rate=0.3)
     for (prompt, params), tokens in zip(jobs, got, strict=True):
@@ -102,7 +110,9 @@ def test_sampled_text_has_the_models_distribution(folder: Path, reference: Llama
         assert served.stats().accepted_tokens > 0
 
 
-def test_a_seed_gives_the_same_text_whatever_else_runs(folder: Path, reference: LlamaForCausalLM) -> None:
+def test_a_seed_gives_the_same_text_whatever_else_runs(
+    folder: Path, reference: LlamaForCausalLM, overlaps: bool
+) -> None:
     asked = prompts(20)
     params = [SamplingParams(temperature=1.0, top_p=0.9, max_tokens=30, seed=i) for i in range(20)]
     alone = [run(engine(folder, 1), [job])[0] for job in zip(asked[:4], params[:4], strict=True)]

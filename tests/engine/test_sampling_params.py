@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
+from manyheads.engine.runner import Runner
 from manyheads.engine.sampler import gumbel
 from manyheads.request import EngineRequest, RequestDelta
 from tests.tiny import VOCAB
@@ -22,9 +23,14 @@ NEW = 24
 
 
 @pytest.fixture(scope="module", params=[1, 16], ids=["one node", "16 nodes"])
-def engine(folder: Path, reference: LlamaForCausalLM, request: pytest.FixtureRequest) -> Engine:
+def engine(folder: Path, reference: LlamaForCausalLM, overlaps: bool, request: pytest.FixtureRequest) -> Engine:
+    return build(folder, request.param)
+
+
+def build(folder: Path, tree_size: int, **settings: Any) -> Engine:
+    settings = {"num_blocks": 64} | settings
     return build_engine(
-        EngineConfig(model=str(folder), dtype="float32", tree_size=request.param, num_threads=1, num_blocks=64)
+        EngineConfig(model=str(folder), dtype="float32", tree_size=tree_size, num_threads=1, **settings)
     )
 
 
@@ -156,6 +162,75 @@ def test_typical_acceptance_takes_more(engine: Engine) -> None:
     loose = answer(engine, temperature=1.0, seed=1, acceptance="typical", typical_epsilon=0.0)
     exact = answer(engine, temperature=1.0, seed=1)
     assert loose[-1].num_steps < exact[-1].num_steps
+
+
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "repetition_penalty": 1.7},
+    {"temperature": 0.0, "frequency_penalty": 0.8, "logprobs": 3},
+    {"temperature": 0.0, "presence_penalty": 1.5, "min_tokens": 9, "stop_token_ids": (1, 2, 3, 4)},
+    {"temperature": 0.0, "stop_token_ids": (5, 6, 7, 8)},
+    {"temperature": 0.0, "max_steps": 4, "speculative": False},
+    {"temperature": 1.2, "seed": 1, "repetition_penalty": 1.2, "logprobs": 0},
+    {"temperature": 0.9, "seed": 2, "top_k": 5, "top_p": 0.9, "min_tokens": 12, "stop_token_ids": (1, 9)},
+    {"temperature": 1.0, "seed": 3, "min_p": 0.1, "logit_bias": {2: 2.0}, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "seed": 4, "stop_token_ids": (3, 11), "logprobs": 2},
+    {"temperature": 1.0, "seed": 5, "max_tokens": 7, "presence_penalty": 0.7},
+]
+"""Parameters whose text does not depend on the tree."""
+
+
+@pytest.mark.parametrize("tree_size", [1, 16])
+def test_overlapping_steps_change_nothing_that_is_said(
+    folder: Path, reference: LlamaForCausalLM, tree_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, over too few pages: text, reasons and log-probabilities as in steps taken in turn."""
+
+    def said(overlaps: bool) -> list[list[RequestDelta]]:
+        monkeypatch.setattr(Runner, "overlaps", overlaps)
+        settings = {"max_num_seqs": 5, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 16}
+        engine = build(folder, tree_size, **settings)
+        deltas: list[list[RequestDelta]] = [[] for _ in range(2 * len(MIXED))]
+        for i in range(len(deltas)):
+            params = SamplingParams(**{"max_tokens": NEW} | MIXED[i % len(MIXED)])
+            prompt = PROMPT[i % 3 :] + [i % VOCAB]
+            engine.add_request(EngineRequest(request_id=str(i), prompt_token_ids=prompt, params=params))
+        while engine.has_work():
+            for delta in engine.step():
+                deltas[int(delta.request_id)].append(delta)
+            engine.check_integrity()
+        assert engine.stats().preemptions > 0
+        return deltas
+
+    reasons = set()
+    for overlapped, in_turn in zip(said(True), said(False), strict=True):
+        assert tokens_of(overlapped) == tokens_of(in_turn)
+        last, wanted = overlapped[-1], in_turn[-1]
+        assert (last.finish_reason, last.stop_token_id) == (wanted.finish_reason, wanted.stop_token_id)
+        found, given = ([e for d in deltas for e in d.logprobs or []] for deltas in (overlapped, in_turn))
+        assert [(e.token_id, e.rank) for e in found] == [(e.token_id, e.rank) for e in given]
+        assert [e.logprob for e in found] == pytest.approx([e.logprob for e in given], abs=1e-4)
+        reasons.add(last.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_overlapping_steps_accept_what_is_typical_as_steps_in_turn_do(
+    folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typical text depends on the trees: the planner gets nothing to learn from, and the end (where what is unread may
+    be all that is missing, and trees are small) does not count."""
+
+    def text(overlaps: bool, seed: int) -> tuple[list[int], int]:
+        monkeypatch.setattr(Runner, "overlaps", overlaps)
+        engine = build(folder, 16)
+        monkeypatch.setattr(engine.planner, "observe", lambda hits, trials: None)
+        params = {"acceptance": "typical", "typical_epsilon": 0.05, "seed": seed, "repetition_penalty": 1.1}
+        tokens = tokens_of(answer(engine, temperature=1.0, max_tokens=2 * NEW, **params))
+        return tokens[: 2 * NEW - 10], engine.stats().accepted_tokens
+
+    for seed in range(4):
+        wanted, accepted = text(False, seed)
+        assert text(True, seed)[0] == wanted
+        assert accepted > 0
 
 
 def test_noise_is_standard_gumbel() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.engine import Engine
-from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.scheduler import Scheduler, Unsettled
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
 from manyheads.medusa.planner import Planner
 from manyheads.medusa.tree import ROOT, Choice, Tree
@@ -48,23 +49,44 @@ def continuation(prompt: list[int], params: SamplingParams, max_len: int) -> lis
     return output
 
 
+class FakeStep:
+    """A result that the host must not see before it asks for it."""
+
+    def __init__(self, runner: FakeRunner, result: StepResult) -> None:
+        self.runner, self.result = runner, result
+
+    def read(self) -> StepResult:
+        assert self.runner.unread.popleft() is self, "steps are read once each, in order"
+        return self.result
+
+
 class FakeRunner:
     """Keeps a paged cache and the rows' state as the real runner does, so that a wrong page gives a wrong text.
+
+    What the step does happens at its launch, as far as the host can tell; what it gave stays unknown until it is read.
 
     Args:
         skill: of ten proposals of a head, how many are right; the rank of the right one varies below 10.
     """
 
-    def __init__(self, page_size: int, skill: int) -> None:
-        self.page_size, self.skill = page_size, skill
+    def __init__(self, page_size: int, skill: int, overlaps: bool) -> None:
+        self.page_size, self.skill, self.overlaps = page_size, skill, overlaps
         self.cache: dict[int, int] = {}  # slot → K/V entry
         self.cached_len: dict[int, int] = {}  # by row, from here on
         self.last_token: dict[int, int] = {}
         self.candidates: dict[int, list[list[int]]] = {}
+        self.tables: dict[int, dict[int, int]] = {}  # row → place → page
         self.writers: dict[int, Request] = {}  # page → who writes it in this step
         self.plans: list[StepPlan] = []
+        self.unread: deque[FakeStep] = deque()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> FakeStep:
+        assert len(self.unread) <= self.overlaps, "the host is too far ahead"
+        step = FakeStep(self, self.compute(plan))
+        self.unread.append(step)
+        return step
+
+    def compute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         self.writers.clear()
         requests = [*(chunk.request for chunk in plan.chunks), *plan.speculating, *plan.single]
@@ -75,11 +97,13 @@ class FakeRunner:
             self.last_token[row_of(request)] = request.tokens[-1]
             self.candidates.pop(row_of(request), None)
         for request in requests:
-            assert self.cached_len[row_of(request)] == request.cached_len
+            self.check_row(request)
         result = StepResult(rows=[], hits=[[0] * RANKS for _ in range(HEADS)], trials=[0] * HEADS)
         for chunk in plan.chunks:
             request, n = chunk.request, chunk.num_inflight
+            assert request.unread == 0, "known tokens, and the device is past them"
             assert 1 <= n <= request.num_uncomputed
+            assert chunk.is_last == (n == request.num_uncomputed)
             known = request.tokens[request.cached_len :][:n]
             nodes = {(0,) * i: token for i, token in enumerate(known)}
             target = self.forward(request, nodes)[(0,) * (n - 1)]
@@ -91,8 +115,21 @@ class FakeRunner:
                 self.decode(plan, result, request, tree)
         return result
 
+    def check_row(self, request: Request) -> None:
+        """What the host knows of a row bounds what the device has; the row's pages go to the device."""
+        cached_len, table = self.cached_len[row_of(request)], request.table
+        if request.unread == 0:
+            assert cached_len == request.cached_len == request.max_cached_len
+        else:
+            assert request.cached_len <= cached_len <= request.max_cached_len
+            assert len(request.tokens) + request.unread < request.max_len, "it may have all that it gets"
+        device = self.tables.setdefault(row_of(request), {})
+        device |= {i: table.blocks[i] for i in range(table.num_synced, len(table.blocks))}
+        table.num_synced = len(table.blocks)
+
     def decode(self, plan: StepPlan, result: StepResult, request: Request, tree: Tree) -> None:
         row = row_of(request)
+        cached_len = self.cached_len[row]
         assert request.decoding
         assert tree is ROOT or (request.has_candidates and request.params.speculative)
         assert not request.has_candidates or row in self.candidates
@@ -103,9 +140,9 @@ class FakeRunner:
         while below := [c for c in nodes if c and c[:-1] == path[-1] and nodes[c] == target[path[-1]]]:
             path.append(below[0])
         tokens = [target[choice] for choice in path]
-        where = {choice: request.cached_len + i for i, choice in enumerate(nodes)}
+        where = {choice: cached_len + i for i, choice in enumerate(nodes)}
         for depth, choice in enumerate(path):
-            self.cache[self.slot(request, request.cached_len + depth)] = self.cache[self.slot(request, where[choice])]
+            self.cache[self.slot(request, cached_len + depth)] = self.cache[self.slot(request, where[choice])]
         self.cached_len[row] += len(path)
         if request.has_candidates and (plan.propose or tree is not ROOT):
             for depth, token in enumerate(tokens[:HEADS]):
@@ -116,12 +153,13 @@ class FakeRunner:
 
     def forward(self, request: Request, nodes: dict[Choice, int]) -> dict[Choice, int]:
         """Compute a row's tree; the token that the model continues each node with."""
-        prefix = [self.cache[self.slot(request, i)] for i in range(request.cached_len)]
+        cached_len = self.cached_len[row_of(request)]
+        prefix = [self.cache[self.slot(request, i)] for i in range(cached_len)]
         entries: dict[Choice, int] = {}
         for i, (choice, token) in enumerate(nodes.items()):
             above = [entries[choice[:depth]] for depth in range(len(choice))]
             entries[choice] = entry_of(prefix + above, token)
-            slot = self.slot(request, request.cached_len + i)
+            slot = self.slot(request, cached_len + i)
             assert self.writers.setdefault(slot // self.page_size, request) is request, "a page with two writers"
             self.cache[slot] = entries[choice]
         return {choice: entry % VOCAB for choice, entry in entries.items()}
@@ -150,7 +188,9 @@ class FakeRunner:
         return proposals
 
     def slot(self, request: Request, position: int) -> int:
-        return request.table.blocks[position // self.page_size] * self.page_size + position % self.page_size
+        page = self.tables[row_of(request)][position // self.page_size]
+        assert page == request.table.blocks[position // self.page_size]
+        return page * self.page_size + position % self.page_size
 
 
 def row_of(request: Request) -> int:
@@ -180,6 +220,7 @@ class Setup:
     sizes: list[int] = field(default_factory=lambda: [1])
     skill: int = 10
     caching: bool = True
+    overlaps: bool = False
 
 
 @dataclass
@@ -195,7 +236,7 @@ class World:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.runner = FakeRunner(setup.page_size, setup.skill)
+        self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps)
         self.scheduler = Scheduler(
             BlockManager(setup.pages + 1, setup.page_size, setup.caching),
             RestlessPlanner(setup.sizes),
@@ -236,16 +277,26 @@ class World:
         self.num_steps += 1
         scheduler = self.scheduler
         oldest = next(iter([*scheduler.running, *scheduler.waiting]), None)
-        progress = (len(oldest.tokens), oldest.cached_len) if oldest else None
+        before = (len(oldest.tokens), oldest.cached_len, oldest.unread) if oldest else (0, 0, 0)
         deltas = self.engine.step()
         self.engine.check_integrity()
         for delta in deltas:
             self.take(delta)
         if oldest is not None and self.sent[oldest.request_id].last is None:
-            assert (len(oldest.tokens), oldest.cached_len) > (progress or ()), "the oldest request stands still"
+            self.check_progress(oldest, *before)
         self.check_order()
         if scheduler.running:
             self.check_plan(self.runner.plans[-1])
+
+    def check_progress(self, oldest: Request, num_tokens: int, cached_len: int, unread: int) -> None:
+        """What was unread is read; who had nothing unread runs."""
+        if unread:
+            assert len(oldest.tokens) > num_tokens, "the oldest request stands still"
+        else:
+            more = (len(oldest.tokens), oldest.cached_len, oldest.unread) > (num_tokens, cached_len, 0)
+            assert more, "the oldest request stands still"
+        assert self.setup.overlaps or oldest.unread == 0
+        assert len(oldest.tokens) + oldest.unread <= oldest.max_len + HEADS
 
     def take(self, delta: RequestDelta) -> None:
         sent = self.sent[delta.request_id]
@@ -269,8 +320,10 @@ class World:
         assert plan.num_prompt_tokens <= self.setup.budget
 
     def run(self) -> None:
-        """To the end, which comes within as many steps as there are tokens: the oldest gains one at every step."""
-        bound = self.num_steps + sum(self.max_len for sent in self.sent.values() if sent.last is None) + 1
+        """To the end, which comes within as many steps as there are tokens: the oldest gains one at every step (or, if
+        one more might be too many, at every other one)."""
+        most = sum(self.max_len for sent in self.sent.values() if sent.last is None)
+        bound = self.num_steps + (2 * most + 2 if self.setup.overlaps else most + 1)
         while self.engine.has_work():
             assert self.num_steps < bound, "does not end"
             self.step()
@@ -296,6 +349,7 @@ class World:
                 assert not stops & set(sent.output)
                 assert sent.output == right or last.num_steps == params.max_steps
             assert params.max_steps is None or last.num_steps <= params.max_steps
+        assert not self.runner.unread
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
         assert stats.num_free_blocks == stats.num_blocks == self.setup.pages
@@ -328,6 +382,7 @@ SETUPS = st.builds(
     sizes=st.lists(st.sampled_from([1, 2, 4, 8, 13]), min_size=1, max_size=4),
     skill=st.sampled_from([0, 5, 8, 10]),
     caching=st.booleans(),
+    overlaps=st.booleans(),
 )
 ARRIVALS = st.builds(
     Arrival,
@@ -370,8 +425,13 @@ def test_any_traffic(setup: Setup, arrivals: list[Arrival]) -> None:
     world.run()
 
 
-def test_preemption_keeps_the_text() -> None:
-    world = World(Setup(pages=8, page_size=2, max_len=16, budget=16))
+@pytest.fixture(params=[False, True], ids=["in turn", "overlapping"])
+def overlaps(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def test_preemption_keeps_the_text(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, pages=8, page_size=2, max_len=16, budget=16))
     for first in (1, 2, 3, 4):
         world.add([first] * 4, ignore_eos=True)
     world.run()
@@ -380,8 +440,8 @@ def test_preemption_keeps_the_text() -> None:
     assert [len(sent.output) for sent in world.sent.values()] == [12] * 4
 
 
-def test_trees_shrink_before_anyone_is_preempted() -> None:
-    world = World(Setup(pages=8, page_size=2, max_len=8, sizes=[8]))
+def test_trees_shrink_before_anyone_is_preempted(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, pages=8, page_size=2, max_len=8, sizes=[8]))
     for first in (1, 2):
         world.add([first], max_tokens=7, ignore_eos=True)
     world.run()
@@ -390,16 +450,16 @@ def test_trees_shrink_before_anyone_is_preempted() -> None:
     assert world.engine.stats().preemptions == 0
 
 
-def test_admission_leaves_a_page_for_those_who_run() -> None:
-    world = World(Setup(pages=3, page_size=2))
+def test_admission_leaves_a_page_for_those_who_run(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, pages=3, page_size=2))
     world.add([1, 1], max_tokens=3, ignore_eos=True)
     world.add([2, 2, 2], max_tokens=2, ignore_eos=True)  # its two pages are free, but one is needed in the next step
     world.run()
     assert world.engine.stats().preemptions == 0
 
 
-def test_a_chunk_shrinks_to_the_pages_that_are_left() -> None:
-    world = World(Setup(pages=4, page_size=2, budget=4))
+def test_a_chunk_shrinks_to_the_pages_that_are_left(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, pages=4, page_size=2, budget=4))
     world.add([1, 1], max_tokens=2, ignore_eos=True)
     world.add([2] * 7, max_tokens=1)
     world.run()
@@ -407,16 +467,16 @@ def test_a_chunk_shrinks_to_the_pages_that_are_left() -> None:
     assert world.engine.stats().preemptions == 0
 
 
-def test_one_request_may_fill_the_whole_cache() -> None:
-    world = World(Setup(pages=3, page_size=4, max_len=12, sizes=[8, 1], budget=3))
+def test_one_request_may_fill_the_whole_cache(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, pages=3, page_size=4, max_len=12, sizes=[8, 1], budget=3))
     world.add([1] * 7, ignore_eos=True)
     world.add([1] * 11, ignore_eos=True)
     world.run()
     assert [len(sent.output) for sent in world.sent.values()] == [5, 1]
 
 
-def test_a_long_prompt_goes_in_chunks_beside_those_who_decode() -> None:
-    world = World(Setup(budget=4))
+def test_a_long_prompt_goes_in_chunks_beside_those_who_decode(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, budget=4))
     world.add([1, 2, 3], ignore_eos=True, max_tokens=8)
     world.step()
     world.add([2] * 10, ignore_eos=True, max_tokens=2)
@@ -426,8 +486,8 @@ def test_a_long_prompt_goes_in_chunks_beside_those_who_decode() -> None:
     assert all(plan.num_decoding for plan in world.runner.plans[1:])
 
 
-def test_a_known_prefix_is_not_computed_again() -> None:
-    world = World(Setup())
+def test_a_known_prefix_is_not_computed_again(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps))
     world.add([1, 2, 3, 4, 5, 6], max_tokens=1)
     world.run()
     name = world.add([1, 2, 3, 4, 5, 5], max_tokens=1)
@@ -441,26 +501,28 @@ def test_a_known_prefix_is_not_computed_again() -> None:
 
 
 @pytest.mark.parametrize(("skill", "steps"), [(0, 12), (10, 4)])
-def test_heads_save_steps_and_change_no_token(skill: int, steps: int) -> None:
-    world = World(Setup(sizes=[13], skill=skill))
+def test_heads_save_steps_and_change_no_token(skill: int, steps: int, overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, sizes=[13], skill=skill))
     name = world.add([1, 2, 3], max_tokens=12, ignore_eos=True)
     world.run()
     last, stats = world.sent[name].last, world.engine.stats()
     assert last is not None
     assert last.num_steps == steps  # one token from the prompt, then 1 + the right ones of 3 heads at a time
     assert stats.accepted_by_depth == ([3, 3, 3] if skill else [0, 0, 0])
-    assert stats.drafted_by_depth == [3 if skill else 10] * 3  # the last token of 12 needs no tree
+    # the last token of 12 needs no tree; while up to 4 are unread, neither does one that may be the last
+    drafted = 3 if skill else 9 if overlaps else 10
+    assert stats.drafted_by_depth == [drafted] * 3
 
 
-def test_a_request_may_decline_speculation() -> None:
-    world = World(Setup(sizes=[8]))
+def test_a_request_may_decline_speculation(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, sizes=[8]))
     world.add([1, 2, 3], max_tokens=6, ignore_eos=True, speculative=False)
     world.run()
     assert not any(plan.speculating for plan in world.runner.plans)
 
 
-def test_max_steps_ends_a_request() -> None:
-    world = World(Setup(sizes=[13]))
+def test_max_steps_ends_a_request(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, sizes=[13]))
     name = world.add([1, 2, 3], max_steps=2, ignore_eos=True)
     world.run()
     assert len(world.sent[name].output) == 5
@@ -480,24 +542,24 @@ def test_max_steps_ends_a_request() -> None:
         ([1], {"max_tokens": 0}, "max_tokens must be at least 1"),
     ],
 )
-def test_what_can_never_be_served_is_refused_at_once(prompt: list[int], params: dict[str, Any], message: str) -> None:
-    world = World(Setup())
+def test_what_can_never_be_served_is_refused_at_once(prompt: list[int], params: dict[str, Any], message: str, overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps))
     with pytest.raises(RequestError, match=message):
         world.add(prompt, **params)
     assert not world.engine.has_work()
     assert world.engine.step() == []
 
 
-def test_an_id_in_use_is_refused() -> None:
-    world = World(Setup())
+def test_an_id_in_use_is_refused(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps))
     world.add([1], max_tokens=2)
     with pytest.raises(RequestError, match="in use"):
         world.engine.add_request(world.sent["0"].message)
     world.run()
 
 
-def test_a_full_queue_refuses_until_someone_leaves_it() -> None:
-    world = World(Setup(rows=1, max_queue=2))
+def test_a_full_queue_refuses_until_someone_leaves_it(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, rows=1, max_queue=2))
     for _ in range(2):
         world.add([1], max_tokens=2, ignore_eos=True)
     with pytest.raises(QueueFull, match="the limit is 2"):
@@ -510,8 +572,8 @@ def test_a_full_queue_refuses_until_someone_leaves_it() -> None:
     world.run()
 
 
-def test_aborts_free_what_was_held_and_answer_once() -> None:
-    world = World(Setup(rows=1))
+def test_aborts_free_what_was_held_and_answer_once(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, rows=1))
     running = world.add([1] * 6, ignore_eos=True, abort_after=2)
     waiting = world.add([2] * 6, ignore_eos=True, abort_after=1)
     for _ in range(3):
@@ -520,11 +582,97 @@ def test_aborts_free_what_was_held_and_answer_once() -> None:
     world.engine.abort("unknown")
     assert world.finished == [waiting, running]
     world.run()
-    assert len(world.sent[running].output) == 2
+    assert len(world.sent[running].output) == 2 - overlaps  # the last one was not read yet
     assert world.sent[waiting].output == []
 
 
-def test_an_idle_engine_says_nothing() -> None:
-    world = World(Setup())
+def test_a_step_is_launched_before_the_one_before_is_read() -> None:
+    world = World(Setup(overlaps=True))
+    name = world.add([1, 2, 3], max_tokens=3, ignore_eos=True)
+    seen = []
+    while world.engine.has_work():
+        world.step()
+        seen.append((len(world.runner.plans), len(world.runner.unread), len(world.sent[name].output)))
+    assert seen == [(1, 1, 0), (2, 1, 1), (3, 1, 2), (3, 0, 3)]
+    world.check_answers()
+
+
+@pytest.mark.parametrize("sizes", [[1], [13]], ids=["plain", "trees"])
+def test_what_was_launched_after_the_end_is_dropped(sizes: list[int]) -> None:
+    """The second request gets the row and the pages of the first while a step of the first is unread."""
+    prompt = next([1, a, b, c] for a in (1, 2) for b in (1, 2) for c in (1, 2) if 2 < ends_after([1, a, b, c]) < 10)
+    world = World(Setup(overlaps=True, rows=1, pages=5, page_size=4, max_len=20, sizes=sizes))
+    first = world.add(prompt)
+    second = world.add([2] * 5, ignore_eos=True)
+    world.run()
+    last = world.sent[first].last
+    assert last is not None
+    assert (last.finish_reason, last.stop_token_id) == ("stop", EOS)
+    took_part = [
+        any(r.request_id == first for r in (*plan.single, *plan.speculating)) for plan in world.runner.plans
+    ]
+    assert took_part.count(True) == last.num_steps  # one for the prompt is missing, one is too many
+    assert len(world.sent[second].output) == 15
+
+
+def ends_after(prompt: list[int]) -> int:
+    return len(continuation(prompt, SamplingParams(), 32))
+
+
+@pytest.mark.parametrize("sizes", [[1], [13]], ids=["plain", "trees"])
+@pytest.mark.parametrize("after", range(1, 6))
+def test_an_abort_while_a_step_is_unread(after: int, sizes: list[int]) -> None:
+    """Row and pages go on to the next one; what the step gave is dropped."""
+    world = World(Setup(overlaps=True, rows=1, pages=6, page_size=4, max_len=24, sizes=sizes))
+    first = world.add([1] * 4, ignore_eos=True)
+    second = world.add([1] * 4 + [2] * 3, ignore_eos=True)
+    for _ in range(after):
+        world.step()
+    assert world.runner.unread
+    world.sent[first].abort_at = world.num_steps
+    world.run()
+    assert world.finished == [first, second]
+    assert world.sent[first].last.finish_reason == "abort"  # type: ignore[union-attr]
+    assert len(world.sent[second].output) == 17
+
+
+def test_nobody_is_preempted_for_what_unread_steps_may_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(Setup(overlaps=True, pages=8, page_size=2, max_len=16, budget=16, sizes=[8], skill=0))
+    for first in (1, 2, 3, 4):
+        world.add([first] * 4, ignore_eos=True)
+    schedule, preempt, unsettled = world.scheduler.schedule, world.scheduler._preempt, []
+
+    def scheduling() -> StepPlan | None:
+        try:
+            return schedule()
+        except Unsettled:
+            unsettled.append(world.num_steps)
+            raise
+
+    def preempting(request: Request) -> None:
+        assert all(other.unread == 0 for other in world.scheduler.running)
+        preempt(request)
+
+    monkeypatch.setattr(world.scheduler, "schedule", scheduling)
+    monkeypatch.setattr(world.scheduler, "_preempt", preempting)
+    world.run()
+    assert unsettled
+    assert world.engine.stats().preemptions > 0
+    assert [len(sent.output) for sent in world.sent.values()] == [12] * 4
+
+
+@pytest.mark.parametrize("sizes", [[1], [13], [4, 1, 13]], ids=str)
+@pytest.mark.parametrize("length", [1, 5, 12])
+def test_pages_for_one_request_are_enough(sizes: list[int], length: int, overlaps: bool) -> None:
+    """Whatever is unread, nothing past its last token is reserved."""
+    world = World(Setup(overlaps=overlaps, pages=13, page_size=1, max_len=13, sizes=sizes, budget=4))
+    for _ in range(3):
+        world.add([1] * length, ignore_eos=True)
+    world.run()
+    assert [len(sent.output) for sent in world.sent.values()] == [13 - length] * 3
+
+
+def test_an_idle_engine_says_nothing(overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps))
     assert world.engine.step() == []
     assert world.runner.plans == []

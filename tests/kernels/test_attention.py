@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import DEVICE, relative_error
+from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
 
 pytest.importorskip("triton")
 
 from manyheads.kernels.attention import choose_splits, scratch_numel, tile_sizes, tree_attention
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}  # bfloat16's own rounding is 2e-3
+TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # whose tl.dot multiplies bfloat16's bits
 
 
 @dataclass(frozen=True)
@@ -146,29 +146,30 @@ CASES = {
     "a tree and nothing else": [tree(0, 16)],
     "plain rows, page borders": [chain(c, 1) for c in (0, 1, 15, 16, 17, 63, 64, 65, 300)],
     "prompt from its start": [chain(0, 200)],
-    "prompt goes on in the middle of a page": [chain(77, 130)],
+    "prompt goes on in the middle of a page": [chain(77, 100)],
+    "prompts around a block's border": [chain(c, 3) for c in range(60, 67)],
     "64 nodes": [tree(130, 64)],
     "trees, ragged": [tree(c, n, n) for c, n in ((0, 2), (31, 5), (32, 16), (250, 5), (64, 1))],
     "empty rows": [chain(20, 0), tree(9, 5), chain(0, 0), chain(30, 2), chain(3, 0)],
-    "everything at once": [chain(40, 70), chain(0, 3), tree(113, 64), tree(48, 5), tree(500, 2), chain(12, 1)],
+    "everything at once": [chain(40, 50), chain(0, 3), tree(113, 33), tree(48, 5), tree(500, 2), chain(12, 1)],
 }
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
 @pytest.mark.parametrize("case", CASES)
 def test_a_token_sees_its_prefix_and_its_ancestors(case: str, num_splits: int) -> None:
-    batch(CASES[case]).check(num_splits)
+    batch(CASES[case], heads=2, kv_heads=1).check(num_splits)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (3, 1), (6, 2), (4, 1), (8, 2)])
 def test_query_heads_share_key_heads(heads: int, kv_heads: int, num_splits: int) -> None:
-    batch([tree(37, 7), chain(20, 30), chain(90, 1)], heads, kv_heads).check(num_splits)
+    batch([tree(37, 7), chain(20, 12), chain(90, 1)], heads, kv_heads).check(num_splits)
 
 
 @pytest.mark.parametrize("num_splits", [1, 5])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TYPES)
 def test_types_and_dimensions(dtype: torch.dtype, dim: int, num_splits: int) -> None:
     batch([tree(150, 16), chain(3, 20), chain(200, 1)], dim=dim, dtype=dtype).check(num_splits)
 
@@ -178,7 +179,7 @@ def test_pages_of_any_size(page_size: int) -> None:
     batch([tree(100, 5), chain(7, 40)], page_size=page_size).check(2)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_mixtures(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
 
@@ -186,7 +187,7 @@ def test_random_mixtures(seed: int) -> None:
         return int(torch.randint(0, high, (1,), generator=random))
 
     rows = [tree(draw(200), (1, 2, 5, 16, 64)[draw(5)], seed) for _ in range(2)]
-    rows += [chain(draw(100), 1 + draw(60)) for _ in range(2)]
+    rows += [chain(draw(100), 1 + draw(30)) for _ in range(2)]
     order = torch.randperm(4, generator=random).tolist()
     kv_heads = 1 + seed % 2
     batch([rows[i] for i in order], kv_heads * (1 + seed % 4), kv_heads, seed=seed).check((1, 2, 5)[seed % 3])
@@ -199,6 +200,11 @@ def test_a_chain_as_a_tree_is_the_same() -> None:
     masked = batch([row])
     assert masked.mask[-1].item() == -1
     torch.testing.assert_close(masked.run(), chained.run())
+
+
+def test_a_share_whose_first_block_a_node_does_not_see() -> None:
+    """The second split starts at node 4, and node 50, child of the root, sees itself in the block after that one."""
+    batch([Row(60, [-1] + [0] * 63, 64)], heads=1, kv_heads=1, dim=128).check(2)
 
 
 def test_a_bound_above_the_longest_row_changes_nothing() -> None:
@@ -234,8 +240,8 @@ def test_given_buffers_are_used(num_splits: int) -> None:
 def test_large_scores() -> None:
     made = batch([tree(100, 16), chain(30, 3)])
     made.q.mul_(300)
-    made.check(1)
-    made.check(2)
+    for num_splits in (1, 2):
+        assert relative_error(made.run(num_splits), made.expected()) < 1e-3
 
 
 def test_no_tokens() -> None:

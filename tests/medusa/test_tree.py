@@ -36,8 +36,8 @@ def test_tensors_say_what_the_choices_say(tree: Tree) -> None:
     assert [choices[p] for p in tensors.parent] == [c[:-1] for c in choices]
     # j is i or above it if j's choice is a beginning of i's
     assert tensors.ancestors.tolist() == [[choices[i][: len(c)] == c for c in choices] for i in range(n)]
-    candidates = torch.arange(tree.max_depth * 5).view(-1, 5)  # [head, rank]
-    assert tensors.candidate.tolist() == [int(candidates[len(c) - 1, c[-1]]) for c in choices[1:]]
+    draft = ["last token", *((head, rank) for head in range(tree.max_depth) for rank in range(5))]
+    assert [draft[c] for c in tensors.column] == ["last token", *((len(c) - 1, c[-1]) for c in choices[1:])]
     for i, path in enumerate(tensors.path.tolist()):
         below = [choices[node] for node in path]
         assert below == [choices[i][:d] for d in range(tree.max_depth + 1)]  # a slice past the end is i itself
@@ -58,13 +58,26 @@ def test_an_accepted_path_moves_to_the_front_without_overwriting_itself(tree: Tr
 def test_the_root_alone() -> None:
     tensors = tree_tensors(ROOT, 10, CPU)
     assert (ROOT.num_nodes, ROOT.max_depth, ROOT.max_rank) == (1, 0, -1)
-    assert tensors.candidate.dtype == torch.int64
-    assert tensors.candidate.numel() == 0
+    assert tensors.column.tolist() == [0]
+    assert tensors.order.tolist() == [0]
     assert tensors.ancestors.tolist() == [[True]]
     assert tensors.path.tolist() == [[0]]
 
 
-@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("shape", ["chain", "star", "mixed"])
+def test_the_largest_tree_fits_its_bits(shape: str) -> None:
+    """Bit 63 is the sign."""
+    choices: list[Choice] = [()]
+    for i in range(MAX_NODES - 1):
+        parent = {"chain": i, "star": 0, "mixed": i // 3}[shape]
+        choices.append((*choices[parent], i % 3 if shape == "mixed" else i if shape == "star" else 0))
+    tensors = tree_tensors(Tree(tuple(choices)), 64, CPU)
+    above = [[choices[i][: len(c)] == c for c in choices] for i in range(MAX_NODES)]
+    assert tensors.ancestors.tolist() == above
+    assert [[bits >> j & 1 == 1 for j in range(64)] for bits in tensors.bits.tolist()] == above
+
+
+@pytest.mark.parametrize("n", [1, 7, 64])
 def test_a_chain_is_the_tree_of_first_ranks(n: int) -> None:
     chain, tree = chain_tensors(n, CPU), tree_tensors(Tree(tuple((0,) * d for d in range(n))), 1, CPU)
     for name in ("parent", "depth", "ancestors"):

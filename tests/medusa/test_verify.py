@@ -104,7 +104,7 @@ def test_exact_acceptance_keeps_the_distribution(tree: Tree, candidates: list[li
     """Three tokens of a Markov chain after 0, by trees and plain draws: chi-square over all 27 texts."""
     rows, generator = 20_000, torch.Generator().manual_seed(7)
     tensors = tree_tensors(tree, 3, CPU)
-    tokens = torch.cat((torch.tensor([0]), torch.tensor(candidates).flatten()[tensors.candidate])).expand(rows, -1)
+    tokens = torch.cat((torch.tensor([0]), torch.tensor(candidates).flatten()))[tensors.column].expand(rows, -1)
     if shared_noise:
         noise = -torch.empty(rows, tree.max_depth + 1, 3).exponential_(generator=generator).log()
         target = (MARKOV[tokens].log() + noise[:, tensors.depth]).argmax(-1)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,9 +20,11 @@ from transformers import (
 )
 
 from manyheads.config import ConfigError
+from manyheads.medusa.tree import TreeTensors
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
 from manyheads.models.loader import load_model
+from tests.forward import logits
 
 torch.set_num_threads(1)
 
@@ -78,19 +79,8 @@ def reference(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def causal(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one row without a cache."""
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
-
-
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Llama:
     return load_model(folder, ModelConfig.from_folder(folder), dtype, CPU)
-
-
-def logits(model: Llama, tokens: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return model.logits(model.forward(tokens, torch.arange(len(tokens)), causal))
 
 
 TOKENS = torch.randint(0, 61, (40,), generator=torch.Generator().manual_seed(5))
@@ -128,18 +118,19 @@ def test_a_model_runs_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_positions_count_and_not_places_in_the_batch(tmp_path: Path) -> None:
-    """Two tokens in the other order, with their positions and a mask that follows them."""
+    """Four tokens in another order, with their positions and a tree that follows them."""
     reference("llama").save_pretrained(tmp_path)
     model = load(tmp_path)
-    order = torch.tensor([2, 0, 3, 1])
-
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        mask = order[:, None] >= order
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
-
-    with torch.inference_mode():
-        found = model.logits(model.forward(TOKENS[order], order, attend))
+    order = [2, 0, 3, 1]
+    above = [[order.index(position) for position in range(own + 1)] for own in order]
+    tree = TreeTensors(
+        parent=torch.tensor([nodes[-2:][0] for nodes in above]),
+        depth=torch.tensor(order),
+        column=torch.arange(4),
+        bits=torch.tensor([sum(1 << node for node in nodes) for nodes in above]),
+        path=torch.tensor([nodes + nodes[-1:] * (4 - len(nodes)) for nodes in above]),
+    )
+    found = logits(model, TOKENS[order], tree)
     torch.testing.assert_close(found, logits(model, TOKENS[:4])[order], atol=1e-5, rtol=1e-5)
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from manyheads.config import BUILTIN, ConfigError
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import BUILTIN_FOLDER, CheckpointError, load_model, read_tensors, resolve, tensor_files
+from tests.forward import logits
 
 torch.set_num_threads(1)
 
@@ -44,17 +45,11 @@ def folder(tmp_path: Path, model: PreTrainedModel) -> Path:
     return tmp_path
 
 
-def causal(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
-
-
 def load(folder: Path, **options: Any) -> Tensor:
     """The logits of what was loaded."""
     config = ModelConfig.from_folder(folder)
     loaded = load_model(folder, config, torch.float32, torch.device("cpu"), **options)
-    with torch.inference_mode():
-        return loaded.logits(loaded.forward(TOKENS, torch.arange(len(TOKENS)), causal))
+    return logits(loaded, TOKENS)
 
 
 def check(found: Tensor, model: PreTrainedModel) -> None:

@@ -1,0 +1,49 @@
+"""What stands between a model's matrix products: torch's operations, or fused kernels on a GPU that Triton knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+fused: Any
+try:
+    from manyheads.kernels import fused
+except ImportError:  # a build of torch without Triton
+    fused = None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels of `kernels/` serve this device."""
+    return device.type == "cuda" and fused is not None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of [T, D], its statistics in float32 (Zhang and Sennrich 2019)."""
+    if has_kernels(x.device):
+        return fused.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add x to the residual [T, D] in place, and norm the sum."""
+    if has_kernels(x.device):
+        return fused.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+    return F.rms_norm(residual.add_(x), weight.shape, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up: [T, 2 · I] → [T, I]."""
+    if has_kernels(gate_up.device):
+        return fused.silu_mul(gate_up)  # type: ignore[no-any-return]
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def head_input(hidden: Tensor, block_out: Tensor) -> Tensor:
+    """A Medusa head's residual block: hidden [R, D] + silu(block_out [R, H, D])."""
+    if has_kernels(hidden.device):
+        return fused.head_input(hidden, block_out)  # type: ignore[no-any-return]
+    return hidden[:, None] + F.silu(block_out)
