@@ -4,8 +4,8 @@
     python benchmarks/gpu.py MODEL OUT.json --mode medusa         # or plain
     python benchmarks/gpu.py MODEL OUT.json --system vllm --mode plain
 
-All requests come at once, 128 tokens in, 256 out; what counts is the time after the last prompt: a run that asks for one
-token is timed first and taken off. Prompts are Spec-Bench's first turns, cut or repeated to 128 tokens.
+All requests come at once, 128 tokens in, 256 out; what counts is the time after the last prompt: a run that asks for
+one token is timed first and taken off. Prompts are Spec-Bench's first turns, cut or repeated to 128 tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class System(Protocol):
     def counters(self) -> dict[str, int]:
         """Whatever it counts."""
 
+    def step_times(self) -> dict[str, Any]:
+        """What it knows of its steps since the last call."""
+
 
 class Manyheads:
     def __init__(self, args: argparse.Namespace) -> None:
@@ -45,6 +48,14 @@ class Manyheads:
             lambda line: print(f"{time.perf_counter() - args.start:6.1f} s  {line}", flush=True),
         )
         self._count = 0
+        self.steps: dict[str, list[float]] = {}
+        observe = self.engine.planner.observe_cost
+
+        def record(rows: int, tree: Any, seconds: float) -> None:
+            self.steps.setdefault(f"{rows}x{tree.num_nodes}", []).append(seconds)
+            observe(rows, tree, seconds)
+
+        self.engine.planner.observe_cost = record  # type: ignore[method-assign]
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         from manyheads.request import EngineRequest, SamplingParams
@@ -54,9 +65,7 @@ class Manyheads:
         for prompt in prompts:
             self._count += 1
             replies[str(self._count)] = []
-            self.engine.add_request(
-                EngineRequest(request_id=str(self._count), prompt_token_ids=prompt, params=params)
-            )
+            self.engine.add_request(EngineRequest(request_id=str(self._count), prompt_token_ids=prompt, params=params))
         while self.engine.has_work():
             for delta in self.engine.step():
                 replies[delta.request_id] += delta.new_token_ids
@@ -64,7 +73,12 @@ class Manyheads:
 
     def counters(self) -> dict[str, int]:
         stats = self.engine.stats()
-        return {"steps": stats.steps, "row_steps": stats.row_steps, "tree_size": stats.tree_size}
+        return {"steps": stats.steps, "row_steps": stats.row_steps}
+
+    def step_times(self) -> dict[str, Any]:
+        """By rows and nodes, since the last call: how many steps, and their median in milliseconds."""
+        steps, self.steps = self.steps, {}
+        return {key: [len(times), round(sorted(times)[len(times) // 2] * 1e3, 3)] for key, times in steps.items()}
 
 
 class Vllm:
@@ -102,6 +116,9 @@ class Vllm:
     def counters(self) -> dict[str, int]:
         found = {m.name: m for m in self.llm.get_metrics() if "spec_decode" in m.name}
         return {name: int(metric.value) for name, metric in found.items() if hasattr(metric, "value")}
+
+    def step_times(self) -> dict[str, Any]:
+        return {}
 
 
 def spec_bench_prompts(model: Path, file: Path, length: int, count: int) -> list[list[int]]:
@@ -149,10 +166,11 @@ def main() -> None:
             system.generate(asked, 1)
             prefill = time.perf_counter() - start
             before = system.counters()
+            system.step_times()
             start = time.perf_counter()
             replies = system.generate(asked, args.tokens_out)
             wall = time.perf_counter() - start
-            counted = {name: n - before.get(name, 0) for name, n in system.counters().items() if name != "tree_size"}
+            counted = {name: n - before.get(name, 0) for name, n in system.counters().items()}
             tokens = sum(map(len, replies))
             row = {
                 "system": args.system,
@@ -162,10 +180,11 @@ def main() -> None:
                 "prefill_s": prefill,
                 "wall_s": wall,
                 "tokens": tokens,
-                "counters": counted | {"tree_size": system.counters().get("tree_size", 0)},
+                "counters": counted,
             }
-            rows.append(row)
             print(row, flush=True)
+            row["step_times"] = system.step_times()
+            rows.append(row)
     args.out.write_text(json.dumps({"ready_s": ready, "rows": rows}, indent=1) + "\n")
 
 

@@ -58,7 +58,8 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}")
+            share = self.gpu_memory_utilization
+            raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share}")
         if self.tree_size is not None and not 1 <= self.tree_size <= 64:
             raise ConfigError(f"tree_size must be between 1 and 64, not {self.tree_size}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -64,7 +64,8 @@ def test_help_of_commands(capsys: Capture, command: str) -> None:
     assert f"example: manyheads {command}" in text
     for option in ("--chat-template", "--no-speculative", "--max-num-seqs", "--tree-size", "--debug"):
         assert option in text
-    assert "(default: 64)" in text
+    assert "(default: 16)" in text
+    assert "(default: 64 on a CPU, 256 on a GPU)" in " ".join(text.split())
     assert "None" not in text
 
 

@@ -15,7 +15,7 @@ from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.warmup import measure_costs
 from manyheads.medusa.checkpoint import read_heads, split_model
 from manyheads.medusa.heads import MedusaHeads
-from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, Planner
+from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, MIN_GAIN, Planner
 from manyheads.medusa.tree import MAX_NODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
@@ -59,7 +59,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         num_blocks=num_blocks,
         block_size=config.block_size,
     )
-    planner = Planner(prior, config.tree_size)
+    planner = Planner(prior, config.tree_size, MIN_GAIN if device.type == "cpu" else 1.04)
     if heads is not None and config.tree_size is None:
         planner.costs = measure_costs(runner, planner, num_rows, max_model_len, progress)
     scheduler = Scheduler(

@@ -17,14 +17,14 @@ from torch import Tensor
 from manyheads.attention.base import Group
 from manyheads.engine.decode import InFlight, advance, expand
 from manyheads.engine.sampler import NodeBlock, draw, edits_logits
-from manyheads.engine.step import Request, StepPlan
-from manyheads.medusa.tree import ROOT, Tree, TreeTensors, tree_tensors
+from manyheads.engine.step import Request
+from manyheads.medusa.tree import Tree, TreeTensors, tree_tensors
 from manyheads.medusa.verify import agrees, longest_path
 
 if TYPE_CHECKING:
     from manyheads.engine.runner import Runner
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 """Rows that graphs are made for; beyond, steps of 64 rows."""
 
 
@@ -50,23 +50,33 @@ class StepGraphs:
         self._graphs: dict[tuple[int, int, bool], _Graphs] = {}
         self._trees: dict[tuple[int, int, bool], Tree] = {}  # what is in the graphs' tensors now
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    @staticmethod
-    def serves(plan: StepPlan) -> bool:
-        """Whether a plan's rows are all alike, and want nothing that only the eager step does."""
-        if plan.chunks or bool(plan.speculating) == bool(plan.single):
-            return False
-        rows = plan.speculating or plan.single
-        return all(r.params.logprobs is None and (r.params.greedy or r.params.acceptance == "exact") for r in rows)
+    def capture(self, sizes: tuple[int, ...], max_inflight: int) -> None:
+        """Make the graphs of all numbers of rows, for trees of these sizes up to so many in-flight tokens."""
+        most = self._runner.state.num_rows
+        for num_rows in sorted({min(rows, most) for rows in ROWS}, reverse=True):
+            for size in sizes:
+                if num_rows * size <= max_inflight or size == 1:
+                    self._get(num_rows, size, propose=size > 1)
 
-    def launch(self, plan: StepPlan) -> tuple[list[Request], Tensor, Tensor]:
-        """Run the step; the requests as its rows are ordered, their slots [R], and the report, [R, …]."""
-        state = self._runner.state
-        requests, tree = (plan.speculating, plan.tree) if plan.speculating else (plan.single, ROOT)
-        key = (padded_rows(len(requests), state.num_rows), tree.num_nodes, plan.propose)
+    def _get(self, num_rows: int, num_nodes: int, propose: bool) -> _Graphs:
+        key = (num_rows, num_nodes, propose)
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
-        graphs = self._graphs[key]
+        return self._graphs[key]
+
+    @staticmethod
+    def serves(request: Request) -> bool:
+        """Whether a decoding row wants nothing that only the eager step does."""
+        params = request.params
+        return params.logprobs is None and (params.greedy or params.acceptance == "exact")
+
+    def launch(self, requests: list[Request], tree: Tree, propose: bool) -> tuple[Tensor, Tensor]:
+        """Run a step of rows that bring the same tree; their slots [R], and the report [R, …] of `advance`."""
+        state = self._runner.state
+        key = (padded_rows(len(requests), state.num_rows), tree.num_nodes, propose)
+        graphs = self._get(*key)
         padding = [state.num_rows] * (key[0] - len(requests))
         graphs.index.copy_(state.tensor([*(request.row or 0 for request in requests), *padding]), non_blocking=True)
         if self._trees.get(key) != tree:
@@ -88,7 +98,7 @@ class StepGraphs:
             target, _ = draw(graphs.logits[:count].float(), [block], state)
             graphs.target[:count].copy_(target)
         graphs.finish.replay()
-        return requests, graphs.index[: len(requests)], graphs.values[: len(requests)]
+        return graphs.index[: len(requests)], graphs.values[: len(requests)]
 
     def _write(self, into: TreeTensors, tree: Tree) -> None:
         tensors = tree_tensors(tree, self._runner.num_ranks, self._runner.device)
@@ -127,17 +137,18 @@ class StepGraphs:
                 proposals = runner.heads.candidates(made["hidden"][first + verdict.last], runner.num_ranks)
                 state.candidates[index] = proposals.flatten(1)
 
-        # once without a graph: kernels are compiled and libraries set up, which a capture cannot hold
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            finish(forward())
-        torch.cuda.current_stream().wait_stream(stream)
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(first, pool=self._pool):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # once without a graph: kernels are compiled and libraries set up, which a capture cannot hold
+            finish(forward())
+            first.capture_begin(pool=self._pool)
             inflight = forward()
-        with torch.cuda.graph(second, pool=self._pool):
+            first.capture_end()
+            second.capture_begin(pool=self._pool)
             finish(inflight)
+            second.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         return _Graphs(index, tree, inflight, made["logits"], made["target"], made["values"], first, second)
 
 

@@ -6,7 +6,7 @@ needed to launch the next one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -130,16 +130,28 @@ class Runner:
         state = self.state
         state.admit(plan.admitted)
         state.sync_blocks([*(chunk.request for chunk in plan.chunks), *plan.speculating, *plan.single])
-        if self.graphs is not None and self.graphs.serves(plan):
-            requests, index, values = self.graphs.launch(plan)
-            depth = plan.tree.max_depth if plan.speculating else 0
-            width = state.num_heads + 1 if depth else 1
-            self._count_output(requests, index, values[:, 1 : 1 + width], values[:, :1])
-            report = self._report(plan, requests, values, width, depth, {})
-            return self._pending([report])
-        return self._eager(plan)
+        reports: list[Report] = []
+        if self.graphs is not None:
+            plan, reports = self._replay(plan, self.graphs)
+        if plan.num_inflight:
+            reports += self._eager(plan)
+        return self._pending(reports)
 
-    def _eager(self, plan: StepPlan) -> PendingStep:
+    def _replay(self, plan: StepPlan, graphs: StepGraphs) -> tuple[StepPlan, list[Report]]:
+        """Launch graphs for the decoding rows that they serve; the rest of the plan."""
+        reports: list[Report] = []
+        left: list[list[Request]] = []
+        for requests, tree in ((plan.speculating, plan.tree), (plan.single, ROOT)):
+            served = [request for request in requests if graphs.serves(request)]
+            left.append(requests if not served else [r for r in requests if not graphs.serves(r)])
+            if served:
+                index, values = graphs.launch(served, tree, plan.propose)
+                width = self.state.num_heads + 1 if tree.max_depth else 1
+                self._count_output(served, index, values[:, 1 : 1 + width], values[:, :1])
+                reports.append(self._report(plan, served, values, width, tree.max_depth, {}))
+        return replace(plan, speculating=left[0], single=left[1]), reports
+
+    def _eager(self, plan: StepPlan) -> list[Report]:
         """A step of any rows."""
         state = self.state
         start = 0
@@ -163,7 +175,7 @@ class Runner:
             state.cached_len[rows.inflight.index] += rows.inflight.num_nodes
         finished = [rows for chunk, rows in zip(plan.chunks, chunks, strict=True) if chunk.is_last]
         if not finished and not decoding:
-            return self._pending([])
+            return []
         # the nodes that draw a token: the last one of a finished prompt, all nodes of decoding rows
         drawing = hidden[decoding[0].start :] if decoding else hidden[:0]
         if finished:
@@ -204,7 +216,7 @@ class Runner:
         if plan.propose and self.heads is not None:
             proposals = self.heads.candidates(torch.cat(last_hidden), self.num_ranks)
             state.candidates[torch.cat([block.rows for block in blocks])] = proposals.flatten(1)
-        return self._pending(reports)
+        return reports
 
     def _report(
         self,

@@ -104,9 +104,6 @@ class Scheduler:
         if room < 1:
             return  # what is unread may be all that it gets
         nodes = plan.tree.num_nodes if request.has_candidates and request.params.speculative else ROOT.num_nodes
-        # a tree deeper than what the request may still gain is wasted; its width is not worth a special case
-        if room == 1:
-            nodes = ROOT.num_nodes
         if nodes > 1 and self.blocks.reserve(request.table, request.max_cached_len + nodes):
             plan.speculating.append(request)
         elif self._reserve_or_preempt(request, request.max_cached_len + 1):

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from manyheads.engine.block_manager import DUMMY_BLOCK, BlockTable
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Request, StepPlan
+from manyheads.medusa.planner import SIZES as planner_sizes
 from manyheads.medusa.planner import CostTable, Planner
 from manyheads.request import SamplingParams
 
 CONTEXT = 192
 """Cached tokens of each row while measuring."""
-MAX_INFLIGHT = {"cpu": 256, "cuda": 1024}
-"""No step of more in-flight tokens is measured: the last slope goes on."""
+MAX_INFLIGHT = {"cpu": 256, "cuda": 768}
+"""No step of more in-flight tokens is measured, and none is taken: arithmetic has long begun to count."""
 BURST = 4
 """Steps launched before the first is read, on a device that works beside the host: the engine does not wait either."""
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
 MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, 0.5
 """Steps of each kind: at least so many (the first does not count), at most so many, for about so long."""
 
@@ -40,6 +41,11 @@ def measure_costs(
     burst = BURST if runner.overlaps else 1
     context = min(CONTEXT, max_len // 2)
     rows = [r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256) if r <= max_rows]
+    max_inflight = MAX_INFLIGHT[runner.device.type]
+    planner.max_inflight = max_inflight
+    if runner.graphs is not None:
+        progress("capturing steps")
+        runner.graphs.capture(planner_sizes, max_inflight)
     for num_rows in rows:
         requests = [_dummy(i, context, runner.block_size) for i in range(num_rows)]
         for request in requests:
@@ -50,7 +56,7 @@ def measure_costs(
         plain = StepPlan(chunks=[], speculating=[], single=requests)
         plans = {num_rows: StepPlan(chunks=[], speculating=[], single=requests, propose=True)}
         for size in SIZES[1:]:
-            if num_rows * size > max(MAX_INFLIGHT[runner.device.type], 2 * num_rows):
+            if num_rows * size > max_inflight:
                 break
             tree = planner.largest(size)
             if tree.num_nodes > 1:

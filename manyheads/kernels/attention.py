@@ -97,6 +97,11 @@ def tree_attention(
     largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
     block_m, num_tiles = tile_sizes(max_nodes, queries_per_kv, largest_m)
     split = num_splits > 1
+    num_warps = 8 if block_m == 128 else 4
+    if block_m == 16:
+        # bound by memory: many small programs keep more loads under way than few that pipeline theirs deeply
+        num_stages = 1 if split else 2
+        num_warps = 4 if split else 2
     partial = out  # without splits it is never touched, but its type is part of what gets compiled
     if split:
         numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)
@@ -132,7 +137,7 @@ def tree_attention(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         SPLIT=split,
-        num_warps=8 if block_m == 128 else 4,
+        num_warps=num_warps,
         num_stages=num_stages,
     )
     if split:

@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
         out = torch.empty_like(x)
     rows, dim = x.shape
     block = triton.next_power_of_2(dim)
-    _rms_norm_kernel[(rows,)](x, x, weight, out, eps, dim, BLOCK=block, ADD=False, num_warps=_warps(block))
+    _rms_norm_kernel[(rows,)](x, x, weight, out, eps, dim, 0, BLOCK=block, PARTS=1, ADD=False, num_warps=_warps(block))
     return out
 
 
@@ -39,16 +39,20 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     """Adds x to the residual in place, rounded to its dtype, and norms the sum.
 
     Args:
-        x, residual: [T, D], D up to 16384.
+        x: [T, D], or parts of it that are added up first, [splits, T, D] float32; D up to 16384.
+        residual: [T, D]
         weight: [D]
 
     Returns:
         [T, D], the norm of the new residual.
     """
-    out = torch.empty_like(x)
-    rows, dim = x.shape
+    out = torch.empty_like(residual)
+    rows, dim = residual.shape
     block = triton.next_power_of_2(dim)
-    _rms_norm_kernel[(rows,)](x, residual, weight, out, eps, dim, BLOCK=block, ADD=True, num_warps=_warps(block))
+    parts = x.shape[0] if x.ndim == 3 else 1
+    _rms_norm_kernel[(rows,)](
+        x, residual, weight, out, eps, dim, x.stride(0), BLOCK=block, PARTS=parts, ADD=True, num_warps=_warps(block)
+    )
     return out
 
 
@@ -156,14 +160,28 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, dim, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    eps,
+    dim,
+    stride_part,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """One program: one row, all of it in registers, so that x is read once."""
     row = tl.program_id(0).to(tl.int64) * dim
     column = tl.arange(0, BLOCK)
     inside = column < dim
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0)
     if ADD:
+        for part in tl.static_range(1, PARTS):
+            x += tl.load(x_ptr + part * stride_part + row + column, mask=inside, other=0.0)
         residual = tl.load(residual_ptr + row + column, mask=inside, other=0.0)
+        x = x.to(residual.dtype)  # what a product that is not in parts would have given
         # rounded before the norm, which must see what the next layer will add to
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
         tl.store(residual_ptr + row + column, x, mask=inside)

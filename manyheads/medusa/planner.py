@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from manyheads.medusa.tree import MAX_NODES, ROOT, Tree, grow
 
-SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Tree sizes that are considered."""
 
 MIN_GAIN = 1.15
@@ -107,13 +107,17 @@ class Planner:
     Args:
         prior: [depth][rank] acceptance to start from; empty where the model has no heads.
         tree_size: this many nodes always, whatever the load; None to choose.
+        min_gain: see MIN_GAIN; where step times hardly vary, less will do.
     """
 
-    def __init__(self, prior: list[list[float]], tree_size: int | None = None) -> None:
+    def __init__(self, prior: list[list[float]], tree_size: int | None = None, min_gain: float = MIN_GAIN) -> None:
         self.acceptance = Acceptance(prior)
+        self.min_gain = min_gain
         self.tree_size = tree_size
         self.costs: CostTable | None = None
         """Set by warm-up; without it, and without `tree_size`, the planner does not speculate."""
+        self.max_inflight = 10**9
+        """Most in-flight tokens of all trees together; set by warm-up."""
         self._grown = ROOT
         self._expected: list[float] = []
         self._steps_until_regrow = 0
@@ -138,10 +142,10 @@ class Planner:
             return self._tree(self.tree_size)
         assert self.costs is not None
         plain, offset = self._offsets.get(rows, [0.0, 0.0])
-        best = MIN_GAIN * rows / (self.costs.plain_cost(rows, prompt_tokens) + plain)
+        best = self.min_gain * rows / (self.costs.plain_cost(rows, prompt_tokens) + plain)
         tree = ROOT
         for size in SIZES[1:]:
-            if size > len(self._expected):
+            if size > len(self._expected) or rows * size > self.max_inflight:
                 break
             seconds = self.costs.tree_cost(rows, rows * size + prompt_tokens) + offset
             rate = rows * self._expected[size - 1] / seconds

@@ -58,9 +58,8 @@ def longest_path(tokens: Tensor, target: Tensor, accepted: Tensor, tree: TreeTen
         accepted: [R, n] bool, each node on its own; the root counts as accepted whatever it says.
     """
     num_rows = tokens.shape[0]
-    accepted[:, 0] = True
     # a node is reached if all of its ancestors (itself included) were accepted
-    held = (accepted.to(torch.int64) << tree.order).sum(dim=1)  # [R], a bit for each node
+    held = (accepted.to(torch.int64) << tree.order).sum(dim=1) | 1  # [R], a bit for each node; the root's is set
     reached = (tree.bits & ~held[:, None]) == 0  # [R, n]
     last = torch.where(reached, tree.depth + 1, 0).argmax(dim=1)  # argmax takes the first of equals
     path = tree.path[last]  # [R, D + 1]

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.models.ops import has_kernels, linear
+
+PARTS = 2
 PACK_HINT = 16
 """Rows that oneDNN's packed layout is chosen for; it serves every number of rows."""
 
@@ -19,6 +22,7 @@ class Linear:
     - `fp16`: a weight whose values are all float16 numbers (a checkpoint in half precision) is kept as such, and
       widened in registers: half the bytes, the same float32 arithmetic (FBGEMM);
     - `onednn`: any other float32 weight;
+    - `few`: on a GPU in half precision; few rows go through a kernel of ours, many through F.linear;
     - `plain`: everything else, F.linear.
 
     Args:
@@ -29,7 +33,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self.form = _form(weight)
+        self.form = _form(weight, bias is not None)
         if self.form == "fp16":
             self.weight = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
         elif self.form == "onednn":
@@ -42,7 +46,9 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] → [T, out]."""
         y: Tensor
-        if self.form == "fp16":
+        if self.form == "few" and linear.serves(x, self.weight, linear.MAX_ROWS_WHOLE):
+            y = linear.few_rows(x, self.weight, 1)
+        elif self.form == "fp16":
             y = torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
         elif self.form == "onednn":
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -50,8 +56,16 @@ class Linear:
             y = F.linear(x, self.weight, self.bias)
         return y
 
+    def parts(self, x: Tensor) -> Tensor:
+        """The product where it is added to something next: [T, out], or parts of it, [splits, T, out] float32."""
+        if self.form == "few" and linear.serves(x, self.weight):
+            return linear.few_rows(x, self.weight, PARTS)  # type: ignore[no-any-return]
+        return self(x)
 
-def _form(weight: Tensor) -> str:
+
+def _form(weight: Tensor, has_bias: bool) -> str:
+    if has_kernels(weight.device) and weight.dtype in (torch.float16, torch.bfloat16) and not has_bias:
+        return "few"
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return "plain"
     exact = torch.equal(weight.half().float(), weight)

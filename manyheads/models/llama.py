@@ -60,9 +60,9 @@ class Llama:
         residual = F.embedding(tokens, self.embedding)
         x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
-            x = layer.o(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
+            x = layer.o.parts(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
             x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = layer.down(ops.silu_mul(layer.gate_up(x)))
+            x = layer.down.parts(ops.silu_mul(layer.gate_up(x)))
             following = self.layers[i + 1].input_norm if i + 1 < len(self.layers) else self.norm
             x = ops.add_rms_norm(x, residual, following, eps)
         return x

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 fused: Any
+linear: Any
 try:
-    from manyheads.kernels import fused
+    from manyheads.kernels import fused, linear
 except ImportError:  # a build of torch without Triton
-    fused = None
+    fused = linear = None
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -28,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Add x to the residual [T, D] in place, and norm the sum."""
+    """Add x to the residual [T, D] in place, and norm the sum. x may be in parts (`Linear.parts`)."""
     if has_kernels(x.device):
         return fused.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(residual.add_(x), weight.shape, weight, eps)

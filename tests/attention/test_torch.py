@@ -83,7 +83,9 @@ class Step:
 
 def rotated(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Each pair (i, i + DIM / 2) turned by its angle: [T, heads, DIM]."""
-    cos, sin = (table[positions, :, DIM // 2 :].double() for table in rope)  # of the second half, where sin has its sign
+    cos, sin = (
+        table[positions, :, DIM // 2 :].double() for table in rope
+    )  # of the second half, where sin has its sign
     a, b = x[..., : DIM // 2], x[..., DIM // 2 :]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 

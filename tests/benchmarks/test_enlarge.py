@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from manyheads import LLM, SamplingParams
 from manyheads.medusa.checkpoint import read_heads
@@ -21,6 +19,7 @@ from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
 from manyheads.models.loader import BUILTIN_FOLDER, load_model, tensor_files
 from manyheads.tokenizer import Tokenizer
+from tests.forward import hidden_states
 
 torch.set_num_threads(1)
 
@@ -78,19 +77,9 @@ def load(folder: Path) -> tuple[Llama, MedusaHeads]:
     return model, MedusaHeads(read_heads(folder / "heads", config), model, torch.float32, CPU)
 
 
-def hidden_states(model: Llama, tokens: list[int]) -> Tensor:
-    """[T, hidden] of one sequence, without a cache."""
-
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-    return model.forward(torch.tensor(tokens), torch.arange(len(tokens)), attend)
-
-
 @torch.inference_mode()
 def test_hidden_states_logits_and_candidates(large: Large) -> None:
-    tokens = Tokenizer.load(BUILTIN_FOLDER).encode(" ".join(QUESTIONS))
+    tokens = torch.tensor(Tokenizer.load(BUILTIN_FOLDER).encode(" ".join(QUESTIONS)))
     (small_model, small_heads), (model, heads) = load(BUILTIN_FOLDER), load(large.folder)
     wanted, hidden = hidden_states(small_model, tokens), hidden_states(model, tokens)
     copies, size = large.enlarger.copies, wanted.shape[1]

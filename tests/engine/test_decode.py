@@ -97,7 +97,9 @@ def cases(draw: st.DrawFn) -> Case:
             choices.append(choice)
     rows = draw(st.permutations(range(ROWS)))[: draw(st.integers(1, ROWS))]
     last = [draw(st.integers(0, len(choices) - 1)) for _ in rows]
-    return Case(Tree(tuple(choices)), rows, last, draw(st.integers(1, 5)), draw(st.integers(0, 2)), draw(st.integers(0, 99)))
+    return Case(
+        Tree(tuple(choices)), rows, last, draw(st.integers(1, 5)), draw(st.integers(0, 2)), draw(st.integers(0, 99))
+    )
 
 
 @settings(max_examples=200, deadline=None)

@@ -187,12 +187,12 @@ def test_overlapping_steps_change_nothing_that_is_said(
 
     def said(overlaps: bool) -> list[list[RequestDelta]]:
         monkeypatch.setattr(Runner, "overlaps", overlaps)
-        settings = {"max_num_seqs": 5, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 16}
+        settings = {"max_num_seqs": 5, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 15}
         engine = build(folder, tree_size, **settings)
         deltas: list[list[RequestDelta]] = [[] for _ in range(2 * len(MIXED))]
         for i in range(len(deltas)):
             params = SamplingParams(**{"max_tokens": NEW} | MIXED[i % len(MIXED)])
-            prompt = PROMPT[i % 3 :] + [i % VOCAB]
+            prompt = [*PROMPT[i % 3 :], i % VOCAB]
             engine.add_request(EngineRequest(request_id=str(i), prompt_token_ids=prompt, params=params))
         while engine.has_work():
             for delta in engine.step():

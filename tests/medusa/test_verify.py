@@ -88,6 +88,19 @@ def test_of_equally_long_paths_the_more_probable_one_is_taken() -> None:
     assert (verdict.path.tolist(), verdict.emitted.tolist()) == ([[0, 2, 3]], [[5, 6, 1]])
 
 
+@pytest.mark.parametrize("rejected", [[], [63], [40], [0]], ids=str)
+def test_64_nodes(rejected: list[int]) -> None:
+    """The last one's bit is the sign."""
+    tree = Tree(tuple((0,) * d for d in range(64)))
+    tokens, target = torch.arange(64)[None], torch.arange(100, 164)[None]
+    accepted = torch.ones(1, 64, dtype=torch.bool)
+    accepted[0, rejected] = False
+    verdict = longest_path(tokens, target, accepted, tree_tensors(tree, 1, CPU))
+    depth = min([node for node in rejected if node], default=64)  # the root counts as accepted
+    assert verdict.num_accepted.tolist() == [depth]
+    assert verdict.emitted[0, :depth].tolist() == [*range(1, depth), 99 + depth]
+
+
 CHAIN = Tree(((), (0,), (0, 0)))
 WIDE = Tree(((), (0,), (1,), (2,), (1, 0), (0, 1), (0, 0), (1, 1)))
 MARKOV = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3], [0.05, 0.15, 0.8]])  # [last token, next token]
