@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manyheads.attention.base import Group
 from manyheads.models.config import ModelConfig
+from manyheads.models.ops import rms_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,16 @@ class TorchAttention:
             if torch.equal(pages, torch.arange(first, first + num_pages, device=pages.device)):
                 length = int(group.cached_len) + num_nodes
                 span = (first * self.block_size, first * self.block_size + length)
-        if span and num_nodes == 1:
-            return _Part(group.start, 1, 1, pages, span, None)
+        if span:
+            # nothing is padded: the prefix is visible, and behind it stand the nodes
+            mask = None
+            if num_nodes > 1:
+                hidden = (~group.tree.ancestors).repeat_interleave(self.queries_per_kv, dim=0)
+                branches = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=pages.device).masked_fill_(
+                    hidden, float("-inf")
+                )
+                mask = F.pad(branches, (length - num_nodes, 0))[None, None]
+            return _Part(group.start, 1, num_nodes, pages, span, mask)
         # position of each slot relative to the first in-flight token: [R, L]
         relative = torch.arange(length, device=pages.device) - group.cached_len[:, None]
         if num_nodes == 1:
@@ -84,7 +93,7 @@ class TorchAttention:
         qk = qkv[:, :num_rotated]
         if q_norm is not None and k_norm is not None:
             q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-            q, k = (F.rms_norm(x, w.shape, w, self.eps) for x, w in ((q, q_norm), (k, k_norm)))
+            q, k = (rms_norm(x, w, self.eps) for x, w in ((q, q_norm), (k, k_norm)))
             qk = torch.cat((q, k), dim=1)
         # sin is signed: x · cos + rotate_half(x) · sin, without the negation
         qk = torch.addcmul(qk * self._cos, qk.roll(self.head_dim // 2, dims=-1), self._sin)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +50,7 @@ class Report:
     values: Tensor  # as `advance` returns it
     width: int  # of emitted tokens and of paths
     depth: int  # of the tree
-    known: list[int]  # the rows whose candidates were proposed for this step, or []
+    known: set[int]  # the rows whose candidates were proposed for this step
     logits: dict[int, Tensor]  # by row, for requests that want log-probabilities: [n, V] float32, raw
 
 
@@ -71,19 +70,17 @@ class PendingStep:
         result = StepResult(rows=[], hits=[], trials=[])
         for report in self._reports:
             width = report.width
-            values = report.values.numpy()
-            gained, emitted = values[:, 0], values[:, 1 : 1 + width]
+            values = report.values.tolist()
             for i, request in enumerate(report.requests):
-                tokens = emitted[i, : gained[i]].tolist()
+                gained, emitted, path = values[i][0], values[i][1 : 1 + width], values[i][1 + width : 1 + 2 * width]
+                tokens = emitted[:gained]
                 logprobs = None
                 if i in report.logits:
-                    path = values[i, 1 + width : 1 + width + len(tokens)]
-                    logits = report.logits[i][torch.from_numpy(path).to(report.logits[i].device)]
+                    logits = report.logits[i][torch.tensor(path[:gained], device=report.logits[i].device)]
                     logprobs = _token_logprobs(logits, tokens, request.params.logprobs or 0)
                 result.rows.append(RowResult(request, tokens, logprobs, report.depth))
-            if report.known:
-                candidates = values[:, 1 + 2 * width :].reshape(len(values), -1, self._num_ranks)
-                _count_hits(result, gained[report.known], emitted[report.known], candidates[report.known])
+                if i in report.known:
+                    _count_hits(result, tokens, values[i][1 + 2 * width :], self._num_ranks)
         return result
 
 
@@ -227,9 +224,9 @@ class Runner:
         depth: int,
         logits: dict[int, Tensor],
     ) -> Report:
-        known: list[int] = []
+        known: set[int] = set()
         if (plan.propose or depth) and values.shape[1] > 1 + 2 * width:
-            known = [i for i, request in enumerate(requests) if request.has_candidates]
+            known = {i for i, request in enumerate(requests) if request.has_candidates}
         return Report(requests, values, width, depth, known, logits)
 
     def _pending(self, reports: list[Report]) -> PendingStep:
@@ -286,7 +283,7 @@ class Runner:
                     self.state.epsilon[index],
                     self.state.alpha[index],
                 )
-        return longest_path(inflight.tokens, target, accepted, inflight.tree)
+        return longest_path(inflight.tokens, target, accepted, inflight.tree, lossy=bool(distributions))
 
     def _count_output(self, requests: list[Request], rows: Tensor, emitted: Tensor, gained: Tensor) -> None:
         """Add what rows with penalties gained to their counts."""
@@ -335,21 +332,18 @@ def _node_blocks(finished: list[_Rows], decoding: list[_Rows]) -> list[NodeBlock
     return blocks
 
 
-def _count_hits(result: StepResult, gained: np.ndarray, emitted: np.ndarray, candidates: np.ndarray) -> None:
-    """How good the proposals of these rows turned out, for the planner.
-
-    Args:
-        gained: [R]; emitted: [R, D + 1]; candidates: [R, H, K].
-    """
-    depths = min(emitted.shape[1], candidates.shape[1])
-    valid = np.arange(depths) < gained[:, None]
-    hit = (candidates[:, :depths] == emitted[:, :depths, None]) & valid[..., None]
-    for d, (hits, trials) in enumerate(zip(hit.sum(0).tolist(), valid.sum(0).tolist(), strict=True)):
-        if d == len(result.trials):
-            result.hits.append([0] * candidates.shape[2])
+def _count_hits(result: StepResult, tokens: list[int], candidates: list[int], num_ranks: int) -> None:
+    """How good a row's proposals turned out, for the planner: each head's candidates against what came out."""
+    for depth, token in enumerate(tokens):
+        ranks = candidates[depth * num_ranks : (depth + 1) * num_ranks]
+        if not ranks:
+            return  # more tokens than heads
+        if depth == len(result.trials):
+            result.hits.append([0] * num_ranks)
             result.trials.append(0)
-        result.hits[d] = [a + b for a, b in zip(result.hits[d], hits, strict=True)]
-        result.trials[d] += trials
+        result.trials[depth] += 1
+        if token in ranks:
+            result.hits[depth][ranks.index(token)] += 1
 
 
 def _length_classes(lengths: list[int]) -> list[tuple[int, int]]:

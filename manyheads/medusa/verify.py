@@ -49,23 +49,29 @@ def typical(tokens: Tensor, probabilities: Tensor, tree: TreeTensors, epsilon: T
     return p > threshold
 
 
-def longest_path(tokens: Tensor, target: Tensor, accepted: Tensor, tree: TreeTensors) -> Verdict:
+def longest_path(
+    tokens: Tensor, target: Tensor, accepted: Tensor, tree: TreeTensors, *, lossy: bool = False
+) -> Verdict:
     """The longest path from the root whose every node is accepted; of equals, the earlier (more probable) node's.
 
     Args:
         tokens: [R, n] int64.
         target: [R, n] int64; the one at the end of the path is the row's next root.
         accepted: [R, n] bool, each node on its own; the root counts as accepted whatever it says.
+        lossy: whether a node may be accepted though the target drew something else at its parent.
     """
-    num_rows = tokens.shape[0]
+    if tree.max_depth == 0:  # a root alone: all of the below would say so, at the price of a dozen operations
+        nothing = torch.zeros_like(target[:, 0])
+        return Verdict(last=nothing, num_accepted=nothing + 1, path=nothing[:, None], emitted=target)
     # a node is reached if all of its ancestors (itself included) were accepted
     held = (accepted.to(torch.int64) << tree.order).sum(dim=1) | 1  # [R], a bit for each node; the root's is set
     reached = (tree.bits & ~held[:, None]) == 0  # [R, n]
-    last = torch.where(reached, tree.depth + 1, 0).argmax(dim=1)  # argmax takes the first of equals
+    last = torch.where(reached, tree.depth, -1).argmax(dim=1)  # argmax takes the first of equals
     path = tree.path[last]  # [R, D + 1]
     num_accepted = tree.depth[last] + 1
-    rows = torch.arange(num_rows, device=tokens.device)
-    below = tokens.gather(1, torch.cat((path[:, 1:], path[:, -1:]), dim=1))  # token at depth d + 1 of the path
-    at_end = torch.arange(path.shape[1], device=tokens.device) == (num_accepted - 1)[:, None]
-    emitted = torch.where(at_end, target[rows, last][:, None], below)
+    emitted = target.gather(1, path)
+    if lossy:
+        below = tokens.gather(1, torch.cat((path[:, 1:], path[:, -1:]), dim=1))  # token at depth d + 1 of the path
+        above_end = torch.arange(path.shape[1], device=tokens.device) < (num_accepted - 1)[:, None]
+        emitted = torch.where(above_end, below, emitted)
     return Verdict(last=last, num_accepted=num_accepted, path=path, emitted=emitted)
