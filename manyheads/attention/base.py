@@ -22,12 +22,21 @@ class Group:
     num_rows: int
     tree: TreeTensors
     cached_len: Tensor  # [R] int64, on the device
-    block_table: Tensor  # [R, max_blocks] int64, on the device
+    block_table: Tensor  # [R, max_blocks] int64, on the device; as wide for every group
     max_cached_len: int  # a bound that the host knows
 
     @property
     def num_nodes(self) -> int:
         return self.tree.num_nodes
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_rows * self.num_nodes
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it is a chunk of a prompt: known tokens, each below the one before."""
+        return self.tree.is_chain
 
 
 class AttentionBackend(Protocol):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,19 @@ from manyheads.kernels.fused import rope_store
 from manyheads.models.config import ModelConfig
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """Rows that one launch of the kernel serves: a group of trees, or all chains."""
+
+    tokens: slice
+    row_start: Tensor  # [R + 1] int32, from the call's first token on
+    cached_len: Tensor  # [R] int64
+    block_table: Tensor  # [R, max_blocks] int64
+    mask: Tensor  # [tokens] int64
+    max_nodes: int
+    num_splits: int
+
+
 class TritonAttention:
     """Two kernels a layer: one rotates and writes the cache, one attends (and, for few rows, one combines its parts).
 
@@ -18,27 +34,39 @@ class TritonAttention:
     """
 
     def __init__(self, cache: Tensor, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> None:
-        self.cache, self.rope = cache, rope
+        self.cache, self.rope, self.device = cache, rope, cache.device
         self.num_heads, self.num_kv_heads, self.eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
         self._layers = [layer.unbind(0) for layer in cache]  # keys and values, [pages, page size, kv_heads, head_dim]
-        self._num_sms = torch.cuda.get_device_properties(cache.device).multi_processor_count
-        self._groups: list[tuple[Group, Tensor, Tensor, int]] = []
+        on_gpu = self.device.type == "cuda"  # else Triton's interpreter
+        self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
+        self._calls: list[_Call] = []
         self._positions = self._slots = cache.new_empty(0, dtype=torch.int64)
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         self._positions, self._slots = positions, slots
-        self._groups = []
-        for group in groups:
-            nodes = group.num_nodes
-            row_start = torch.arange(
-                0, (group.num_rows + 1) * nodes, nodes, dtype=torch.int32, device=self.cache.device
-            )
-            mask = group.tree.bits.repeat(group.num_rows)
-            _, tiles = tile_sizes(nodes, self.num_heads // self.num_kv_heads)
-            splits = choose_splits(
-                group.num_rows, self.num_kv_heads, tiles, group.max_cached_len + nodes, self._num_sms
-            )
-            self._groups.append((group, row_start, mask, splits))
+        # the chunks of all prompts are one launch; they stand together
+        runs = [list(run) for _, run in groupby(groups, lambda group: None if group.is_chain else id(group))]
+        self._calls = [self._call(run) for run in runs]
+
+    def _call(self, groups: list[Group]) -> _Call:
+        first = groups[0]
+        if len(groups) == 1:
+            rows, nodes = first.num_rows, first.num_nodes
+            row_start = torch.arange(0, (rows + 1) * nodes, nodes, dtype=torch.int32, device=self.device)
+            cached_len, block_table, mask = first.cached_len, first.block_table, first.tree.bits.repeat(rows)
+        else:
+            starts = [start for g in groups for start in range(g.start, g.stop, g.num_nodes)]
+            starts = [start - first.start for start in (*starts, groups[-1].stop)]
+            row_start = torch.tensor(starts, dtype=torch.int32).to(self.device, non_blocking=True)
+            cached_len = torch.cat([g.cached_len for g in groups])
+            block_table = torch.cat([g.block_table for g in groups])
+            mask = torch.zeros(starts[-1], dtype=torch.int64, device=self.device)
+        nodes = max(g.num_nodes for g in groups)
+        _, tiles = tile_sizes(nodes, self.num_heads // self.num_kv_heads)
+        longest = max(g.max_cached_len + g.num_nodes for g in groups)
+        splits = choose_splits(len(cached_len), self.num_kv_heads, tiles, longest, self._num_sms)
+        tokens = slice(first.start, groups[-1].stop)
+        return _Call(tokens, row_start, cached_len, block_table, mask, nodes, splits)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         keys, values = self._layers[layer]
@@ -47,18 +75,17 @@ class TritonAttention:
             qkv, cos, sin, self._positions, self._slots, keys, values, self.num_heads, q_norm, k_norm, self.eps
         )
         out = torch.empty_like(q)
-        for group, row_start, mask, splits in self._groups:
-            part = slice(group.start, group.start + group.num_rows * group.num_nodes)
+        for call in self._calls:
             tree_attention(
-                q[part],
+                q[call.tokens],
                 keys,
                 values,
-                row_start,
-                group.cached_len,
-                group.block_table,
-                mask,
-                max_nodes=group.num_nodes,
-                num_splits=splits,
-                out=out[part],
+                call.row_start,
+                call.cached_len,
+                call.block_table,
+                call.mask,
+                max_nodes=call.max_nodes,
+                num_splits=call.num_splits,
+                out=out[call.tokens],
             )
         return out.flatten(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,9 @@ class RowState:
         """[rows, H · K], head by head, best first."""
         return self.drafts[:, 1:]
 
-    def tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        """int64, on its way to the device."""
-        host = torch.tensor(values, dtype=torch.int64)
+    def tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Numbers, on their way to the device: the host does not wait."""
+        host = torch.tensor(values, dtype=dtype)
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
     def admit(self, requests: list[Request]) -> None:
@@ -82,7 +84,7 @@ class RowState:
         self.cached_len[rows] = values[:, 1]
         self.drafts[rows, 0] = values[:, 2]
         self._ints[rows] = values[:, 3:]
-        self._floats[rows] = torch.tensor(floats, device=self.device)
+        self._floats[rows] = self.tensor(floats, torch.float32)
         for request in requests:
             if has_penalties(request):
                 self._count(request)

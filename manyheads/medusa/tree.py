@@ -75,6 +75,11 @@ class TreeTensors:
     def max_depth(self) -> int:
         return self.path.shape[1] - 1
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether it is a chunk of known tokens: all of its nodes are kept, so it has no paths."""
+        return self.path.shape[1] == 0
+
     @cached_property
     def order(self) -> Tensor:
         """[n] int64: 0, 1, 2, …"""
@@ -83,7 +88,7 @@ class TreeTensors:
     @cached_property
     def ancestors(self) -> Tensor:
         """[n, n] bool, entry (i, j): j is i or above it."""
-        if self.path.shape[1] == 0:
+        if self.is_chain:
             return self.order[:, None] >= self.order
         return (self.bits[:, None] >> self.order) & 1 != 0
 
@@ -96,14 +101,15 @@ def tree_tensors(tree: Tree, num_ranks: int, device: torch.device) -> TreeTensor
     bits = [sum(1 << j for j in path) for path in paths]
     width = tree.max_depth + 1
     column = [0, *(1 + (len(choice) - 1) * num_ranks + choice[-1] for choice in tree.choices[1:])]
-    return TreeTensors(
-        parent=torch.tensor([index[choice[:-1]] for choice in tree.choices], device=device),
-        depth=torch.tensor([len(choice) for choice in tree.choices], device=device),
-        column=torch.tensor(column, device=device),
-        # bit 63 is the sign
-        bits=torch.tensor([b - (1 << 64) if b >> 63 else b for b in bits], device=device),
-        path=torch.tensor([path + [i] * (width - len(path)) for i, path in enumerate(paths)], device=device),
+    tables = (
+        [index[choice[:-1]] for choice in tree.choices],
+        [len(choice) for choice in tree.choices],
+        column,
+        [b - (1 << 64) if b >> 63 else b for b in bits],  # bit 63 is the sign
+        [path + [i] * (width - len(path)) for i, path in enumerate(paths)],
     )
+    # without waiting for a device, which has steps to do
+    return TreeTensors(*(torch.tensor(table).to(device, non_blocking=True) for table in tables))
 
 
 @lru_cache(maxsize=1024)

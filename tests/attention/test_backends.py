@@ -1,3 +1,5 @@
+"""Both backends, token by token against float64; the Triton one in its interpreter."""
+
 from __future__ import annotations
 
 import math
@@ -7,16 +9,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import Group
+from manyheads.attention.base import AttentionBackend, Group
 from manyheads.attention.torch import TorchAttention
 from manyheads.medusa import tree as trees
 from manyheads.medusa.tree import Tree, TreeTensors, chain_tensors, grow, tree_tensors
 from manyheads.models.config import ModelConfig
+from tests.kernels import INTERPRETED
 
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
-DIM, EPS, POSITIONS = 8, 1e-3, 200
+DIM, EPS, POSITIONS = 16, 1e-3, 200
+backend_class: type[TorchAttention] = TorchAttention
+
+
+@pytest.fixture(autouse=True, params=["torch", "triton"])
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs every test with each backend."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if not INTERPRETED:
+            pytest.skip("with a GPU the kernels are compiled, and these tests are about CPU tensors")
+        from manyheads.attention.triton import TritonAttention
+
+        monkeypatch.setattr(f"{__name__}.backend_class", TritonAttention)
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Step:
-    backend: TorchAttention
+    backend: AttentionBackend
     groups: list[Group]
     positions: Tensor
     slots: Tensor
@@ -139,10 +155,11 @@ def step(
     num_pages = 1 + sum(-(-(c + r.tree.num_nodes) // block_size) for r in rows for c in r.cached) + 3
     cache = torch.randn(2, 2, num_pages, block_size, kv_heads, DIM, generator=random) * 3
     free = (1 + torch.randperm(num_pages - 1, generator=random)).tolist()
+    width = max(-(-(max(r.cached) + r.tree.num_nodes) // block_size) for r in rows) + slack
     groups, positions, slots, start = [], [], [], 0
     for part in rows:
         n, longest = part.tree.num_nodes, max(part.cached)
-        table = torch.zeros(len(part.cached), -(-(longest + n) // block_size) + slack, dtype=torch.int64)
+        table = torch.zeros(len(part.cached), width, dtype=torch.int64)
         for r, cached in enumerate(part.cached):
             for page in range(-(-(cached + n) // block_size)):
                 table[r, page] = free.pop()
@@ -152,7 +169,7 @@ def step(
         start += n * len(part.cached)
     q, k, v = (torch.randn(start, h, DIM, generator=random) for h in (heads, kv_heads, kv_heads))
     weights = (torch.randn(DIM, generator=random) + 1, torch.randn(DIM, generator=random) + 1) if norms else None
-    backend = TorchAttention(cache, model_config(heads, kv_heads), rope or no_rotation())
+    backend = backend_class(cache, model_config(heads, kv_heads), rope or no_rotation())
     return Step(backend, groups, torch.tensor(positions), torch.tensor(slots), cache.clone(), q, k, v, weights)
 
 
