@@ -104,7 +104,6 @@ def main() -> None:
     axes.legend(frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(ROOT / "docs/images/gpu.svg")
-    figure.savefig(ROOT / ".gpu.png", dpi=110)
 
 
 if __name__ == "__main__":
