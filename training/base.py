@@ -1,7 +1,10 @@
 """Train the built-in base model: base.py DATA OUT. OUT holds the tokenizer already. Seven minutes on an H200.
 
 The heads learn beside it from the first step on (their loss is the recipe of Medusa-2, Cai et al. 2024, section 2.2.2),
-so that the base's hidden states hold what is to come; heads.py then fits them to what the finished base says.
+so that the base's hidden states hold what is to come; `manyheads train` then fits them to what the finished base says.
+They have one vocabulary projection for all, of their own: with the base's ("V2") they would be hardly better than
+guesses, for what a block adds is almost nowhere negative (SiLU), so it cannot take back the next token that the hidden
+state stands for.
 """
 
 from __future__ import annotations
@@ -17,14 +20,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import conversations, documents, entries
-from medusa import Heads, ahead
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from manyheads.medusa.export import write_heads
+from manyheads.train.dataset import ahead
+from manyheads.train.heads import TrainedHeads
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH = 1024
 ROWS = 32 if DEVICE == "cuda" else 8
+NUM_HEADS = 4
+DISCOUNT = 0.8
+"""Each head's loss counts so much of the one before (Cai et al. 2024, section 2.2.1)."""
 CONFIG = LlamaConfig(
     vocab_size=4096,
     hidden_size=384,
@@ -94,7 +103,7 @@ class Joint(torch.nn.Module):
     def __init__(self, base: LlamaForCausalLM) -> None:
         super().__init__()
         self.base = base
-        self.heads = Heads(torch.randn_like(base.lm_head.weight) * 0.02)
+        self.heads = TrainedHeads(NUM_HEADS, 1, torch.randn_like(base.lm_head.weight) * 0.02, "shared")
 
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of base and heads on the tokens that `mask` marks; both [B, LENGTH + 1]."""
@@ -102,8 +111,15 @@ class Joint(torch.nn.Module):
             hidden = self.base.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
             loss = F.cross_entropy(self.base.lm_head(hidden).float(), tokens[:, 1:].flatten(), reduction="none")
             weight = mask[:, 1:].flatten().float()
-            heads = self.heads.loss(hidden, ahead(tokens, mask)[:, :-1].flatten(0, 1))
+            wanted = ahead(tokens, mask, NUM_HEADS)[:, :-1].flatten(0, 1)  # [N, 1 + heads], the next token first
+            losses = [self._head_loss(h, hidden, wanted[:, h + 1]) for h in range(NUM_HEADS)]
+            heads = sum(DISCOUNT**h * value for h, value in enumerate(losses))
         return (loss * weight).sum() / weight.sum().clamp(min=1), heads
+
+    def _head_loss(self, h: int, hidden: Tensor, wanted: Tensor) -> Tensor:
+        counted = (wanted >= 0).float()
+        loss = F.cross_entropy(self.heads.logits(h, hidden).float(), wanted.clamp(min=0), reduction="none")
+        return (loss * counted).sum() / counted.sum().clamp(min=1)
 
 
 def main() -> None:
@@ -175,7 +191,8 @@ def main() -> None:
         names = ("loss", "heads_loss", "held_out", "held_out_heads")
         log.append({"epoch": number, "step": step} | dict(zip(names, (round(v, 4) for v in train + held), strict=True)))
         print(log[-1], f"{time.time() - start:.0f} s", flush=True)
-    torch.save(model.heads.state_dict(), args.out / "heads.pt")
+    begun = model.heads.weights(torch.float32)
+    write_heads(begun, args.out / "heads-begun", base=str(args.out.resolve()), vocab_size=CONFIG.vocab_size)
     base.half().save_pretrained(args.out)
     summary = {
         "settings": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},

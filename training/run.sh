@@ -4,5 +4,10 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd); data=$1; out=$2; shift 2
 python3 "$here/tokenizer.py" "$data" "$out"
 python3 "$here/base.py" "$data" "$out" "$@"
-python3 "$here/heads.py" "$data" "$out"
+python3 "$here/questions.py" "$data" "$out-questions.jsonl"
+manyheads train "$out" --data "$out-questions.jsonl" --out "$out/heads" --init "$out/heads-begun" \
+  --projection shared --tokens 3000 --max-prompt-tokens 400 --max-new-tokens 192 --rate 2e-3 --epochs 8
+rm -rf "$out-heads-training"
+mv "$out/heads/training" "$out-heads-training"  # answers, metrics and checkpoint: not for the package
+rm -r "$out/heads-begun"
 python3 "$here/samples.py" "$out"

@@ -1,4 +1,4 @@
-"""Medusa heads on disk, in every format that is in use. Formats are told apart by their keys.
+"""Medusa heads on disk, read in every format that is in use (export.py writes them). Formats are told apart by keys.
 
 | format | keys |
 |---|---|
@@ -6,6 +6,7 @@
 | reference v1.0 (base included) | `medusa_head.` + the same |
 | TGI "V2" (the base's vocabulary projection is shared) | `{h}.{l}.linear.weight`, `{h}.{l}.linear.bias` |
 | vLLM | `blocks.{h}.layers.{l}.weight` (`.bias`), `lm_heads.{h}.weight` or `lm_head.weight`, `token_map` or not |
+| manyheads | vLLM's; with `shares_base_lm_head` in config.json they need no projection of their own |
 
 The reference builds `[ResBlock] * L`, so the L blocks of its heads are one module saved L times; as saved they are
 loaded.
@@ -71,8 +72,31 @@ def split_model(model: str, heads: str | None) -> tuple[Path, Path | None]:
     return folder, None
 
 
-def read_heads(folder: Path, config: ModelConfig) -> HeadWeights:
-    """Read heads for a base of this shape.
+def locate_heads(heads: str) -> tuple[Path, str | None]:
+    """The folder of heads, and their base: a local folder's absolute path, a hub id, or None where nothing names it.
+
+    Unlike `split_model`, this does not need the base to be there.
+
+    Raises:
+        ConfigError: `heads` is neither a folder nor on the hub.
+    """
+    folder = resolve(heads)
+    if _head_file(folder) is None and (folder / "heads" / "config.json").is_file():
+        return folder / "heads", str(folder.resolve())
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    is_base = bool(config.get("architectures")) and config.get("model_type") != "medusa"
+    if is_base and not (_head_file(folder) and config.get("base_model_name_or_path")):
+        return folder, str(folder.resolve())
+    base = config.get("base_model_name_or_path")
+    if not base:
+        return folder, None
+    beside = folder / str(base)
+    return folder, str(beside.resolve()) if beside.is_dir() else str(base)
+
+
+def read_heads(folder: Path, config: ModelConfig | None) -> HeadWeights:
+    """Read heads for a base of this shape; None: of any shape that is consistent in itself.
 
     Raises:
         CheckpointError: naming the file and the key that is missing, left over, of the wrong shape, or not finite.
@@ -92,8 +116,20 @@ def read_heads(folder: Path, config: ModelConfig) -> HeadWeights:
         weights = _reference(state, where, "reference v0.1")
     else:
         raise CheckpointError(f"{where}: no Medusa heads; the first keys are {sorted(state)[:3]}")
-    _check(weights, where, config)
+    if config is not None:
+        _check(weights, where, config.hidden_size, config.vocab_size)
+    else:
+        _check(weights, where, len(weights.blocks[0][0][0]), vocab_size(weights, folder))
     return weights
+
+
+def vocab_size(weights: HeadWeights, folder: Path) -> int | None:
+    """Tokens of the base's vocabulary, as far as heads without their base tell."""
+    if weights.token_map is None and weights.projections is not None:
+        return len(weights.projections[0])
+    path = folder / "config.json"
+    named = read_json(path).get("vocab_size") if path.is_file() else None
+    return named if isinstance(named, int) else None
 
 
 def _head_file(folder: Path) -> Path | None:
@@ -147,6 +183,8 @@ def _vllm(state: dict[str, Tensor], where: Path, config: dict[str, object]) -> H
     if token_map is not None and token_map.numel():  # projections of the whole vocabulary are cut to the map
         rows = int(token_map.max()) + 1
         projections = {h: p[token_map] if rows <= len(p) != len(token_map) else p for h, p in projections.items()}
+    if config.get("shares_base_lm_head") and not projections and token_map is None:
+        return HeadWeights(blocks, None, None, "manyheads", _accuracy(where))
     if sorted(projections) != list(range(len(blocks))):
         raise CheckpointError(f"{where}: {len(blocks)} heads, but lm_heads {sorted(projections)}")
     return HeadWeights(blocks, [projections[h] for h in sorted(projections)], token_map, "vLLM", _accuracy(where))
@@ -179,30 +217,30 @@ def _grid(
     return grid
 
 
-def _check(weights: HeadWeights, where: Path, config: ModelConfig) -> None:
-    square = (config.hidden_size, config.hidden_size)
-    rows = config.vocab_size if weights.token_map is None else weights.token_map.numel()
+def _check(weights: HeadWeights, where: Path, hidden_size: int, vocab_size: int | None) -> None:
+    square = (hidden_size, hidden_size)
+    rows = vocab_size if weights.token_map is None else weights.token_map.numel()
     for h, blocks in enumerate(weights.blocks):
         for b, (weight, bias) in enumerate(blocks):
             if tuple(weight.shape) != square or not weight.is_floating_point():
                 raise CheckpointError(
-                    f"{where}: block {b} of head {h} has shape {tuple(weight.shape)} in {weight.dtype}; the "
-                    f"base model needs {square} in floating point"
+                    f"{where}: block {b} of head {h} has shape {tuple(weight.shape)} in {weight.dtype}; "
+                    f"needed is {square} in floating point"
                 )
             _finite(weight, where, f"block {b} of head {h}")
             _finite(bias, where, f"block {b} of head {h}")
     for h, projection in enumerate(weights.projections or []):
-        if tuple(projection.shape) != (rows, config.hidden_size):
+        if tuple(projection.shape) != (rows, hidden_size):
             raise CheckpointError(
                 f"{where}: the projection of head {h} has shape {tuple(projection.shape)}; "
-                f"needed is {(rows, config.hidden_size)}"
+                f"needed is {(rows, hidden_size)}"
             )
         _finite(projection, where, f"the projection of head {h}")
     tokens = weights.token_map
     if tokens is not None and not tokens.numel():
         raise CheckpointError(f"{where}: token_map is empty")
-    if tokens is not None and (int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size):
-        raise CheckpointError(f"{where}: token_map names tokens outside the vocabulary of {config.vocab_size}")
+    if tokens is not None and (int(tokens.min()) < 0 or (vocab_size and int(tokens.max()) >= vocab_size)):
+        raise CheckpointError(f"{where}: token_map names tokens outside the vocabulary of {vocab_size}")
 
 
 def _finite(tensor: Tensor, where: Path, name: str) -> None:

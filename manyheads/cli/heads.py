@@ -1,0 +1,58 @@
+"""`manyheads inspect` and `manyheads convert`: what a checkpoint of heads is, and the same heads in another format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from manyheads.config import BUILTIN, ConfigError
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Print what a checkpoint is; 1 if something is wrong with it."""
+    from manyheads.medusa.inspect import inspect_heads
+
+    report = inspect_heads(args.heads, args.base)
+    width = max(map(len, report.facts))
+    for name, value in report.facts.items():
+        print(f"{name:{width}}  {value}")
+    for problem in report.problems:
+        print(f"{'problem':{width}}  {problem}")
+    return 1 if report.problems else 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Read heads of any format and write them in another."""
+    from manyheads.medusa.checkpoint import STATISTICS, locate_heads, read_heads, vocab_size
+    from manyheads.medusa.export import read_projection, write_full, write_heads
+    from manyheads.models.config import ModelConfig
+    from manyheads.models.loader import resolve
+
+    folder, named = locate_heads(args.heads)
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already and not empty; give another folder")
+    base = args.base or named
+    if base is not None and base != BUILTIN and Path(base).is_dir():
+        base = str(Path(base).resolve())
+    local = base is not None and (base == BUILTIN or Path(base).is_dir())
+    config = ModelConfig.from_folder(resolve(base)) if base is not None and local else None
+    weights = read_heads(folder, config)
+    statistics = folder / STATISTICS
+    if args.to == "reference-full":
+        if base is None:
+            raise ConfigError("reference-full holds the base model too, and these heads name none; give --base")
+        write_full(weights, resolve(base), out, statistics=statistics, expand=args.expand)
+    else:
+        write_heads(
+            weights,
+            out,
+            args.to,
+            base=str(resolve(base)) if base == BUILTIN and args.to != "manyheads" else base,
+            vocab_size=config.vocab_size if config is not None else vocab_size(weights, folder),
+            statistics=statistics,
+            base_projection=None if base is None else lambda: read_projection(resolve(base)),
+            expand=args.expand,
+        )
+    print(f"{len(weights.blocks)} heads ({weights.format}) written to {out} ({args.to})")
+    return 0

@@ -1,0 +1,100 @@
+"""How often the heads are right, and what trees would make of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.medusa.checkpoint import STATISTICS
+from manyheads.medusa.export import write_json
+from manyheads.medusa.tree import MAX_NODES, grow
+from manyheads.train.base import Base, half_precision
+from manyheads.train.dataset import Batch
+from manyheads.train.heads import TrainedHeads
+from manyheads.train.progress import Progress
+
+NUM_RANKS = 10
+CHUNK = 1024
+"""Tokens whose logits, of one head, exist at once."""
+
+
+@torch.no_grad()
+def right_ranks(
+    base: Base, heads: TrainedHeads, data: Batch, rows: int = 8, progress: Progress | None = None
+) -> Tensor:
+    """The rank of the right token among each head's candidates, [N, heads] int64, for every place in the answers.
+
+    NUM_RANKS where it is not among the first so many; -1 where the answer is over.
+
+    Args:
+        rows: packed rows that go through the base at once.
+    """
+    device, vocab_size = base.device, len(base.projection)
+    found: list[Tensor] = []
+    with (progress or Progress(quiet=True)).task("measuring", len(data.tokens)) as advance:
+        for index in torch.split(torch.arange(len(data.tokens)), rows):
+            batch = data.take(index).to(device)
+            targets = batch.ahead(heads.num_heads)[..., 1:].flatten(0, 1)  # [N, heads]
+            use = (targets[:, 0] >= 0).nonzero()[:, 0]
+            hidden, targets = base.hidden(batch)[use], heads.place(targets[use], vocab_size)
+            result = torch.full_like(targets, -1)
+            for part in torch.split(torch.arange(len(use), device=device), CHUNK):
+                for h in range(heads.num_heads):
+                    with half_precision(device):
+                        logits = heads.logits(h, hidden[part])
+                    best = logits.topk(min(NUM_RANKS, logits.shape[-1])).indices
+                    hit = best == targets[part, h, None]
+                    rank = torch.where(hit.any(-1), hit.int().argmax(-1), NUM_RANKS)
+                    result[part, h] = torch.where(targets[part, h] == -1, -1, rank)
+            found.append(result.cpu())
+            advance(len(index), "")
+    return torch.cat(found)
+
+
+def accuracy_table(ranks: Tensor) -> list[list[float]]:
+    """[head][rank]: share of the places where the answer goes on so far at which the candidate is right."""
+    table = []
+    for column in ranks.T:
+        known = column[column >= 0]
+        counts = torch.bincount(known, minlength=NUM_RANKS + 1)[:NUM_RANKS]
+        table.append([round(p, 5) for p in (counts / max(1, len(known))).tolist()])
+    return table
+
+
+def write_statistics(folder: Path, ranks: Tensor, source: str) -> list[list[float]]:
+    """Put the accuracies beside the heads, where the planner starts from them."""
+    accuracy = accuracy_table(ranks)
+    value = {"accuracy": accuracy, "tokens": int((ranks[:, 0] >= 0).sum()), "source": source}
+    write_json(folder / STATISTICS, value, indent=1)
+    return accuracy
+
+
+def tokens_per_step(ranks: Tensor, accuracy: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """Tokens a step of the best trees of 1 … 64 nodes.
+
+    `promised` is what the accuracies say, each head on its own; `measured` counts how deep each place's right path
+    lies in the tree, at every place of the answers alike. A greedy reply is such an answer.
+    """
+    tree, probabilities = grow([list(row) for row in accuracy], MAX_NODES)
+    promised = list(accumulate(probabilities))
+    depths = {choice: i for i, choice in enumerate(tree.choices)}
+    # node i adds a token at every place whose right path goes through it
+    gained = [0] * len(tree.choices)
+    paths = Counter(map(tuple, ranks.tolist()))
+    for path, count in paths.items():
+        for depth in range(len(path) + 1):
+            if (node := depths.get(path[:depth])) is None:
+                break
+            gained[node] += count
+    total = max(1, len(ranks))
+    measured = [value / total for value in accumulate(gained)]
+    return [
+        {"nodes": n + 1, "promised": round(p, 4), "measured": round(m, 4)}
+        for n, (p, m) in enumerate(zip(promised, measured, strict=True))
+    ]

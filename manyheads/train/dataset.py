@@ -1,0 +1,104 @@
+"""Answers as packed rows, and which rows make a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyheads.train.prompts import Answer
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Packed rows, each a few conversations one after another that do not see each other; R rows of L tokens."""
+
+    tokens: Tensor  # [R, L] int64
+    part: Tensor  # [R, L] int64, number of the conversation in its row; 0 is the padding at the end
+    answer: Tensor  # [R, L] bool, the base said it
+
+    @property
+    def positions(self) -> Tensor:
+        """[R, L] int64, from 0 in each conversation."""
+        places = torch.arange(self.part.shape[1], device=self.part.device).expand_as(self.part)
+        begins = F.pad(self.part[:, 1:] != self.part[:, :-1], (1, 0), value=True)
+        return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+    @property
+    def visible(self) -> Tensor:
+        """[R, 1, L, L] bool: what a token (third) attends to (fourth) is before it in its own conversation."""
+        same = self.part[:, :, None] == self.part[:, None, :]
+        return same.tril()[:, None]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.part, self.answer)))
+
+    def take(self, rows: Tensor) -> Batch:
+        return Batch(self.tokens[rows], self.part[rows], self.answer[rows])
+
+    def ahead(self, num_heads: int) -> Tensor:
+        """[R, L, 1 + heads] int64: the next token, then what each head is to say; -1 where the answer is over."""
+        return ahead(self.tokens, self.answer, num_heads)
+
+
+def ahead(tokens: Tensor, answer: Tensor, num_heads: int) -> Tensor:
+    """The tokens 1, 2, …, heads + 1 places further; -1 from where the answer ends.
+
+    Args:
+        tokens, answer: [R, L] int64 and bool.
+
+    Returns:
+        [R, L, 1 + heads] int64
+    """
+    shifts = range(1, num_heads + 2)
+    wanted = torch.stack([F.pad(tokens[:, s:], (0, s)) for s in shifts], dim=-1)
+    # a token counts if all from the next one up to it are the answer's
+    valid = torch.stack([F.pad(answer[:, s:], (0, s)) for s in shifts], dim=-1).cummin(dim=-1).values
+    return torch.where(valid, wanted, -1)
+
+
+def pack(answers: list[Answer], length: int) -> Batch:
+    """Rows that begin with the beginning of a conversation; one that does not fit any more starts the next row.
+
+    A conversation longer than a row is cut at its end.
+    """
+    rows: list[tuple[list[int], list[int], list[bool]]] = []
+    for item in answers:
+        ids = [*item.prompt, *item.tokens][:length]
+        if not rows or len(rows[-1][0]) + len(ids) > length:
+            rows.append(([], [], []))
+        tokens, part, answer = rows[-1]
+        part += [part[-1] + 1 if part else 1] * len(ids)
+        answer += [i >= len(item.prompt) for i in range(len(ids))]
+        tokens += ids
+    for tokens, part, answer in rows:
+        room = length - len(tokens)
+        tokens += [0] * room
+        part += [0] * room
+        answer += [False] * room
+    tokens_, part_, answer_ = zip(*rows, strict=True)
+    return Batch(torch.tensor(tokens_), torch.tensor(part_), torch.tensor(answer_))
+
+
+class Order:
+    """Which rows make a step: a function of seed and step, so that a run can go on anywhere.
+
+    Args:
+        num_rows: rows of the data set.
+        step_rows: rows of a step; what does not fill one at an epoch's end waits for the next epoch's order.
+    """
+
+    def __init__(self, num_rows: int, step_rows: int, seed: int) -> None:
+        self.num_rows, self.step_rows, self.seed = num_rows, min(step_rows, num_rows), seed
+        self.steps_per_epoch = num_rows // self.step_rows
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def rows(self, step: int) -> Tensor:
+        """[step_rows] int64"""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.num_rows, generator=generator)
+        return self._order[place * self.step_rows : (place + 1) * self.step_rows]

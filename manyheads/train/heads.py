@@ -1,0 +1,114 @@
+"""The heads as they are trained."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manyheads.config import ConfigError
+from manyheads.medusa.checkpoint import HeadWeights
+
+
+class TrainedHeads(nn.Module):
+    """H heads of L residual blocks, x ← x + SiLU(W x + b), with a vocabulary projection.
+
+    Cai et al. 2024, section 2.1.1.
+
+    Blocks begin as zeros: untrained heads say what the base says next.
+
+    Args:
+        num_heads, num_blocks: H and L.
+        projection: [V, hidden], to begin with; copied.
+        kind: `own` (each head's projection), `shared` (one for all heads), `base` (the base model's, not trained).
+        token_map: [V] int64, the token of each row of `projection`; None: all tokens in order.
+    """
+
+    token_map: Tensor | None
+    base_projection: Tensor | None
+
+    def __init__(
+        self, num_heads: int, num_blocks: int, projection: Tensor, kind: str = "own", token_map: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        hidden = projection.shape[1]
+        self.num_heads, self.num_blocks, self.kind = num_heads, num_blocks, kind
+        count = num_heads * num_blocks
+        # head by head
+        self.weight = nn.ParameterList(torch.zeros(hidden, hidden) for _ in range(count))
+        self.bias = nn.ParameterList(torch.zeros(hidden) for _ in range(count))
+        owned = {"own": num_heads, "shared": 1, "base": 0}[kind]
+        self.projection = nn.ParameterList(projection.detach().float().clone() for _ in range(owned))
+        self.register_buffer("base_projection", projection.detach() if kind == "base" else None, persistent=False)
+        self.register_buffer("token_map", token_map, persistent=False)
+
+    @classmethod
+    def of(cls, weights: HeadWeights, base_projection: Tensor) -> TrainedHeads:
+        """Heads as read from a checkpoint.
+
+        Args:
+            base_projection: [V, hidden], for heads that have none.
+        """
+        own = weights.projections
+        one = own is not None and len(own) > 1 and all(p is own[0] for p in own)
+        kind = "base" if own is None else "shared" if one else "own"
+        start = base_projection if own is None else own[0]
+        heads = cls(len(weights.blocks), len(weights.blocks[0]), start, kind, weights.token_map)
+        with torch.no_grad():
+            flat = [pair for head in weights.blocks for pair in head]
+            for (w, b), weight, bias in zip(flat, heads.weight, heads.bias, strict=True):
+                weight.copy_(w)
+                bias.copy_(b)
+            for projection, values in zip(heads.projection, own or [], strict=False):
+                projection.copy_(values)
+        return heads
+
+    def cut(self, token_map: Tensor) -> None:
+        """Keep the rows of these tokens only.
+
+        Raises:
+            ConfigError: a token has no row.
+        """
+        if self.kind == "base":
+            raise ConfigError("heads that use the base's projection cannot be cut to a token_map")
+        rows = token_map
+        if self.token_map is not None:
+            place = {int(token): i for i, token in enumerate(self.token_map)}
+            missing = [int(token) for token in token_map if int(token) not in place]
+            if missing:
+                raise ConfigError(f"the heads to start from have no row for {len(missing)} of the wanted tokens")
+            rows = torch.tensor([place[int(token)] for token in token_map])
+        self.projection = nn.ParameterList(p.detach()[rows].clone() for p in self.projection)
+        self.token_map = token_map
+
+    def logits(self, h: int, hidden: Tensor) -> Tensor:
+        """[N, hidden] → [N, V] of head h, in the order of `token_map`."""
+        x = hidden
+        for i in range(h * self.num_blocks, (h + 1) * self.num_blocks):
+            x = x + F.silu(F.linear(x, self.weight[i], self.bias[i]))
+        if self.base_projection is not None:
+            return F.linear(x, self.base_projection.to(x.dtype))
+        return F.linear(x, self.projection[h if self.kind == "own" else 0])
+
+    def place(self, tokens: Tensor, vocab_size: int) -> Tensor:
+        """Tokens as rows of the projections: -1 stays, and a token without a row is -2."""
+        if self.token_map is None:
+            return tokens
+        place = torch.full((vocab_size + 1,), -2, device=tokens.device)
+        place[self.token_map] = torch.arange(len(self.token_map), device=tokens.device)
+        place[-1] = -1
+        return place[tokens]
+
+    def weights(self, dtype: torch.dtype) -> HeadWeights:
+        """As `write_heads` takes them; projections that are one stay one."""
+
+        def plain(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", dtype).contiguous()
+
+        pairs = [(plain(w), plain(b)) for w, b in zip(self.weight, self.bias, strict=True)]
+        blocks = [pairs[i : i + self.num_blocks] for i in range(0, len(pairs), self.num_blocks)]
+        projections = [plain(p) for p in self.projection]
+        if self.kind == "shared":
+            projections *= self.num_heads
+        tokens = None if self.token_map is None else self.token_map.cpu()
+        return HeadWeights(blocks, projections or None, tokens, "trained", None)

@@ -1,0 +1,181 @@
+"""A training run from prompts to heads that can be served: `manyheads train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyheads.config import BUILTIN, ConfigError
+from manyheads.medusa.checkpoint import HeadWeights, locate_heads, read_heads
+from manyheads.medusa.export import replace, write_heads, write_json
+from manyheads.models.config import ModelConfig, read_json
+from manyheads.models.loader import resolve
+from manyheads.tokenizer import Tokenizer
+from manyheads.train.accuracy import accuracy_table, right_ranks, write_statistics
+from manyheads.train.answers import answer_all, append_answers
+from manyheads.train.base import Base, find_device
+from manyheads.train.dataset import Batch, pack
+from manyheads.train.heads import TrainedHeads
+from manyheads.train.progress import Progress
+from manyheads.train.prompts import Answer, read_prompts
+from manyheads.train.settings import TrainSettings
+from manyheads.train.trainer import Trainer
+
+WORK = "training"
+"""Folder in the run's folder: settings.json, answers.jsonl, held_out.jsonl, metrics.jsonl, state.pt."""
+WATCHED_ROWS = 32
+"""Held-out rows that are measured at each checkpoint; all are at the end."""
+
+
+def train(
+    base: str,
+    files: Sequence[str | Path],
+    out: Path,
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    chat_template: str | None = None,
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Answer the prompts, train heads, measure them, write them to `out`.
+
+    Args:
+        base: a hub id, a local folder, or `builtin`.
+        files: prompts, see prompts.py.
+        out: the heads' folder; with `joint` the new base's, the heads inside it in `heads`.
+        resume: go on with the run in `out`.
+        chat_template: a file or a known template; None takes the tokenizer's.
+
+    Returns:
+        [head][rank] accuracy on the held-out answers.
+
+    Raises:
+        ConfigError, CheckpointError: a setting, a file or the base cannot be used.
+    """
+    progress = progress or Progress()
+    folder = resolve(base)
+    config = ModelConfig.from_folder(folder)
+    prompts = list(read_prompts(files, Tokenizer.load(folder, chat_template)))
+    work = out / WORK
+    _begin(work, settings, folder, prompts, resume)
+    answers = answer_all(base, prompts, settings, work / "answers.jsonl", progress)
+    learnt, held_out = split(answers, settings)
+    replace(work / "held_out.jsonl", lambda path: append_answers(path, held_out))
+    device = find_device(settings.device)
+    model = Base(folder, device, trained=settings.joint)
+    teacher = Base(folder, device) if settings.joint else None
+    heads = start_heads(settings, model, config, learnt).to(device)
+    data, valid = (pack(items, min(settings.length, config.max_position_embeddings)) for items in (learnt, held_out))
+    _check_targets(data, settings)
+
+    few = valid.take(torch.arange(min(WATCHED_ROWS, len(valid.tokens))))
+
+    def evaluate() -> dict[str, Any]:
+        table = accuracy_table(right_ranks(model, heads, few, settings.rows))
+        return {"held_out_top1": [ranks[0] for ranks in table]}
+
+    trainer = Trainer(settings, model, teacher, heads, data, work)
+    progress.say(
+        f"{len(learnt)} answers ({int(data.answer.sum()):,} tokens) to learn from in {len(data.tokens)} rows, "
+        f"{len(held_out)} held out; {trainer.total} steps on {device}"
+    )
+    trainer.run(progress, evaluate)
+    where = out / "heads" if settings.joint else out
+    if settings.joint:
+        _write_base(model, config, folder, out)
+    write_heads(heads.weights(config.dtype), where, base=_name(base, out, settings.joint), vocab_size=config.vocab_size)
+    ranks = right_ranks(model, heads, valid, settings.rows)
+    return write_statistics(where, ranks, f"{len(held_out)} held-out answers of the base model")
+
+
+def split(answers: list[Answer], settings: TrainSettings) -> tuple[list[Answer], list[Answer]]:
+    """Answers to learn from, and those to measure with; in an order of the seed's."""
+    order = list(answers)
+    random.Random(settings.seed).shuffle(order)
+    count = max(1, round(len(order) * settings.held_out))
+    return order[count:], order[:count]
+
+
+def start_heads(settings: TrainSettings, base: Base, config: ModelConfig, answers: list[Answer]) -> TrainedHeads:
+    """Heads before the first step.
+
+    Raises:
+        ConfigError: `init` names heads of another kind.
+    """
+    projection = base.projection.detach().float().cpu()
+    token_map = None
+    if settings.tokens is not None and settings.tokens < config.vocab_size:
+        counts = Counter(token for answer in answers for token in answer.tokens)
+        used = sorted(range(config.vocab_size), key=lambda token: (-counts[token], token))
+        token_map = torch.tensor(sorted(used[: settings.tokens]))
+    if settings.init is None:
+        kept = projection if token_map is None else projection[token_map]
+        return TrainedHeads(settings.heads, settings.blocks, kept, settings.projection, token_map)
+    read: HeadWeights = read_heads(locate_heads(settings.init)[0], config)
+    heads = TrainedHeads.of(read, projection)
+    for name, found, wanted in (
+        ("heads", heads.num_heads, settings.heads),
+        ("blocks", heads.num_blocks, settings.blocks),
+        ("projection", heads.kind, settings.projection),
+    ):
+        if found != wanted:
+            raise ConfigError(f"the heads to start from have {name} {found!r}; give --{name} {found}, not {wanted}")
+    if token_map is not None:
+        heads.cut(token_map)
+    return heads
+
+
+def _begin(work: Path, settings: TrainSettings, base: Path, prompts: list[Answer], resume: bool) -> None:
+    """Write down what the run is, or see that it is the one that is to go on."""
+    path = work / "settings.json"
+    digest = hashlib.sha256()
+    digest.update(json.dumps([[prompt.prompt, prompt.tokens] for prompt in prompts]).encode())
+    digest.update(json.dumps(read_json(base / "config.json"), sort_keys=True).encode())
+    if not path.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"settings": dataclasses.asdict(settings), "data": digest.hexdigest()})
+        return
+    if not resume:
+        raise ConfigError(f"{work} holds a run already; go on with it by --resume, or give another --out")
+    known = read_json(path)
+    try:
+        before = TrainSettings(**known["settings"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a run of this version: {error}") from error
+    if (difference := settings.differs_from(before)) is not None:
+        raise ConfigError(f"{path}: the run that is to go on had other settings: {difference}")
+    if known.get("data") != digest.hexdigest():
+        raise ConfigError(f"{path}: the run that is to go on had other prompts or another base model")
+
+
+def _check_targets(data: Batch, settings: TrainSettings) -> None:
+    if not bool((data.ahead(settings.heads)[..., -1] >= 0).any()):
+        raise ConfigError(f"no answer is longer than {settings.heads} tokens: nothing for the last head to learn")
+
+
+def _name(base: str, out: Path, joint: bool) -> str:
+    """The base model as `write_heads` takes it."""
+    if joint:
+        return str(out.resolve())
+    return base if base == BUILTIN or not Path(base).expanduser().is_dir() else str(Path(base).expanduser().resolve())
+
+
+def _write_base(model: Base, config: ModelConfig, folder: Path, out: Path) -> None:
+    """The new base in the old one's precision, with its tokenizer."""
+    state = {key: tensor.to("cpu", config.dtype) for key, tensor in model.model.state_dict().items()}
+    model.model.to(config.dtype).save_pretrained(out, state_dict=state)
+    for file in sorted(folder.iterdir()):
+        wanted = file.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in file.name
+        if wanted and not (out / file.name).exists():
+            replace(out / file.name, partial(shutil.copyfile, file))
+    model.model.float()

@@ -1,0 +1,97 @@
+"""Settings of a training run: one frozen dataclass; the command line takes its defaults from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from manyheads.config import ConfigError
+
+PROJECTIONS = ("own", "shared", "base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What a run does; the same settings, data and base give the same heads."""
+
+    heads: int = 4
+    """Head h (from 0) predicts the token h + 2 places after the one whose hidden state it reads."""
+    blocks: int = 1
+    """Residual blocks of each head."""
+    projection: str = "own"
+    """Vocabulary projection: `own` (each head's), `shared` (one for all heads), `base` (the base model's, "V2")."""
+    tokens: int | None = None
+    """The heads' own projections span this many of the tokens that the base uses most; None: all."""
+    init: str | None = None
+    """Heads to start from; None: blocks that do nothing, and the base's projection."""
+
+    max_prompt_tokens: int = 1024
+    """Longer prompts are left out."""
+    max_new_tokens: int = 256
+    sampled: float = 0.25
+    """Share of the prompts that are answered at `temperature`; the others greedily."""
+    temperature: float = 0.7
+    held_out: float = 0.05
+    """Share of the answers that are for measuring, at least one."""
+
+    length: int = 1024
+    """Tokens of a packed row."""
+    rows: int = 8
+    """Packed rows that go through the base at once."""
+    accumulate: int = 1
+    """Such groups of rows in an optimizer step."""
+    epochs: int = 2
+    max_steps: int | None = None
+    rate: float = 1e-3
+    """Highest learning rate of the heads."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate grows; a cosine takes it to zero afterwards."""
+    discount: float = 0.8
+    """Each head's loss counts so much of the one before (Cai et al. 2024, section 2.2.1)."""
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    chunk: int = 1024
+    """Tokens whose logits, of one head, exist at once."""
+    checkpoint_every: int = 200
+    """Steps."""
+    seed: int = 0
+    device: str = "auto"
+
+    joint: bool = False
+    """Medusa-2: the base learns too (Cai et al. 2024, section 2.2.2)."""
+    joint_start: float = 0.2
+    """Share of the steps in which the heads learn alone, before the base joins."""
+    base_rate: float | None = None
+    """Highest learning rate of the base; None: a quarter of the heads' (section 2.2.2)."""
+    heads_weight: float = 0.2
+    """Of the heads' loss beside the base's (λ0 of section 2.2.2)."""
+
+    def __post_init__(self) -> None:
+        whole = ("heads", "blocks", "max_prompt_tokens", "max_new_tokens", "rows", "accumulate", "epochs", "chunk")
+        for name in (*whole, "checkpoint_every", "tokens", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        for name in ("sampled", "held_out", "warmup", "joint_start"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        for name in ("rate", "discount", "clip", "temperature", "heads_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.length < self.heads + 2:
+            raise ConfigError(f"length must be at least {self.heads + 2} for {self.heads} heads, not {self.length}")
+        if self.projection not in PROJECTIONS:
+            raise ConfigError(f"projection must be one of {', '.join(PROJECTIONS)}, not {self.projection!r}")
+        if self.projection == "base" and self.joint:
+            raise ConfigError("joint training moves the base's projection; its heads need one of their own")
+        if self.projection == "base" and self.tokens is not None:
+            raise ConfigError("tokens cuts the heads' own projections; with projection base there are none")
+
+    def differs_from(self, other: TrainSettings) -> str | None:
+        """The first setting that is not the same, for a run that is to go on."""
+        for field in fields(self):
+            here, there = getattr(self, field.name), getattr(other, field.name)
+            if here != there and field.name not in ("checkpoint_every", "device"):
+                return f"{field.name} is {here!r} and was {there!r}"
+        return None

@@ -1,0 +1,66 @@
+"""A tiny base with a tokenizer, prompts for it, and settings for runs of a few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from manyheads.train.progress import Progress
+from manyheads.train.settings import TrainSettings
+from tests.server.tiny_tokenizer import save_tokenizer, tiny_tokenizer
+
+HIDDEN = 32
+QUIET = Progress(quiet=True)
+
+
+def settings(**changes: Any) -> TrainSettings:
+    some: dict[str, Any] = {
+        "heads": 2,
+        "max_new_tokens": 24,
+        "length": 64,
+        "rows": 2,
+        "held_out": 0.1,
+        "max_steps": 6,
+        "checkpoint_every": 2,
+        "chunk": 16,
+        "rate": 1e-2,
+        "device": "cpu",
+    }
+    return TrainSettings(**(some | changes))
+
+
+@pytest.fixture(scope="package")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer().hf),
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=4,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return save_tokenizer(folder)
+
+
+@pytest.fixture(scope="package")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ["cat", "dog", "mat", "log", "hello", "world", "there", "elegant"]
+    lines = [{"prompt": f"{a} and {b}"} for a in words for b in words[:5]]
+    file = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
