@@ -2,7 +2,7 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: serve chat test lint types clean
+.PHONY: serve chat test lint types bench clean
 
 serve: .venv/serve.done        ## the built-in model at http://127.0.0.1:8000 (MODEL=... for another)
 	$(BIN)/manyheads serve $(MODEL) --port $(PORT)
@@ -21,6 +21,10 @@ lint: .venv/test.done
 types: .venv/test.done
 	$(BIN)/mypy -p manyheads
 
+# the load and the server share the processor here: threads that wait must not spin
+bench: .venv/bench.done        ## a load test of the built-in model, with its report in bench-report/ (BENCH=... for options)
+	GOMP_SPINCOUNT=1000 $(BIN)/manyheads bench users --users 1,2,4,8,16 --hold 15 -o bench-report $(BENCH)
+
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -31,6 +35,10 @@ clean:
 
 .venv/serve.done: .venv/python.done pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/bench.done: .venv/python.done pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	touch $@
 
 .venv/test.done: .venv/python.done pyproject.toml constraints.txt

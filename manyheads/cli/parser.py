@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
+from manyheads.cli.heads_options import add_commands as add_heads_commands
 from manyheads.config import BUILTIN, EngineConfig
 from manyheads.request import SamplingParams
 
@@ -106,6 +107,10 @@ def make_parser() -> Parser:
     _generate_options(
         add("generate", "answer prompts from a file, as JSON lines", _generate, "manyheads generate prompts.txt")
     )
+    add_heads_commands(add)
+    from manyheads.cli.bench import options as bench_options
+
+    bench_options(add("bench", "load a server and report how it does", _bench, "manyheads bench users --users 1,4,16"))
     return parser
 
 
@@ -222,5 +227,11 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from manyheads.cli.generate import run
+
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from manyheads.cli.bench import run
 
     return run(args)

@@ -1,0 +1,250 @@
+"""A load test from start to end: server, requests, load, figures."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from manyheads.bench import calibrate, counters, stats
+from manyheads.bench.drive import Outcome, drive, write_jobs
+from manyheads.bench.machine import machine
+from manyheads.bench.plan import BenchInputError, Job, Kind, Run, Stage
+from manyheads.bench.progress import Progress
+from manyheads.bench.prompts import Workload, prepare
+from manyheads.bench.record import Record
+from manyheads.bench.result import Level, Memory, Result
+from manyheads.bench.server import Target, clean_url, identify, started
+from manyheads.bench.watch import Watch
+
+CALIBRATION = 3.0
+"""Seconds to measure the generator's own limit."""
+MOST_RATES = 10
+"""Rates of an automatic sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    kind: Kind
+    loads: tuple[float, ...]
+    """Users, rates or speeds; for rates, none finds the overload by doubling from 1/s."""
+    hold: float
+    settle: float
+    ramp: float | None = None
+    """Closed loop: seconds after which one more user comes, until there are max(loads); they stay for `hold`."""
+    work: Workload
+    objectives: dict[str, float]
+    """`ttft` and `tpot`, seconds."""
+    url: str | None = None
+    model: str | None = None
+    serve: tuple[str, ...] = ()
+    """Options of `manyheads serve`, where the server is started here."""
+    api_key: str | None = None
+    check: bool = True
+    workers: int = 0
+    timeout: float = 120.0
+    drain: float = 60.0
+    calibrate: bool = True
+    name: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """For the report."""
+
+    def stages(self) -> list[Stage]:
+        """The stages of a run."""
+        if self.ramp is None:
+            return [Stage(load, self.hold, self.settle) for load in self.loads]
+        most = int(max(self.loads))
+        return [Stage(float(n), self.ramp) for n in range(1, most)] + [Stage(float(most), self.hold)]
+
+
+@dataclass
+class _Bench:
+    """One test under way."""
+
+    options: Options
+    target: Target
+    jobs: list[Job]
+    folder: Path
+    watch: Watch
+    progress: Progress
+    machine: dict[str, Any]
+    """As it was before the test."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    levels: list[Level] = field(default_factory=list)
+
+    def run(self, stages: list[Stage], number: int) -> Run:
+        work = self.options.work
+        same_length = all(job.body["max_tokens"] == self.jobs[0].body["max_tokens"] for job in self.jobs)
+        return Run(
+            url=self.target.url,
+            path=work.path,
+            kind=self.options.kind,
+            stages=stages,
+            jobs=str(self.folder / "jobs.jsonl"),
+            records=str(self.folder / f"records-{number}.jsonl"),
+            max_tokens=self.jobs[0].body["max_tokens"] if same_length else None,
+            timeout=self.options.timeout,
+            drain=self.options.drain,
+            workers=self.options.workers,
+            seed=work.seed,
+        )
+
+    def hold(self, stages: list[Stage]) -> list[Level]:
+        """Run these stages and take their figures."""
+        run = self.run(stages, len(self.outcomes))
+        self.progress.begin(run)
+        outcome = drive(run, self.folder, self.options.api_key, self.progress.event)
+        self.watch.look()
+        self.outcomes.append(outcome)
+        levels = [self.level(outcome, outcome.window(i), stage.load) for i, stage in enumerate(stages)]
+        self.levels += levels
+        return levels
+
+    def level(self, outcome: Outcome, window: tuple[float, float], load: float) -> Level:
+        options = self.options
+        level = stats.make_level(outcome.records, window, load, options.kind, options.objectives)
+        level.generator = stats.generator_use(outcome.uses, outcome.records, window)
+        looks = self.watch.between(*window)
+        if looks is not None:
+            told = counters.tokens_per_step(*looks)
+            level.tokens_per_step = told if told is not None else level.tokens_per_step
+            level.acceptance = counters.acceptance(*looks)
+        return level
+
+    def limit(self) -> dict[str, float]:
+        """What the generator can do by itself."""
+        if not self.options.calibrate:
+            return {}
+        self.progress.say("measuring the load generator itself")
+        chunks = self.options.work.output_tokens
+        with calibrate.running(chunks) as url:
+            outcome = drive(calibrate.limit_run(url, self.run([], 0), self.folder, CALIBRATION), self.folder, None)
+        return calibrate.limit(outcome, chunks)
+
+    def all_rates(self) -> None:
+        """Rate after rate, each to its end, until the server does not keep up."""
+        options = self.options
+        speeds = list(options.loads)
+        if speeds:
+            for load in speeds:
+                if self.hold([self.open_stage(load)])[0].overloaded:
+                    break
+            return
+        load = 1.0
+        while not self.hold([self.open_stage(load)])[0].overloaded and len(self.levels) < MOST_RATES:
+            load *= 2
+        fine = [level.load for level in self.levels if not level.overloaded]
+        if (
+            fine and self.levels[-1].overloaded
+        ):  # a closer look between the last that went well and the first that did not
+            self.hold([self.open_stage(round((fine[-1] * self.levels[-1].load) ** 0.5, 2))])
+
+    def open_stage(self, load: float) -> Stage:
+        """A stage of arrivals; a trace's lasts as long as the trace."""
+        if self.options.kind == "trace":
+            return Stage(load, max(job.at or 0.0 for job in self.jobs) / load + 1.0)
+        return Stage(load, self.options.hold, self.options.settle)
+
+
+def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]:
+    """Measure; the figures, and every request.
+
+    Raises:
+        BenchError: it cannot be done as asked, or the server did not start.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manyheads-bench-")))
+        where = machine()
+        target = stack.enter_context(_server(options, progress))
+        jobs, notes = prepare(options.work, target, options.api_key)
+        if options.kind == "trace" and any(job.at is None for job in jobs):
+            raise BenchInputError("a trace needs `at`, seconds from its start, on each line")
+        write_jobs(jobs, folder / "jobs.jsonl")
+        stack.enter_context(progress)
+        watch = Watch(target.url, target.pid, options.api_key)
+        bench = _Bench(options, target, jobs, folder, watch, progress, where)
+        limit = bench.limit()
+        with watch:
+            if options.kind == "users":
+                bench.hold(options.stages())
+            else:
+                bench.all_rates()
+        return _result(bench, limit, notes), [r for outcome in bench.outcomes for r in outcome.records]
+
+
+@contextlib.contextmanager
+def _server(options: Options, progress: Progress) -> Iterator[Target]:
+    """The server that is asked, or one of our own."""
+    if options.url is not None:
+        url = clean_url(options.url)
+        yield identify(url, options.model, options.api_key) if options.check else Target(url, options.model or "model")
+        return
+    model = options.model or "builtin"
+    progress.say(f"starting a server with {model}")
+    key = ("--api-key", options.api_key) if options.api_key else ()
+    with started(model, (*options.serve, *key)) as (url, pid):
+        target = identify(url, None, options.api_key)
+        target.pid, target.options, target.started_here = pid, options.serve, True
+        yield target
+
+
+def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
+    options, target, outcomes = bench.options, bench.target, bench.outcomes
+    records = [r for outcome in outcomes for r in outcome.records]
+    start, end = outcomes[0].begins[0], outcomes[-1].end
+    together = Outcome(outcomes[0].run, [start], end, records, [u for outcome in outcomes for u in outcome.uses])
+    whole = bench.level(together, (start, end), max(level.load for level in bench.levels))
+    details: dict[str, list[str]] = {}
+    for record in records:
+        said = details.setdefault(record.reason, []) if record.failed and record.reason else None
+        if said is not None and record.detail and record.detail not in said and len(said) < 3:
+            said.append(record.detail)
+    for level in bench.levels:
+        level.generator.bound = level.generator.bound or _near_limit(level, limit)
+    return Result(
+        name=options.name or _name(target),
+        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        kind=options.kind,
+        settings=options.settings,
+        target={
+            "model": target.model,
+            "server": target.owner,
+            "heads": target.heads,
+            "options": list(target.options),
+            "started_here": target.started_here,
+            "url": None if target.started_here else target.url,
+        },
+        machine=bench.machine,
+        objectives=options.objectives,
+        levels=sorted(bench.levels, key=lambda level: level.load),
+        whole=whole,
+        memory=[
+            Memory(at - start, sizes.host, sizes.gpu, sizes.parts) for at, sizes in bench.watch.memory if at <= end + 1
+        ],
+        timeline=stats.make_timeline(records, start, end),
+        limit=limit,
+        counted_by=dict(Counter(r.counted_by for r in records if r.ok)),
+        details=details,
+        notes=notes,
+    )
+
+
+def _near_limit(level: Level, limit: dict[str, float]) -> list[str]:
+    """Whether a load came close to what the generator can do at all."""
+    most = limit.get("chunks_per_s")
+    came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
+    if not most or came < stats.BUSY * most:
+        return []
+    return [f"{came:.0f} chunks/s are close to the {most:.0f} that the generator can read"]
+
+
+def _name(target: Target) -> str:
+    options = " ".join(target.options)
+    return f"{target.owner} {target.model} {options}".strip() if target.owner else target.model

@@ -1,0 +1,96 @@
+"""What a run is to do: handed to the generator's processes as JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+Kind = Literal["users", "rate", "trace"]
+
+
+class BenchError(Exception):
+    """A load test that cannot be done as asked, or that went wrong; the message says what to do."""
+
+
+class BenchInputError(BenchError, ValueError):
+    """Options or files that make no sense."""
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """A load that is held for a while."""
+
+    load: float
+    """Users; or requests per second; or the speed of a trace, 1 being its own."""
+    seconds: float
+    """How long is measured."""
+    settle: float = 0.0
+    """Seconds before that, which do not count."""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One prepared request."""
+
+    body: dict[str, Any]
+    at: float | None = None
+    """Seconds from the start of a trace."""
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One run of the generator."""
+
+    url: str
+    """Up to and without `/v1`."""
+    path: str
+    """Of the endpoint."""
+    kind: Kind
+    stages: list[Stage]
+    jobs: str
+    """File with a Job on each line."""
+    records: str
+    """File for a Record on each line."""
+    max_tokens: int | None = None
+    timeout: float = 120.0
+    """Seconds without a byte after which a request has failed."""
+    drain: float = 60.0
+    """Seconds that running requests have after the last stage."""
+    workers: int = 0
+    """Worker processes; 0 makes the load in the generator's own process."""
+    seed: int = 0
+
+    @property
+    def length(self) -> float:
+        """Seconds without the drain."""
+        return sum(stage.settle + stage.seconds for stage in self.stages)
+
+
+class Event(msgspec.Struct, omit_defaults=True):
+    """A line of the generator's output; times are seconds of the monotonic clock."""
+
+    kind: Literal["stage", "progress", "end", "error"]
+    at: float = 0.0
+    stage: int = 0
+    users: int = 0
+    done: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    tokens: int = 0
+    text: str = ""
+
+
+class Use(msgspec.Struct):
+    """What a process of the generator was busy with since its last such line."""
+
+    worker: int
+    at: float
+    seconds: float
+    cpu: float
+    """Seconds of processor time."""
+    lag: float
+    """Seconds by which the worst of its timers was late."""
+
+
+def read_jobs(path: str) -> list[Job]:
+    """Prepared requests."""
+    with open(path, "rb") as file:
+        return [msgspec.json.decode(line, type=Job) for line in file]

@@ -1,0 +1,147 @@
+"""From records to figures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from manyheads.bench.plan import Kind, Use
+from manyheads.bench.record import UNFINISHED, Record
+from manyheads.bench.result import Generator, Level, Point, Summary
+
+BUSY = 0.9
+"""Share of a core from which on a process of the generator is taken to be at its limit; Locust's own threshold."""
+LAG = 0.05
+"""Seconds: timers that are later than this blur times to first token."""
+LATE = 0.1
+"""Seconds: arrivals later than this are no longer the load that was asked for."""
+ANSWERED = 0.9
+"""Share of arrivals that a server must answer while they come, not to count as overloaded."""
+POINTS = 60
+
+
+def percentile(ordered: Sequence[float], p: float) -> float:
+    """Of sorted values, linear between neighbours as numpy has it; p in [0, 100]."""
+    place = (len(ordered) - 1) * p / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summarize(values: Sequence[float | None]) -> Summary | None:
+    """Of the values that are there; None of nothing."""
+    ordered = sorted(v for v in values if v is not None)
+    if not ordered:
+        return None
+    p50, p90, p95, p99 = (percentile(ordered, p) for p in (50, 90, 95, 99))
+    quantiles = [round(percentile(ordered, p), 6) for p in range(0, 101, 2)]
+    mean = math.fsum(ordered) / len(ordered)
+    return Summary(len(ordered), mean, p50, p90, p95, p99, ordered[-1], quantiles)
+
+
+def make_level(
+    records: Sequence[Record],
+    window: tuple[float, float],
+    load: float,
+    kind: Kind,
+    objectives: dict[str, float],
+) -> Level:
+    """Figures of a window of the monotonic clock.
+
+    Throughput counts what came within it. Latencies are, in a closed loop, of the requests that ended within it; in an
+    open loop, of those sent within it, however late they were answered: at overload the others are the quick ones.
+    """
+    start, end = window
+    seconds = max(end - start, 1e-9)
+    sent = [r for r in records if start <= r.sent < end]
+    ended = [r for r in records if start <= r.ended < end and r.reason != UNFINISHED]
+    judged = ended if kind == "users" else [r for r in sent if r.reason != UNFINISHED]
+    good = [r for r in judged if r.ok]
+    failures = Counter(r.reason for r in judged if r.reason is not None)
+    tokens = sum(r.tokens_between(start, end) for r in records if r.ok or r.reason == UNFINISHED)
+    answered = [r for r in ended if r.ok]
+    prompts = [r.prompt_tokens for r in good if r.prompt_tokens is not None]
+    outputs = [r.tokens for r in good if r.tokens is not None]
+    within = [r for r in good if meets(r, objectives)]
+    steps = [(r.tokens, r.steps) for r in good if r.tokens and r.steps]
+    chunks = sum(len(r.chunks) for r in good)
+    overlap = sum(max(0.0, min(r.ended, end) - max(r.sent, start)) for r in records)
+    return Level(
+        load=load,
+        seconds=seconds,
+        sent=len(sent),
+        completed=len(good),
+        failed=len(judged) - len(good),
+        unfinished=sum(r.reason == UNFINISHED for r in sent),
+        failures=dict(failures.most_common()),
+        requests_per_s=len(answered) / seconds,
+        prompt_tokens=sum(prompts) / len(prompts) if prompts else None,
+        output_tokens=sum(outputs) / len(outputs) if outputs else None,
+        output_tokens_per_s=tokens / seconds,
+        total_tokens_per_s=(tokens + sum(r.prompt_tokens or 0 for r in answered)) / seconds,
+        in_flight=overlap / seconds,
+        ttft=summarize([r.ttft for r in good]),
+        tpot=summarize([r.tpot for r in good]),
+        gap=summarize([gap for r in good for gap in r.gaps]),
+        e2e=summarize([r.seconds for r in good]),
+        tokens_per_chunk=sum(outputs) / chunks if chunks and outputs else None,
+        tokens_per_step=sum(t for t, _ in steps) / sum(s for _, s in steps) if steps else None,
+        good=len(within),
+        goodput=len(within) / seconds,
+        overloaded=kind != "users" and len(sent) > 0 and len(answered) < ANSWERED * len(sent),
+    )
+
+
+def meets(record: Record, objectives: dict[str, float]) -> bool:
+    """Whether a request was within the objectives; one without a second token has no time per token to miss."""
+    if not record.ok or record.ttft is None:
+        return False
+    return record.ttft <= objectives["ttft"] and (record.tpot is None or record.tpot <= objectives["tpot"])
+
+
+def generator_use(uses: Sequence[Use], records: Sequence[Record], window: tuple[float, float]) -> Generator:
+    """How busy the generator was, and whether that spoils the window's figures."""
+    start, end = window
+    inside = [u for u in uses if start <= u.at < end]
+    busy: dict[int, tuple[float, float]] = {}
+    for use in inside:
+        cpu, wall = busy.get(use.worker, (0.0, 0.0))
+        busy[use.worker] = (cpu + use.cpu, wall + use.seconds)
+    cpu_share = max((cpu / wall for cpu, wall in busy.values() if wall), default=None)
+    lag = percentile(sorted(u.lag for u in inside), 95) if inside else None
+    lates = sorted(r.sent - r.due for r in records if r.due is not None and start <= r.sent < end)
+    late = percentile(lates, 99) if lates else None
+    bound = []
+    if cpu_share is not None and cpu_share >= BUSY:
+        bound.append(f"a process of the generator was busy {cpu_share:.0%} of the time (limit {BUSY:.0%})")
+    if lag is not None and lag > LAG:
+        bound.append(f"its timers were late by {lag * 1e3:.0f} ms (limit {LAG * 1e3:.0f} ms)")
+    if late is not None and late > LATE:
+        bound.append(f"requests were sent late by up to {late * 1e3:.0f} ms (limit {LATE * 1e3:.0f} ms)")
+    return Generator(cpu_share, lag, late, bound)
+
+
+def make_timeline(records: Sequence[Record], start: float, end: float) -> list[Point]:
+    """The run in at most POINTS slices of at least a second."""
+    if end <= start:
+        return []
+    width = max(1.0, (end - start) / POINTS)
+    points = []
+    for i in range(math.ceil((end - start) / width)):
+        low, high = start + i * width, min(start + (i + 1) * width, end)
+        if high - low < width / 2:
+            break
+        ended = [r for r in records if low <= r.ended < high]
+        latencies = sorted(r.seconds for r in ended if r.ok)
+        points.append(
+            Point(
+                at=(low + high) / 2 - start,
+                in_flight=sum(max(0.0, min(r.ended, high) - max(r.sent, low)) for r in records) / (high - low),
+                requests_per_s=len(latencies) / (high - low),
+                tokens_per_s=sum(r.tokens_between(low, high) for r in records) / (high - low),
+                failures_per_s=sum(r.failed for r in ended) / (high - low),
+                p50=percentile(latencies, 50) if latencies else None,
+            )
+        )
+    return points

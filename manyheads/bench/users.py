@@ -1,0 +1,121 @@
+"""Locust's users: `AskingUser` asks one question after another, `ArrivalUser` sends whenever a request is due."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent.pool
+import locust
+import msgspec
+from locust.user.task import LOCUST_STATE_STOPPING
+
+from manyheads.bench.client import Client
+from manyheads.bench.plan import Run, read_jobs
+from manyheads.bench.record import Record
+
+PAUSE_AFTER_FAILURE = 1.0
+"""Seconds: a server that refuses at once is not to be asked a thousand times a second."""
+
+
+class Traffic:
+    """What the users of one process share: requests in turn, the client, and where records go."""
+
+    def __init__(self, run: Run, environment: Any, share: tuple[int, int] = (0, 1)) -> None:
+        self.run = run
+        self.environment = environment
+        self.part, self.parts = share
+        jobs = read_jobs(run.jobs)
+        if run.kind == "trace":
+            jobs.sort(key=lambda job: job.at or 0.0)
+        self.jobs = jobs[self.part :: self.parts] or jobs
+        self.bodies = [msgspec.json.encode(job.body) for job in self.jobs]
+        self._turn = itertools.cycle(self.bodies)
+        self.client = Client(
+            run.url,
+            run.path,
+            timeout=run.timeout,
+            max_tokens=run.max_tokens,
+            api_key=os.environ.get("MANYHEADS_API_KEY"),
+        )
+        self.listeners: list[Callable[[Record], None]] = []
+
+    def ask(self, body: bytes | None = None, due: float | None = None) -> Record:
+        """Send the next request, or this one; fires Locust's events."""
+        record = self.client.ask(next(self._turn) if body is None else body, due)
+        for listen in self.listeners:
+            listen(record)
+        fire(self.environment, self.run.path, record)
+        return record
+
+    def arrivals(self) -> Iterator[tuple[float, bytes]]:
+        """(seconds from the start, request) of this process's part of an open-loop run."""
+        stage = self.run.stages[0]
+        length = stage.settle + stage.seconds
+        if self.run.kind == "trace":
+            for job, body in zip(self.jobs, self.bodies, strict=True):
+                yield (job.at or 0.0) / stage.load, body
+            return
+        # parts of a Poisson process are Poisson processes
+        chance = random.Random(f"{self.run.seed} {stage.load} {self.part}")
+        at = 0.0
+        while (at := at + chance.expovariate(stage.load / self.parts)) < length:
+            yield at, next(self._turn)
+
+
+def fire(environment: Any, path: str, record: Record) -> None:
+    """Rows of Locust's tables: the request, its time to first token, its time per output token (ms, as all there)."""
+    fire_event = environment.events.request.fire
+    error = None if record.ok else RuntimeError(f"{record.reason} {record.detail}".strip())
+    common: dict[str, Any] = {"context": {}, "exception": None, "response_length": 0}
+    tokens = {"exception": error, "response_length": record.tokens or 0}
+    fire_event(request_type="POST", name=path, response_time=record.seconds * 1e3, **common | tokens)
+    if record.ok and record.ttft is not None:
+        fire_event(request_type="TTFT", name="time to first token", response_time=record.ttft * 1e3, **common)
+    if record.ok and record.tpot is not None:
+        fire_event(request_type="TPOT", name="time per output token", response_time=record.tpot * 1e3, **common)
+
+
+class AskingUser(locust.User):
+    """Closed loop: asks, reads the answer to its end, asks the next."""
+
+    abstract = True
+    wait_time = locust.constant(0)
+
+    @locust.task
+    def question(self) -> None:
+        """One request."""
+        record = self.environment.traffic.ask()
+        if record.failed:
+            gevent.sleep(PAUSE_AFTER_FAILURE)
+
+
+class ArrivalUser(locust.User):
+    """Open loop: sends at the times of `Traffic.arrivals` whatever is still unanswered. One of these a process."""
+
+    abstract = True
+    wait_time = locust.constant(0)
+
+    @locust.task
+    def send_all(self) -> None:
+        """The whole run, then wait for the answers."""
+        traffic: Traffic = self.environment.traffic
+        group = gevent.pool.Group()
+        start = time.perf_counter()
+        try:
+            for at, body in traffic.arrivals():
+                delay = start + at - time.perf_counter()
+                if delay > 0:
+                    gevent.sleep(delay)
+                group.spawn(traffic.ask, body, start + at)
+            group.join()
+        finally:
+            group.kill()
+        while True:  # until the runner stops us
+            gevent.sleep(0.1)
+            if self._state == LOCUST_STATE_STOPPING:
+                return

@@ -1,0 +1,237 @@
+"""`manyheads bench`: load tests, their reports, and Locust's web page."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from manyheads.cli.parser import Parser
+from manyheads.config import ConfigError
+
+MODES = {
+    "users": "so many users at once, each asking one question after another (closed loop)",
+    "rate": "so many requests a second at random times, answered or not (open loop)",
+    "trace": "the requests of --prompts at the times that they tell",
+    "first": "the test of the first version: 5 users, one more every 10 s, 150 s, 7 tokens in, 100 out",
+}
+MOST_USERS = 10_000
+
+
+def options(parser: Parser) -> None:
+    """The command's options."""
+    modes = "; ".join(f"{mode}: {text}" for mode, text in MODES.items())
+    parser.add_argument("mode", nargs="?", choices=tuple(MODES), help=f"{modes} (default: users)")
+    target = parser.add_argument_group("server")
+    target.add_argument("--url", help="measure this running server (default: start one here)")
+    target.add_argument(
+        "--model", help="what to serve here, or the model's name at --url (default: builtin; its first)"
+    )
+    target.add_argument(
+        "--serve", default="", metavar="OPTIONS", help="of `manyheads serve`, as in --serve='--dtype float32'"
+    )
+    target.add_argument("--api-key", help="for the server (default: $MANYHEADS_API_KEY, if set)")
+    target.add_argument("--no-check", dest="check", action="store_false", help="do not ask the server first who it is")
+    load = parser.add_argument_group("load")
+    load.add_argument("--users", help="numbers of users, such as 1,2,4,8 (default)")
+    load.add_argument("--ramp", type=float, metavar="SECONDS", help="users: one more after so long, up to --users")
+    load.add_argument(
+        "--rates", help="requests a second, such as 1,2,4 (default: doubled until the server is overloaded)"
+    )
+    load.add_argument("--speeds", help="speeds of the trace, such as 1,2 (default: 1)")
+    load.add_argument("--hold", type=float, help="seconds to measure each load (default: 20)")
+    load.add_argument("--settle", type=float, help="seconds before that do not count (default: 3)")
+    load.add_argument("--drain", type=float, default=60.0, help="seconds for the last answers (default: 60)")
+    load.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds of silence until a request fails (default: 120)"
+    )
+    load.add_argument(
+        "--workers", type=int, default=0, help="processes that make the load (default: one, without a master)"
+    )
+    load.add_argument(
+        "--no-limit", dest="limit", action="store_false", help="do not measure the generator itself first"
+    )
+    work = parser.add_argument_group("requests")
+    work.add_argument("--prompt-tokens", type=int, help="tokens in each prompt (default: 128)")
+    work.add_argument("--prompts", metavar="FILE", help="JSON lines with `prompt` or `messages`, `max_tokens`, `at`")
+    work.add_argument("--output-tokens", type=int, default=100, help="tokens in each answer (default: 100)")
+    work.add_argument(
+        "--natural", action="store_true", help="let the model end its answers; --output-tokens is the most"
+    )
+    work.add_argument("--chat", action="store_true", help="ask /v1/chat/completions (default: /v1/completions)")
+    work.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    work.add_argument("--body", default="{}", metavar="JSON", help="more fields of every request")
+    work.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default: 0)")
+    report = parser.add_argument_group("report")
+    report.add_argument("--ttft-ms", type=float, default=1000.0, help="goodput: first token within (default: 1000)")
+    report.add_argument("--tpot-ms", type=float, default=100.0, help="goodput: time per output token (default: 100)")
+    report.add_argument("--name", help="of the run, in reports (default: the server's and the model's)")
+    report.add_argument("--output", "-o", metavar="FOLDER", help="where the report goes (default: bench-DATE)")
+    report.add_argument("--compare", nargs="+", metavar="FOLDER", help="lay reports side by side; nothing is measured")
+    report.add_argument("--ui", action="store_true", help="open Locust's web page for --url; nothing else is done")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, compare, or open the page; 1 if no request was answered."""
+    missing = [name for name in ("locust", "matplotlib", "psutil") if importlib.util.find_spec(name) is None]
+    if missing:  # NOTE: not by importing it: Locust changes the standard library of the process
+        raise ConfigError(f"load tests need {', '.join(missing)}: pip install 'manyheads[bench]'")
+    folder = Path(args.output or f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    if args.compare:
+        from manyheads.bench.compare import compare
+
+        print(compare([Path(name) for name in args.compare], folder))
+        return 0
+    if args.ui:
+        return _ui(args)
+    from manyheads.bench.findings import findings
+    from manyheads.bench.measure import measure
+    from manyheads.bench.progress import Progress
+    from manyheads.bench.report import write
+
+    result, records = measure(bench_options(args), Progress())
+    page = write(result, records, folder)
+    for text in findings(result):
+        print(text)
+    print(f"report: {page}")
+    return 0 if result.whole.completed else 1
+
+
+def bench_options(args: argparse.Namespace) -> Any:
+    """What to measure, from the options.
+
+    Raises:
+        BenchInputError: they make no sense.
+    """
+    from manyheads.bench.measure import Options
+    from manyheads.bench.plan import BenchInputError
+    from manyheads.bench.prompts import Workload
+
+    mode = args.mode or "users"
+    first = mode == "first"
+    kind: Any = "users" if first else mode
+    for flag, modes in (
+        ("users", ("users", "first")),
+        ("rates", ("rate",)),
+        ("speeds", ("trace",)),
+        ("ramp", ("users",)),
+    ):
+        if getattr(args, flag) is not None and mode not in modes:
+            raise BenchInputError(f"--{flag} is for `manyheads bench {modes[0]}`, not for {mode}")
+    if mode == "trace" and not args.prompts:
+        raise BenchInputError("a trace needs --prompts FILE, with `at` on each line")
+    if args.url and args.serve:
+        raise BenchInputError("--serve is for servers that are started here, not for --url")
+    ranges = {"hold": (0, 1e6), "settle": (-1, 1e6), "drain": (0, 1e6), "timeout": (0, 1e6), "ramp": (0, 1e6)}
+    ranges |= {"prompt_tokens": (0, 1e7), "output_tokens": (0, 1e7), "ttft_ms": (0, 1e9), "tpot_ms": (0, 1e9)}
+    ranges |= {"workers": (-1, 256)}
+    for option, (low, high) in ranges.items():
+        value = getattr(args, option)
+        if value is not None and not low < value <= high:
+            raise BenchInputError(f"--{option.replace('_', '-')} must be above {max(low, 0):g}, not {value:g}")
+    loads = {"users": "1,2,4,8", "first": "5", "rate": "", "trace": "1"}[mode]
+    given = {"users": args.users, "first": args.users, "rate": args.rates, "trace": args.speeds}[mode]
+    body = _body(args.body)
+    most = 1_000_000.0 if kind != "users" else float(MOST_USERS)
+    workload = Workload(
+        prompt_tokens=args.prompt_tokens or (7 if first else 128),
+        file=Path(args.prompts) if args.prompts else None,
+        output_tokens=args.output_tokens,
+        natural=args.natural,
+        chat=args.chat,
+        temperature=args.temperature,
+        extra=body,
+        seed=args.seed,
+    )
+    hold = args.hold or (110.0 if first else 20.0)
+    values: dict[str, Any] = {
+        "loads": parse_loads(given if given is not None else loads, kind, most),
+        "hold": hold,
+        "settle": args.settle if args.settle is not None else 3.0,
+        "ramp": 10.0 if first else args.ramp,
+        "work": workload,
+    }
+    if args.workers and kind == "users" and min(values["loads"]) < args.workers and args.ramp is None and not first:
+        raise BenchInputError(f"--workers {args.workers} are more than the {min(values['loads']):g} users of a load")
+    return Options(
+        kind=kind,
+        objectives={"ttft": args.ttft_ms / 1e3, "tpot": args.tpot_ms / 1e3},
+        url=args.url,
+        model=args.model,
+        serve=tuple(shlex.split(args.serve)),
+        api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
+        check=args.check,
+        workers=args.workers,
+        timeout=args.timeout,
+        drain=args.drain,
+        calibrate=args.limit,
+        name=args.name,
+        settings=_settings(args, mode, values),
+        **values,
+    )
+
+
+def parse_loads(text: str, kind: str, most: float) -> tuple[float, ...]:
+    """Numbers with commas between them, in rising order.
+
+    Raises:
+        BenchInputError: they are none.
+    """
+    from manyheads.bench.plan import BenchInputError
+
+    try:
+        loads = sorted({float(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        raise BenchInputError(f"{text!r} are no numbers; loads look like 1,2,4") from None
+    wrong = [load for load in loads if not 0 < load <= most or (kind == "users" and load != int(load))]
+    if wrong or (text.strip() and not loads):
+        raise BenchInputError(f"loads must be {'whole numbers ' if kind == 'users' else ''}above 0, not {text!r}")
+    return tuple(loads)
+
+
+def _body(text: str) -> dict[str, Any]:
+    from manyheads.bench.plan import BenchInputError
+
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise BenchInputError(f"--body is no JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BenchInputError("--body must be a JSON object, such as '{\"top_p\": 0.9}'")
+    if reserved := body.keys() & {"stream", "stream_options", "prompt", "messages", "n"}:
+        raise BenchInputError(f"--body cannot set {', '.join(sorted(reserved))}")
+    return body
+
+
+def _settings(args: argparse.Namespace, mode: str, values: dict[str, Any]) -> dict[str, Any]:
+    """For the report: what was asked for."""
+    work = values["work"]
+    settings: dict[str, Any] = {"mode": mode, "hold": f"{values['hold']:g} s"}
+    settings["settle"] = f"{values['settle']:g} s"
+    if values["ramp"] is not None:
+        del settings["settle"]
+        settings["ramp"] = f"one more user every {values['ramp']:g} s"
+    settings |= {"prompts": work.file.name} if work.file else {"prompt_tokens": work.prompt_tokens}
+    settings |= {"output_tokens": work.output_tokens, "endpoint": work.path, "temperature": work.temperature}
+    settings |= {"natural": True} if work.natural else {}
+    settings |= {"body": args.body} if work.extra else {}
+    return settings | ({"workers": args.workers} if args.workers else {})
+
+
+def _ui(args: argparse.Namespace) -> int:
+    """Become Locust with our users."""
+    from manyheads.bench import web
+
+    command = [sys.executable, "-m", "locust", "-f", web.__file__, "--prompt-tokens", str(args.prompt_tokens or 128)]
+    command += ["--output-tokens", str(args.output_tokens), *(["--chat"] if args.chat else [])]
+    command += ["-H", args.url] if args.url else []
+    if args.api_key:
+        os.environ["MANYHEADS_API_KEY"] = args.api_key
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
