@@ -87,14 +87,19 @@ class _Answer:
 
     async def events(self, updates: AsyncGenerator[Update, None]) -> AsyncGenerator[bytes, None]:
         head = self.head(self.chunk_object)
-        usage = {"usage": None} if self.body.include_usage else {}
+        options = self.body.stream_options
+        always = options is not None and options.continuous_usage_stats
+
+        def usage() -> dict[str, Any]:
+            return {"usage": self.generation.usage() if always else None} if self.body.include_usage else {}
+
         async with contextlib.aclosing(updates):
             for choice in self.opening():
-                yield event({**head, "choices": [choice], **usage})
+                yield event({**head, "choices": [choice], **usage()})
             async for update in updates:
                 piece = self.chunk(update)
                 if piece is not None:
-                    yield event({**head, "choices": [piece], **usage})
+                    yield event({**head, "choices": [piece], **usage()})
         if self.body.include_usage:
             yield event({**head, "choices": [], "usage": self.generation.usage()})
         yield DONE

@@ -188,7 +188,9 @@ def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Tokenizer], re
 def _bind(host: str, port: int) -> socket.socket:
     """Take the address before the model is loaded, so that a taken one is noticed at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off only where it sees that a socket speaks TCP; else the second chunk of a reply
+    # on a connection that is used again waits for the client's delayed acknowledgement, 40 ms
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -75,6 +75,8 @@ class Sampling(Body):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """vLLM's: usage so far in every chunk, where include_usage is set."""
     include_obfuscation: bool | None = None
 
 

@@ -267,6 +267,12 @@ def test_port_taken(tmp_path: Path) -> None:
     assert running.is_gone()
 
 
+def test_connections_do_not_wait_to_fill_packets() -> None:
+    """asyncio sets TCP_NODELAY on sockets that say that they speak TCP; 40 ms a reply otherwise."""
+    with _bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("no.such.host.invalid", 8000), ("192.0.2.1", 8000)])
 def test_no_such_address(host: str, port: int) -> None:
     with pytest.raises(ConfigError, match=rf"cannot listen on {host}:{port}: .+; choose another --port or --host"):

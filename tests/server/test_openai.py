@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -42,6 +43,18 @@ def test_chat_stream(api: openai.OpenAI) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 30
     assert all(c.usage is None for c in chunks[:-1])
+
+
+def test_usage_in_every_chunk(api: openai.OpenAI) -> None:
+    """vLLM's option, which its users' load generators ask for."""
+    options: dict[str, Any] = {"include_usage": True, "continuous_usage_stats": True}
+    stream = api.chat.completions.create(
+        model="fake", messages=HELLO, max_tokens=9, stream=True, stream_options=options
+    )
+    counts = [chunk.usage.completion_tokens for chunk in stream if chunk.usage is not None]
+    assert counts == sorted(counts)
+    assert counts[-1] == 9
+    assert len(counts) > 3
 
 
 def test_chat_stop_never_leaks(api: openai.OpenAI) -> None:
