@@ -43,7 +43,8 @@ class EngineConfig:
     """Share of a GPU's memory that weights, K/V cache and scratch may take together."""
     prefix_caching: bool = True
     tree_size: int | None = None
-    """Nodes of every speculation tree; None lets the planner choose at each step from measured costs."""
+    """Nodes that a decoding row brings, on average over the rows of a step; None lets the planner choose from measured
+    costs."""
     max_queue: int = 1024
     """Most requests that wait; one more is rejected."""
     seed: int | None = None

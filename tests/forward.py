@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manyheads.attention.base import Group
 from manyheads.attention.torch import TorchAttention
-from manyheads.medusa.tree import TreeTensors, chain_tensors
+from manyheads.medusa.tree import TreeTensors
 from manyheads.models.llama import Llama
 
 
@@ -15,11 +15,21 @@ from manyheads.models.llama import Llama
 def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None) -> Tensor:
     """[T] → [T, hidden]; the tokens are a chain if no tree says otherwise."""
     config, n = model.config, len(tokens)
-    tree = tree or chain_tensors(n, tokens.device)
     pages = -(-n // 16)
     cache = torch.zeros(config.num_layers, 2, pages, 16, config.num_kv_heads, config.head_dim, dtype=model.dtype)
     attention = TorchAttention(cache, config, model.rope)
-    attention.plan([Group(0, 1, tree, torch.tensor([0]), torch.arange(pages)[None], 0)], tree.depth, torch.arange(n))
+    group = Group(
+        start=0,
+        stop=n,
+        row_start=torch.tensor([0, n], dtype=torch.int32),
+        bits=tree.bits if tree else torch.zeros(n, dtype=torch.int64),
+        cached_len=torch.tensor([0]),
+        block_table=torch.arange(pages)[None],
+        max_tokens=n,
+        max_cached_len=0,
+        is_chain=tree is None,
+    )
+    attention.plan([group], tree.depth if tree else torch.arange(n), torch.arange(n))
     return model.forward(tokens, attention)
 
 

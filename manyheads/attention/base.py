@@ -1,7 +1,7 @@
 """The seam for attention: rows that are trees over a paged K/V cache.
 
-A step's tokens lie flat, row after row. Rows of one shape stand together in a `Group`, so that a backend may treat them
-as [rows, nodes]. A token attends to its row's cached prefix and to its ancestors in the row's tree (itself included).
+A step's tokens lie flat, row after row; a row brings as many as it likes. A token attends to its row's cached prefix
+and to its ancestors in the row's tree (itself included).
 """
 
 from __future__ import annotations
@@ -11,32 +11,24 @@ from typing import Protocol
 
 from torch import Tensor
 
-from manyheads.medusa.tree import TreeTensors
-
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """R rows with the same tree of n nodes: tokens `start … start + R·n` of the flat batch, row after row."""
+    """R rows of trees, or one row that is a chain: tokens `start … stop - 1` of the flat batch."""
 
     start: int
-    num_rows: int
-    tree: TreeTensors
+    stop: int
+    row_start: Tensor  # [R + 1] int32, row r's tokens are row_start[r] … row_start[r + 1] - 1 of the group's
+    bits: Tensor  # [stop - start] int64, bit j: the row's token j is this one or above it; 0 is a chain
     cached_len: Tensor  # [R] int64, on the device
     block_table: Tensor  # [R, max_blocks] int64, on the device; as wide for every group
-    max_cached_len: int  # a bound that the host knows
+    max_tokens: int  # bounds that the host knows: tokens of a row,
+    max_cached_len: int  # and its cached ones
+    is_chain: bool = False
 
     @property
-    def num_nodes(self) -> int:
-        return self.tree.num_nodes
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.num_rows * self.num_nodes
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether it is a chunk of a prompt: known tokens, each below the one before."""
-        return self.tree.is_chain
+    def num_rows(self) -> int:
+        return self.cached_len.shape[0]
 
 
 class AttentionBackend(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,13 @@ from manyheads.models.ops import rms_norm
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Rows of one group with caches of about one length, padded to a rectangle of L slots."""
+    """Rows with caches of about one length, padded to a rectangle of n tokens by L slots."""
 
-    start: int
+    start: int  # of the step's tokens
+    stop: int
     num_rows: int
-    num_nodes: int
+    num_tokens: int  # n
+    place: Tensor | None  # [stop - start] int64, into the R · n; None where every row has n tokens
     pages: Tensor  # [R · L / page size] int64
     span: tuple[int, int] | None  # the slots of a single row whose pages lie side by side
     mask: Tensor | None  # [R, 1, n · query heads per kv head, L], 0 or -inf; None where all is visible
@@ -51,41 +54,68 @@ class TorchAttention:
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         self._slots = slots
         self._cos, self._sin = self.rope[0][positions], self.rope[1][positions]  # [T, 1, d]
-        self._parts = [self._part(group) for group in groups]
+        self._parts = [part for group in groups for part in self._split(group)]
 
-    def _part(self, group: Group) -> _Part:
-        num_nodes = group.num_nodes
-        num_pages = -(-(group.max_cached_len + num_nodes) // self.block_size)
-        length = num_pages * self.block_size
-        pages = group.block_table[:, :num_pages].reshape(-1)
-        span = None
-        if group.num_rows == 1:
+    def _split(self, group: Group) -> list[_Part]:
+        """Rows of about one length, and of all of their tokens, stand together: the rest would be padding.
+
+        Rows come sorted by the length of their caches.
+        """
+        lengths, starts = group.cached_len.tolist(), group.row_start.tolist()
+        parts: list[_Part] = []
+        end = len(lengths)
+        while end > 0:
+            first = end
+            while first > 0 and max(lengths[first - 1], 128) * 2 >= lengths[end - 1]:
+                first -= 1
+            parts.append(self._part(group, first, lengths[first:end], starts[first : end + 1]))
+            end = first
+        return parts[::-1]
+
+    def _part(self, group: Group, first_row: int, lengths: list[int], starts: list[int]) -> _Part:
+        rows = slice(first_row, first_row + len(lengths))
+        counts = [stop - start for start, stop in pairwise(starts)]
+        num_rows, tokens = len(counts), max(counts)
+        longest = max(length + count for length, count in zip(lengths, counts, strict=True))
+        num_pages = -(-longest // self.block_size)
+        pages = group.block_table[rows, :num_pages].reshape(-1)
+        device = pages.device
+        start, stop = group.start + starts[0], group.start + starts[-1]
+        bits = group.bits[starts[0] : starts[-1]]
+        place = None
+        if min(counts) < tokens:
+            place = torch.tensor(
+                [r * tokens + i for r, count in enumerate(counts) for i in range(count)], device=device
+            )
+            bits = bits.new_ones(num_rows * tokens).index_copy_(0, place, bits)  # padding sees a row's first token
+        bits = bits.view(num_rows, tokens)
+        order = torch.arange(tokens, device=device)
+        # [R, n, n]
+        branches = (order[:, None] >= order)[None] if group.is_chain else (bits[..., None] >> order) & 1 != 0
+        if num_rows == 1:
             first = int(pages[0])
-            if torch.equal(pages, torch.arange(first, first + num_pages, device=pages.device)):
-                length = int(group.cached_len) + num_nodes
-                span = (first * self.block_size, first * self.block_size + length)
-        if span:
-            # nothing is padded: the prefix is visible, and behind it stand the nodes
-            mask = None
-            if num_nodes > 1:
-                hidden = (~group.tree.ancestors).repeat_interleave(self.queries_per_kv, dim=0)
-                branches = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=pages.device).masked_fill_(
-                    hidden, float("-inf")
-                )
-                mask = F.pad(branches, (length - num_nodes, 0))[None, None]
-            return _Part(group.start, 1, num_nodes, pages, span, mask)
-        # position of each slot relative to the first in-flight token: [R, L]
-        relative = torch.arange(length, device=pages.device) - group.cached_len[:, None]
-        if num_nodes == 1:
-            hidden = (relative > 0)[:, None]  # [R, 1, L]
+            if torch.equal(pages, torch.arange(first, first + num_pages, device=device)):
+                # nothing is padded: the prefix is visible, and behind it stand the tokens
+                mask = None
+                if tokens > 1:
+                    mask = F.pad(self._mask(~branches), (longest - tokens, 0))
+                span = (first * self.block_size, first * self.block_size + longest)
+                return _Part(start, stop, 1, tokens, place, pages, span, mask)
+        # position of each slot relative to the first in-flight token: [R, 1, L]
+        slots = torch.arange(num_pages * self.block_size, device=device)
+        relative = (slots - group.cached_len[rows, None])[:, None]
+        if tokens == 1:
+            hidden = relative > 0
         else:
-            seen = group.tree.ancestors.T[relative.clamp(0, num_nodes - 1)]  # [R, L, n]
-            seen = torch.where((relative < num_nodes)[..., None], seen, False)
-            hidden = ~torch.where((relative < 0)[..., None], True, seen).transpose(1, 2)  # [R, n, L]
-        mask = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=pages.device)
-        mask = mask.masked_fill_(hidden, float("-inf"))
-        mask = mask.repeat_interleave(self.queries_per_kv, dim=1)[:, None]
-        return _Part(group.start, group.num_rows, num_nodes, pages, span, mask)
+            at = relative.clamp(0, tokens - 1).expand(-1, tokens, -1)
+            seen = branches.expand(num_rows, -1, -1).gather(2, at) & (relative < tokens)
+            hidden = ~(seen | (relative < 0))
+        return _Part(start, stop, num_rows, tokens, place, pages, None, self._mask(hidden))
+
+    def _mask(self, hidden: Tensor) -> Tensor:
+        """[R, n, L] bool to what is added to scores, for all query heads of a K/V head."""
+        mask = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, float("-inf")).repeat_interleave(self.queries_per_kv, dim=1)[:, None]
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         num_rotated = self.num_heads + self.num_kv_heads
@@ -104,16 +134,20 @@ class TorchAttention:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend(self, layer: int, part: _Part, qk: Tensor) -> Tensor:
-        rows, nodes, kv_heads, dim = part.num_rows, part.num_nodes, self.num_kv_heads, self.head_dim
+        rows, tokens, kv_heads, dim = part.num_rows, part.num_tokens, self.num_kv_heads, self.head_dim
         if part.span is None:
             keys, values = (pages.index_select(0, part.pages) for pages in self._pages[layer])
         else:
             low, high = part.span
             keys, values = (slots[low:high] for slots in self._flat[layer])
         keys, values = (x.view(rows, -1, kv_heads, dim).transpose(1, 2) for x in (keys, values))
-        queries = qk[part.start : part.start + rows * nodes, : self.num_heads]
-        queries = queries.reshape(rows, nodes, kv_heads, self.queries_per_kv, dim).transpose(1, 2)
-        queries = queries.reshape(rows, kv_heads, nodes * self.queries_per_kv, dim)
+        queries = qk[part.start : part.stop, : self.num_heads]
+        if part.place is not None:
+            padded = queries.new_zeros(rows * tokens, self.num_heads, dim)
+            queries = padded.index_copy_(0, part.place, queries)
+        queries = queries.reshape(rows, tokens, kv_heads, self.queries_per_kv, dim).transpose(1, 2)
+        queries = queries.reshape(rows, kv_heads, tokens * self.queries_per_kv, dim)
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=part.mask)
-        out = out.view(rows, kv_heads, nodes, self.queries_per_kv, dim).transpose(1, 2)
-        return out.reshape(rows * nodes, self.num_heads * dim)
+        out = out.view(rows, kv_heads, tokens, self.queries_per_kv, dim).transpose(1, 2)
+        out = out.reshape(rows * tokens, self.num_heads * dim)
+        return out if part.place is None else out.index_select(0, part.place)

@@ -49,24 +49,22 @@ class TritonAttention:
         self._calls = [self._call(run) for run in runs]
 
     def _call(self, groups: list[Group]) -> _Call:
-        first = groups[0]
+        first, last = groups[0], groups[-1]
+        tokens = max(g.max_tokens for g in groups)
+        _, tiles = tile_sizes(tokens, self.num_heads // self.num_kv_heads)
+        longest = max(g.max_cached_len + g.max_tokens for g in groups)
+        splits = choose_splits(sum(g.num_rows for g in groups), self.num_kv_heads, tiles, longest, self._num_sms)
         if len(groups) == 1:
-            rows, nodes = first.num_rows, first.num_nodes
-            row_start = torch.arange(0, (rows + 1) * nodes, nodes, dtype=torch.int32, device=self.device)
-            cached_len, block_table, mask = first.cached_len, first.block_table, first.tree.bits.repeat(rows)
+            parts = (first.row_start, first.cached_len, first.block_table, first.bits)
         else:
-            starts = [start for g in groups for start in range(g.start, g.stop, g.num_nodes)]
-            starts = [start - first.start for start in (*starts, groups[-1].stop)]
-            row_start = torch.tensor(starts, dtype=torch.int32).to(self.device, non_blocking=True)
-            cached_len = torch.cat([g.cached_len for g in groups])
-            block_table = torch.cat([g.block_table for g in groups])
-            mask = torch.zeros(starts[-1], dtype=torch.int64, device=self.device)
-        nodes = max(g.num_nodes for g in groups)
-        _, tiles = tile_sizes(nodes, self.num_heads // self.num_kv_heads)
-        longest = max(g.max_cached_len + g.num_nodes for g in groups)
-        splits = choose_splits(len(cached_len), self.num_kv_heads, tiles, longest, self._num_sms)
-        tokens = slice(first.start, groups[-1].stop)
-        return _Call(tokens, row_start, cached_len, block_table, mask, nodes, splits)
+            starts = torch.tensor([*(g.start - first.start for g in groups), last.stop - first.start])
+            parts = (
+                starts.to(torch.int32).to(self.device, non_blocking=True),
+                torch.cat([g.cached_len for g in groups]),
+                torch.cat([g.block_table for g in groups]),
+                torch.cat([g.bits for g in groups]),
+            )
+        return _Call(slice(first.start, last.stop), *parts, tokens, splits)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         keys, values = self._layers[layer]

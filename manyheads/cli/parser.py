@@ -27,7 +27,7 @@ ENGINE_HELP: dict[str, tuple[type, str]] = {
     "kv_cache_bytes": (int, "size of the K/V cache"),
     "gpu_memory_utilization": (float, "share of a GPU's memory to take"),
     "prefix_caching": (bool, "keep the K/V of prompts for later ones that begin the same"),
-    "tree_size": (int, "nodes of every speculation tree, 1 to 64 (default: chosen at each step)"),
+    "tree_size": (int, "nodes of a row's speculation tree, on average, 1 to 64 (default: chosen at each step)"),
     "max_queue": (int, "most requests that wait; more are rejected"),
     "seed": (int, "for requests that bring none (default: from the operating system)"),
     "num_threads": (int, "CPU threads of the engine (default: all cores; take fewer where others are busy)"),

@@ -11,74 +11,170 @@ from torch import Tensor
 
 from manyheads.engine.state import RowState
 from manyheads.medusa.tree import TreeTensors
-from manyheads.medusa.verify import Verdict
+from manyheads.medusa.verify import Verdict, agrees, longest_path
 from manyheads.models.ops import has_kernels
 
 
 @dataclass(frozen=True, eq=False)
 class InFlight:
-    """R rows that bring the same tree of n nodes (or chain of n known tokens)."""
+    """R rows and their T in-flight tokens, row after row."""
 
     index: Tensor  # [R] int64, slots of the row state
+    row_start: Tensor  # [R + 1] int32, row r's tokens are row_start[r] … row_start[r + 1] - 1
+    tokens: Tensor  # [T] int64
+    position: Tensor  # [T] int64, of the tokens themselves
+    slots: Tensor  # [T] int64, cache slots
+    bits: Tensor  # [T] int64, bit j: the row's token j is this one or above it; 0 is a chain
+
+
+@dataclass(frozen=True, eq=False)
+class Trees:
+    """Decoding rows, and which of a tree's n nodes each of them brings: its own most probable ones.
+
+    A row's tokens are its nodes in the tree's order, so parents come before their children.
+    """
+
+    inflight: InFlight
     tree: TreeTensors
-    tokens: Tensor  # [R, n] int64
-    position: Tensor  # [R, n] int64, of the tokens themselves
-    slots: Tensor  # [R, n] int64, cache slots
+    node_tokens: Tensor  # [R, n] int64, what every node would hold
+    taken: Tensor  # [R, n] bool, whether the row may accept the node
+    rank: Tensor  # [R, n] int64, a node's place among its row's tokens
+    row: Tensor  # [T] int64
+    node: Tensor  # [T] int64
+    row_slots: Tensor  # [R, n] int64, cache slots of the row's tokens by place
+    gains: Tensor  # [R · n] float32, what the heads expect of the first so many tokens beside the roots, summed
 
     @property
-    def num_rows(self) -> int:
-        return self.index.shape[0]
-
-    @property
-    def num_nodes(self) -> int:
-        return self.tree.num_nodes
+    def place(self) -> Tensor:
+        """[R, n] int64, where a node stands among all tokens; its row's root where it was not taken."""
+        first = self.inflight.row_start[:-1, None].to(torch.int64)
+        return first + torch.where(self.taken, self.rank, 0)
 
 
-def expand(state: RowState, index: Tensor, tree: TreeTensors) -> InFlight:
-    """The trees of decoding rows: the last token, and below it the heads' candidates."""
-    return place(state, index, tree, state.drafts[index[:, None], tree.column])
+def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int) -> Trees:
+    """The trees of decoding rows, `num_tokens` in all: every row's root, and of all rows' nodes the most probable.
 
+    A node's probability is the product of what the heads gave the candidates on its path. So a row that is easy to
+    predict brings more nodes than one that is not.
 
-def place(state: RowState, index: Tensor, tree: TreeTensors, tokens: Tensor) -> InFlight:
-    """Where tokens [R, n] stand in the sequence and in the cache."""
-    cached = state.cached_len[index, None]  # [R, 1]
-    slot = cached + tree.order
+    Args:
+        index: [R] int64, slots of the row state.
+        tree: the nodes that a row may bring.
+        num_tokens: at least R, at most R · n.
+    """
+    num_rows, num_nodes = index.shape[0], tree.num_nodes
+    node_tokens = state.drafts[index[:, None], tree.column]
+    cached = state.cached_len[index]
+    slot = cached[:, None] + tree.order
     page = state.block_table[index[:, None], slot // state.block_size]
-    slots = page * state.block_size + slot % state.block_size
-    return InFlight(index, tree, tokens, cached + tree.depth, slots)
+    row_slots = page * state.block_size + slot % state.block_size
+    if num_nodes == 1:
+        rows = torch.arange(num_rows, device=index.device)
+        nothing = torch.zeros_like(rows)
+        starts = torch.arange(num_rows + 1, device=index.device, dtype=torch.int32)
+        inflight = InFlight(index, starts, node_tokens[:, 0], cached, row_slots[:, 0], nothing + 1)
+        taken = torch.ones_like(node_tokens, dtype=torch.bool)
+        gains = torch.zeros(num_rows, device=index.device)
+        return Trees(inflight, tree, node_tokens, taken, nothing[:, None], rows, nothing, row_slots, gains)
+
+    chance = state.chances[index[:, None], tree.column]
+    value = chance
+    for _ in range(tree.max_depth - 1):
+        value = chance * value[:, tree.parent]  # each turn takes in an ancestor more; the root's chance is 1
+    value[:, 0] = 2.0  # roots first
+    # stable: of equals the earlier, so that no node comes before its parent
+    ordered, order = value.flatten().sort(descending=True, stable=True)
+    gains = ordered.cumsum(0) - 2.0 * num_rows
+    ids = order[:num_tokens].sort().values
+    chosen = torch.zeros(num_rows * num_nodes, dtype=torch.bool, device=index.device).index_fill_(0, ids, True)
+    chosen = chosen.view(num_rows, num_nodes)
+    upto = chosen.cumsum(1)  # [R, n]
+    rank = upto - 1
+    row, node = ids // num_nodes, ids % num_nodes
+    row_start = torch.zeros(num_rows + 1, dtype=torch.int32, device=index.device)
+    row_start[1:] = upto[:, -1].cumsum(0)
+    depth = tree.depth[node]
+    above = rank[row[:, None], tree.path[node]]  # [T, D + 1], places of the tokens on the path, padded with the last
+    on_path = torch.arange(above.shape[1], device=index.device) <= depth[:, None]
+    bits = ((on_path.to(torch.int64)) << above).sum(1)
+    inflight = InFlight(
+        index=index,
+        row_start=row_start,
+        tokens=node_tokens[row, node],
+        position=cached[row] + depth,
+        slots=row_slots[row, rank[row, node]],
+        bits=bits,
+    )
+    # a node without a chance only fills the step up
+    return Trees(inflight, tree, node_tokens, chosen & (value > 0), rank, row, node, row_slots, gains)
 
 
-def advance(state: RowState, cache: Tensor, rows: InFlight, verdict: Verdict) -> Tensor:
+def chain(state: RowState, index: Tensor, tokens: Tensor) -> InFlight:
+    """A chunk of one row's known tokens [T]."""
+    count = tokens.shape[0]
+    position = state.cached_len[index] + torch.arange(count, device=tokens.device)
+    page = state.block_table[index, position // state.block_size]
+    slots = page * state.block_size + position % state.block_size
+    row_start = torch.tensor([0, count], dtype=torch.int32).to(tokens.device, non_blocking=True)
+    return InFlight(index, row_start, tokens, position, slots, torch.zeros_like(tokens))
+
+
+def verify(trees: Trees, target: Tensor, accepted: Tensor | None = None) -> Verdict:
+    """The longest accepted path of each row.
+
+    Args:
+        target: [T] int64, the token that the target model continues each token with.
+        accepted: [R, n] bool, for rows with a lossy rule; None accepts what the target drew.
+    """
+    every = target[trees.place]  # [R, n]; what stands at nodes that were not taken is never looked at
+    if accepted is None:
+        agreeing = agrees(trees.node_tokens, every, trees.tree) & trees.taken
+        return longest_path(trees.node_tokens, every, agreeing, trees.tree)
+    return longest_path(trees.node_tokens, every, accepted & trees.taken, trees.tree, lossy=True)
+
+
+def advance(state: RowState, cache: Tensor, trees: Trees, verdict: Verdict) -> Tensor:
     """Keep what was accepted: its K/V go to the end of the row's prefix, the row moves on.
 
     Args:
         cache: [layers, 2, pages, page size, kv_heads, head_dim].
 
     Returns:
-        [R, 1 + 2 · (D + 1) + H · K] int64 for the host: tokens gained, which, the nodes that drew them, and the
-        candidates that were known when the step began.
+        [R, 3 + 2 · (D + 1) + H · K] int64 for the host: tokens gained, tokens brought, depth of the deepest, which
+        tokens, the nodes that drew them, and the candidates that were known when the step began.
     """
-    index = rows.index
-    if rows.num_nodes > 1:
-        _compact(cache, rows, verdict)
+    index = trees.inflight.index
     last = verdict.num_accepted[:, None]
-    report = torch.cat((last, verdict.emitted, verdict.path, state.candidates[index]), dim=1)
+    if trees.tree.num_nodes > 1:
+        _compact(cache, trees, verdict)
+        brought = trees.taken.sum(1, keepdim=True)
+        deepest = torch.where(trees.taken, trees.tree.depth, 0).amax(1, keepdim=True)
+    else:
+        brought, deepest = last, last - 1
+    parts = (last, brought, deepest, verdict.emitted, verdict.path, state.candidates[index])
+    report = torch.cat(parts, dim=1)
     state.cached_len.index_add_(0, index, verdict.num_accepted)
     state.drafts[index, 0] = verdict.emitted.gather(1, last - 1)[:, 0]
     return report
 
 
-def _compact(cache: Tensor, rows: InFlight, verdict: Verdict) -> None:
+def last_token(trees: Trees, verdict: Verdict) -> Tensor:
+    """[R] int64, where each row's last accepted token stands among all tokens."""
+    return trees.place.gather(1, verdict.last[:, None])[:, 0]
+
+
+def _compact(cache: Tensor, trees: Trees, verdict: Verdict) -> None:
     """Move the K/V of an accepted path's nodes to the first slots of the row's in-flight tokens."""
+    path = trees.rank.gather(1, verdict.path)  # places, which are never smaller than depths
     if has_kernels(cache.device):
         from manyheads.kernels.compact import compact
 
-        compact(cache, rows.slots, verdict.path, verdict.num_accepted)
+        compact(cache, trees.row_slots, path, verdict.num_accepted)
         return
-    depth = torch.arange(verdict.path.shape[1], device=cache.device)
-    moved = (verdict.path != depth) & (depth < verdict.num_accepted[:, None])
+    depth = torch.arange(path.shape[1], device=cache.device)
+    moved = (path != depth) & (depth < verdict.num_accepted[:, None])
     if bool(moved.any()):
-        source = rows.slots.gather(1, verdict.path)[moved]
-        destination = rows.slots[:, : depth.numel()][moved]
+        source = trees.row_slots.gather(1, path)[moved]
+        destination = trees.row_slots[:, : depth.numel()][moved]
         flat = cache.flatten(2, 3)
         flat[:, :, destination] = flat[:, :, source]

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from manyheads.engine.scheduler import Scheduler, Unsettled
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
-from manyheads.medusa.tree import ROOT
 from manyheads.request import EngineReady, EngineRequest, EngineStats, FinishReason, RequestDelta, RequestError
 
 
@@ -135,11 +134,12 @@ class Engine:
         launched = _Launched(plan, self.runner.launch(plan), time.perf_counter())
         for chunk in plan.chunks:
             chunk.request.cached_len += chunk.num_inflight
-        drawing = ([chunk.request for chunk in plan.chunks if chunk.is_last], plan.single, plan.speculating)
-        for requests, gain in zip(drawing, (1, 1, plan.tree.max_depth + 1), strict=True):
-            for request in requests:
-                request.unread += gain
-                request.has_candidates = plan.propose
+        for request in (chunk.request for chunk in plan.chunks if chunk.is_last):
+            request.unread += 1
+            request.has_candidates = plan.draft.propose
+        for request in plan.decoding:
+            request.unread += plan.draft.most_gained
+            request.has_candidates = plan.draft.propose
         return launched
 
     def _settle(self) -> list[RequestDelta]:
@@ -182,10 +182,13 @@ class Engine:
 
     def _postprocess(self, plan: StepPlan, result: StepResult, seconds: float) -> list[RequestDelta]:
         self._count["steps"] += 1
-        self.planner.observe(result.hits, result.trials)
-        if not plan.chunks:
-            self.planner.observe_cost(plan.num_decoding, plan.tree if plan.speculating else ROOT, seconds)
         computing = {chunk.request.request_id for chunk in plan.chunks}
+        self.planner.observe(result.hits, result.trials)
+        if result.gains:
+            gained = [len(row.tokens) - 1 for row in result.rows if row.request.request_id not in computing]
+            self.planner.observe_gains(plan.draft, result.gains, gained)
+        if not plan.chunks:
+            self.planner.observe_cost(len(plan.decoding), plan.draft, seconds)
         deltas = [
             self._advance(row, plan, row.request.request_id in computing)
             for row in result.rows
@@ -199,7 +202,7 @@ class Engine:
     def _advance(self, row: RowResult, plan: StepPlan, first: bool) -> RequestDelta:
         """Give a request the tokens that its row gained; the text ends at the first stop."""
         request, tokens = row.request, row.tokens
-        request.unread -= row.drafted_depth + 1
+        request.unread -= 1 if first else plan.draft.most_gained
         if first:
             self._count["prompt_tokens"] += request.prompt_len if request.num_output == 0 else 0
         else:
@@ -207,8 +210,8 @@ class Engine:
             self._count["row_steps"] += 1
             self._count["decode_tokens"] += len(tokens)
         if row.drafted_depth:
-            self._tree_size = plan.tree.num_nodes
-            self._count["drafted"] += plan.tree.num_nodes - 1
+            self._tree_size = row.num_drafted + 1
+            self._count["drafted"] += row.num_drafted
             self._count["accepted"] += len(tokens) - 1
             for depth in range(row.drafted_depth):
                 self._drafted_by_depth[depth] += 1

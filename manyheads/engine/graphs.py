@@ -8,18 +8,17 @@ from there to the next candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import Group
-from manyheads.engine.decode import InFlight, advance, expand
-from manyheads.engine.sampler import NodeBlock, draw, edits_logits
+from manyheads.engine.decode import Trees, advance, expand, last_token, verify
+from manyheads.engine.sampler import draw, edits_logits, node_block
 from manyheads.engine.step import Request
+from manyheads.medusa.planner import SIZES, Draft, Planner
 from manyheads.medusa.tree import Tree, TreeTensors, tree_tensors
-from manyheads.medusa.verify import agrees, longest_path
 
 if TYPE_CHECKING:
     from manyheads.engine.runner import Runner
@@ -34,12 +33,17 @@ class _Graphs:
 
     index: Tensor  # [R] int64
     tree: TreeTensors
-    inflight: InFlight
-    logits: Tensor  # [R · n, V]
-    target: Tensor  # [R · n] int64
+    trees: Trees
+    logits: Tensor  # [T, V]
+    target: Tensor  # [T] int64
     values: Tensor  # [R, …] int64, what `advance` returns
+    gains: Tensor | None  # [sizes] float32
     forward: torch.cuda.CUDAGraph
     finish: torch.cuda.CUDAGraph
+
+
+_Key = tuple[int, int, int]
+"""Rows, nodes that a row may bring, in-flight tokens."""
 
 
 class StepGraphs:
@@ -47,21 +51,25 @@ class StepGraphs:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._graphs: dict[tuple[int, int, bool], _Graphs] = {}
-        self._trees: dict[tuple[int, int, bool], Tree] = {}  # what is in the graphs' tensors now
+        self._graphs: dict[_Key, _Graphs] = {}
+        self._drawn: dict[_Key, Tree] = {}  # what is in the graphs' tensors now
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def capture(self, sizes: tuple[int, ...], max_inflight: int) -> None:
-        """Make the graphs of all numbers of rows, for trees of these sizes up to so many in-flight tokens."""
+    def capture(self, planner: Planner, max_inflight: int) -> None:
+        """Make the graphs of all numbers of rows, and of all drafts up to so many in-flight tokens."""
         most = self._runner.state.num_rows
         for num_rows in sorted({min(rows, most) for rows in ROWS}, reverse=True):
-            for size in sizes:
-                if num_rows * size <= max_inflight or size == 1:
-                    self._get(num_rows, size, propose=size > 1)
+            for size in SIZES:
+                draft = planner.draft(size)
+                if draft.num_tokens(num_rows) <= max(max_inflight, num_rows):
+                    self._get(self._key(num_rows, draft))
 
-    def _get(self, num_rows: int, num_nodes: int, propose: bool) -> _Graphs:
-        key = (num_rows, num_nodes, propose)
+    @staticmethod
+    def _key(num_rows: int, draft: Draft) -> _Key:
+        return num_rows, draft.tree.num_nodes, draft.num_tokens(num_rows)
+
+    def _get(self, key: _Key) -> _Graphs:
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
@@ -72,70 +80,63 @@ class StepGraphs:
         params = request.params
         return params.logprobs is None and (params.greedy or params.acceptance == "exact")
 
-    def launch(self, requests: list[Request], tree: Tree, propose: bool) -> tuple[Tensor, Tensor]:
-        """Run a step of rows that bring the same tree; their slots [R], and the report [R, …] of `advance`."""
-        state = self._runner.state
-        key = (padded_rows(len(requests), state.num_rows), tree.num_nodes, propose)
-        graphs = self._get(*key)
+    def launch(self, requests: list[Request], draft: Draft) -> tuple[Trees, Tensor, Tensor | None]:
+        """Run a step of decoding rows; `Trees`, the report of `advance` and the gains, with rows for the padding."""
+        runner, state = self._runner, self._runner.state
+        key = self._key(padded_rows(len(requests), state.num_rows), draft)
+        graphs = self._get(key)
         padding = [state.num_rows] * (key[0] - len(requests))
         graphs.index.copy_(state.tensor([*(request.row or 0 for request in requests), *padding]), non_blocking=True)
-        if self._trees.get(key) != tree:
-            self._trees[key] = tree
-            self._write(graphs.tree, tree)
+        tensors = tree_tensors(draft.tree, runner.num_ranks, runner.device)
+        if self._drawn.get(key) != draft.tree:
+            self._drawn[key] = draft.tree
+            self._write(graphs.tree, tensors)
         graphs.forward.replay()
         if any(not request.params.greedy or edits_logits(request) for request in requests):
-            count = len(requests) * tree.num_nodes
-            inflight = graphs.inflight
-            rows = slice(0, len(requests))
-            block = NodeBlock(
-                requests,
-                0,
-                graphs.index[rows],
-                inflight.position[rows] + 1,
-                inflight.tokens[rows],
-                tree_tensors(tree, self._runner.num_ranks, self._runner.device),
-            )
-            target, _ = draw(graphs.logits[:count].float(), [block], state)
-            graphs.target[:count].copy_(target)
+            block = replace(node_block(requests, graphs.trees, state), tree=tensors)
+            target, _ = draw(graphs.logits.float(), block, state)
+            graphs.target.copy_(target)
         graphs.finish.replay()
-        return graphs.index[: len(requests)], graphs.values[: len(requests)]
+        return graphs.trees, graphs.values, graphs.gains
 
-    def _write(self, into: TreeTensors, tree: Tree) -> None:
-        tensors = tree_tensors(tree, self._runner.num_ranks, self._runner.device)
+    @staticmethod
+    def _write(into: TreeTensors, tensors: TreeTensors) -> None:
         for name in ("parent", "depth", "column", "bits"):
             getattr(into, name).copy_(getattr(tensors, name))
         width = tensors.path.shape[1]
         into.path[:, :width] = tensors.path
         into.path[:, width:] = tensors.path[:, -1:]
 
-    def _capture(self, num_rows: int, num_nodes: int, propose: bool) -> _Graphs:
+    def _capture(self, num_rows: int, num_nodes: int, num_tokens: int) -> _Graphs:
         runner, state = self._runner, self._runner.state
         device = runner.device
         index = torch.full((num_rows,), state.num_rows, device=device)
         zeros = torch.zeros(num_nodes, dtype=torch.int64, device=device)
-        width = state.num_heads + 1 if num_nodes > 1 else 1
-        path = torch.zeros(num_nodes, width, dtype=torch.int64, device=device)
+        # as deep as the heads reach: paths of trees that are not are padded
+        path = torch.zeros(num_nodes, state.num_heads + 1 if num_nodes > 1 else 1, dtype=torch.int64, device=device)
         tree = TreeTensors(zeros, zeros.clone(), zeros.clone(), torch.ones_like(zeros), path)
+        sizes = None
+        if num_nodes > 1:
+            sizes = torch.tensor([min(int(size * num_rows), num_rows * num_nodes) - 1 for size in SIZES], device=device)
         made: dict[str, Tensor] = {}
 
-        def forward() -> InFlight:
-            inflight = expand(state, index, tree)
-            group = Group(0, num_rows, tree, state.cached_len[index], state.block_table[index], runner.max_len)
-            runner.attention.plan([group], inflight.position.flatten(), inflight.slots.flatten())
-            made["hidden"] = runner.model.forward(inflight.tokens.flatten(), runner.attention)
+        def forward() -> Trees:
+            trees = expand(state, index, tree, num_tokens)
+            group = runner.group(trees.inflight, 0, num_nodes, runner.max_len)
+            runner.attention.plan([group], trees.inflight.position, trees.inflight.slots)
+            made["hidden"] = runner.model.forward(trees.inflight.tokens, runner.attention)
             made["logits"] = runner.model.lm_head(made["hidden"])
             made["target"] = made["logits"].argmax(dim=-1)
-            return inflight
+            if sizes is not None:
+                made["gains"] = trees.gains[sizes]
+            return trees
 
-        def finish(inflight: InFlight) -> None:
-            target = made["target"].view(num_rows, num_nodes)
-            verdict = longest_path(inflight.tokens, target, agrees(inflight.tokens, target, tree), tree)
-            made["values"] = advance(state, runner.cache, inflight, verdict)
+        def finish(trees: Trees) -> None:
+            verdict = verify(trees, made["target"])
+            made["values"] = advance(state, runner.cache, trees, verdict)
             state.cached_len[state.num_rows].zero_()  # the dummy row stays where it is
-            if propose and runner.heads is not None:
-                first = torch.arange(0, num_rows * num_nodes, num_nodes, device=device)
-                proposals = runner.heads.candidates(made["hidden"][first + verdict.last], runner.num_ranks)
-                state.candidates[index] = proposals.flatten(1)
+            runner.propose(index, made["hidden"][last_token(trees, verdict)], num_nodes > 1)
+            state.chances[state.num_rows, 1:].zero_()  # and brings nothing
 
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -143,13 +144,15 @@ class StepGraphs:
             # once without a graph: kernels are compiled and libraries set up, which a capture cannot hold
             finish(forward())
             first.capture_begin(pool=self._pool)
-            inflight = forward()
+            trees = forward()
             first.capture_end()
             second.capture_begin(pool=self._pool)
-            finish(inflight)
+            finish(trees)
             second.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        return _Graphs(index, tree, inflight, made["logits"], made["target"], made["values"], first, second)
+        return _Graphs(
+            index, tree, trees, made["logits"], made["target"], made["values"], made.get("gains"), first, second
+        )
 
 
 def padded_rows(count: int, most: int) -> int:

@@ -6,21 +6,22 @@ needed to launch the next one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Group
 from manyheads.attention.torch import TorchAttention
-from manyheads.engine.decode import InFlight, advance, expand, place
+from manyheads.engine.decode import InFlight, Trees, advance, chain, expand, last_token, verify
 from manyheads.engine.graphs import StepGraphs
-from manyheads.engine.sampler import NodeBlock, draw
+from manyheads.engine.sampler import NodeBlock, draw, node_block
 from manyheads.engine.state import RowState, has_penalties
 from manyheads.engine.step import Chunk, Request, RowResult, StepPlan, StepResult
 from manyheads.medusa.heads import MedusaHeads
-from manyheads.medusa.tree import ROOT, chain_tensors, tree_tensors
-from manyheads.medusa.verify import Verdict, agrees, longest_path, typical
+from manyheads.medusa.planner import SIZES
+from manyheads.medusa.tree import ROOT, tree_tensors
+from manyheads.medusa.verify import Verdict, agrees, typical
 from manyheads.models.llama import Llama
 from manyheads.models.ops import has_kernels
 from manyheads.request import TokenLogprobs
@@ -29,29 +30,17 @@ NUM_RANKS = 10
 """Candidates kept of each head."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Requests that bring the same tree, and their tokens from `start` on in the flat batch."""
-
-    requests: list[Request]
-    inflight: InFlight
-    start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.inflight.tokens.numel()
-
-
 @dataclass(eq=False)
 class Report:
     """What a step says of R rows that drew tokens, on its way to the host."""
 
     requests: list[Request]
-    values: Tensor  # as `advance` returns it
+    values: Tensor  # [R, …] int64, as `advance` returns it
     width: int  # of emitted tokens and of paths
-    depth: int  # of the tree
     known: set[int]  # the rows whose candidates were proposed for this step
-    logits: dict[int, Tensor]  # by row, for requests that want log-probabilities: [n, V] float32, raw
+    gains: Tensor | None = None  # [sizes] float32, as `Trees.gains` at the sizes that the planner considers
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """By row, for requests that want log-probabilities: [n, V] float32, raw."""
 
 
 class PendingStep:
@@ -72,15 +61,17 @@ class PendingStep:
             width = report.width
             values = report.values.tolist()
             for i, request in enumerate(report.requests):
-                gained, emitted, path = values[i][0], values[i][1 : 1 + width], values[i][1 + width : 1 + 2 * width]
-                tokens = emitted[:gained]
+                gained, brought, depth = values[i][:3]
+                tokens = values[i][3 : 3 + gained]
                 logprobs = None
                 if i in report.logits:
-                    logits = report.logits[i][torch.tensor(path[:gained], device=report.logits[i].device)]
-                    logprobs = _token_logprobs(logits, tokens, request.params.logprobs or 0)
-                result.rows.append(RowResult(request, tokens, logprobs, report.depth))
+                    path = torch.tensor(values[i][3 + width : 3 + width + gained], device=report.logits[i].device)
+                    logprobs = _token_logprobs(report.logits[i][path], tokens, request.params.logprobs or 0)
+                result.rows.append(RowResult(request, tokens, logprobs, depth, brought - 1))
                 if i in report.known:
-                    _count_hits(result, tokens, values[i][1 + 2 * width :], self._num_ranks)
+                    _count_hits(result, tokens, values[i][3 + 2 * width :], self._num_ranks)
+            if report.gains is not None:
+                result.gains[:] = [gain / len(report.requests) for gain in report.gains.tolist()]
         return result
 
 
@@ -126,164 +117,166 @@ class Runner:
         """Run one step, after those launched before."""
         state = self.state
         state.admit(plan.admitted)
-        state.sync_blocks([*(chunk.request for chunk in plan.chunks), *plan.speculating, *plan.single])
+        state.sync_blocks([*(chunk.request for chunk in plan.chunks), *plan.decoding])
         reports: list[Report] = []
+        decoding = plan.decoding
         if self.graphs is not None:
-            plan, reports = self._replay(plan, self.graphs)
-        if plan.num_inflight:
-            reports += self._eager(plan)
+            served = [request for request in decoding if self.graphs.serves(request)]
+            decoding = [request for request in decoding if not self.graphs.serves(request)]
+            if served:
+                trees, values, gains = self.graphs.launch(served, plan.draft)
+                reports.append(self._report(plan, served, trees, values, gains))
+        if plan.chunks or decoding:
+            reports += self._eager(plan, decoding)
         return self._pending(reports)
 
-    def _replay(self, plan: StepPlan, graphs: StepGraphs) -> tuple[StepPlan, list[Report]]:
-        """Launch graphs for the decoding rows that they serve; the rest of the plan."""
-        reports: list[Report] = []
-        left: list[list[Request]] = []
-        for requests, tree in ((plan.speculating, plan.tree), (plan.single, ROOT)):
-            served = [request for request in requests if graphs.serves(request)]
-            left.append(requests if not served else [r for r in requests if not graphs.serves(r)])
-            if served:
-                index, values = graphs.launch(served, tree, plan.propose)
-                width = self.state.num_heads + 1 if tree.max_depth else 1
-                self._count_output(served, index, values[:, 1 : 1 + width], values[:, :1])
-                reports.append(self._report(plan, served, values, width, tree.max_depth, {}))
-        return replace(plan, speculating=left[0], single=left[1]), reports
-
-    def _eager(self, plan: StepPlan) -> list[Report]:
-        """A step of any rows."""
-        state = self.state
-        start = 0
-        chunks: list[_Rows] = []
-        decoding: list[_Rows] = []
+    def _eager(self, plan: StepPlan, decoding: list[Request]) -> list[Report]:
+        """Chunks of prompts, and rows that no graph serves."""
+        state, start = self.state, 0
+        chunks: list[tuple[Chunk, InFlight]] = []
+        groups: list[Group] = []
         for chunk in plan.chunks:
-            chunks.append(self._chunk(chunk, start))
-            start = chunks[-1].stop
-        for requests, tree in ((plan.speculating, plan.tree), (plan.single, ROOT)):
-            if requests:
-                # of about equal length side by side: attention may pad them to rectangles
-                requests = sorted(requests, key=lambda request: request.max_cached_len)
-                index = state.tensor([request.row or 0 for request in requests])
-                inflight = expand(state, index, tree_tensors(tree, self.num_ranks, self.device))
-                decoding.append(_Rows(requests, inflight, start))
-                start = decoding[-1].stop
-
-        hidden = self._forward([*chunks, *decoding])
-
-        for rows in chunks:
-            state.cached_len[rows.inflight.index] += rows.inflight.num_nodes
-        finished = [rows for chunk, rows in zip(plan.chunks, chunks, strict=True) if chunk.is_last]
-        if not finished and not decoding:
-            return []
-        # the nodes that draw a token: the last one of a finished prompt, all nodes of decoding rows
-        drawing = hidden[decoding[0].start :] if decoding else hidden[:0]
-        if finished:
-            drawing = torch.cat((hidden[state.tensor([rows.stop - 1 for rows in finished])], drawing))
-        logits = self.model.logits(drawing)
-        blocks = _node_blocks(finished, decoding)
-        raw = [
-            {
-                i: logits[block.start + i * block.num_nodes :][: block.num_nodes].clone()
-                for i, request in enumerate(block.requests)
-                if request.params.logprobs is not None
-            }
-            for block in blocks
-        ]
-        target, distributions = draw(logits, blocks, state)
+            request = chunk.request
+            known = request.tokens[request.cached_len : request.cached_len + chunk.num_inflight]
+            inflight = chain(state, state.tensor([request.row or 0]), state.tensor(known))
+            chunks.append((chunk, inflight))
+            groups.append(self.group(inflight, start, len(known), request.cached_len, is_chain=True))
+            start = groups[-1].stop
+        trees: Trees | None = None
+        if decoding:
+            # of about equal length side by side: attention may pad them to rectangles
+            decoding = sorted(decoding, key=lambda request: request.max_cached_len)
+            index = state.tensor([request.row or 0 for request in decoding])
+            tree = tree_tensors(plan.draft.tree, self.num_ranks, self.device)
+            trees = expand(state, index, tree, plan.draft.num_tokens(len(decoding)))
+            groups.append(self.group(trees.inflight, start, tree.num_nodes, decoding[-1].max_cached_len))
+        every = [inflight for _, inflight in chunks] + ([trees.inflight] if trees else [])
+        position, slots, tokens = (
+            torch.cat(parts) for parts in zip(*((x.position, x.slots, x.tokens) for x in every), strict=True)
+        )
+        self.attention.plan(groups, position, slots)
+        hidden = self.model.forward(tokens, self.attention)
 
         reports: list[Report] = []
-        last_hidden: list[Tensor] = []
-        for block, logits_of in zip(blocks, raw, strict=True):
-            trees = next((r for r in decoding if r.requests is block.requests), None)
-            drawn = target[block.start : block.stop].view(len(block.requests), -1)
-            depth = 0
-            if trees is None:  # finished prompts: every token is kept, one is gained
-                state.drafts[block.rows, 0] = drawn[:, 0]
-                last_hidden.append(drawing[block.start : block.stop])
-                emitted = drawn
-                gained = torch.ones_like(drawn)
-                values = torch.cat((gained, drawn, torch.zeros_like(drawn)), dim=1)
-            else:
-                verdict = self._verify(trees, drawn, distributions)
-                values = advance(state, self.cache, trees.inflight, verdict)
-                first = torch.arange(0, drawn.numel(), block.num_nodes, device=self.device)
-                last_hidden.append(drawing[block.start + first + verdict.last])
-                emitted, gained = verdict.emitted, verdict.num_accepted[:, None]
-                depth = trees.inflight.tree.max_depth
-            self._count_output(block.requests, block.rows, emitted, gained)
-            reports.append(self._report(plan, block.requests, values, depth + 1, depth, logits_of))
-        if plan.propose and self.heads is not None:
-            proposals = self.heads.candidates(torch.cat(last_hidden), self.num_ranks)
-            state.candidates[torch.cat([block.rows for block in blocks])] = proposals.flatten(1)
+        for chunk, inflight in chunks:
+            state.cached_len[inflight.index] += chunk.num_inflight
+        finished = [i for i, chunk in enumerate(plan.chunks) if chunk.is_last]
+        if finished:
+            reports.append(self._finish_prompts(plan, finished, groups, hidden))
+        if trees is not None:
+            logits = self.model.logits(hidden[start:])
+            raw = {
+                i: logits[trees.place[i]] for i, request in enumerate(decoding) if request.params.logprobs is not None
+            }
+            target, distributions = draw(logits, node_block(decoding, trees, state), state)
+            verdict = self._verify(decoding, trees, target, distributions)
+            values = advance(state, self.cache, trees, verdict)
+            self.propose(trees.inflight.index, hidden[start:][last_token(trees, verdict)], plan.draft.propose)
+            reports.append(self._report(plan, decoding, trees, values, gains_at_sizes(trees), raw))
         return reports
+
+    def _finish_prompts(self, plan: StepPlan, finished: list[int], groups: list[Group], hidden: Tensor) -> Report:
+        """Prompts that are computed draw their first token: all of their tokens are kept, one is gained."""
+        state = self.state
+        requests = [plan.chunks[i].request for i in finished]
+        last = hidden[state.tensor([groups[i].stop - 1 for i in finished])]
+        index = state.tensor([request.row or 0 for request in requests])
+        root = tree_tensors(ROOT, 1, self.device)
+        order = torch.arange(len(requests), device=self.device)
+        logits = self.model.logits(last)
+        raw = {i: logits[i : i + 1].clone() for i, r in enumerate(requests) if r.params.logprobs is not None}
+        block = NodeBlock(
+            requests=requests,
+            rows=index,
+            row=order,
+            depth=torch.zeros_like(order),
+            max_depth=0,
+            first=state.cached_len[index],
+            node_tokens=state.drafts[index, :1],
+            place=order[:, None],
+            tree=root,
+        )
+        target, _ = draw(logits, block, state)
+        state.drafts[index, 0] = target
+        self.propose(index, last, plan.draft.propose)
+        one, none = torch.ones_like(target), torch.zeros_like(target)
+        values = torch.stack((one, one, none, target, none), dim=1)
+        self._count_output(requests, index, values[:, 3:4], values[:, :1])
+        return Report(requests, values, width=1, known=set(), logits=raw)
+
+    def group(
+        self, inflight: InFlight, start: int, max_tokens: int, max_cached_len: int, is_chain: bool = False
+    ) -> Group:
+        """What attention needs to know of rows whose tokens begin at `start` of the step's."""
+        index = inflight.index
+        return Group(
+            start=start,
+            stop=start + inflight.tokens.shape[0],
+            row_start=inflight.row_start,
+            bits=inflight.bits,
+            cached_len=self.state.cached_len[index],
+            block_table=self.state.block_table[index],
+            max_tokens=max_tokens,
+            max_cached_len=max_cached_len,
+            is_chain=is_chain,
+        )
+
+    def propose(self, index: Tensor, hidden: Tensor, wanted: bool) -> None:
+        """The heads' candidates for rows' next trees, from the hidden states [R, hidden] of their last tokens."""
+        if wanted and self.heads is not None:
+            self.state.propose(index, *self.heads.candidates(hidden, self.num_ranks))
+        elif self.heads is not None:
+            self.state.forget_proposals(index)
+
+    def _verify(
+        self, requests: list[Request], trees: Trees, target: Tensor, distributions: dict[int, Tensor]
+    ) -> Verdict:
+        if not distributions:
+            return verify(trees, target)
+        accepted = agrees(trees.node_tokens, target[trees.place], trees.tree)
+        for i, distribution in distributions.items():
+            row = slice(i, i + 1)
+            index = trees.inflight.index[row]
+            accepted[row] = typical(
+                trees.node_tokens[row],
+                distribution[None],
+                trees.tree,
+                self.state.epsilon[index],
+                self.state.alpha[index],
+            )
+        return verify(trees, target, accepted)
 
     def _report(
         self,
         plan: StepPlan,
         requests: list[Request],
+        trees: Trees,
         values: Tensor,
-        width: int,
-        depth: int,
-        logits: dict[int, Tensor],
+        gains: Tensor | None,
+        logits: dict[int, Tensor] | None = None,
     ) -> Report:
+        width = trees.tree.max_depth + 1
+        self._count_output(requests, trees.inflight.index, values[:, 3 : 3 + width], values[:, :1])
         known: set[int] = set()
-        if (plan.propose or depth) and values.shape[1] > 1 + 2 * width:
+        if plan.draft.propose and self.heads is not None:
             known = {i for i, request in enumerate(requests) if request.has_candidates}
-        return Report(requests, values, width, depth, known, logits)
+        return Report(requests, values[: len(requests)], width, known, gains, logits or {})
 
     def _pending(self, reports: list[Report]) -> PendingStep:
         """Send the reports on their way to the host."""
         if self.device.type == "cpu":
             return PendingStep(reports, self.num_ranks)
+
+        def sent(tensor: Tensor) -> Tensor:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return host.copy_(tensor, non_blocking=True)
+
         for report in reports:
-            host = torch.empty(report.values.shape, dtype=report.values.dtype, pin_memory=True)
-            report.values = host.copy_(report.values, non_blocking=True)
+            report.values = sent(report.values)
+            report.gains = sent(report.gains) if report.gains is not None else None
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         return PendingStep(reports, self.num_ranks, copied)
-
-    def _chunk(self, chunk: Chunk, start: int) -> _Rows:
-        """A row that computes known tokens: a chain."""
-        request = chunk.request
-        tokens = self.state.tensor([request.tokens[request.cached_len : request.cached_len + chunk.num_inflight]])
-        index = self.state.tensor([request.row or 0])
-        rows = place(self.state, index, chain_tensors(chunk.num_inflight, self.device), tokens)
-        return _Rows([request], rows, start)
-
-    def _forward(self, every: list[_Rows]) -> Tensor:
-        """The hidden state of every in-flight token, [T, hidden]."""
-        groups = [
-            Group(
-                start=rows.start + low * rows.inflight.num_nodes,
-                num_rows=high - low,
-                tree=rows.inflight.tree,
-                cached_len=self.state.cached_len[rows.inflight.index[low:high]],
-                block_table=self.state.block_table[rows.inflight.index[low:high]],
-                max_cached_len=rows.requests[high - 1].max_cached_len,
-            )
-            for rows in every
-            for low, high in _length_classes([request.max_cached_len for request in rows.requests])
-        ]
-        tokens, position, slots = (
-            torch.cat([x.flatten() for x in parts])
-            for parts in zip(*((r.inflight.tokens, r.inflight.position, r.inflight.slots) for r in every), strict=True)
-        )
-        self.attention.plan(groups, position, slots)
-        return self.model.forward(tokens, self.attention)
-
-    def _verify(self, rows: _Rows, target: Tensor, distributions: dict[int, Tensor]) -> Verdict:
-        inflight = rows.inflight
-        accepted = agrees(inflight.tokens, target, inflight.tree)
-        for i, request in enumerate(rows.requests):
-            if request.row in distributions:
-                one = slice(i, i + 1)
-                index = inflight.index[one]
-                accepted[one] = typical(
-                    inflight.tokens[one],
-                    distributions[request.row][None],
-                    inflight.tree,
-                    self.state.epsilon[index],
-                    self.state.alpha[index],
-                )
-        return longest_path(inflight.tokens, target, accepted, inflight.tree, lossy=bool(distributions))
 
     def _count_output(self, requests: list[Request], rows: Tensor, emitted: Tensor, gained: Tensor) -> None:
         """Add what rows with penalties gained to their counts."""
@@ -298,38 +291,21 @@ class Runner:
         self.state.output_count.index_put_(at, counted.to(torch.int32), accumulate=True)
 
 
+def gains_at_sizes(trees: Trees) -> Tensor | None:
+    """[sizes] float32: what the heads expect of so many nodes a row, summed over the rows; None for roots alone."""
+    if trees.tree.num_nodes == 1:
+        return None
+    rows = trees.inflight.index.shape[0]
+    at = [min(int(size * rows), trees.gains.shape[0]) - 1 for size in SIZES]
+    return trees.gains[torch.tensor(at).to(trees.gains.device, non_blocking=True)]
+
+
 def _attention(cache: Tensor, model: Llama) -> AttentionBackend:
     if has_kernels(cache.device):
         from manyheads.attention.triton import TritonAttention
 
         return TritonAttention(cache, model.config, model.rope)
     return TorchAttention(cache, model.config, model.rope)
-
-
-def _node_blocks(finished: list[_Rows], decoding: list[_Rows]) -> list[NodeBlock]:
-    blocks: list[NodeBlock] = []
-    start = 0
-    if finished:
-        rows = [r.inflight for r in finished]
-        root = tree_tensors(ROOT, 1, rows[0].index.device)
-        blocks.append(
-            NodeBlock(
-                requests=[r.requests[0] for r in finished],
-                start=0,
-                rows=torch.cat([r.index for r in rows]),
-                position=torch.cat([r.position[:, -1:] for r in rows]) + 1,
-                tokens=torch.cat([r.tokens[:, -1:] for r in rows]),
-                tree=root,
-            )
-        )
-        start = len(finished)
-    for r in decoding:
-        inflight = r.inflight
-        blocks.append(
-            NodeBlock(r.requests, start, inflight.index, inflight.position + 1, inflight.tokens, inflight.tree)
-        )
-        start += inflight.tokens.numel()
-    return blocks
 
 
 def _count_hits(result: StepResult, tokens: list[int], candidates: list[int], num_ranks: int) -> None:
@@ -344,19 +320,6 @@ def _count_hits(result: StepResult, tokens: list[int], candidates: list[int], nu
         result.trials[depth] += 1
         if token in ranks:
             result.hits[depth][ranks.index(token)] += 1
-
-
-def _length_classes(lengths: list[int]) -> list[tuple[int, int]]:
-    """Cut rows, sorted by length, where padding to the longest would more than double a row: (first, end) pairs."""
-    classes: list[tuple[int, int]] = []
-    end = len(lengths)
-    while end > 0:
-        first = end
-        while first > 0 and max(lengths[first - 1], 128) * 2 >= lengths[end - 1]:
-            first -= 1
-        classes.append((first, end))
-        end = first
-    return classes[::-1]
 
 
 def _token_logprobs(logits: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprobs]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manyheads.engine.decode import Trees
 from manyheads.engine.state import RowState, has_penalties
 from manyheads.engine.step import Request
 from manyheads.medusa.tree import TreeTensors
@@ -21,65 +22,70 @@ _MASK32 = 0xFFFFFFFF
 
 @dataclass(frozen=True, eq=False)
 class NodeBlock:
-    """Rows that brought trees of one shape, as the sampler sees them: R rows of n nodes, flat from `start`."""
+    """R rows that draw at T nodes, as the sampler sees them. There may be more (dummy) rows than requests."""
 
     requests: list[Request]
-    start: int
     rows: Tensor  # [R] int64, slots of the row state
-    position: Tensor  # [R, n] int64, position in the sequence of the token that is to be drawn
-    tokens: Tensor  # [R, n] int64, what the nodes hold
+    row: Tensor  # [T] int64, which of the R a node belongs to
+    depth: Tensor  # [T] int64, in its row's tree
+    max_depth: int
+    first: Tensor  # [R] int64, position in the sequence of the token that a root draws
+    node_tokens: Tensor  # [R, n] int64, what the nodes of the whole tree would hold
+    place: Tensor  # [R, n] int64, where they stand among the T; nodes that a row did not bring stand at its root
     tree: TreeTensors
 
-    @property
-    def num_nodes(self) -> int:
-        return self.position.shape[1]
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.position.numel()
+def node_block(requests: list[Request], trees: Trees, state: RowState) -> NodeBlock:
+    """What the sampler needs to know of decoding rows."""
+    index = trees.inflight.index
+    return NodeBlock(
+        requests=requests,
+        rows=index,
+        row=trees.row,
+        depth=trees.tree.depth[trees.node],
+        max_depth=trees.tree.max_depth,
+        first=state.cached_len[index] + 1,
+        node_tokens=trees.node_tokens,
+        place=trees.place,
+        tree=trees.tree,
+    )
 
 
-def draw(logits: Tensor, blocks: list[NodeBlock], state: RowState) -> tuple[Tensor, dict[int, Tensor]]:
+def draw(logits: Tensor, block: NodeBlock, state: RowState) -> tuple[Tensor, dict[int, Tensor]]:
     """Draw the target's token at every node.
 
     Args:
-        logits: [N, V] float32, overwritten for rows whose parameters change them.
-        blocks: the N nodes.
+        logits: [T, V] float32, overwritten for rows whose parameters change them.
 
     Returns:
-        [N] int64 tokens, and for each request with typical acceptance (by row) its nodes' distributions [n, V].
+        [T] int64 tokens, and for each request with typical acceptance (by its number in the block) the distributions of
+        its tree's nodes, [n, V].
     """
-    for block in blocks:
-        for i, request in enumerate(block.requests):
-            first = block.start + i * block.num_nodes
-            _edit_logits(logits[first : first + block.num_nodes], block, i, request, state)
+    for i, request in enumerate(block.requests):
+        if edits_logits(request):
+            edited = logits[block.place[i]]
+            _edit_logits(edited, block, i, request, state)
+            # nodes that the row did not bring write to its root, and must write what the root does
+            absent = (block.place[i] == block.place[i, 0])[:, None]
+            logits[block.place[i]] = torch.where(absent, edited[:1], edited)
     target = logits.argmax(dim=-1)
-    typical: dict[int, Tensor] = {}
-    for block in blocks:
-        sampled = [i for i, request in enumerate(block.requests) if not request.params.greedy]
-        if not sampled:
-            continue
-        every = len(sampled) == len(block.requests)
-        index = state.tensor(sampled)
-        rows = block.rows[index]
-        shape = (len(block.requests), block.num_nodes, logits.shape[-1])
-        chosen = logits[block.start : block.stop].view(shape)
-        chosen = chosen if every else chosen[index]
-        chosen = chosen / state.temperature[rows][:, None, None]
-        params = [block.requests[i].params for i in sampled]
-        if any(p.top_p < 1 or p.min_p > 0 or 0 < p.top_k < state.vocab_size for p in params):
-            chosen = _filter(chosen, state.top_k[rows], state.top_p[rows], state.min_p[rows])
-        for j, i in enumerate(sampled):
-            if params[j].acceptance == "typical":
-                row = block.requests[i].row
-                assert row is not None
-                typical[row] = torch.softmax(chosen[j], dim=-1)
-        # nodes of one depth share a draw of noise
-        depths = torch.arange(block.tree.max_depth + 1, device=logits.device)
-        noise = gumbel(state.seed[rows], block.position[index, :1] + depths, logits.shape[-1])  # [R, D + 1, V]
-        perturbed = chosen + noise[:, block.tree.depth]
-        target[block.start : block.stop].view(shape[:2])[index] = perturbed.argmax(dim=-1)
-    return target, typical
+    params = [request.params for request in block.requests]
+    if all(p.greedy for p in params):
+        return target, {}
+    temperature = state.temperature[block.rows][block.row, None]  # [T, 1]
+    chosen = logits / torch.where(temperature > 0, temperature, 1.0)
+    if any(not p.greedy and (p.top_p < 1 or p.min_p > 0 or 0 < p.top_k < state.vocab_size) for p in params):
+        chosen = _filter(chosen, *(x[block.rows][block.row] for x in (state.top_k, state.top_p, state.min_p)))
+    typical = {
+        i: torch.softmax(chosen[block.place[i]], dim=-1)
+        for i, p in enumerate(params)
+        if not p.greedy and p.acceptance == "typical"
+    }
+    # nodes of one depth share a draw of noise
+    positions = block.first[:, None] + torch.arange(block.max_depth + 1, device=logits.device)
+    noise = gumbel(state.seed[block.rows], positions, logits.shape[-1])  # [R, D + 1, V]
+    sampled = (chosen + noise[block.row, block.depth]).argmax(dim=-1)
+    return torch.where(temperature[:, 0] > 0, sampled, target), typical
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
@@ -117,8 +123,6 @@ def edits_logits(request: Request) -> bool:
 
 def _edit_logits(logits: Tensor, block: NodeBlock, i: int, request: Request, state: RowState) -> None:
     """Penalties, bias and the stop tokens that come too early, in place on one row's [n, V] logits."""
-    if not edits_logits(request):
-        return
     params = request.params
     row = request.row
     assert row is not None
@@ -128,8 +132,9 @@ def _edit_logits(logits: Tensor, block: NodeBlock, i: int, request: Request, sta
         # a node's count: the row's output so far, and the nodes on the way from the root (which is output already)
         below = block.tree.ancestors.clone()
         below[:, 0] = False
-        count = state.output_count[row].repeat(block.num_nodes, 1)
-        tokens = block.tokens[i].expand(block.num_nodes, -1)
+        num_nodes = block.tree.num_nodes
+        count = state.output_count[row].repeat(num_nodes, 1)
+        tokens = block.node_tokens[i].expand(num_nodes, -1)
         count.scatter_add_(1, tokens, below.to(count.dtype))
         if params.repetition_penalty != 1.0:
             seen = state.prompt_seen[row] | (count > 0)
@@ -140,7 +145,7 @@ def _edit_logits(logits: Tensor, block: NodeBlock, i: int, request: Request, sta
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[:, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if request.num_output < params.min_tokens and request.stop_ids:
-        early = block.position[i] < state.min_len[row]  # [n]
+        early = block.first[i] + block.tree.depth < state.min_len[row]  # [n]
         stops = torch.tensor(sorted(request.stop_ids), device=logits.device)
         logits[:, stops] = torch.where(early[:, None], float("-inf"), logits[:, stops])
 
@@ -149,13 +154,13 @@ def _filter(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     """Tokens outside top-k, top-p (the smallest set with that mass) or min-p (that share of the largest) become -inf.
 
     Args:
-        logits: [R, n, V]; the others [R].
+        logits: [T, V]; the others [T].
     """
     ordered, order = logits.sort(dim=-1, descending=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    drop = rank >= top_k[:, None, None]
+    drop = rank >= top_k[:, None]
     probabilities = torch.softmax(ordered.masked_fill(drop, float("-inf")), dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more probable tokens
-    drop = drop | (before >= top_p[:, None, None]) | (probabilities < min_p[:, None, None] * probabilities[..., :1])
+    drop = drop | (before >= top_p[:, None]) | (probabilities < min_p[:, None] * probabilities[..., :1])
     drop[..., 0] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))

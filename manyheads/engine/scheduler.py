@@ -7,7 +7,6 @@ from collections import deque
 from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.medusa.planner import Planner
-from manyheads.medusa.tree import ROOT
 from manyheads.request import QueueFull
 
 
@@ -74,10 +73,10 @@ class Scheduler:
         decoding = [request for request in self.running if request.decoding]
         prompt_tokens = sum(request.num_uncomputed for request in self.running if not request.decoding)
         prompt_tokens = min(prompt_tokens, self.max_num_batched_tokens)
-        tree = self.planner.choose(max(len(decoding), 1), prompt_tokens)
-        while tree.num_nodes > 1 and self._missing_blocks(tree.num_nodes) > self.blocks.num_available:
-            tree = self.planner.largest(tree.num_nodes // 2)
-        plan = StepPlan(chunks=[], speculating=[], single=[], tree=tree, propose=tree.num_nodes > 1)
+        draft = self.planner.choose(max(len(decoding), 1), prompt_tokens)
+        while draft.propose and self._missing_blocks(draft.tree.num_nodes) > self.blocks.num_available:
+            draft = self.planner.smaller(draft)
+        plan = StepPlan(chunks=[], decoding=[], draft=draft)
         preemptions = self.num_preemptions
         budget = self.max_num_batched_tokens
         for request in list(self.running):
@@ -89,7 +88,7 @@ class Scheduler:
                 budget -= self._plan_chunk(plan, request, budget)
         if self.num_preemptions == preemptions:
             self._admit(plan, budget)
-        if not (plan.chunks or plan.speculating or plan.single):
+        if not (plan.chunks or plan.decoding):
             return None
         return plan
 
@@ -103,11 +102,8 @@ class Scheduler:
         room = request.max_len - len(request.tokens) - request.unread
         if room < 1:
             return  # what is unread may be all that it gets
-        nodes = plan.tree.num_nodes if request.has_candidates and request.params.speculative else ROOT.num_nodes
-        if nodes > 1 and self.blocks.reserve(request.table, request.max_cached_len + nodes):
-            plan.speculating.append(request)
-        elif self._reserve_or_preempt(request, request.max_cached_len + 1):
-            plan.single.append(request)
+        if self._reserve_or_preempt(request, request.max_cached_len + plan.draft.tree.num_nodes):
+            plan.decoding.append(request)
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         num_tokens = min(request.num_uncomputed, budget)

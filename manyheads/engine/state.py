@@ -40,13 +40,17 @@ class RowState:
 
         self.cached_len = zeros()  # [rows]
         self.drafts = zeros(1 + num_heads * num_ranks)  # [rows, 1 + H · K]: the last token, and the heads' candidates
+        # [rows, 1 + H · K]: how sure the heads are of each, given those before; 0 where they have not spoken
+        self.chances = zeros(1 + num_heads * num_ranks, dtype=torch.float32)
+        self.chances[:, 0] = 1.0
         self.block_table = zeros(-(-(max_len + MAX_NODES) // block_size))  # [rows, blocks], meaningless where unused
         self._ints = zeros(3)
         self.seed, self.min_len, self.top_k = self._ints.unbind(1)
         # min_len: shortest sequence that a stop token may end; top_k: vocab_size is off; temperature: 0 is greedy
-        self._floats = zeros(8, dtype=torch.float32)
+        self._floats = zeros(9, dtype=torch.float32)
         self.temperature, self.top_p, self.min_p, self.epsilon, self.alpha = self._floats[:, :5].unbind(1)
-        self.repetition_penalty, self.presence_penalty, self.frequency_penalty = self._floats[:, 5:].unbind(1)
+        self.repetition_penalty, self.presence_penalty, self.frequency_penalty = self._floats[:, 5:8].unbind(1)
+        self.speculative = self._floats[:, 8]  # 1, or 0 for a row that declines trees
         self.prompt_seen: Tensor | None = None  # [rows, V] bool
         self.output_count: Tensor | None = None  # [rows, V] int32
 
@@ -59,6 +63,15 @@ class RowState:
     def candidates(self) -> Tensor:
         """[rows, H · K], head by head, best first."""
         return self.drafts[:, 1:]
+
+    def propose(self, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
+        """Set the candidates of rows: [R, H, K] int64, and what the heads give them, [R, H, K] float32."""
+        self.drafts[index, 1:] = candidates.flatten(1)
+        self.chances[index, 1:] = chances.flatten(1) * self.speculative[index, None]
+
+    def forget_proposals(self, index: Tensor) -> None:
+        """The rows move on without new candidates."""
+        self.chances[index, 1:] = 0.0
 
     def tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         """Numbers, on their way to the device: the host does not wait."""
@@ -78,12 +91,13 @@ class RowState:
             ints.append([*lengths, request.seed, request.prompt_len + p.min_tokens, top_k])
             typical = [p.typical_epsilon, p.typical_alpha]
             penalties = [p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
-            floats.append([p.temperature, p.top_p, p.min_p, *typical, *penalties])
+            floats.append([p.temperature, p.top_p, p.min_p, *typical, *penalties, float(p.speculative)])
         values = self.tensor(ints)
         rows = values[:, 0]
         self.cached_len[rows] = values[:, 1]
         self.drafts[rows, 0] = values[:, 2]
         self._ints[rows] = values[:, 3:]
+        self.forget_proposals(rows)
         self._floats[rows] = self.tensor(floats, torch.float32)
         for request in requests:
             if has_penalties(request):

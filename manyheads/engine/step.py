@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from manyheads.engine.block_manager import BlockTable
-from manyheads.medusa.tree import ROOT, Tree
+from manyheads.medusa.planner import NO_DRAFT, Draft
 from manyheads.request import EngineRequest, SamplingParams, TokenLogprobs
 
 
@@ -89,19 +89,11 @@ class StepPlan:
     """Who runs in a step, and with which tree."""
 
     chunks: list[Chunk]
-    speculating: list[Request]
-    """Rows that bring `tree`."""
-    single: list[Request]
-    """Rows that bring their root alone."""
-    tree: Tree = ROOT
-    propose: bool = False
-    """Whether the heads run, for the next step's trees."""
+    decoding: list[Request]
+    draft: Draft = NO_DRAFT
+    """What the decoding rows bring."""
     admitted: list[Request] = field(default_factory=list)
     """Requests whose row is new: the runner fills in its state."""
-
-    @property
-    def num_decoding(self) -> int:
-        return len(self.speculating) + len(self.single)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -109,7 +101,7 @@ class StepPlan:
 
     @property
     def num_inflight(self) -> int:
-        return self.num_prompt_tokens + len(self.speculating) * self.tree.num_nodes + len(self.single)
+        return self.num_prompt_tokens + self.draft.num_tokens(len(self.decoding))
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,9 @@ class RowResult:
     """The tokens gained: accepted nodes below the root, then the target's own token."""
     logprobs: list[TokenLogprobs] | None = None
     drafted_depth: int = 0
-    """Depth of the tree the row brought; 0 for a root alone. So the row gains at most one token more than that."""
+    """Depth of the tree the row brought; 0 for a root alone."""
+    num_drafted: int = 0
+    """Nodes of it, the root left out."""
 
 
 @dataclass(frozen=True)
@@ -131,3 +125,6 @@ class StepResult:
     """[depth][rank]: accepted prefixes whose next token was the head's candidate of this rank."""
     trials: list[int]
     """[depth]: accepted prefixes of this depth whose next token is known."""
+    gains: list[float] = field(default_factory=list)
+    """Tokens that the heads expected a row to gain beside its own, had the rows brought so many nodes each on average:
+    one entry for each of `medusa.planner.SIZES`. Empty where no trees were drafted."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from manyheads.engine.block_manager import DUMMY_BLOCK, BlockTable
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Request, StepPlan
-from manyheads.medusa.planner import SIZES as planner_sizes
 from manyheads.medusa.planner import CostTable, Planner
 from manyheads.request import SamplingParams
 
@@ -18,7 +17,7 @@ MAX_INFLIGHT = {"cpu": 256, "cuda": 768}
 """No step of more in-flight tokens is measured, and none is taken: arithmetic has long begun to count."""
 BURST = 4
 """Steps launched before the first is read, on a device that works beside the host: the engine does not wait either."""
-SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
+SIZES = (1, 1.25, 2, 3, 4, 8, 16, 32, 64)
 MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, 0.5
 """Steps of each kind: at least so many (the first does not count), at most so many, for about so long."""
 
@@ -45,7 +44,7 @@ def measure_costs(
     planner.max_inflight = max_inflight
     if runner.graphs is not None:
         progress("capturing steps")
-        runner.graphs.capture(planner_sizes, max_inflight)
+        runner.graphs.capture(planner, max_inflight)
     for num_rows in rows:
         requests = [_dummy(i, context, runner.block_size) for i in range(num_rows)]
         for request in requests:
@@ -53,16 +52,12 @@ def measure_costs(
         runner.state.admit(requests)
 
         progress(f"measuring steps of {num_rows} row{'s' if num_rows > 1 else ''}")
-        plain = StepPlan(chunks=[], speculating=[], single=requests)
-        plans = {num_rows: StepPlan(chunks=[], speculating=[], single=requests, propose=True)}
+        plain = StepPlan(chunks=[], decoding=requests)
+        plans: dict[int, StepPlan] = {}
         for size in SIZES[1:]:
-            if num_rows * size > max_inflight:
-                break
-            tree = planner.largest(size)
-            if tree.num_nodes > 1:
-                plans[num_rows * tree.num_nodes] = StepPlan(
-                    chunks=[], speculating=requests, single=[], tree=tree, propose=True
-                )
+            draft = planner.draft(size)
+            if draft.propose and draft.num_tokens(num_rows) <= max_inflight:
+                plans[draft.num_tokens(num_rows)] = StepPlan(chunks=[], decoding=requests, draft=draft)
         # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
         seconds: dict[int, list[float]] = {0: [], **{num_inflight: [] for num_inflight in plans}}
         start, turns = time.perf_counter(), 0

@@ -51,15 +51,15 @@ class MedusaHeads:
             self._projections = [Linear(w.to(device, dtype)) for w in own]
         self._token_map = weights.token_map.to(device) if weights.token_map is not None else None
 
-    def candidates(self, hidden: Tensor, num_ranks: int) -> Tensor:
-        """The most likely tokens of each head, best first.
+    def candidates(self, hidden: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
+        """The most likely tokens of each head, best first, and their probabilities.
 
         Args:
             hidden: [R, hidden], after the base's final norm, of each row's last accepted token.
 
         Returns:
-            [R, H, num_ranks] int64. Head h (from 0) proposes for depth h + 1 of the next tree, whose root is the token
-            that the base itself draws.
+            [R, H, num_ranks] int64 and float32. Head h (from 0) proposes for depth h + 1 of the next tree, whose root
+            is the token that the base itself draws.
         """
         num_rows, size = hidden.shape
         x = hidden[:, None].expand(num_rows, self.num_heads, size)  # [R, H, hidden]
@@ -73,8 +73,11 @@ class MedusaHeads:
             logits = self._projections[0](x.reshape(-1, size))
         else:
             logits = torch.stack([p(x[:, h]) for h, p in enumerate(self._projections)], dim=1).flatten(0, 1)
-        best = logits.topk(num_ranks, dim=-1).indices.view(num_rows, self.num_heads, num_ranks)
-        return best if self._token_map is None else self._token_map[best]
+        best = logits.topk(num_ranks, dim=-1)
+        shape = (num_rows, self.num_heads, num_ranks)
+        chances = (best.values.float() - logits.logsumexp(dim=-1, keepdim=True).float()).exp_()
+        tokens = best.indices if self._token_map is None else self._token_map[best.indices]
+        return tokens.view(shape), chances.view(shape)
 
     def memory_bytes(self) -> int:
         """Bytes of the heads' own weights."""

@@ -12,8 +12,10 @@ from itertools import accumulate
 
 from manyheads.medusa.tree import MAX_NODES, ROOT, Tree, grow
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Tree sizes that are considered."""
+SIZES = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Nodes a row, on average over a step's rows, that are considered."""
+REACHES = (8, 16, 32, 64)
+"""Nodes that a row may bring at most: four times the average."""
 
 MIN_GAIN = 1.15
 """Speculation must promise this much more than plain decoding: the best of many estimates is an overestimate, costs are
@@ -24,6 +26,35 @@ WINDOW_TRIALS = 20_000.0
 """Older observations fade: the table remembers about this many tokens."""
 REGROW_EVERY = 32
 """Steps between two looks at the tree's shape."""
+
+GAINS_WINDOW = 0.02
+"""Share of a new step in the running means of what heads expect and of what came of it."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What the decoding rows of a step bring: of the nodes that `tree` has for each of them, the most probable ones, so
+    many that a row has `nodes` on average."""
+
+    tree: Tree
+    nodes: float
+
+    @property
+    def propose(self) -> bool:
+        """Whether the heads run, for the next step's trees."""
+        return self.nodes > 1
+
+    @property
+    def most_gained(self) -> int:
+        """Tokens that a row can gain."""
+        return self.tree.max_depth + 1
+
+    def num_tokens(self, rows: int) -> int:
+        """In-flight tokens of so many rows."""
+        return min(int(self.nodes * rows), self.tree.num_nodes * rows)
+
+
+NO_DRAFT = Draft(ROOT, 1)
 
 # Where heads bring no statistics: a starting point of the shape that is published for Vicuna-7B's heads (chains of
 # best candidates hold for 1, 2, 3 tokens with probability 0.56, 0.30, 0.16). What is observed replaces it.
@@ -66,7 +97,7 @@ class CostTable:
         return below + share * (above - below)
 
 
-def _interpolate(points: dict[int, float], x: int) -> float:
+def _interpolate(points: dict[int, float], x: float) -> float:
     """Piecewise linear; past the last point its slope goes on, before the first one the value stays.
 
     More work cannot cost less: a point above a later one is noise, and is taken for the later one's value.
@@ -121,53 +152,87 @@ class Planner:
         self._grown = ROOT
         self._expected: list[float] = []
         self._steps_until_regrow = 0
-        self._chosen: dict[tuple[int, int], Tree] = {}
+        self._chosen: dict[tuple[int, int], Draft] = {}
         self._offsets: dict[int, list[float]] = {}  # rows → seconds, [plain, trees]
+        self._gains: list[float] | None = None  # by SIZES, running mean of what the heads expect
+        self._outcome = [1.0, 1.0]  # running means: gained, and what was expected of the same steps
 
-    def choose(self, rows: int, prompt_tokens: int = 0) -> Tree:
-        """The tree for `rows` decoding rows beside `prompt_tokens` of prompts; ROOT when nothing pays.
+    def choose(self, rows: int, prompt_tokens: int = 0) -> Draft:
+        """What `rows` decoding rows are to bring beside `prompt_tokens` of prompts; NO_DRAFT when nothing pays.
 
         A choice holds until the next look at the tree's shape.
         """
         if not self.acceptance.num_depths or (self.costs is None and self.tree_size is None):
-            return ROOT
+            return NO_DRAFT
         self._regrow()
         load = (rows, prompt_tokens)
         if load not in self._chosen:
             self._chosen[load] = self._best(rows, prompt_tokens)
         return self._chosen[load]
 
-    def _best(self, rows: int, prompt_tokens: int) -> Tree:
+    def _best(self, rows: int, prompt_tokens: int) -> Draft:
         if self.tree_size is not None:
-            return self._tree(self.tree_size)
+            return self.draft(self.tree_size)
         assert self.costs is not None
         plain, offset = self._offsets.get(rows, [0.0, 0.0])
         best = self.min_gain * rows / (self.costs.plain_cost(rows, prompt_tokens) + plain)
-        tree = ROOT
+        draft = NO_DRAFT
         for size in SIZES[1:]:
-            if size > len(self._expected) or rows * size > self.max_inflight:
+            tokens = int(rows * size)
+            if size > self._grown.num_nodes or tokens > self.max_inflight:
                 break
-            seconds = self.costs.tree_cost(rows, rows * size + prompt_tokens) + offset
-            rate = rows * self._expected[size - 1] / seconds
+            if tokens == rows:
+                continue
+            seconds = self.costs.tree_cost(rows, tokens + prompt_tokens) + offset
+            rate = rows * self.expected_tokens(size) / seconds
             if rate > best:
-                best, tree = rate, self._tree(size)
-        return tree
+                best, draft = rate, self.draft(size)
+        return draft
 
-    def largest(self, size: int) -> Tree:
-        """The best tree of at most `size` nodes, by the running estimate."""
-        self._regrow()
-        return self._tree(size)
+    def draft(self, nodes: float) -> Draft:
+        """Rows of `nodes` nodes on average, out of the four times as many that are best by the running estimate."""
+        if nodes <= 1:
+            return NO_DRAFT
+        if self._grown.num_nodes == 1:
+            self._regrow()
+        reach = next(size for size in REACHES if size >= min(4 * nodes, MAX_NODES))
+        tree = Tree(self._grown.choices[:reach])
+        return Draft(tree, min(nodes, tree.num_nodes))
 
-    def expected_tokens(self, size: int) -> float:
-        """Tokens that a row gains in a step with the best tree of this size, by the running estimate."""
+    def smaller(self, draft: Draft) -> Draft:
+        """What needs fewer pages."""
+        reach = max((size for size in REACHES if size < draft.tree.num_nodes), default=1)
+        return self.draft(reach / 4) if reach > 4 else NO_DRAFT
+
+    def expected_tokens(self, nodes: float) -> float:
+        """Tokens that a row gains in a step where rows bring so many nodes on average."""
         self._regrow()
-        return self._expected[min(size, len(self._expected)) - 1]
+        if self._gains is None:  # no step yet: as if all rows had the same tree
+            return float(_interpolate(dict(enumerate(self._expected, 1)), nodes))
+        gain = self._gains[max(i for i, size in enumerate(SIZES) if size <= nodes)]
+        gained, expected = self._outcome
+        return 1.0 + gain * gained / expected
 
     def observe(self, hits: list[list[int]], trials: list[int]) -> None:
         """Take in what a step showed of the heads; shapes as `StepResult`'s."""
         self.acceptance.observe(hits, trials)
 
-    def observe_cost(self, rows: int, tree: Tree, seconds: float) -> None:
+    def observe_gains(self, draft: Draft, expected: list[float], gained: list[int]) -> None:
+        """Take in what the heads expected of a step, and what came of it.
+
+        Args:
+            draft: what the step's rows brought.
+            expected: as `StepResult.gains`.
+            gained: tokens beside its own of each decoding row.
+        """
+        if self._gains is None:
+            self._gains = list(expected)
+        self._gains = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._gains, expected, strict=True)]
+        at = max(i for i, size in enumerate(SIZES) if size <= draft.nodes)
+        means = (sum(gained) / len(gained), expected[at])
+        self._outcome = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._outcome, means, strict=True)]
+
+    def observe_cost(self, rows: int, draft: Draft, seconds: float) -> None:
         """Take in the time of a step of `rows` decoding rows without prompt tokens.
 
         Longer contexts make a step dearer than it was at warm-up: what the rows' caches cost to read, and more with
@@ -176,10 +241,10 @@ class Planner:
         """
         if self.costs is None:
             return
-        size = tree.num_nodes
-        predicted = self.costs.tree_cost(rows, rows * size) if size > 1 else self.costs.plain_cost(rows)
+        tokens = draft.num_tokens(rows)
+        predicted = self.costs.tree_cost(rows, tokens) if draft.propose else self.costs.plain_cost(rows)
         offsets = self._offsets.setdefault(rows, [0.0, 0.0])
-        seen, other = (1, 0) if size > 1 else (0, 1)
+        seen, other = (1, 0) if draft.propose else (0, 1)
         offsets[seen] += 0.05 * (min(seconds, 4 * predicted) - predicted - offsets[seen])
         offsets[seen] = max(0.0, offsets[seen])
         offsets[other] += 0.003 * (offsets[seen] - offsets[other])
@@ -192,6 +257,3 @@ class Planner:
         self._chosen.clear()
         self._grown, probabilities = grow(self.acceptance.table(), MAX_NODES)
         self._expected = list(accumulate(probabilities))
-
-    def _tree(self, size: int) -> Tree:
-        return Tree(self._grown.choices[:size])

@@ -64,7 +64,7 @@ class TreeTensors:
     parent: Tensor  # [n] int64, the root is its own parent
     depth: Tensor  # [n] int64
     column: Tensor  # [n] int64, index into a row's draft: its last token, then its [heads · ranks] candidates
-    bits: Tensor  # [n] int64, bit j of entry i: j is i or above it; all 0 is a chain, of any length
+    bits: Tensor  # [n] int64, bit j of entry i: j is i or above it
     path: Tensor  # [n, D + 1] int64, the nodes from the root down to node i by depth, padded with i itself
 
     @property
@@ -75,11 +75,6 @@ class TreeTensors:
     def max_depth(self) -> int:
         return self.path.shape[1] - 1
 
-    @property
-    def is_chain(self) -> bool:
-        """Whether it is a chunk of known tokens: all of its nodes are kept, so it has no paths."""
-        return self.path.shape[1] == 0
-
     @cached_property
     def order(self) -> Tensor:
         """[n] int64: 0, 1, 2, …"""
@@ -88,8 +83,6 @@ class TreeTensors:
     @cached_property
     def ancestors(self) -> Tensor:
         """[n, n] bool, entry (i, j): j is i or above it."""
-        if self.is_chain:
-            return self.order[:, None] >= self.order
         return (self.bits[:, None] >> self.order) & 1 != 0
 
 
@@ -110,20 +103,6 @@ def tree_tensors(tree: Tree, num_ranks: int, device: torch.device) -> TreeTensor
     )
     # without waiting for a device, which has steps to do
     return TreeTensors(*(torch.tensor(table).to(device, non_blocking=True) for table in tables))
-
-
-@lru_cache(maxsize=1024)
-def chain_tensors(num_nodes: int, device: torch.device) -> TreeTensors:
-    """The chain that a chunk of a prompt is: n known tokens, each below the one before. It has no `path` table:
-    all of its nodes are kept."""
-    nodes = torch.arange(num_nodes, device=device)
-    return TreeTensors(
-        parent=(nodes - 1).clamp(min=0),
-        depth=nodes,
-        column=nodes,
-        bits=torch.zeros_like(nodes),
-        path=nodes.new_empty(num_nodes, 0),
-    )
 
 
 def grow(acceptance: list[list[float]], num_nodes: int) -> tuple[Tree, list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,15 +12,14 @@ from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Group
 from manyheads.attention.torch import TorchAttention
-from manyheads.medusa import tree as trees
-from manyheads.medusa.tree import Tree, TreeTensors, chain_tensors, grow, tree_tensors
+from manyheads.medusa.tree import ROOT, Tree, grow, tree_tensors
 from manyheads.models.config import ModelConfig
 from tests.kernels import INTERPRETED
 
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
-DIM, EPS, POSITIONS = 16, 1e-3, 200
+DIM, EPS, POSITIONS = 16, 1e-3, 600
 backend_class: type[TorchAttention] = TorchAttention
 
 
@@ -37,16 +37,53 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with one tree and the lengths of their caches."""
+    """A group: the rows' trees and the lengths of their caches."""
 
-    tree: TreeTensors
+    trees: list[Tree]
     cached: list[int]
+    is_chain: bool = False
+
+    @property
+    def starts(self) -> list[int]:
+        return [0, *accumulate(tree.num_nodes for tree in self.trees)]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def max_nodes(self) -> int:
+        return max(tree.num_nodes for tree in self.trees)
+
+    def group(self, start: int, table: Tensor, max_tokens: int | None = None, max_cached: int | None = None) -> Group:
+        known = [] if self.is_chain else [tree_tensors(tree, 4, CPU).bits for tree in self.trees]
+        return Group(
+            start=start,
+            stop=start + self.num_tokens,
+            row_start=torch.tensor(self.starts, dtype=torch.int32),
+            bits=torch.cat(known) if known else torch.zeros(self.num_tokens, dtype=torch.int64),
+            cached_len=torch.tensor(self.cached),
+            block_table=table,
+            max_tokens=max_tokens or self.max_nodes,
+            max_cached_len=max_cached or max(self.cached),
+            is_chain=self.is_chain,
+        )
+
+
+def same(tree: Tree, cached: list[int]) -> Rows:
+    return Rows([tree] * len(cached), cached)
+
+
+def chain(n: int, cached: int) -> Rows:
+    """A chunk of a prompt."""
+    return Rows([Tree(tuple((0,) * depth for depth in range(n)))], [cached], is_chain=True)
 
 
 @dataclass(frozen=True)
 class Step:
     backend: AttentionBackend
-    groups: list[Group]
+    rows: list[Rows]
+    groups: list[Group]  # of these rows
     positions: Tensor
     slots: Tensor
     cache: Tensor  # before the step
@@ -78,22 +115,21 @@ class Step:
         block_size, per_kv = self.cache.shape[3], self.q.shape[1] // self.k.shape[1]
         queries, new = self.prepared()
         out = torch.zeros(self.q.shape, dtype=torch.float64)
-        for group in self.groups:
-            for r, length in enumerate(group.cached_len.tolist()):
-                first = group.start + r * group.num_nodes
+        first = 0
+        for part, group in zip(self.rows, self.groups, strict=True):
+            for r, (tree, length) in enumerate(zip(part.trees, part.cached, strict=True)):
                 prefix = [
                     int(group.block_table[r, i // block_size]) * block_size + i % block_size for i in range(length)
                 ]
-                for i in range(group.num_nodes):
-                    seen, node = [first + i], i
-                    while node:
-                        node = int(group.tree.parent[node])
-                        seen.append(first + node)
+                for i, choice in enumerate(tree.choices):
+                    above = [j for j, other in enumerate(tree.choices) if choice[: len(other)] == other]
+                    seen = [first + j for j in above]
                     for h in range(self.q.shape[1]):
                         k = torch.cat((keys[prefix, h // per_kv], new[seen, h // per_kv]))
                         v = torch.cat((values[prefix, h // per_kv], self.v[seen, h // per_kv].double()))
                         scores = k @ queries[first + i, h] / math.sqrt(self.q.shape[2])
                         out[first + i, h] = torch.softmax(scores, 0) @ v
+                first += tree.num_nodes
         return out
 
 
@@ -152,38 +188,36 @@ def step(
 ) -> Step:
     """Pages scattered over a cache that is full of garbage; tables end in page 0, the dummy."""
     random = torch.Generator().manual_seed(seed)
-    num_pages = 1 + sum(-(-(c + r.tree.num_nodes) // block_size) for r in rows for c in r.cached) + 3
+    lengths = [c + tree.num_nodes for part in rows for tree, c in zip(part.trees, part.cached, strict=True)]
+    num_pages = 1 + sum(-(-length // block_size) for length in lengths) + 3
     cache = torch.randn(2, 2, num_pages, block_size, kv_heads, DIM, generator=random) * 3
     free = (1 + torch.randperm(num_pages - 1, generator=random)).tolist()
-    width = max(-(-(max(r.cached) + r.tree.num_nodes) // block_size) for r in rows) + slack
+    width = -(-max(lengths) // block_size) + slack
     groups, positions, slots, start = [], [], [], 0
     for part in rows:
-        n, longest = part.tree.num_nodes, max(part.cached)
         table = torch.zeros(len(part.cached), width, dtype=torch.int64)
-        for r, cached in enumerate(part.cached):
-            for page in range(-(-(cached + n) // block_size)):
+        for r, (tree, cached) in enumerate(zip(part.trees, part.cached, strict=True)):
+            end = cached + tree.num_nodes
+            for page in range(-(-end // block_size)):
                 table[r, page] = free.pop()
-            slots += [int(table[r, i // block_size]) * block_size + i % block_size for i in range(cached, cached + n)]
-            positions += [cached + d for d in part.tree.depth.tolist()]
-        groups.append(Group(start, len(part.cached), part.tree, torch.tensor(part.cached), table, longest))
-        start += n * len(part.cached)
+            slots += [int(table[r, i // block_size]) * block_size + i % block_size for i in range(cached, end)]
+            positions += [cached + len(choice) for choice in tree.choices]
+        groups.append(part.group(start, table))
+        start = groups[-1].stop
     q, k, v = (torch.randn(start, h, DIM, generator=random) for h in (heads, kv_heads, kv_heads))
     weights = (torch.randn(DIM, generator=random) + 1, torch.randn(DIM, generator=random) + 1) if norms else None
     backend = backend_class(cache, model_config(heads, kv_heads), rope or no_rotation())
-    return Step(backend, groups, torch.tensor(positions), torch.tensor(slots), cache.clone(), q, k, v, weights)
+    return Step(backend, rows, groups, torch.tensor(positions), torch.tensor(slots), cache.clone(), q, k, v, weights)
 
 
-def random_tree(seed: int) -> TreeTensors:
+def random_tree(seed: int) -> Tree:
     acceptance = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed)).sort(descending=True).values
-    return tree_tensors(grow(acceptance.tolist(), 2 + seed)[0], 4, CPU)
+    return grow(acceptance.tolist(), 2 + seed)[0]
 
 
-def chain(n: int) -> TreeTensors:
-    return chain_tensors(n, CPU)
-
-
-ROOT = tree_tensors(trees.ROOT, 3, CPU)
-BRANCHES = tree_tensors(Tree(((), (1,), (0,), (0, 0), (1, 0), (0, 0, 2))), 3, CPU)
+BRANCHES = Tree(((), (1,), (0,), (0, 0), (1, 0), (0, 0, 2)))
+THREE = Tree(((), (0,), (1,)))
+NINE = Tree(((), (0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0)))
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -191,15 +225,24 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 CASES = {
-    "one token": [Rows(ROOT, [5])],
-    "nothing cached": [Rows(ROOT, [0])],
-    "plain rows, ragged": [Rows(ROOT, [0, 1, 3, 4, 17])],
-    "prompt from its start": [Rows(chain(9), [0])],
-    "prompt goes on in the middle of a page": [Rows(chain(6), [7])],
-    "branches": [Rows(BRANCHES, [10])],
-    "branches, ragged, unsorted": [Rows(BRANCHES, [13, 0, 4, 6])],
-    "a tree of rows to a page's end": [Rows(BRANCHES, [2, 6])],
-    "everything at once": [Rows(chain(5), [3]), Rows(chain(9), [0]), Rows(BRANCHES, [2, 11]), Rows(ROOT, [1, 30])],
+    "one token": [same(ROOT, [5])],
+    "nothing cached": [same(ROOT, [0])],
+    "plain rows, ragged": [same(ROOT, [0, 1, 3, 4, 17])],
+    "prompt from its start": [chain(9, 0)],
+    "prompt goes on in the middle of a page": [chain(6, 7)],
+    "branches": [same(BRANCHES, [10])],
+    "branches, ragged, unsorted": [same(BRANCHES, [13, 0, 4, 6])],
+    "a tree of rows to a page's end": [same(BRANCHES, [2, 6])],
+    "everything at once": [chain(5, 3), chain(9, 0), same(BRANCHES, [2, 11]), same(ROOT, [1, 30])],
+    "1, 3 and 9 nodes": [Rows([ROOT, THREE, NINE], [4, 6, 9])],
+    "9, 1, 3 and 1 nodes": [Rows([NINE, ROOT, THREE, ROOT], [0, 7, 7, 8])],
+    "few nodes on a long cache": [Rows([NINE, NINE, ROOT], [1, 3, 12])],
+    "many nodes on a long cache": [Rows([ROOT, THREE, ROOT, NINE], [0, 5, 2, 31])],
+    "1, 3 and 9 nodes beside prompts": [chain(7, 2), Rows([THREE, NINE, ROOT], [3, 4, 5]), Rows([NINE, ROOT], [8, 9])],
+    "caches of very different lengths": [Rows([NINE, ROOT, THREE, ROOT, NINE], [0, 3, 130, 270, 290])],
+    "caches of very different lengths, unsorted": [Rows([ROOT, NINE, THREE, NINE], [300, 0, 280, 10])],
+    "caches of very different lengths, one token each": [same(ROOT, [1, 140, 300])],
+    "a long row alone": [Rows([THREE, NINE], [2, 300])],
 }
 
 
@@ -211,13 +254,13 @@ def test_a_token_sees_its_prefix_and_its_ancestors(case: str) -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (6, 3), (5, 1)])
 def test_query_heads_share_key_heads(heads: int, kv_heads: int) -> None:
-    made = step([Rows(BRANCHES, [3, 8]), Rows(chain(3), [5])], heads, kv_heads)
+    made = step([same(BRANCHES, [3, 8]), chain(3, 5), Rows([ROOT, NINE], [2, 4])], heads, kv_heads)
     close(made.run(), made.expected())
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_pages_of_any_size(block_size: int) -> None:
-    made = step([Rows(BRANCHES, [0, 3, 17]), Rows(chain(4), [16])], block_size=block_size, slack=0)
+    made = step([Rows([BRANCHES, ROOT, NINE], [0, 3, 17]), chain(4, 16)], block_size=block_size, slack=0)
     close(made.run(), made.expected())
 
 
@@ -228,17 +271,21 @@ def test_random_mixtures(seed: int) -> None:
     def lengths(n: int) -> list[int]:
         return torch.randint(0, 20, (n,), generator=random).tolist()
 
+    def some_trees(n: int) -> list[Tree]:
+        return [random_tree(i) for i in torch.randint(0, 14, (n,), generator=random).tolist()]
+
     rows = [
-        Rows(random_tree(seed), lengths(3)),
-        Rows(random_tree(seed + 3), lengths(1)),
-        Rows(chain(seed + 1), lengths(1)),
+        Rows(some_trees(3), lengths(3)),
+        Rows(some_trees(1), lengths(1)),
+        Rows(some_trees(5), lengths(5)),
+        chain(seed + 1, *lengths(1)),
     ]
     made = step(rows, heads=4, kv_heads=1 + seed % 2, block_size=2 + seed % 4, seed=seed)
     close(made.run(), made.expected())
 
 
 @pytest.mark.parametrize("norms", [False, True], ids=["no norms", "norms"])
-@pytest.mark.parametrize("case", ["plain rows, ragged", "branches, ragged, unsorted", "everything at once"])
+@pytest.mark.parametrize("case", ["plain rows, ragged", "1, 3 and 9 nodes", "everything at once"])
 def test_queries_and_keys_are_normed_and_rotated_by_their_position(case: str, norms: bool) -> None:
     made = step(CASES[case], rope=rotation(), norms=norms)
     before = made.q.clone(), made.k.clone()
@@ -250,7 +297,7 @@ def test_queries_and_keys_are_normed_and_rotated_by_their_position(case: str, no
 
 
 def test_keys_and_values_are_written_to_their_slots_of_their_layer_only() -> None:
-    made = step(CASES["everything at once"])
+    made = step([*CASES["everything at once"], *CASES["9, 1, 3 and 1 nodes"]])
     made.run(layer=1)
     wanted = made.cache.clone()
     flat = wanted.flatten(2, 3)
@@ -259,47 +306,47 @@ def test_keys_and_values_are_written_to_their_slots_of_their_layer_only() -> Non
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
-    """What a row gets alone, padded to itself, it gets beside longer rows."""
-    made = step([Rows(BRANCHES, [3, 40, 9])])
+    """What a row gets alone, padded to itself, it gets beside longer rows, and rows of more nodes."""
+    made = step([Rows([BRANCHES, NINE, ROOT, THREE], [3, 4, 40, 9])])
     together = made.run()
-    group = made.groups[0]
-    alone = Group(0, 1, BRANCHES, group.cached_len[:1], group.block_table[:1], 3)
-    close(part(made, alone, 0, 6).run(), together[:6])
+    starts = made.rows[0].starts
+    for r, (tree, cached) in enumerate(zip(made.rows[0].trees, made.rows[0].cached, strict=True)):
+        table = made.groups[0].block_table[r : r + 1]
+        alone = part(made, Rows([tree], [cached]), table, starts[r], starts[r + 1])
+        close(alone.run(), together[starts[r] : starts[r + 1]])
 
 
-def part(made: Step, group: Group, first: int, end: int) -> Step:
+def part(made: Step, rows: Rows, table: Tensor, first: int, end: int, **bounds: int) -> Step:
     """Some of its tokens, as a step of their own."""
     tokens = (x[first:end] for x in (made.positions, made.slots))
     qkv = (x[first:end] for x in (made.q, made.k, made.v))
-    return Step(made.backend, [group], *tokens, made.cache, *qkv)
+    return Step(made.backend, [rows], [rows.group(0, table, **bounds)], *tokens, made.cache, *qkv)
 
 
-def test_a_bound_above_the_longest_row_changes_nothing() -> None:
-    made = step([Rows(BRANCHES, [3, 5])], slack=4)
-    group = made.groups[0]
-    wide = Group(0, 2, BRANCHES, group.cached_len, group.block_table, max_cached_len=20)
-    close(part(made, wide, 0, 12).run(), made.expected())
+def test_bounds_above_the_longest_row_change_nothing() -> None:
+    made = step([Rows([BRANCHES, ROOT], [3, 5])], slack=12)
+    wide = part(made, made.rows[0], made.groups[0].block_table, 0, 7, max_cached=20, max_tokens=32)
+    close(wide.run(), made.expected())
 
 
-def test_a_bound_above_a_single_row_changes_nothing() -> None:
+def test_bounds_above_a_single_row_change_nothing() -> None:
     """Its pages may lie side by side; what is past its last token is not seen."""
-    for tree in (ROOT, BRANCHES, chain(3)):
-        made = step([Rows(tree, [5])], block_size=16)
-        group = made.groups[0]
-        group.block_table[:] = 1 + torch.arange(group.block_table.shape[1])
-        slots = 16 + torch.arange(5, 5 + tree.num_nodes)
-        bounded = Group(0, 1, tree, group.cached_len, group.block_table, max_cached_len=30)
-        wide = Step(made.backend, [bounded], made.positions, slots, made.cache, made.q, made.k, made.v)
+    for rows in (same(ROOT, [5]), same(BRANCHES, [5]), same(NINE, [0]), chain(3, 5)):
+        made = step([rows], block_size=16)
+        table, cached = made.groups[0].block_table, rows.cached[0]
+        table[:] = 1 + torch.arange(table.shape[1])
+        slots = 16 + torch.arange(cached, cached + rows.num_tokens)
+        bounded = rows.group(0, table, max_tokens=9, max_cached=30)
+        wide = Step(made.backend, [rows], [bounded], made.positions, slots, made.cache, made.q, made.k, made.v)
         close(wide.run(), wide.expected())
 
 
 def test_steps_build_on_one_another() -> None:
     """A prompt in two chunks and a token after it: the same as all of it in one."""
-    whole = step([Rows(chain(10), [0])], rope=rotation())
+    whole = step([chain(10, 0)], rope=rotation())
     wanted = whole.run()
-    parts = step([Rows(chain(10), [0])], rope=rotation())
+    parts = step([chain(10, 0)], rope=rotation())
     table, done = parts.groups[0].block_table, []
     for first, end in ((0, 6), (6, 9), (9, 10)):
-        group = Group(0, 1, chain(end - first), torch.tensor([first]), table, first)
-        done.append(part(parts, group, first, end).run(layer=0))
+        done.append(part(parts, chain(end - first, first), table, first, end).run(layer=0))
     close(torch.cat(done), wanted)

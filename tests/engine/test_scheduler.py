@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,8 @@ from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.engine import Engine
 from manyheads.engine.scheduler import Scheduler, Unsettled
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
-from manyheads.medusa.planner import Planner
-from manyheads.medusa.tree import ROOT, Choice, Tree
+from manyheads.medusa.planner import SIZES, Draft, Planner
+from manyheads.medusa.tree import Choice, Tree
 from manyheads.request import (
     EngineReady,
     EngineRequest,
@@ -67,10 +68,12 @@ class FakeRunner:
 
     Args:
         skill: of ten proposals of a head, how many are right; the rank of the right one varies below 10.
+        ragged: whether a row brings a part of the nodes that it may bring, another one in each step.
     """
 
-    def __init__(self, page_size: int, skill: int, overlaps: bool) -> None:
+    def __init__(self, page_size: int, skill: int, overlaps: bool, ragged: bool = False) -> None:
         self.page_size, self.skill, self.overlaps = page_size, skill, overlaps
+        self.random = random.Random(0) if ragged else None
         self.cache: dict[int, int] = {}  # slot → K/V entry
         self.cached_len: dict[int, int] = {}  # by row, from here on
         self.last_token: dict[int, int] = {}
@@ -89,7 +92,7 @@ class FakeRunner:
     def compute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         self.writers.clear()
-        requests = [*(chunk.request for chunk in plan.chunks), *plan.speculating, *plan.single]
+        requests = [*(chunk.request for chunk in plan.chunks), *plan.decoding]
         assert requests, "a step without a row"
         assert len(set(map(id, requests))) == len(requests)
         for request in plan.admitted:
@@ -109,10 +112,11 @@ class FakeRunner:
             target = self.forward(request, nodes)[(0,) * (n - 1)]
             self.cached_len[row_of(request)] += n
             if chunk.is_last:
-                self.finish(plan, result, request, [target], 0)
-        for requests, tree in ((plan.speculating, plan.tree), (plan.single, ROOT)):
-            for request in requests:
-                self.decode(plan, result, request, tree)
+                self.finish(plan, result, request, [target], [()])
+        for request in plan.decoding:
+            self.decode(plan, result, request, plan.draft.tree)
+        if plan.draft.propose and plan.decoding:
+            result.gains.extend(0.1 * i for i in range(len(SIZES)))
         return result
 
     def check_row(self, request: Request) -> None:
@@ -131,25 +135,39 @@ class FakeRunner:
         row = row_of(request)
         cached_len = self.cached_len[row]
         assert request.decoding
-        assert tree is ROOT or (request.has_candidates and request.params.speculative)
-        assert not request.has_candidates or row in self.candidates
-        nodes: dict[Choice, int] = {(): self.last_token[row]}
-        nodes |= {choice: self.candidates[row][len(choice) - 1][choice[-1]] for choice in tree.choices[1:]}
+        assert request.has_candidates == (row in self.candidates)
+        brought = self.part_of(tree)
+        speculates = request.has_candidates and request.params.speculative
+        # a row that knows no candidates may still fill the step up, with what it must not accept
+        taken = brought if speculates else brought[:1]
+        nodes: dict[Choice, int] = {choice: 1 for choice in brought}
+        nodes[()] = self.last_token[row]
+        nodes |= {choice: self.candidates[row][len(choice) - 1][choice[-1]] for choice in taken[1:]}
         target = self.forward(request, nodes)
         path: list[Choice] = [()]
-        while below := [c for c in nodes if c and c[:-1] == path[-1] and nodes[c] == target[path[-1]]]:
+        while below := [c for c in taken if c and c[:-1] == path[-1] and nodes[c] == target[path[-1]]]:
             path.append(below[0])
         tokens = [target[choice] for choice in path]
         where = {choice: cached_len + i for i, choice in enumerate(nodes)}
         for depth, choice in enumerate(path):
             self.cache[self.slot(request, cached_len + depth)] = self.cache[self.slot(request, where[choice])]
         self.cached_len[row] += len(path)
-        if request.has_candidates and (plan.propose or tree is not ROOT):
+        if request.has_candidates and plan.draft.propose:
             for depth, token in enumerate(tokens[:HEADS]):
                 result.trials[depth] += 1
                 for rank, candidate in enumerate(self.candidates[row][depth]):
                     result.hits[depth][rank] += candidate == token
-        self.finish(plan, result, request, tokens, tree.max_depth)
+        self.finish(plan, result, request, tokens, taken)
+
+    def part_of(self, tree: Tree) -> list[Choice]:
+        """Some of its nodes, with all that is above them; all of them once in a while."""
+        if self.random is None or self.random.random() < 0.2:
+            return list(tree.choices)
+        share, part = self.random.random(), [tree.choices[0]]
+        for choice in tree.choices[1:]:
+            if choice[:-1] in part and self.random.random() < share:
+                part.append(choice)
+        return part
 
     def forward(self, request: Request, nodes: dict[Choice, int]) -> dict[Choice, int]:
         """Compute a row's tree; the token that the model continues each node with."""
@@ -164,12 +182,12 @@ class FakeRunner:
             self.cache[slot] = entries[choice]
         return {choice: entry % VOCAB for choice, entry in entries.items()}
 
-    def finish(self, plan: StepPlan, result: StepResult, request: Request, tokens: list[int], depth: int) -> None:
+    def finish(self, plan: StepPlan, result: StepResult, request: Request, tokens: list[int], taken: list[Choice]) -> None:
         row, params = row_of(request), request.params
         logprobs = None if params.logprobs is None else [TokenLogprobs(token, 0.0, 1, []) for token in tokens]
-        result.rows.append(RowResult(request, tokens, logprobs, depth))
+        result.rows.append(RowResult(request, tokens, logprobs, max(map(len, taken)), len(taken) - 1))
         self.last_token[row] = tokens[-1]
-        if plan.propose:
+        if plan.draft.propose:
             context = [self.cache[self.slot(request, i)] for i in range(self.cached_len[row])]
             self.candidates[row] = self.propose(context, tokens[-1])
         else:
@@ -199,14 +217,14 @@ def row_of(request: Request) -> int:
 
 
 class RestlessPlanner(Planner):
-    """A tree of another size at every step."""
+    """Trees of another size at every step."""
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, sizes: list[float]) -> None:
         super().__init__([[0.6, 0.3, 0.1]] * HEADS)
         self.sizes = itertools.cycle(sizes)
 
-    def choose(self, rows: int, prompt_tokens: int = 0) -> Tree:
-        return self.largest(next(self.sizes))
+    def choose(self, rows: int, prompt_tokens: int = 0) -> Draft:
+        return self.draft(next(self.sizes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +235,9 @@ class Setup:
     rows: int = 4
     budget: int = 8
     max_queue: int = 8
-    sizes: list[int] = field(default_factory=lambda: [1])
+    sizes: list[float] = field(default_factory=lambda: [1])
+    """Nodes a row, on average, of one step after the other; a row may bring four times as many."""
+    ragged: bool = False
     skill: int = 10
     caching: bool = True
     overlaps: bool = False
@@ -236,7 +256,7 @@ class World:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps)
+        self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps, setup.ragged)
         self.scheduler = Scheduler(
             BlockManager(setup.pages + 1, setup.page_size, setup.caching),
             RestlessPlanner(setup.sizes),
@@ -374,14 +394,15 @@ def several(elements: st.SearchStrategy[Any], low: int, high: int) -> st.SearchS
 
 SETUPS = st.builds(
     Setup,
-    pages=st.integers(1, 14),
+    pages=st.integers(1, 24),
     page_size=st.integers(2, 4),
     rows=st.integers(1, 5),
     budget=st.integers(1, 12),
     max_queue=st.integers(1, 8),
-    sizes=st.lists(st.sampled_from([1, 2, 4, 8, 13]), min_size=1, max_size=4),
+    sizes=st.lists(st.sampled_from([1, 1.25, 2, 4, 8, 13]), min_size=1, max_size=4),
     skill=st.sampled_from([0, 5, 8, 10]),
     caching=st.booleans(),
+    ragged=st.booleans(),
     overlaps=st.booleans(),
 )
 ARRIVALS = st.builds(
@@ -440,13 +461,13 @@ def test_preemption_keeps_the_text(overlaps: bool) -> None:
     assert [len(sent.output) for sent in world.sent.values()] == [12] * 4
 
 
-def test_trees_shrink_before_anyone_is_preempted(overlaps: bool) -> None:
-    world = World(Setup(overlaps=overlaps, pages=8, page_size=2, max_len=8, sizes=[8]))
+@pytest.mark.parametrize(("pages", "trees"), [(36, {32, 16}), (20, {16, 8}), (12, {8, 1}), (8, {1})])
+def test_trees_shrink_before_anyone_is_preempted(pages: int, trees: set[int], overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, pages=pages, page_size=2, max_len=8, sizes=[8], skill=0))
     for first in (1, 2):
         world.add([first], max_tokens=7, ignore_eos=True)
     world.run()
-    assert any(plan.tree.num_nodes > 1 for plan in world.runner.plans)
-    assert any(1 < plan.tree.num_nodes < 8 for plan in world.runner.plans)
+    assert {plan.draft.tree.num_nodes for plan in world.runner.plans if len(plan.decoding) == 2} == trees
     assert world.engine.stats().preemptions == 0
 
 
@@ -483,7 +504,7 @@ def test_a_long_prompt_goes_in_chunks_beside_those_who_decode(overlaps: bool) ->
     world.run()
     chunks = [[chunk.num_inflight for chunk in plan.chunks] for plan in world.runner.plans]
     assert chunks[:4] == [[3], [4], [4], [2]]
-    assert all(plan.num_decoding for plan in world.runner.plans[1:])
+    assert all(plan.decoding for plan in world.runner.plans[1:])
 
 
 def test_a_known_prefix_is_not_computed_again(overlaps: bool) -> None:
@@ -513,10 +534,58 @@ def test_heads_save_steps_and_change_no_token(skill: int, steps: int, overlaps: 
 
 
 def test_a_request_may_decline_speculation(overlaps: bool) -> None:
-    world = World(Setup(overlaps=overlaps, sizes=[8]))
-    world.add([1, 2, 3], max_tokens=6, ignore_eos=True, speculative=False)
+    world = World(Setup(overlaps=overlaps, pages=40, sizes=[8]))
+    declining = world.add([1, 2, 3], max_tokens=6, ignore_eos=True, speculative=False)
+    other = world.add([1, 2, 3], max_tokens=6, ignore_eos=True)
     world.run()
-    assert not any(plan.speculating for plan in world.runner.plans)
+    steps = [world.sent[name].last.num_steps for name in (declining, other)]  # type: ignore[union-attr]
+    assert steps == [6, 3]
+    stats = world.engine.stats()
+    assert stats.drafted_by_depth == [2] * HEADS  # of the other one
+    assert stats.drafted_tokens == 2 * 31
+    assert stats.accepted_tokens == 2 * HEADS  # the last step's, though not all of them were wanted
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_rows_brought_is_counted(ragged: bool, overlaps: bool) -> None:
+    world = World(Setup(overlaps=overlaps, pages=99, sizes=[2], ragged=ragged, skill=5))
+    for first in (1, 2, 3):
+        world.add([first] * 3, max_tokens=12, ignore_eos=True)
+    rows: list[RowResult] = []
+    read = FakeStep.read
+
+    def reading(step: FakeStep) -> StepResult:
+        result = read(step)
+        rows.extend(row for row in result.rows if row.request.request_id in world.engine._requests)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeStep, "read", reading)
+        world.run()
+    stats, brought = world.engine.stats(), [row for row in rows if row.num_drafted]
+    assert brought
+    assert (len({row.num_drafted for row in brought}) > 1) == ragged
+    assert stats.drafted_tokens == sum(row.num_drafted for row in brought)
+    assert stats.accepted_tokens == sum(len(row.tokens) - 1 for row in brought)
+    assert stats.drafted_by_depth == [sum(row.drafted_depth > d for row in brought) for d in range(HEADS)]
+    assert stats.accepted_by_depth == [sum(len(row.tokens) - 1 > d for row in brought) for d in range(HEADS)]
+
+
+def test_the_planner_learns_what_came_of_a_step(overlaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of decoding rows only: what a prompt's row gains is no draft's."""
+    world = World(Setup(overlaps=overlaps, sizes=[8, 1], budget=4))
+    seen: list[tuple[Draft, list[float], list[int]]] = []
+    monkeypatch.setattr(world.scheduler.planner, "observe_gains", lambda *args: seen.append(args))
+    world.add([1, 2, 3], max_tokens=10, ignore_eos=True)
+    world.step()
+    world.add([2] * 9, max_tokens=8, ignore_eos=True)
+    world.run()
+    drafting = [plan for plan in world.runner.plans if plan.draft.propose and plan.decoding]
+    assert [draft for draft, _, _ in seen] == [plan.draft for plan in drafting]
+    assert [len(gained) for _, _, gained in seen] == [len(plan.decoding) for plan in drafting]
+    assert all(len(gains) == len(SIZES) for _, gains, _ in seen)
+    assert any(plan.chunks for plan in drafting)
+    assert all(0 <= n <= HEADS for _, _, gained in seen for n in gained)
 
 
 def test_max_steps_ends_a_request(overlaps: bool) -> None:
@@ -608,7 +677,7 @@ def test_what_was_launched_after_the_end_is_dropped(sizes: list[int]) -> None:
     last = world.sent[first].last
     assert last is not None
     assert (last.finish_reason, last.stop_token_id) == ("stop", EOS)
-    took_part = [any(r.request_id == first for r in (*plan.single, *plan.speculating)) for plan in world.runner.plans]
+    took_part = [any(r.request_id == first for r in plan.decoding) for plan in world.runner.plans]
     assert took_part.count(True) == last.num_steps  # one for the prompt is missing, one is too many
     assert len(world.sent[second].output) == 15
 

@@ -38,19 +38,21 @@ def model() -> Any:
     )
 
 
-def naive(w: HeadWeights, hidden: Tensor, lm_head: Any, num_ranks: int) -> list[list[list[int]]]:
-    out = []
+def naive(w: HeadWeights, hidden: Tensor, lm_head: Any, num_ranks: int) -> tuple[list, Tensor]:
+    """The best tokens of each row and head, and their probabilities."""
+    out, probabilities = [], []
     for x in hidden.double():
         row = []
         for h, blocks in enumerate(w.blocks):
             y = x
             for weight, bias in blocks:
                 y = y + F.silu(weight.double() @ y + bias.double())
-            logits = lm_head(y.float()[None])[0] if w.projections is None else w.projections[h].double() @ y
-            best = logits.argsort(descending=True)[:num_ranks].tolist()
-            row.append(best if w.token_map is None else [int(w.token_map[i]) for i in best])
+            logits = lm_head(y.float()[None])[0].double() if w.projections is None else w.projections[h].double() @ y
+            best = logits.argsort(descending=True)[:num_ranks]
+            probabilities.append(torch.softmax(logits, 0)[best])
+            row.append(best.tolist() if w.token_map is None else [int(w.token_map[i]) for i in best])
         out.append(row)
-    return out
+    return out, torch.stack(probabilities).view(len(out), len(w.blocks), num_ranks)
 
 
 def one_projection() -> HeadWeights:
@@ -76,12 +78,14 @@ TOKEN_MAP = torch.tensor([7, 3, 39, 0, 12, 5])
     ],
     ids=["one layer", "three layers", "the base's", "the base's, two layers", "one for all", "token map", "half"],
 )
-def test_candidates_are_the_heads_best_tokens(w: HeadWeights, rows: int) -> None:
+def test_candidates_are_the_heads_best_tokens_and_their_probabilities(w: HeadWeights, rows: int) -> None:
     base = model()
     hidden = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(rows))
-    found = MedusaHeads(w, base, torch.float32, CPU).candidates(hidden, 4)
-    assert found.dtype == torch.int64
-    assert found.tolist() == naive(w, hidden, base.lm_head, 4)
+    found, chances = MedusaHeads(w, base, torch.float32, CPU).candidates(hidden, 4)
+    wanted, probabilities = naive(w, hidden, base.lm_head, 4)
+    assert (found.dtype, chances.dtype) == (torch.int64, torch.float32)
+    assert found.tolist() == wanted
+    torch.testing.assert_close(chances.double(), probabilities, atol=1e-6, rtol=1e-4)
 
 
 def test_one_projection_for_all_heads_is_kept_once() -> None:
@@ -99,5 +103,21 @@ def test_memory_is_counted_without_what_the_base_owns() -> None:
 def test_heads_run_in_the_dtype_they_are_given() -> None:
     heads = MedusaHeads(weights(2), model(), torch.bfloat16, CPU)
     hidden = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0))
-    best = torch.tensor(naive(weights(2), hidden, None, 1))
-    assert float((heads.candidates(hidden.bfloat16(), 1) == best).float().mean()) > 0.6
+    wanted, probabilities = naive(weights(2), hidden, None, 1)
+    found, chances = heads.candidates(hidden.bfloat16(), 1)
+    same = found == torch.tensor(wanted)
+    assert float(same.float().mean()) > 0.6
+    assert chances.dtype == torch.float32
+    torch.testing.assert_close(chances[same].double(), probabilities[same], atol=0.1, rtol=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_probability_is_above_1(dtype: torch.dtype) -> None:
+    """Or a node would be more probable than its parent."""
+    w = weights(1)
+    assert w.projections is not None
+    sure = HeadWeights(w.blocks, [p * 20 for p in w.projections], None, "test", None)
+    hidden = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype)
+    _, chances = MedusaHeads(sure, model(), dtype, CPU).candidates(hidden, 3)
+    assert 0.99 < float(chances.max()) <= 1.0
+    assert float(chances.min()) >= 0.0

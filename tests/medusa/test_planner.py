@@ -6,16 +6,20 @@ from hypothesis import strategies as st
 
 from manyheads.medusa.planner import (
     DEFAULT_ACCEPTANCE,
+    GAINS_WINDOW,
     MIN_GAIN,
+    NO_DRAFT,
     PRIOR_TRIALS,
+    REACHES,
     REGROW_EVERY,
     SIZES,
     WINDOW_TRIALS,
     Acceptance,
     CostTable,
+    Draft,
     Planner,
 )
-from manyheads.medusa.tree import MAX_NODES, ROOT
+from manyheads.medusa.tree import MAX_NODES, Tree
 
 
 def planner(fixed: float, per_token: float, rows: int = 1) -> Planner:
@@ -29,16 +33,16 @@ def planner(fixed: float, per_token: float, rows: int = 1) -> Planner:
 
 
 def test_nothing_is_speculated_when_tokens_are_dear() -> None:
-    assert planner(0.0, 1.0).choose(1) is ROOT
-    assert planner(0.1, 1.0).choose(1) is ROOT
+    assert planner(0.0, 1.0).choose(1) is NO_DRAFT
+    assert planner(0.1, 1.0).choose(1) is NO_DRAFT
 
 
 def test_the_largest_tree_is_taken_when_tokens_are_free() -> None:
-    assert planner(1.0, 0.0).choose(1).num_nodes == MAX_NODES
+    assert planner(1.0, 0.0).choose(1) == Draft(planner(1.0, 0.0).draft(64).tree, MAX_NODES)
 
 
 def test_trees_shrink_as_the_load_grows() -> None:
-    sizes = [planner(1.0, 0.01, rows).choose(rows).num_nodes for rows in (1, 4, 16, 256)]
+    sizes = [planner(1.0, 0.01, rows).choose(rows).nodes for rows in (1, 4, 16, 256)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[1] > sizes[2] > sizes[3] == 1
 
@@ -47,7 +51,7 @@ def test_heads_that_cost_more_than_they_bring_are_left_alone() -> None:
     made = planner(1.0, 0.0)
     assert made.costs
     made.costs.trees = {1: {1: 10.0, 64: 10.0}}
-    assert made.choose(1) is ROOT
+    assert made.choose(1) is NO_DRAFT
 
 
 @settings(max_examples=100, deadline=None)
@@ -63,25 +67,131 @@ def test_the_choice_has_the_best_rate(seconds: list[float], plain: float, rows: 
     made.costs = CostTable(plain={8: plain}, trees={8: points})
     rates = {1: MIN_GAIN * rows / made.costs.plain_cost(rows, prompt)}
     for size in SIZES[1:]:
-        rates[size] = rows * made.expected_tokens(size) / made.costs.tree_cost(rows, rows * size + prompt)
-    assert rates[made.choose(rows, prompt).num_nodes] == pytest.approx(max(rates.values()))
+        tokens = int(rows * size)
+        if tokens > rows:
+            rates[size] = rows * made.expected_tokens(size) / made.costs.tree_cost(rows, tokens + prompt)
+    assert rates[made.choose(rows, prompt).nodes] == pytest.approx(max(rates.values()))
 
 
 def test_a_set_size_holds_at_any_load() -> None:
     made = Planner(DEFAULT_ACCEPTANCE, tree_size=6)
-    assert [made.choose(rows).num_nodes for rows in (1, 100)] == [6, 6]
-    assert made.choose(1).choices == made.largest(64).choices[:6]
+    assert [made.choose(rows).nodes for rows in (1, 100)] == [6, 6]
+    assert made.choose(1).tree.choices == made.draft(64).tree.choices[:32]  # four times as many to choose from
+    assert Planner(DEFAULT_ACCEPTANCE, tree_size=1).choose(1) is NO_DRAFT
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reach"), [(1.25, 8), (2, 8), (2.5, 16), (4, 16), (5, 32), (8, 32), (9, 64), (16, 64), (64, 64)]
+)
+def test_rows_may_bring_four_times_the_average(nodes: float, reach: int) -> None:
+    made = Planner(DEFAULT_ACCEPTANCE)
+    draft = made.draft(nodes)
+    assert (draft.nodes, draft.tree.num_nodes) == (nodes, reach)
+    assert draft.propose
+    assert draft.most_gained == draft.tree.max_depth + 1
+    assert draft.tree.choices == made.draft(64).tree.choices[:reach]
+
+
+def test_no_more_nodes_than_the_heads_have() -> None:
+    draft = Planner([[0.5, 0.3]]).draft(6)
+    assert draft.nodes == draft.tree.num_nodes == 3
+    assert draft.num_tokens(5) == 15
+    assert Planner(DEFAULT_ACCEPTANCE).draft(1) is NO_DRAFT
+
+
+def test_tokens_of_a_step() -> None:
+    tree = Tree(((), (0,), (0, 0)))
+    assert [Draft(tree, 1.25).num_tokens(rows) for rows in (1, 3, 4, 8)] == [1, 3, 5, 10]
+    assert [Draft(tree, 1.5).num_tokens(rows) for rows in (1, 2, 3)] == [1, 3, 4]
+    assert Draft(tree, 9).num_tokens(2) == 6
+    assert (NO_DRAFT.num_tokens(7), NO_DRAFT.propose, NO_DRAFT.most_gained) == (7, False, 1)
+
+
+def test_every_smaller_draft_needs_fewer_pages_down_to_none() -> None:
+    made = Planner(DEFAULT_ACCEPTANCE)
+    draft, seen = made.draft(64), []
+    while draft.propose:
+        seen.append((draft.tree.num_nodes, draft.nodes))
+        draft = made.smaller(draft)
+    assert [reach for reach, _ in seen] == list(REACHES)[::-1]
+    assert all(nodes == reach / 4 for reach, nodes in seen[1:])
+    assert draft is NO_DRAFT
+    assert made.smaller(NO_DRAFT) is NO_DRAFT
+    few = Planner([[0.5, 0.3]])
+    assert few.smaller(few.draft(2)) is NO_DRAFT
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 800), st.integers(0, 50), st.floats(0.0, 0.01))
+def test_no_step_has_more_tokens_than_were_measured(rows: int, most: int, prompt: int, per_token: float) -> None:
+    made = planner(1.0, per_token, rows)
+    made.max_inflight = most
+    draft = made.choose(rows, prompt)
+    assert draft is NO_DRAFT or rows < draft.num_tokens(rows) <= most
+
+
+@pytest.mark.parametrize("rows", [4, 8, 100])
+def test_a_part_of_the_rows_may_bring_a_node_more(rows: int) -> None:
+    """Where tokens are dear, the few that are nearly sure still pay."""
+    made = Planner([[0.5] + [0.01] * 9] * 3)
+    made.costs = CostTable(
+        plain={rows: 1.0}, trees={rows: {rows: 1.0, int(1.25 * rows): 1.01, int(1.5 * rows): 2.0, 64 * rows: 200.0}}
+    )
+    made.observe_gains(made.draft(2), [0.0, 0.24, 0.3] + [0.5] * (len(SIZES) - 3), [1] * 10)
+    assert made.choose(rows).nodes == 1.25
 
 
 def test_without_heads_or_costs_nothing_is_speculated() -> None:
-    assert Planner([], tree_size=6).choose(1) is ROOT
-    assert Planner(DEFAULT_ACCEPTANCE).choose(1) is ROOT
+    assert Planner([], tree_size=6).choose(1) is NO_DRAFT
+    assert Planner(DEFAULT_ACCEPTANCE).choose(1) is NO_DRAFT
 
 
 def test_expected_tokens_add_up_the_nodes() -> None:
     made = Planner([[0.5, 0.25], [0.5]])
     # the nodes, most probable first: the root 1, (0) 0.5, then (1) and (0, 0) 0.25, (1, 0) 0.125
-    assert [made.expected_tokens(n) for n in range(1, 7)] == pytest.approx([1.0, 1.5, 1.75, 2.0, 2.125, 2.125])
+    assert [made.expected_tokens(n) for n in range(1, 6)] == pytest.approx([1.0, 1.5, 1.75, 2.0, 2.125])
+    assert [made.expected_tokens(n) for n in (1.25, 1.5, 2.5)] == pytest.approx([1.125, 1.25, 1.625])
+
+
+GAINS = [0.1 * i for i in range(len(SIZES))]
+
+
+def test_what_the_heads_expect_replaces_the_averages() -> None:
+    made = Planner(DEFAULT_ACCEPTANCE)
+    made.observe_gains(made.draft(4), GAINS, [1, 0])  # 0.5 gained
+    at = SIZES.index(4)
+    calibration = (1 + GAINS_WINDOW * (0.5 - 1)) / (1 + GAINS_WINDOW * (GAINS[at] - 1))
+    assert [made.expected_tokens(n) for n in SIZES] == pytest.approx([1 + g * calibration for g in GAINS])
+    assert made.expected_tokens(3.9) == made.expected_tokens(3)
+    before = made.expected_tokens(2)
+    made.observe_gains(made.draft(4), [2 * g for g in GAINS], [0, 1])
+    assert before < made.expected_tokens(2) < 1.1 * before  # one step changes little
+
+
+@pytest.mark.parametrize("gained", [[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [3, 2, 0, 1]], ids=str)
+@pytest.mark.parametrize("nodes", [1.25, 4, 5, 64])
+def test_heads_that_promise_too_much_or_too_little_are_corrected(nodes: float, gained: list[int]) -> None:
+    made = Planner(DEFAULT_ACCEPTANCE)
+    for _ in range(int(8 / GAINS_WINDOW)):
+        made.observe_gains(made.draft(nodes), GAINS, gained)
+    share = sum(gained) / len(gained) / GAINS[max(i for i, size in enumerate(SIZES) if size <= nodes)]
+    assert [made.expected_tokens(n) for n in SIZES] == pytest.approx([1 + g * share for g in GAINS], rel=0.01)
+
+
+def test_the_choice_follows_what_came_of_the_drafts() -> None:
+    made = planner(1.0, 0.02)
+    before = made.choose(1)
+    assert before.propose
+    for _ in range(int(8 / GAINS_WINDOW)):
+        made.observe_gains(before, GAINS, [0])
+    for _ in range(REGROW_EVERY):
+        after = made.choose(1)
+    assert after is NO_DRAFT
+    for _ in range(int(8 / GAINS_WINDOW)):
+        made.observe_gains(before, GAINS, [3])
+    for _ in range(REGROW_EVERY):
+        after = made.choose(1)
+    assert after.propose
 
 
 def test_acceptance_starts_at_the_prior_and_learns() -> None:
@@ -113,12 +223,12 @@ def test_the_tree_follows_what_is_observed() -> None:
         made.observe([[99] + [0] * 9] * 4, [100] * 4)
     for _ in range(REGROW_EVERY):
         after = made.choose(1)
-    assert after.choices[:5] == ((), (0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)) != before.choices[:5]
+    assert after.tree.choices[:5] == ((), (0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)) != before.tree.choices[:5]
     for _ in range(1000):
         made.observe([[0] * 10] * 4, [100] * 4)
     for _ in range(REGROW_EVERY):
         after = made.choose(1)
-    assert after is ROOT
+    assert after is NO_DRAFT
 
 
 def test_dearer_steps_than_at_warm_up_pay_for_larger_trees() -> None:
@@ -127,8 +237,8 @@ def test_dearer_steps_than_at_warm_up_pay_for_larger_trees() -> None:
     for _ in range(200):
         made.observe_cost(1, before, 3.0)
         after = made.choose(1)
-    assert after.num_nodes > before.num_nodes
-    assert made.choose(2).num_nodes == planner(1.0, 0.1).choose(2).num_nodes  # another number of rows
+    assert after.nodes > before.nodes
+    assert made.choose(2) == planner(1.0, 0.1).choose(2)  # another number of rows
     for _ in range(200):
         made.observe_cost(1, after, 0.0)  # never below what was measured
         last = made.choose(1)
@@ -139,7 +249,7 @@ def test_one_slow_step_changes_little() -> None:
     made = planner(1.0, 0.1)
     before = made.choose(1)
     made.observe_cost(1, before, 1e6)
-    assert made.choose(1).num_nodes <= before.num_nodes + 4
+    assert made.choose(1).nodes <= before.nodes + 4
 
 
 def test_costs_between_and_past_the_measured_ones() -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.medusa.tree import MAX_NODES, ROOT, Choice, Tree, chain_tensors, grow, tree_tensors
+from manyheads.medusa.tree import MAX_NODES, ROOT, Choice, Tree, grow, tree_tensors
 
 CPU = torch.device("cpu")
 RANKS = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3)
@@ -75,14 +75,6 @@ def test_the_largest_tree_fits_its_bits(shape: str) -> None:
     above = [[choices[i][: len(c)] == c for c in choices] for i in range(MAX_NODES)]
     assert tensors.ancestors.tolist() == above
     assert [[bits >> j & 1 == 1 for j in range(64)] for bits in tensors.bits.tolist()] == above
-
-
-@pytest.mark.parametrize("n", [1, 7, 64])
-def test_a_chain_is_the_tree_of_first_ranks(n: int) -> None:
-    chain, tree = chain_tensors(n, CPU), tree_tensors(Tree(tuple((0,) * d for d in range(n))), 1, CPU)
-    for name in ("parent", "depth", "ancestors"):
-        assert torch.equal(getattr(chain, name), getattr(tree, name)), name
-    assert chain.num_nodes == n
 
 
 @pytest.mark.parametrize(
