@@ -260,7 +260,9 @@ class Runner:
         known: set[int] = set()
         if plan.draft.propose and self.heads is not None:
             known = {i for i, request in enumerate(requests) if request.has_candidates}
-        return Report(requests, values[: len(requests)], width, known, gains, logits or {})
+        # rows for which the heads have not spoken yet expect nothing, which says nothing
+        said = gains if len(known) == len(requests) else None
+        return Report(requests, values[: len(requests)], width, known, said, logits or {})
 
     def _pending(self, reports: list[Report]) -> PendingStep:
         """Send the reports on their way to the host."""

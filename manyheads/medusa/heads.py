@@ -75,7 +75,7 @@ class MedusaHeads:
             logits = torch.stack([p(x[:, h]) for h, p in enumerate(self._projections)], dim=1).flatten(0, 1)
         best = logits.topk(num_ranks, dim=-1)
         shape = (num_rows, self.num_heads, num_ranks)
-        chances = (best.values.float() - logits.logsumexp(dim=-1, keepdim=True).float()).exp_()
+        chances = (best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp_()
         tokens = best.indices if self._token_map is None else self._token_map[best.indices]
         return tokens.view(shape), chances.view(shape)
 

@@ -208,7 +208,7 @@ class Planner:
         """Tokens that a row gains in a step where rows bring so many nodes on average."""
         self._regrow()
         if self._gains is None:  # no step yet: as if all rows had the same tree
-            return float(_interpolate(dict(enumerate(self._expected, 1)), nodes))
+            return float(_interpolate(dict(enumerate(self._expected, 1)), min(nodes, len(self._expected))))
         gain = self._gains[max(i for i, size in enumerate(SIZES) if size <= nodes)]
         gained, expected = self._outcome
         return 1.0 + gain * gained / expected

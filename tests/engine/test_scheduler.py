@@ -140,7 +140,7 @@ class FakeRunner:
         speculates = request.has_candidates and request.params.speculative
         # a row that knows no candidates may still fill the step up, with what it must not accept
         taken = brought if speculates else brought[:1]
-        nodes: dict[Choice, int] = {choice: 1 for choice in brought}
+        nodes: dict[Choice, int] = dict.fromkeys(brought, 1)
         nodes[()] = self.last_token[row]
         nodes |= {choice: self.candidates[row][len(choice) - 1][choice[-1]] for choice in taken[1:]}
         target = self.forward(request, nodes)
@@ -182,7 +182,9 @@ class FakeRunner:
             self.cache[slot] = entries[choice]
         return {choice: entry % VOCAB for choice, entry in entries.items()}
 
-    def finish(self, plan: StepPlan, result: StepResult, request: Request, tokens: list[int], taken: list[Choice]) -> None:
+    def finish(
+        self, plan: StepPlan, result: StepResult, request: Request, tokens: list[int], taken: list[Choice]
+    ) -> None:
         row, params = row_of(request), request.params
         logprobs = None if params.logprobs is None else [TokenLogprobs(token, 0.0, 1, []) for token in tokens]
         result.rows.append(RowResult(request, tokens, logprobs, max(map(len, taken)), len(taken) - 1))

@@ -1,0 +1,43 @@
+"""The planner and the engine together: trees that were given up come back."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from manyheads import EngineConfig, SamplingParams
+from manyheads.engine.build import build_engine
+from manyheads.medusa.planner import NO_DRAFT, CostTable, Draft
+from manyheads.request import EngineRequest
+from tests.tiny import VOCAB
+
+
+def test_a_step_before_the_heads_have_spoken_says_nothing_of_them(
+    folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside prompts trees do not pay here, so the first trees after one have no candidates yet."""
+    config = EngineConfig(model=str(folder), dtype="float32", num_threads=1, max_num_seqs=8, num_blocks=200)
+    engine = build_engine(config)
+    monkeypatch.setattr("manyheads.medusa.planner.REGROW_EVERY", 2)  # what was learnt shows at once
+    planner = engine.planner
+    planner.costs = CostTable(plain=dict.fromkeys((1, 2, 4, 8), 1.0), trees={r: {r: 1.0} for r in (1, 2, 4, 8)})
+    choose = planner.choose
+
+    def no_trees_beside_prompts(rows: int, prompt_tokens: int = 0) -> Draft:
+        return NO_DRAFT if prompt_tokens else choose(rows)
+
+    monkeypatch.setattr(planner, "choose", no_trees_beside_prompts)
+    monkeypatch.setattr(planner, "observe_cost", lambda *args: None)
+    numbers = random.Random(0)
+    for wave in range(3):
+        drafted = engine.stats().drafted_tokens
+        for i in range(4):
+            prompt = [numbers.randrange(VOCAB) for _ in range(20)]
+            params = SamplingParams(temperature=0.0, max_tokens=60)
+            engine.add_request(EngineRequest(request_id=f"{wave} {i}", prompt_token_ids=prompt, params=params))
+        while engine.has_work():
+            engine.step()
+        assert engine.stats().drafted_tokens - drafted > 2000  # some 30 steps of 250
