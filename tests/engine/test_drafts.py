@@ -19,9 +19,9 @@ def test_a_step_before_the_heads_have_spoken_says_nothing_of_them(
     folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside prompts trees do not pay here, so the first trees after one have no candidates yet."""
-    config = EngineConfig(model=str(folder), dtype="float32", num_threads=1, max_num_seqs=8, num_blocks=200)
-    engine = build_engine(config)
     monkeypatch.setattr("manyheads.medusa.planner.REGROW_EVERY", 2)  # what was learnt shows at once
+    config = EngineConfig(model=str(folder), dtype="float32", num_threads=1, max_num_seqs=8, max_num_batched_tokens=16)
+    engine = build_engine(config)
     planner = engine.planner
     planner.costs = CostTable(plain=dict.fromkeys((1, 2, 4, 8), 1.0), trees={r: {r: 1.0} for r in (1, 2, 4, 8)})
     choose = planner.choose
