@@ -8,8 +8,10 @@ from there to the next candidates.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from manyheads.medusa.tree import Tree, TreeTensors, tree_tensors
 
 if TYPE_CHECKING:
     from manyheads.engine.runner import Runner
+
+T = TypeVar("T")
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 """Rows that graphs are made for; beyond, steps of 64 rows."""
@@ -118,41 +122,46 @@ class StepGraphs:
         sizes = None
         if num_nodes > 1:
             sizes = torch.tensor([min(int(size * num_rows), num_rows * num_nodes) - 1 for size in SIZES], device=device)
-        made: dict[str, Tensor] = {}
 
-        def forward() -> Trees:
+        def forward() -> tuple[Trees, Tensor, Tensor, Tensor, Tensor | None]:
             trees = expand(state, index, tree, num_tokens)
             group = runner.group(trees.inflight, 0, num_nodes, runner.max_len)
             runner.attention.plan([group], trees.inflight.position, trees.inflight.slots)
-            made["hidden"] = runner.model.forward(trees.inflight.tokens, runner.attention)
-            made["logits"] = runner.model.lm_head(made["hidden"])
-            made["target"] = made["logits"].argmax(dim=-1)
-            if sizes is not None:
-                made["gains"] = trees.gains[sizes]
-            return trees
+            hidden = runner.model.forward(trees.inflight.tokens, runner.attention)
+            logits = runner.model.lm_head(hidden)
+            return trees, hidden, logits, logits.argmax(dim=-1), trees.gains[sizes] if sizes is not None else None
 
-        def finish(trees: Trees) -> None:
-            verdict = verify(trees, made["target"])
-            made["values"] = advance(state, runner.cache, trees, verdict)
+        def finish(trees: Trees, hidden: Tensor, target: Tensor) -> Tensor:
+            verdict = verify(trees, target)
+            values = advance(state, runner.cache, trees, verdict)
             state.cached_len[state.num_rows].zero_()  # the dummy row stays where it is
-            runner.propose(index, made["hidden"][last_token(trees, verdict)], num_nodes > 1)
+            runner.propose(index, hidden[last_token(trees, verdict)], num_nodes > 1)
             state.chances[state.num_rows, 1:].zero_()  # and brings nothing
+            return values
 
-        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # once without a graph: kernels are compiled and libraries set up, which a capture cannot hold
+        with self._aside():
+            trees, hidden, _, target, _ = forward()
+            finish(trees, hidden, target)
+            first, (trees, hidden, logits, target, gains) = self._record(forward)
+            second, values = self._record(lambda: finish(trees, hidden, target))
+        return _Graphs(index, tree, trees, logits, target, values, gains, first, second)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On a stream of its own, after what was launched and before what comes."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # once without a graph: kernels are compiled and libraries set up, which a capture cannot hold
-            finish(forward())
-            first.capture_begin(pool=self._pool)
-            trees = forward()
-            first.capture_end()
-            second.capture_begin(pool=self._pool)
-            finish(trees)
-            second.capture_end()
+            yield
         torch.cuda.current_stream().wait_stream(self._stream)
-        return _Graphs(
-            index, tree, trees, made["logits"], made["target"], made["values"], made.get("gains"), first, second
-        )
+
+    def _record(self, function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph that does again what the function does, into the tensors that it returns."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool)
+        result = function()
+        graph.capture_end()
+        return graph, result
 
 
 def padded_rows(count: int, most: int) -> int:
