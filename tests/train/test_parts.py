@@ -193,7 +193,7 @@ def test_heads_are_served_as_they_are_trained(base: Path, kind: str, blocks: int
             parameter += 0.2 * torch.randn_like(parameter)
     hidden = torch.randn(4, config.hidden_size)
     weights = heads.weights(torch.float32)
-    served = MedusaHeads(weights, model, torch.float32, CPU).candidates(hidden, 5)
+    served = MedusaHeads(weights, model, torch.float32, CPU).candidates(hidden, 5)[0]
     for trained in (heads, TrainedHeads.of(weights, projection)):
         for h in range(3):
             best = trained.logits(h, hidden).topk(5).indices
