@@ -51,9 +51,9 @@ class Manyheads:
         self.steps: dict[str, list[float]] = {}
         observe = self.engine.planner.observe_cost
 
-        def record(rows: int, tree: Any, seconds: float) -> None:
-            self.steps.setdefault(f"{rows}x{tree.num_nodes}", []).append(seconds)
-            observe(rows, tree, seconds)
+        def record(rows: int, draft: Any, seconds: float) -> None:
+            self.steps.setdefault(f"{rows}x{draft.num_tokens(rows) / rows:g}", []).append(seconds)
+            observe(rows, draft, seconds)
 
         self.engine.planner.observe_cost = record  # type: ignore[method-assign]
 

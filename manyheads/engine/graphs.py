@@ -33,10 +33,11 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256
 
 @dataclass(frozen=True, eq=False)
 class _Graphs:
-    """The two halves of a step, and the tensors that they read and write."""
+    """The two halves of a step, and the tensors that they read and write, which a graph does not keep alive."""
 
     index: Tensor  # [R] int64
     tree: TreeTensors
+    sizes: Tensor | None  # [sizes] int64, where the gains stand that the planner asks for
     trees: Trees
     logits: Tensor  # [T, V]
     target: Tensor  # [T] int64
@@ -145,7 +146,7 @@ class StepGraphs:
             finish(trees, hidden, target)
             first, (trees, hidden, logits, target, gains) = self._record(forward)
             second, values = self._record(lambda: finish(trees, hidden, target))
-        return _Graphs(index, tree, trees, logits, target, values, gains, first, second)
+        return _Graphs(index, tree, sizes, trees, logits, target, values, gains, first, second)
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:

@@ -71,7 +71,7 @@ class RowState:
 
     def forget_proposals(self, index: Tensor) -> None:
         """The rows move on without new candidates."""
-        self.chances[index, 1:] = 0.0
+        self.chances[:, 1:].index_fill_(0, index, 0.0)  # an assignment would copy a host's number, which no graph holds
 
     def tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         """Numbers, on their way to the device: the host does not wait."""
