@@ -4,8 +4,14 @@
     python benchmarks/gpu.py MODEL OUT.json --mode medusa         # or plain
     python benchmarks/gpu.py MODEL OUT.json --system vllm --mode plain
 
-All requests come at once, 128 tokens in, 256 out; what counts is the time after the last prompt: a run that asks for
-one token is timed first and taken off. Prompts are Spec-Bench's first turns, cut or repeated to 128 tokens.
+`sweep`: all requests come at once, 128 tokens in, 256 out; what counts is the time after the last prompt: a run that
+asks for one token is timed first and taken off. Prompts are Spec-Bench's first turns, cut or repeated to 128 tokens.
+`long`: the same for 16 requests of 8,000 tokens in, 128 out; the text is far longer than the built-in model was made
+for, so that its acceptance means little. `first`: the time to the first token of 2,000 tokens alone. `gaps`: the times
+between what 32 streams get, while a prompt of 4,000 tokens comes every 0.4 s.
+
+With --acceptance, candidates are accepted by chance: `manyheads.medusa.planner.DEFAULT_ACCEPTANCE`, which has the shape
+that is published for Vicuna-7B's heads.
 """
 
 from __future__ import annotations
@@ -30,12 +36,21 @@ class System(Protocol):
     def step_times(self) -> dict[str, Any]:
         """What it knows of its steps since the last call."""
 
+    def add(self, prompt: list[int], num_tokens: int) -> str:
+        """Queue a request; its name."""
+
+    def step(self) -> dict[str, int]:
+        """One step of the engine: how many tokens came, by request."""
+
 
 class Manyheads:
     def __init__(self, args: argparse.Namespace) -> None:
         from manyheads.config import EngineConfig
         from manyheads.engine.build import build_engine
 
+        if args.acceptance:
+            accept_by_chance()
+        self.temperature = 1.0 if args.acceptance else 0.0  # a row that samples passes by the sampler
         self.engine = build_engine(
             EngineConfig(
                 model=str(args.model),
@@ -57,15 +72,19 @@ class Manyheads:
 
         self.engine.planner.observe_cost = record  # type: ignore[method-assign]
 
-    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    def add(self, prompt: list[int], num_tokens: int) -> str:
         from manyheads.request import EngineRequest, SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        replies: dict[str, list[int]] = {}
-        for prompt in prompts:
-            self._count += 1
-            replies[str(self._count)] = []
-            self.engine.add_request(EngineRequest(request_id=str(self._count), prompt_token_ids=prompt, params=params))
+        params = SamplingParams(temperature=self.temperature, max_tokens=num_tokens, ignore_eos=True)
+        self._count += 1
+        self.engine.add_request(EngineRequest(request_id=str(self._count), prompt_token_ids=prompt, params=params))
+        return str(self._count)
+
+    def step(self) -> dict[str, int]:
+        return {delta.request_id: len(delta.new_token_ids) for delta in self.engine.step() if delta.new_token_ids}
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+        replies: dict[str, list[int]] = {self.add(prompt, num_tokens): [] for prompt in prompts}
         while self.engine.has_work():
             for delta in self.engine.step():
                 replies[delta.request_id] += delta.new_token_ids
@@ -105,13 +124,31 @@ class Vllm:
             **speculative,
         )
         self._params = SamplingParams
+        self._received: dict[str, int] = {}
 
-    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-        params = self._params(
+    def _sampling(self, num_tokens: int) -> Any:
+        return self._params(
             temperature=0.0, max_tokens=num_tokens, min_tokens=num_tokens, ignore_eos=True, detokenize=False
         )
+
+    def add(self, prompt: list[int], num_tokens: int) -> str:
+        name = f"stream-{len(self._received)}"
+        self._received[name] = 0
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, self._sampling(num_tokens))
+        return name
+
+    def step(self) -> dict[str, int]:
+        gained = {}
+        for output in self.llm.llm_engine.step():
+            count = len(output.outputs[0].token_ids)
+            gained[output.request_id] = count - self._received[output.request_id]
+            self._received[output.request_id] = count
+        return {name: count for name, count in gained.items() if count}
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return [list(o.outputs[0].token_ids) for o in self.llm.generate(asked, params, use_tqdm=False)]
+        replies = self.llm.generate(asked, self._sampling(num_tokens), use_tqdm=False)
+        return [list(reply.outputs[0].token_ids) for reply in replies]
 
     def counters(self) -> dict[str, int]:
         found = {m.name: m for m in self.llm.get_metrics() if "spec_decode" in m.name}
@@ -119,6 +156,32 @@ class Vllm:
 
     def step_times(self) -> dict[str, Any]:
         return {}
+
+
+def accept_by_chance() -> None:
+    """A target that continues each node with the candidate that DEFAULT_ACCEPTANCE draws, or with none of them."""
+    import torch
+
+    from manyheads.engine import graphs, state
+    from manyheads.medusa.planner import DEFAULT_ACCEPTANCE
+
+    table = torch.tensor(DEFAULT_ACCEPTANCE, device="cuda")  # [depth, rank]
+    depths, ranks = table.shape
+    weights = torch.cat((table, 1 - table.sum(1, keepdim=True)), dim=1)
+
+    def draw(logits: Any, block: Any, rows: Any) -> tuple[Any, dict[int, Any]]:
+        depth = block.depth.clamp(max=depths - 1)
+        rank = torch.multinomial(weights[depth], 1)[:, 0]
+        column = 1 + depth * ranks + rank.clamp(max=ranks - 1)
+        hit = (rank < ranks) & (block.depth < depths)
+        return torch.where(hit, rows.drafts[block.rows[block.row], column], 0), {}
+
+    def propose(self: Any, index: Any, candidates: Any, chances: Any) -> None:
+        known(self, index, candidates, table.expand_as(chances))
+
+    known = state.RowState.propose
+    state.RowState.propose = propose  # type: ignore[method-assign]
+    graphs.draw = draw  # type: ignore[assignment]
 
 
 def spec_bench_prompts(model: Path, file: Path, length: int, count: int) -> list[list[int]]:
@@ -143,11 +206,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--system", choices=("manyheads", "vllm"), default="manyheads")
     parser.add_argument("--mode", choices=("plain", "medusa"), default="medusa")
+    parser.add_argument("--tests", type=lambda text: text.split(","), default=["sweep"])
+    parser.add_argument("--acceptance", action="store_true", help="accept candidates by chance")
     parser.add_argument("--users", type=lambda text: [int(n) for n in text.split(",")], default=list(USERS))
     parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"))
     parser.add_argument("--tokens-in", type=int, default=128)
     parser.add_argument("--tokens-out", type=int, default=256)
-    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-model-len", type=int, default=12288)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--tree-size", type=int)
     parser.add_argument("--repeat", type=int, default=1)
@@ -156,36 +221,104 @@ def main() -> None:
     system: System = Manyheads(args) if args.system == "manyheads" else Vllm(args)
     ready = time.perf_counter() - args.start
     print(f"ready after {ready:.1f} s", flush=True)
+    record: dict[str, Any] = {"ready_s": ready, "system": args.system, "mode": args.mode}
+    for test in args.tests:
+        record["rows" if test == "sweep" else test] = TESTS[test](system, args)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def decoding(system: System, asked: list[list[int]], num_tokens: int) -> dict[str, Any]:
+    """Output tokens a second after the last prompt."""
+    start = time.perf_counter()
+    system.generate(asked, 1)
+    prefill = time.perf_counter() - start
+    before = system.counters()
+    system.step_times()
+    start = time.perf_counter()
+    replies = system.generate(asked, num_tokens)
+    wall = time.perf_counter() - start
+    tokens = sum(map(len, replies))
+    row = {
+        "users": len(asked),
+        "decode_tokens_per_s": (tokens - len(asked)) / (wall - prefill),
+        "prefill_s": prefill,
+        "wall_s": wall,
+        "tokens": tokens,
+        "counters": {name: n - before.get(name, 0) for name, n in system.counters().items()},
+    }
+    print(row, flush=True)
+    return {**row, "step_times": system.step_times()}
+
+
+def sweep(system: System, args: argparse.Namespace) -> list[dict[str, Any]]:
     prompts = spec_bench_prompts(args.model, args.prompts, args.tokens_in, max(args.users))
     rows = []
     for users in args.users:
-        asked = prompts[:users]
-        system.generate(asked, 16)  # whatever is compiled or captured on the way
-        for _ in range(args.repeat):
+        system.generate(prompts[:users], 16)  # whatever is compiled or captured on the way
+        rows += [decoding(system, prompts[:users], args.tokens_out) for _ in range(args.repeat)]
+    return rows
+
+
+def long(system: System, args: argparse.Namespace) -> dict[str, Any]:
+    prompts = spec_bench_prompts(args.model, args.prompts, 8000, 16)
+    system.generate(prompts[:1], 4)
+    return decoding(system, prompts, 128)
+
+
+def first(system: System, args: argparse.Namespace) -> dict[str, Any]:
+    times = {}
+    for length in (128, 2000):
+        prompts = spec_bench_prompts(args.model, args.prompts, length, 8)
+        seconds = []
+        for prompt in prompts:
             start = time.perf_counter()
-            system.generate(asked, 1)
-            prefill = time.perf_counter() - start
-            before = system.counters()
-            system.step_times()
-            start = time.perf_counter()
-            replies = system.generate(asked, args.tokens_out)
-            wall = time.perf_counter() - start
-            counted = {name: n - before.get(name, 0) for name, n in system.counters().items()}
-            tokens = sum(map(len, replies))
-            row = {
-                "system": args.system,
-                "mode": args.mode,
-                "users": users,
-                "decode_tokens_per_s": (tokens - users) / (wall - prefill),
-                "prefill_s": prefill,
-                "wall_s": wall,
-                "tokens": tokens,
-                "counters": counted,
-            }
-            print(row, flush=True)
-            row["step_times"] = system.step_times()
-            rows.append(row)
-    args.out.write_text(json.dumps({"ready_s": ready, "rows": rows}, indent=1) + "\n")
+            system.generate([prompt], 1)
+            seconds.append(time.perf_counter() - start)
+        times[str(length)] = sorted(seconds[1:])[len(seconds[1:]) // 2]
+    print(times, flush=True)
+    return times
+
+
+def gaps(system: System, args: argparse.Namespace) -> dict[str, Any]:
+    system.generate(spec_bench_prompts(args.model, args.prompts, 4000, 1), 4)
+    late = spec_bench_prompts(args.model, args.prompts, 4000, 8)
+    names = {system.add(prompt, 800) for prompt in spec_bench_prompts(args.model, args.prompts, 128, 32)}
+    last: dict[str, float] = {}
+    seen: list[float] = []
+    firsts: list[float] = []
+    asked: dict[str, float] = {}
+    left, started, begun = dict.fromkeys(names, 800), time.perf_counter(), None
+    while left:
+        gained = system.step()
+        now = time.perf_counter()
+        if begun is None and len(last) == len(names):
+            begun = now
+        if begun is not None and len(asked) < len(late) and now - begun > 0.4 * (len(asked) + 1):
+            asked[system.add(late[len(asked)], 1)] = now
+        for name, count in gained.items():
+            if name in asked:
+                firsts.append(now - asked[name])
+                continue
+            if name in last and begun is not None and asked:
+                seen.append(now - last[name])
+            last[name] = now
+            left[name] -= count
+            if left[name] <= 0:
+                del left[name]
+    seen.sort()
+    result = {
+        "gap_p50_s": seen[len(seen) // 2],
+        "gap_p99_s": seen[int(len(seen) * 0.99)],
+        "gap_max_s": seen[-1],
+        "first_token_of_4000_s": sorted(firsts)[len(firsts) // 2],
+        "arrived": len(asked),
+        "wall_s": time.perf_counter() - started,
+    }
+    print(result, flush=True)
+    return result
+
+
+TESTS = {"sweep": sweep, "long": long, "first": first, "gaps": gaps}
 
 
 if __name__ == "__main__":

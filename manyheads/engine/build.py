@@ -60,6 +60,8 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         block_size=config.block_size,
     )
     planner = Planner(prior, config.tree_size, MIN_GAIN if device.type == "cpu" else 1.04)
+    if runner.prompt_graphs is not None:
+        runner.prompt_graphs.capture()
     if heads is not None and config.tree_size is None:
         planner.costs = measure_costs(runner, planner, num_rows, max_model_len, progress)
     scheduler = Scheduler(

@@ -9,6 +9,7 @@ from there to the next candidates.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +20,7 @@ from torch import Tensor
 from manyheads.engine.decode import Trees, advance, expand, last_token, verify
 from manyheads.engine.sampler import draw, edits_logits, node_block
 from manyheads.engine.step import Request
-from manyheads.medusa.planner import SIZES, Draft, Planner
+from manyheads.medusa.planner import NO_DRAFT, SIZES, Draft, Planner
 from manyheads.medusa.tree import Tree, TreeTensors, tree_tensors
 
 if TYPE_CHECKING:
@@ -28,7 +29,42 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
-"""Rows that graphs are made for; beyond, steps of 64 rows."""
+"""Rows that graphs of roots alone are made for; beyond, steps of 64 rows."""
+TREE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""The same for trees: the nodes of a step go to the rows that are surest, and to dummy rows only their roots."""
+
+
+class Recorder:
+    """Records graphs into one pool of memory, and on a stream of their own."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """On a stream of its own, after what was launched and before what comes."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph that does again what the function does, into the tensors that it returns.
+
+        NOTE: what the function reads is not kept alive by the graph.
+        """
+        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # to collect another engine's graphs is not permitted while this one is recorded
+        try:
+            graph.capture_begin(pool=self._pool)
+            result = function()
+            graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        return graph, result
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +90,19 @@ _Key = tuple[int, int, int]
 class StepGraphs:
     """Captures decoding steps as they are first needed, and replays them."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, recorder: Recorder) -> None:
+        self._runner, self._recorder = runner, recorder
         self._graphs: dict[_Key, _Graphs] = {}
         self._drawn: dict[_Key, Tree] = {}  # what is in the graphs' tensors now
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def capture(self, planner: Planner, max_inflight: int) -> None:
-        """Make the graphs of all numbers of rows, and of all drafts up to so many in-flight tokens."""
+    def capture(self, planner: Planner) -> None:
+        """Make the graphs of all numbers of rows, and of all drafts that the planner may choose."""
         most = self._runner.state.num_rows
         for num_rows in sorted({min(rows, most) for rows in ROWS}, reverse=True):
-            for size in SIZES:
-                draft = planner.draft(size)
-                if draft.num_tokens(num_rows) <= max(max_inflight, num_rows):
-                    self._get(self._key(num_rows, draft))
+            self._get(self._key(num_rows, NO_DRAFT))
+        for num_rows in sorted({min(rows, most) for rows in TREE_ROWS}, reverse=True):
+            for draft in planner.drafts(num_rows):
+                self._get(self._key(num_rows, draft))
 
     @staticmethod
     def _key(num_rows: int, draft: Draft) -> _Key:
@@ -88,7 +122,7 @@ class StepGraphs:
     def launch(self, requests: list[Request], draft: Draft) -> tuple[Trees, Tensor, Tensor | None]:
         """Run a step of decoding rows; `Trees`, the report of `advance` and the gains, with rows for the padding."""
         runner, state = self._runner, self._runner.state
-        key = self._key(padded_rows(len(requests), state.num_rows), draft)
+        key = self._key(padded_rows(len(requests), state.num_rows, TREE_ROWS if draft.propose else ROWS), draft)
         graphs = self._get(key)
         padding = [state.num_rows] * (key[0] - len(requests))
         graphs.index.copy_(state.tensor([*(request.row or 0 for request in requests), *padding]), non_blocking=True)
@@ -141,30 +175,14 @@ class StepGraphs:
             return values
 
         # once without a graph: kernels are compiled and libraries set up, which a capture cannot hold
-        with self._aside():
+        with self._recorder.aside():
             trees, hidden, _, target, _ = forward()
             finish(trees, hidden, target)
-            first, (trees, hidden, logits, target, gains) = self._record(forward)
-            second, values = self._record(lambda: finish(trees, hidden, target))
+            first, (trees, hidden, logits, target, gains) = self._recorder.record(forward)
+            second, values = self._recorder.record(lambda: finish(trees, hidden, target))
         return _Graphs(index, tree, sizes, trees, logits, target, values, gains, first, second)
 
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """On a stream of its own, after what was launched and before what comes."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _record(self, function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """A graph that does again what the function does, into the tensors that it returns."""
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool)
-        result = function()
-        graph.capture_end()
-        return graph, result
-
-
-def padded_rows(count: int, most: int) -> int:
+def padded_rows(count: int, most: int, sizes: tuple[int, ...]) -> int:
     """The number of rows of the graph that serves `count` rows where at most `most` run."""
-    return min(next((rows for rows in ROWS if rows >= count), -(-count // 64) * 64), most)
+    return min(next((rows for rows in sizes if rows >= count), -(-count // 64) * 64), most)

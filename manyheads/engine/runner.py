@@ -7,6 +7,7 @@ needed to launch the next one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from manyheads.attention.base import AttentionBackend, Group
 from manyheads.attention.torch import TorchAttention
 from manyheads.engine.decode import InFlight, Trees, advance, chain, expand, last_token, verify
-from manyheads.engine.graphs import StepGraphs
+from manyheads.engine.graphs import Recorder, StepGraphs
+from manyheads.engine.prompt_graphs import PromptGraphs
 from manyheads.engine.sampler import NodeBlock, draw, node_block
 from manyheads.engine.state import RowState, has_penalties
 from manyheads.engine.step import Chunk, Request, RowResult, StepPlan, StepResult
@@ -106,7 +108,11 @@ class Runner:
         self.attention = _attention(self.cache, model)
         num_heads = heads.num_heads if heads else 0
         self.state = RowState(num_rows, max_len, block_size, num_heads, self.num_ranks, config.vocab_size, self.device)
-        self.graphs = StepGraphs(self) if has_kernels(self.device) else None
+        self.graphs: StepGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = None
+        if has_kernels(self.device):
+            recorder = Recorder()
+            self.graphs, self.prompt_graphs = StepGraphs(self, recorder), PromptGraphs(self, recorder)
 
     @property
     def overlaps(self) -> bool:
@@ -126,20 +132,24 @@ class Runner:
             if served:
                 trees, values, gains = self.graphs.launch(served, plan.draft)
                 reports.append(self._report(plan, served, trees, values, gains))
-        if plan.chunks or decoding:
-            reports += self._eager(plan, decoding)
+        chunks = plan.chunks
+        if chunks and self.prompt_graphs is not None and self.prompt_graphs.serves(chunks):
+            reports += self._finish_chunks(plan, self.prompt_graphs.launch(chunks))
+            chunks = []
+        if chunks or decoding:
+            reports += self._eager(plan, chunks, decoding)
         return self._pending(reports)
 
-    def _eager(self, plan: StepPlan, decoding: list[Request]) -> list[Report]:
+    def _eager(self, plan: StepPlan, prompts: list[Chunk], decoding: list[Request]) -> list[Report]:
         """Chunks of prompts, and rows that no graph serves."""
         state, start = self.state, 0
-        chunks: list[tuple[Chunk, InFlight]] = []
+        chunks: list[InFlight] = []
         groups: list[Group] = []
-        for chunk in plan.chunks:
+        for chunk in prompts:
             request = chunk.request
             known = request.tokens[request.cached_len : request.cached_len + chunk.num_inflight]
             inflight = chain(state, state.tensor([request.row or 0]), state.tensor(known))
-            chunks.append((chunk, inflight))
+            chunks.append(inflight)
             groups.append(self.group(inflight, start, len(known), request.cached_len, is_chain=True))
             start = groups[-1].stop
         trees: Trees | None = None
@@ -150,19 +160,14 @@ class Runner:
             tree = tree_tensors(plan.draft.tree, self.num_ranks, self.device)
             trees = expand(state, index, tree, plan.draft.num_tokens(len(decoding)))
             groups.append(self.group(trees.inflight, start, tree.num_nodes, decoding[-1].max_cached_len))
-        every = [inflight for _, inflight in chunks] + ([trees.inflight] if trees else [])
+        every = chunks + ([trees.inflight] if trees else [])
         position, slots, tokens = (
             torch.cat(parts) for parts in zip(*((x.position, x.slots, x.tokens) for x in every), strict=True)
         )
         self.attention.plan(groups, position, slots)
         hidden = self.model.forward(tokens, self.attention)
 
-        reports: list[Report] = []
-        for chunk, inflight in chunks:
-            state.cached_len[inflight.index] += chunk.num_inflight
-        finished = [i for i, chunk in enumerate(plan.chunks) if chunk.is_last]
-        if finished:
-            reports.append(self._finish_prompts(plan, finished, groups, hidden))
+        reports = self._finish_chunks(plan, hidden) if prompts else []
         if trees is not None:
             logits = self.model.logits(hidden[start:])
             raw = {
@@ -175,11 +180,17 @@ class Runner:
             reports.append(self._report(plan, decoding, trees, values, gains_at_sizes(trees), raw))
         return reports
 
-    def _finish_prompts(self, plan: StepPlan, finished: list[int], groups: list[Group], hidden: Tensor) -> Report:
-        """Prompts that are computed draw their first token: all of their tokens are kept, one is gained."""
-        state = self.state
-        requests = [plan.chunks[i].request for i in finished]
-        last = hidden[state.tensor([groups[i].stop - 1 for i in finished])]
+    def _finish_chunks(self, plan: StepPlan, hidden: Tensor) -> list[Report]:
+        """All tokens of chunks [T, hidden] are kept; prompts that are computed draw their first token."""
+        state, chunks = self.state, plan.chunks
+        moved = state.tensor([[chunk.request.row or 0, chunk.num_inflight] for chunk in chunks])
+        state.cached_len.index_add_(0, moved[:, 0], moved[:, 1])
+        ends = accumulate(chunk.num_inflight for chunk in chunks)
+        finished = [(chunk.request, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
+        if not finished:
+            return []
+        requests = [request for request, _ in finished]
+        last = hidden[state.tensor([at for _, at in finished])]
         index = state.tensor([request.row or 0 for request in requests])
         root = tree_tensors(ROOT, 1, self.device)
         order = torch.arange(len(requests), device=self.device)
@@ -202,7 +213,7 @@ class Runner:
         one, none = torch.ones_like(target), torch.zeros_like(target)
         values = torch.stack((one, one, none, target, none), dim=1)
         self._count_output(requests, index, values[:, 3:4], values[:, :1])
-        return Report(requests, values, width=1, known=set(), logits=raw)
+        return [Report(requests, values, width=1, known=set(), logits=raw)]
 
     def group(
         self, inflight: InFlight, start: int, max_tokens: int, max_cached_len: int, is_chain: bool = False

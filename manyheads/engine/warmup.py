@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from manyheads.engine.block_manager import DUMMY_BLOCK, BlockTable
+from manyheads.engine.graphs import TREE_ROWS, padded_rows
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Request, StepPlan
 from manyheads.medusa.planner import CostTable, Planner
@@ -13,12 +14,11 @@ from manyheads.request import SamplingParams
 
 CONTEXT = 192
 """Cached tokens of each row while measuring."""
-MAX_INFLIGHT = {"cpu": 256, "cuda": 768}
-"""No step of more in-flight tokens is measured, and none is taken: arithmetic has long begun to count."""
 BURST = 4
 """Steps launched before the first is read, on a device that works beside the host: the engine does not wait either."""
-SIZES = (1, 1.25, 2, 3, 4, 8, 16, 32, 64)
-MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, 0.5
+SIZES = (1.25, 2, 3, 4, 8, 16, 32, 64)
+"""Nodes a row that are measured; between them, costs are interpolated."""
+MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, {"cpu": 0.5, "cuda": 0.25}
 """Steps of each kind: at least so many (the first does not count), at most so many, for about so long."""
 
 
@@ -40,11 +40,11 @@ def measure_costs(
     burst = BURST if runner.overlaps else 1
     context = min(CONTEXT, max_len // 2)
     rows = [r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256) if r <= max_rows]
-    max_inflight = MAX_INFLIGHT[runner.device.type]
-    planner.max_inflight = max_inflight
+    turn_seconds = TURN_SECONDS[runner.device.type]
     if runner.graphs is not None:
         progress("capturing steps")
-        runner.graphs.capture(planner, max_inflight)
+        runner.graphs.capture(planner)
+        planner.padded = lambda rows: padded_rows(rows, max_rows, TREE_ROWS)
     for num_rows in rows:
         requests = [_dummy(i, context, runner.block_size) for i in range(num_rows)]
         for request in requests:
@@ -53,15 +53,12 @@ def measure_costs(
 
         progress(f"measuring steps of {num_rows} row{'s' if num_rows > 1 else ''}")
         plain = StepPlan(chunks=[], decoding=requests)
-        plans: dict[int, StepPlan] = {}
-        for size in SIZES[1:]:
-            draft = planner.draft(size)
-            if draft.propose and draft.num_tokens(num_rows) <= max_inflight:
-                plans[draft.num_tokens(num_rows)] = StepPlan(chunks=[], decoding=requests, draft=draft)
+        drafts = [draft for draft in planner.drafts(num_rows) if draft.nodes in SIZES]
+        plans = {d.num_tokens(num_rows): StepPlan(chunks=[], decoding=requests, draft=d) for d in drafts}
         # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
         seconds: dict[int, list[float]] = {0: [], **{num_inflight: [] for num_inflight in plans}}
         start, turns = time.perf_counter(), 0
-        while turns < MIN_TURNS or (turns < MAX_TURNS and time.perf_counter() - start < TURN_SECONDS):
+        while turns < MIN_TURNS or (turns < MAX_TURNS and time.perf_counter() - start < turn_seconds):
             for num_inflight, plan in ((0, plain), *plans.items()):
                 runner.state.cached_len[:num_rows] = context
                 began = time.perf_counter()

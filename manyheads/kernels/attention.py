@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.kernels.launch import begin, dependent
+
 MAX_TREE_NODES = 64
 """One bit of a mask each."""
 
@@ -139,6 +141,7 @@ def tree_attention(
         SPLIT=split,
         num_warps=num_warps,
         num_stages=num_stages,
+        **dependent(q.device),
     )
     if split:
         _combine_kernel[(num_tokens, num_heads)](
@@ -152,6 +155,7 @@ def tree_attention(
             HEAD_DIM=head_dim,
             SPLITS=triton.next_power_of_2(num_splits),
             num_warps=4 if num_splits > 8 else 1,
+            **dependent(q.device),
         )
     return out
 
@@ -268,8 +272,10 @@ def _attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: a tile of a row's queries, one kv head, one share of the positions."""
+    begin(DEPENDENT)
     # a prompt's last tiles see the most: they start first, so that no long program is left over at the end
     tile = tl.num_programs(0) // num_splits - 1 - tl.program_id(0) // num_splits
     split = tl.program_id(0) % num_splits
@@ -350,8 +356,10 @@ def _combine_kernel(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one head of one token; softmax over the splits' partial results."""
+    begin(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     dim = tl.arange(0, HEAD_DIM)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.kernels.launch import begin, dependent
+
 _BLOCK = 1024
 
 
@@ -35,6 +37,7 @@ def compact(cache: Tensor, slots: Tensor, path: Tensor, num_accepted: Tensor) ->
         WIDTH=width,
         BLOCK=_BLOCK,
         num_warps=4,
+        **dependent(cache.device),
     )
 
 
@@ -50,8 +53,10 @@ def _compact_kernel(
     entry,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: a row, a layer's keys or values, a part of each slot."""
+    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     plane = cache + tl.program_id(1).to(tl.int64) * stride_plane
     element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)

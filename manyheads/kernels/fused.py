@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.kernels.launch import begin, dependent
+
 _HEADS_A_PROGRAM = 8
 _BLOCK = 1024
 """Elements a program of the elementwise kernels."""
@@ -31,7 +33,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
         out = torch.empty_like(x)
     rows, dim = x.shape
     block = triton.next_power_of_2(dim)
-    _rms_norm_kernel[(rows,)](x, x, weight, out, eps, dim, 0, BLOCK=block, PARTS=1, ADD=False, num_warps=_warps(block))
+    _rms_norm_kernel[(rows,)](
+        x, x, weight, out, eps, dim, 0, BLOCK=block, PARTS=1, ADD=False, num_warps=_warps(block), **dependent(x.device)
+    )
     return out
 
 
@@ -51,7 +55,18 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     block = triton.next_power_of_2(dim)
     parts = x.shape[0] if x.ndim == 3 else 1
     _rms_norm_kernel[(rows,)](
-        x, residual, weight, out, eps, dim, x.stride(0), BLOCK=block, PARTS=parts, ADD=True, num_warps=_warps(block)
+        x,
+        residual,
+        weight,
+        out,
+        eps,
+        dim,
+        x.stride(0),
+        BLOCK=block,
+        PARTS=parts,
+        ADD=True,
+        num_warps=_warps(block),
+        **dependent(x.device),
     )
     return out
 
@@ -116,6 +131,7 @@ def rope_store(
         PAGE_SIZE=page_size,
         HAS_NORM=has_norm,
         num_warps=4,
+        **dependent(qkv.device),
     )
     return out
 
@@ -132,7 +148,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape
     dim = width // 2
     out = torch.empty((rows, dim), dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul_kernel[(rows, -(-dim // _BLOCK))](gate_up, out, dim, BLOCK=_BLOCK, num_warps=4)
+    _silu_mul_kernel[(rows, -(-dim // _BLOCK))](gate_up, out, dim, BLOCK=_BLOCK, num_warps=4, **dependent(out.device))
     return out
 
 
@@ -149,7 +165,7 @@ def head_input(hidden: Tensor, block_out: Tensor) -> Tensor:
     out = torch.empty_like(block_out)
     rows, heads, dim = block_out.shape
     _head_input_kernel[(rows * heads, -(-dim // _BLOCK))](
-        hidden, block_out, out, dim, HEADS=heads, BLOCK=_BLOCK, num_warps=4
+        hidden, block_out, out, dim, HEADS=heads, BLOCK=_BLOCK, num_warps=4, **dependent(out.device)
     )
     return out
 
@@ -171,8 +187,10 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     ADD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row, all of it in registers, so that x is read once."""
+    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64) * dim
     column = tl.arange(0, BLOCK)
     inside = column < dim
@@ -219,8 +237,10 @@ def _rope_store_kernel(
     BLOCK_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one token, a block of its heads; q, k and v heads may meet in one block."""
+    begin(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     is_q = head < NUM_HEADS
@@ -265,7 +285,8 @@ def _silu(x):
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, dim, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up_ptr, out_ptr, dim, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < dim
@@ -276,7 +297,10 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _head_input_kernel(hidden_ptr, block_out_ptr, out_ptr, dim, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def _head_input_kernel(
+    hidden_ptr, block_out_ptr, out_ptr, dim, HEADS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)  # of R · H
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < dim

@@ -14,11 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.kernels.launch import begin, dependent
+
 MAX_ROWS = 128
 """Beyond, arithmetic begins to count, and cuBLAS is faster."""
 MAX_ROWS_WHOLE = 32
 """The same for products that are not split."""
 _BLOCK_OUT, _BLOCK_IN = 64, 128
+_STAGES = 4
 
 
 @lru_cache(maxsize=16)
@@ -74,7 +77,8 @@ def few_rows(x: Tensor, weight: Tensor, splits: int) -> Tensor:
         BLOCK_OUT=_BLOCK_OUT,
         BLOCK_IN=_BLOCK_IN,
         num_warps=4,
-        num_stages=4,
+        num_stages=_STAGES,
+        **dependent(x.device),
     )
     return out
 
@@ -92,6 +96,7 @@ def _few_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: a block of the weight's rows, one share of its columns.
 
@@ -106,6 +111,7 @@ def _few_rows_kernel(
     high = tl.minimum(low + share, width)
     weight_at = weight_ptr + at_out[:, None].to(tl.int64) * width + low + column[None, :]
     x_at = x_ptr + at_row[:, None].to(tl.int64) * stride_x + low + column[None, :]
+    begin(DEPENDENT)
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     for _ in range(low, high, BLOCK_IN):
         weight = tl.load(weight_at)

@@ -7,6 +7,7 @@ measured as the engine runs, and takes the tree with the most expected tokens pe
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -14,6 +15,9 @@ from manyheads.medusa.tree import MAX_NODES, ROOT, Tree, grow
 
 SIZES = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Nodes a row, on average over a step's rows, that are considered."""
+MAX_INFLIGHT = 256
+"""A step of more in-flight tokens is not considered, unless its rows bring two nodes each: on every machine known,
+arithmetic has long begun to count."""
 REACHES = (8, 16, 32, 64)
 """Nodes that a row may bring at most: four times the average."""
 
@@ -147,8 +151,8 @@ class Planner:
         self.tree_size = tree_size
         self.costs: CostTable | None = None
         """Set by warm-up; without it, and without `tree_size`, the planner does not speculate."""
-        self.max_inflight = 10**9
-        """Most in-flight tokens of all trees together; set by warm-up."""
+        self.padded: Callable[[int], int] = lambda rows: rows
+        """What steps with trees round a number of rows up to; set by warm-up."""
         self._grown = ROOT
         self._expected: list[float] = []
         self._steps_until_regrow = 0
@@ -177,17 +181,20 @@ class Planner:
         plain, offset = self._offsets.get(rows, [0.0, 0.0])
         best = self.min_gain * rows / (self.costs.plain_cost(rows, prompt_tokens) + plain)
         draft = NO_DRAFT
-        for size in SIZES[1:]:
-            tokens = int(rows * size)
-            if size > self._grown.num_nodes or tokens > self.max_inflight:
-                break
-            if tokens == rows:
-                continue
-            seconds = self.costs.tree_cost(rows, tokens + prompt_tokens) + offset
-            rate = rows * self.expected_tokens(size) / seconds
+        padded = self.padded(rows)
+        for candidate in self.drafts(padded):
+            seconds = self.costs.tree_cost(padded, candidate.num_tokens(padded) + prompt_tokens) + offset
+            rate = rows * self.expected_tokens(candidate.nodes) / seconds
             if rate > best:
-                best, draft = rate, self.draft(size)
+                best, draft = rate, candidate
         return draft
+
+    def drafts(self, rows: int) -> list[Draft]:
+        """What so many rows may bring beside their roots: each more than the one before."""
+        self._regrow()
+        most = max(MAX_INFLIGHT, 2 * rows)
+        sizes = (size for size in SIZES if size <= self._grown.num_nodes and rows < int(rows * size) <= most)
+        return list({int(rows * size): self.draft(size) for size in sizes}.values())
 
     def draft(self, nodes: float) -> Draft:
         """Rows of `nodes` nodes on average, out of the four times as many that are best by the running estimate."""
@@ -241,8 +248,11 @@ class Planner:
         """
         if self.costs is None:
             return
-        tokens = draft.num_tokens(rows)
-        predicted = self.costs.tree_cost(rows, tokens) if draft.propose else self.costs.plain_cost(rows)
+        if draft.propose:
+            padded = self.padded(rows)
+            predicted = self.costs.tree_cost(padded, draft.num_tokens(padded))
+        else:
+            predicted = self.costs.plain_cost(rows)
         offsets = self._offsets.setdefault(rows, [0.0, 0.0])
         seen, other = (1, 0) if draft.propose else (0, 1)
         offsets[seen] += 0.05 * (min(seconds, 4 * predicted) - predicted - offsets[seen])

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from manyheads import SamplingParams
-from manyheads.engine.graphs import StepGraphs, padded_rows
+from manyheads.engine.graphs import ROWS, TREE_ROWS, Recorder, StepGraphs, padded_rows
+from manyheads.engine.prompt_graphs import PromptGraphs
 from manyheads.engine.runner import Runner
 from tests.engine.test_exactness import engine, prompts, run
 
@@ -42,19 +42,18 @@ def tensors(value: Any) -> Iterator[Tensor]:
                 yield from tensors(getattr(value, field.name))
 
 
-@pytest.fixture
-def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(self: StepGraphs, function: Callable[[], Any]) -> tuple[Recorded, Any]:
+class StandIn(Recorder):
+    def __init__(self) -> None:
+        pass
+
+    def aside(self) -> contextlib.nullcontext[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Any]:
         result = function()
         return Recorded(function, result), result
 
-    monkeypatch.setattr(StepGraphs, "_record", record)
-    monkeypatch.setattr(StepGraphs, "_aside", lambda self: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
 
-
-@pytest.mark.usefixtures("_recorded")
 @pytest.mark.parametrize("tree_size", [1, 2, 4, 16])
 def test_text_is_that_of_steps_without_graphs(folder: Path, reference: LlamaForCausalLM, tree_size: int) -> None:
     """Greedy, sampled, with penalties, and rows that no graph serves; few pages, and rows that come and go."""
@@ -73,13 +72,15 @@ def test_text_is_that_of_steps_without_graphs(folder: Path, reference: LlamaForC
     served = engine(folder, tree_size, num_blocks=24)
     runner = served.runner
     assert isinstance(runner, Runner)
-    runner.graphs = StepGraphs(runner)
+    runner.graphs, runner.prompt_graphs = StepGraphs(runner, StandIn()), PromptGraphs(runner, StandIn())
     assert run(served, jobs, rate=0.4) == wanted
     assert len(runner.graphs._graphs) > 2
+    assert len(runner.prompt_graphs._graphs) > 1
     assert served.stats().preemptions > 0
 
 
 def test_padding() -> None:
-    assert [padded_rows(n, 256) for n in (1, 3, 5, 33, 200)] == [1, 3, 6, 40, 256]
-    assert padded_rows(5, 5) == 5
-    assert padded_rows(300, 512) == 320
+    assert [padded_rows(n, 256, ROWS) for n in (1, 3, 5, 33, 200)] == [1, 3, 6, 40, 256]
+    assert [padded_rows(n, 256, TREE_ROWS) for n in (1, 3, 5, 33, 200)] == [1, 4, 8, 48, 256]
+    assert padded_rows(5, 5, ROWS) == 5
+    assert padded_rows(300, 512, ROWS) == 320

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from manyheads.medusa.planner import (
     DEFAULT_ACCEPTANCE,
     GAINS_WINDOW,
+    MAX_INFLIGHT,
     MIN_GAIN,
     NO_DRAFT,
     PRIOR_TRIALS,
@@ -122,12 +123,24 @@ def test_every_smaller_draft_needs_fewer_pages_down_to_none() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 800), st.integers(0, 50), st.floats(0.0, 0.01))
-def test_no_step_has_more_tokens_than_were_measured(rows: int, most: int, prompt: int, per_token: float) -> None:
+@given(st.integers(1, 300), st.integers(0, 50), st.floats(0.0, 0.01))
+def test_no_step_has_more_tokens_than_are_measured(rows: int, prompt: int, per_token: float) -> None:
     made = planner(1.0, per_token, rows)
-    made.max_inflight = most
     draft = made.choose(rows, prompt)
-    assert draft is NO_DRAFT or rows < draft.num_tokens(rows) <= most
+    assert draft is NO_DRAFT or rows < draft.num_tokens(rows) <= max(MAX_INFLIGHT, 2 * rows)
+    tokens = [draft.num_tokens(rows) for draft in made.drafts(rows)]
+    assert tokens == sorted(set(tokens))
+    assert not tokens or rows < tokens[0] <= tokens[-1] <= max(MAX_INFLIGHT, 2 * rows)
+
+
+def test_padding_rows_are_paid_for() -> None:
+    """Steps of 3 rows are steps of 4 here, and 4 rows are dear."""
+    made = planner(1.0, 0.0, 3)
+    assert made.choose(3).propose
+    made = planner(1.0, 0.0, 3)
+    made.costs.trees[4] = {8: 9.0}
+    made.padded = lambda rows: rows + 1
+    assert made.choose(3) is NO_DRAFT
 
 
 @pytest.mark.parametrize("rows", [4, 8, 100])
