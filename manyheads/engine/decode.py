@@ -1,5 +1,6 @@
 """A decoding row's part of a step, on the device: from its draft to the tokens of its tree, from the verdict to its
 next state. On a GPU nothing here waits, and shapes depend on what the host knows: a CUDA graph can hold all of it.
+There, kernels take the place of what stands here in torch's operations, some fifty of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engine.state import RowState
+from manyheads.medusa.planner import SIZES
 from manyheads.medusa.tree import TreeTensors
 from manyheads.medusa.verify import Verdict, agrees, longest_path
 from manyheads.models.ops import has_kernels
@@ -42,7 +44,7 @@ class Trees:
     row: Tensor  # [T] int64
     node: Tensor  # [T] int64
     row_slots: Tensor  # [R, n] int64, cache slots of the row's tokens by place
-    gains: Tensor  # [R · n] float32, what the heads expect of the first so many tokens beside the roots, summed
+    gains: Tensor | None  # [S] float32, what the heads expect of so many tokens, beside the roots; None for these alone
 
     @property
     def place(self) -> Tensor:
@@ -51,7 +53,7 @@ class Trees:
         return first + torch.where(self.taken, self.rank, 0)
 
 
-def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int) -> Trees:
+def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, sizes: Tensor | None = None) -> Trees:
     """The trees of decoding rows, `num_tokens` in all: every row's root, and of all rows' nodes the most probable.
 
     A node's probability is the product of what the heads gave the candidates on its path. So a row that is easy to
@@ -61,7 +63,12 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int) -
         index: [R] int64, slots of the row state.
         tree: the nodes that a row may bring.
         num_tokens: at least R, at most R · n.
+        sizes: [S] int64, numbers of tokens, at most R · n, whose `Trees.gains` are wanted.
     """
+    if has_kernels(index.device):
+        from manyheads.kernels import trees as kernels
+
+        return kernels.expand(state, index, tree, num_tokens, sizes)
     num_rows, num_nodes = index.shape[0], tree.num_nodes
     node_tokens = state.drafts[index[:, None], tree.column]
     cached = state.cached_len[index]
@@ -74,8 +81,7 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int) -
         starts = torch.arange(num_rows + 1, device=index.device, dtype=torch.int32)
         inflight = InFlight(index, starts, node_tokens[:, 0], cached, row_slots[:, 0], nothing + 1)
         taken = torch.ones_like(node_tokens, dtype=torch.bool)
-        gains = torch.zeros(num_rows, device=index.device)
-        return Trees(inflight, tree, node_tokens, taken, nothing[:, None], rows, nothing, row_slots, gains)
+        return Trees(inflight, tree, node_tokens, taken, nothing[:, None], rows, nothing, row_slots, None)
 
     chance = state.chances[index[:, None], tree.column]
     value = chance
@@ -84,7 +90,8 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int) -
     value[:, 0] = 2.0  # roots first
     # stable: of equals the earlier, so that no node comes before its parent
     ordered, order = value.flatten().sort(descending=True, stable=True)
-    gains = ordered.cumsum(0) - 2.0 * num_rows
+    ordered[:num_rows] = 0.0  # the roots
+    gains = None if sizes is None else ordered.cumsum(0)[sizes - 1]
     ids = order[:num_tokens].sort().values
     chosen = torch.zeros(num_rows * num_nodes, dtype=torch.bool, device=index.device).index_fill_(0, ids, True)
     chosen = chosen.view(num_rows, num_nodes)
@@ -107,6 +114,14 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int) -
     )
     # a node without a chance only fills the step up
     return Trees(inflight, tree, node_tokens, chosen & (value > 0), rank, row, node, row_slots, gains)
+
+
+def gain_sizes(num_rows: int, num_nodes: int, device: torch.device) -> Tensor | None:
+    """The numbers of tokens whose gains the planner wants to know (by `SIZES`); None for roots alone."""
+    if num_nodes == 1:
+        return None
+    sizes = [min(int(size * num_rows), num_rows * num_nodes) for size in SIZES]
+    return torch.tensor(sizes).to(device, non_blocking=True)
 
 
 def chain(state: RowState, index: Tensor, tokens: Tensor) -> InFlight:
@@ -161,6 +176,24 @@ def advance(state: RowState, cache: Tensor, trees: Trees, verdict: Verdict) -> T
 def last_token(trees: Trees, verdict: Verdict) -> Tensor:
     """[R] int64, where each row's last accepted token stands among all tokens."""
     return trees.place.gather(1, verdict.last[:, None])[:, 0]
+
+
+def settle(state: RowState, cache: Tensor, trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep what the target drew: `verify`, `advance` and `last_token` for rows without a lossy rule.
+
+    The dummy row stays where it is, however often it stands among the rows.
+
+    Returns:
+        `advance`'s report, and `last_token`.
+    """
+    if has_kernels(cache.device):
+        from manyheads.kernels import settle as kernels
+
+        return kernels.settle(state, cache, trees, target)
+    verdict = verify(trees, target)
+    report = advance(state, cache, trees, verdict)
+    state.cached_len[state.num_rows] = 0
+    return report, last_token(trees, verdict)
 
 
 def _compact(cache: Tensor, trees: Trees, verdict: Verdict) -> None:

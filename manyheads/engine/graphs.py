@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from manyheads.engine.decode import Trees, advance, expand, last_token, verify
+from manyheads.engine.decode import Trees, expand, gain_sizes, settle
 from manyheads.engine.sampler import draw, edits_logits, node_block
 from manyheads.engine.step import Request
-from manyheads.medusa.planner import NO_DRAFT, SIZES, Draft, Planner
+from manyheads.medusa.planner import NO_DRAFT, Draft, Planner
 from manyheads.medusa.tree import Tree, TreeTensors, tree_tensors
+from manyheads.models import ops
 
 if TYPE_CHECKING:
     from manyheads.engine.runner import Runner
@@ -73,12 +74,11 @@ class _Graphs:
 
     index: Tensor  # [R] int64
     tree: TreeTensors
-    sizes: Tensor | None  # [sizes] int64, where the gains stand that the planner asks for
+    sizes: Tensor | None  # [sizes] int64, tokens whose gains the planner asks for
     trees: Trees
     logits: Tensor  # [T, V]
     target: Tensor  # [T] int64
-    values: Tensor  # [R, …] int64, what `advance` returns
-    gains: Tensor | None  # [sizes] float32
+    values: Tensor  # [R, …] int64, what `settle` reports
     forward: torch.cuda.CUDAGraph
     finish: torch.cuda.CUDAGraph
 
@@ -119,8 +119,8 @@ class StepGraphs:
         params = request.params
         return params.logprobs is None and (params.greedy or params.acceptance == "exact")
 
-    def launch(self, requests: list[Request], draft: Draft) -> tuple[Trees, Tensor, Tensor | None]:
-        """Run a step of decoding rows; `Trees`, the report of `advance` and the gains, with rows for the padding."""
+    def launch(self, requests: list[Request], draft: Draft) -> tuple[Trees, Tensor]:
+        """Run a step of decoding rows; `Trees` and the report of `settle`, with rows for the padding."""
         runner, state = self._runner, self._runner.state
         key = self._key(padded_rows(len(requests), state.num_rows, TREE_ROWS if draft.propose else ROWS), draft)
         graphs = self._get(key)
@@ -136,7 +136,7 @@ class StepGraphs:
             target, _ = draw(graphs.logits.float(), block, state)
             graphs.target.copy_(target)
         graphs.finish.replay()
-        return graphs.trees, graphs.values, graphs.gains
+        return graphs.trees, graphs.values
 
     @staticmethod
     def _write(into: TreeTensors, tensors: TreeTensors) -> None:
@@ -154,33 +154,28 @@ class StepGraphs:
         # as deep as the heads reach: paths of trees that are not are padded
         path = torch.zeros(num_nodes, state.num_heads + 1 if num_nodes > 1 else 1, dtype=torch.int64, device=device)
         tree = TreeTensors(zeros, zeros.clone(), zeros.clone(), torch.ones_like(zeros), path)
-        sizes = None
-        if num_nodes > 1:
-            sizes = torch.tensor([min(int(size * num_rows), num_rows * num_nodes) - 1 for size in SIZES], device=device)
+        sizes = gain_sizes(num_rows, num_nodes, device)
 
-        def forward() -> tuple[Trees, Tensor, Tensor, Tensor, Tensor | None]:
-            trees = expand(state, index, tree, num_tokens)
+        def forward() -> tuple[Trees, Tensor, Tensor, Tensor]:
+            trees = expand(state, index, tree, num_tokens, sizes)
             group = runner.group(trees.inflight, 0, num_nodes, runner.max_len)
             runner.attention.plan([group], trees.inflight.position, trees.inflight.slots)
             hidden = runner.model.forward(trees.inflight.tokens, runner.attention)
             logits = runner.model.lm_head(hidden)
-            return trees, hidden, logits, logits.argmax(dim=-1), trees.gains[sizes] if sizes is not None else None
+            return trees, hidden, logits, ops.argmax(logits)
 
         def finish(trees: Trees, hidden: Tensor, target: Tensor) -> Tensor:
-            verdict = verify(trees, target)
-            values = advance(state, runner.cache, trees, verdict)
-            state.cached_len[state.num_rows].zero_()  # the dummy row stays where it is
-            runner.propose(index, hidden[last_token(trees, verdict)], num_nodes > 1)
-            state.chances[state.num_rows, 1:].zero_()  # and brings nothing
+            values, last = settle(state, runner.cache, trees, target)
+            runner.propose(index, hidden[last], num_nodes > 1)
             return values
 
         # once without a graph: kernels are compiled and libraries set up, which a capture cannot hold
         with self._recorder.aside():
-            trees, hidden, _, target, _ = forward()
+            trees, hidden, _, target = forward()
             finish(trees, hidden, target)
-            first, (trees, hidden, logits, target, gains) = self._recorder.record(forward)
+            first, (trees, hidden, logits, target) = self._recorder.record(forward)
             second, values = self._recorder.record(lambda: finish(trees, hidden, target))
-        return _Graphs(index, tree, sizes, trees, logits, target, values, gains, first, second)
+        return _Graphs(index, tree, sizes, trees, logits, target, values, first, second)
 
 
 def padded_rows(count: int, most: int, sizes: tuple[int, ...]) -> int:

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Group
 from manyheads.attention.torch import TorchAttention
-from manyheads.engine.decode import InFlight, Trees, advance, chain, expand, last_token, verify
+from manyheads.engine.decode import InFlight, Trees, advance, chain, expand, gain_sizes, last_token, settle, verify
 from manyheads.engine.graphs import Recorder, StepGraphs
 from manyheads.engine.prompt_graphs import PromptGraphs
 from manyheads.engine.sampler import NodeBlock, draw, node_block
 from manyheads.engine.state import RowState, has_penalties
 from manyheads.engine.step import Chunk, Request, RowResult, StepPlan, StepResult
 from manyheads.medusa.heads import MedusaHeads
-from manyheads.medusa.planner import SIZES
 from manyheads.medusa.tree import ROOT, tree_tensors
 from manyheads.medusa.verify import Verdict, agrees, typical
 from manyheads.models.llama import Llama
@@ -40,7 +39,7 @@ class Report:
     values: Tensor  # [R, …] int64, as `advance` returns it
     width: int  # of emitted tokens and of paths
     known: set[int]  # the rows whose candidates were proposed for this step
-    gains: Tensor | None = None  # [sizes] float32, as `Trees.gains` at the sizes that the planner considers
+    gains: Tensor | None = None  # [sizes] float32, `Trees.gains` at the sizes that the planner considers
     logits: dict[int, Tensor] = field(default_factory=dict)
     """By row, for requests that want log-probabilities: [n, V] float32, raw."""
 
@@ -130,8 +129,8 @@ class Runner:
             served = [request for request in decoding if self.graphs.serves(request)]
             decoding = [request for request in decoding if not self.graphs.serves(request)]
             if served:
-                trees, values, gains = self.graphs.launch(served, plan.draft)
-                reports.append(self._report(plan, served, trees, values, gains))
+                trees, values = self.graphs.launch(served, plan.draft)
+                reports.append(self._report(plan, served, trees, values))
         chunks = plan.chunks
         if chunks and self.prompt_graphs is not None and self.prompt_graphs.serves(chunks):
             reports += self._finish_chunks(plan, self.prompt_graphs.launch(chunks))
@@ -158,7 +157,8 @@ class Runner:
             decoding = sorted(decoding, key=lambda request: request.max_cached_len)
             index = state.tensor([request.row or 0 for request in decoding])
             tree = tree_tensors(plan.draft.tree, self.num_ranks, self.device)
-            trees = expand(state, index, tree, plan.draft.num_tokens(len(decoding)))
+            sizes = gain_sizes(len(decoding), tree.num_nodes, self.device)
+            trees = expand(state, index, tree, plan.draft.num_tokens(len(decoding)), sizes)
             groups.append(self.group(trees.inflight, start, tree.num_nodes, decoding[-1].max_cached_len))
         every = chunks + ([trees.inflight] if trees else [])
         position, slots, tokens = (
@@ -174,10 +174,13 @@ class Runner:
                 i: logits[trees.place[i]] for i, request in enumerate(decoding) if request.params.logprobs is not None
             }
             target, distributions = draw(logits, node_block(decoding, trees, state), state)
-            verdict = self._verify(decoding, trees, target, distributions)
-            values = advance(state, self.cache, trees, verdict)
-            self.propose(trees.inflight.index, hidden[start:][last_token(trees, verdict)], plan.draft.propose)
-            reports.append(self._report(plan, decoding, trees, values, gains_at_sizes(trees), raw))
+            if distributions:
+                verdict = self._verify(trees, target, distributions)
+                values, last = advance(state, self.cache, trees, verdict), last_token(trees, verdict)
+            else:
+                values, last = settle(state, self.cache, trees, target)
+            self.propose(trees.inflight.index, hidden[start:][last], plan.draft.propose)
+            reports.append(self._report(plan, decoding, trees, values, raw))
         return reports
 
     def _finish_chunks(self, plan: StepPlan, hidden: Tensor) -> list[Report]:
@@ -239,11 +242,8 @@ class Runner:
         elif self.heads is not None:
             self.state.forget_proposals(index)
 
-    def _verify(
-        self, requests: list[Request], trees: Trees, target: Tensor, distributions: dict[int, Tensor]
-    ) -> Verdict:
-        if not distributions:
-            return verify(trees, target)
+    def _verify(self, trees: Trees, target: Tensor, distributions: dict[int, Tensor]) -> Verdict:
+        """The verdict where some rows, those with `distributions`, have a lossy rule."""
         accepted = agrees(trees.node_tokens, target[trees.place], trees.tree)
         for i, distribution in distributions.items():
             row = slice(i, i + 1)
@@ -263,7 +263,6 @@ class Runner:
         requests: list[Request],
         trees: Trees,
         values: Tensor,
-        gains: Tensor | None,
         logits: dict[int, Tensor] | None = None,
     ) -> Report:
         width = trees.tree.max_depth + 1
@@ -272,7 +271,7 @@ class Runner:
         if plan.draft.propose and self.heads is not None:
             known = {i for i, request in enumerate(requests) if request.has_candidates}
         # rows for which the heads have not spoken yet expect nothing, which says nothing
-        said = gains if len(known) == len(requests) else None
+        said = trees.gains if len(known) == len(requests) else None
         return Report(requests, values[: len(requests)], width, known, said, logits or {})
 
     def _pending(self, reports: list[Report]) -> PendingStep:
@@ -302,15 +301,6 @@ class Runner:
         counted = torch.arange(emitted.shape[1], device=self.device) < gained
         at = (rows[which, None].expand_as(emitted), emitted)
         self.state.output_count.index_put_(at, counted.to(torch.int32), accumulate=True)
-
-
-def gains_at_sizes(trees: Trees) -> Tensor | None:
-    """[sizes] float32: what the heads expect of so many nodes a row, summed over the rows; None for roots alone."""
-    if trees.tree.num_nodes == 1:
-        return None
-    rows = trees.inflight.index.shape[0]
-    at = [min(int(size * rows), trees.gains.shape[0]) - 1 for size in SIZES]
-    return trees.gains[torch.tensor(at).to(trees.gains.device, non_blocking=True)]
 
 
 def _attention(cache: Tensor, model: Llama) -> AttentionBackend:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manyheads.engine.step import Request
 from manyheads.medusa.tree import MAX_NODES
+from manyheads.models.ops import has_kernels
 
 
 class RowState:
@@ -50,7 +51,7 @@ class RowState:
         self._floats = zeros(9, dtype=torch.float32)
         self.temperature, self.top_p, self.min_p, self.epsilon, self.alpha = self._floats[:, :5].unbind(1)
         self.repetition_penalty, self.presence_penalty, self.frequency_penalty = self._floats[:, 5:8].unbind(1)
-        self.speculative = self._floats[:, 8]  # 1, or 0 for a row that declines trees
+        self.speculative = self._floats[:, 8]  # 1, or 0 for a row that declines trees, as the dummy row does
         self.prompt_seen: Tensor | None = None  # [rows, V] bool
         self.output_count: Tensor | None = None  # [rows, V] int32
 
@@ -66,6 +67,11 @@ class RowState:
 
     def propose(self, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
         """Set the candidates of rows: [R, H, K] int64, and what the heads give them, [R, H, K] float32."""
+        if has_kernels(self.device):
+            from manyheads.kernels import settle as kernels
+
+            kernels.propose(self, index, candidates, chances)
+            return
         self.drafts[index, 1:] = candidates.flatten(1)
         self.chances[index, 1:] = chances.flatten(1) * self.speculative[index, None]
 

@@ -68,15 +68,15 @@ class MedusaHeads:
         for weight, bias in self._later:
             x = x + F.silu(torch.baddbmm(bias, x.transpose(0, 1), weight)).transpose(0, 1)
         if self._projections is None:
-            logits = self.model.logits(x.reshape(-1, size))
+            logits = self.model.lm_head(x.reshape(-1, size))
         elif len(self._projections) == 1:
             logits = self._projections[0](x.reshape(-1, size))
         else:
             logits = torch.stack([p(x[:, h]) for h, p in enumerate(self._projections)], dim=1).flatten(0, 1)
-        best = logits.topk(num_ranks, dim=-1)
+        tokens, chances = ops.best(logits, num_ranks)
         shape = (num_rows, self.num_heads, num_ranks)
-        chances = (best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp_()
-        tokens = best.indices if self._token_map is None else self._token_map[best.indices]
+        if self._token_map is not None:
+            tokens = self._token_map[tokens]
         return tokens.view(shape), chances.view(shape)
 
     def memory_bytes(self) -> int:

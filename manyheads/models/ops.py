@@ -10,10 +10,11 @@ from torch import Tensor
 
 fused: Any
 linear: Any
+topk: Any
 try:
-    from manyheads.kernels import fused, linear
+    from manyheads.kernels import fused, linear, topk
 except ImportError:  # a build of torch without Triton
-    fused = linear = None
+    fused = linear = topk = None
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -52,3 +53,18 @@ def head_input(hidden: Tensor, block_out: Tensor) -> Tensor:
     if has_kernels(hidden.device):
         return fused.head_input(hidden, block_out)  # type: ignore[no-any-return]
     return hidden[:, None] + F.silu(block_out)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """[N, V] → [N] int64, of equals the first."""
+    if has_kernels(logits.device):
+        return topk.argmax(logits)  # type: ignore[no-any-return]
+    return logits.argmax(dim=-1)
+
+
+def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best tokens of [N, V] logits, best first, and their probabilities: [N, count] int64 and float32."""
+    if has_kernels(logits.device):
+        return topk.topk(logits, count)  # type: ignore[no-any-return]
+    values, tokens = logits.topk(count, dim=-1)
+    return tokens, (values.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from manyheads import SamplingParams
+from manyheads.engine import decode, state
 from manyheads.engine.graphs import ROWS, TREE_ROWS, Recorder, StepGraphs, padded_rows
 from manyheads.engine.prompt_graphs import PromptGraphs
 from manyheads.engine.runner import Runner
+from manyheads.models import ops
 from tests.engine.test_exactness import engine, prompts, run
+from tests.kernels import INTERPRETED
 
 
 class Recorded:
@@ -77,6 +81,37 @@ def test_text_is_that_of_steps_without_graphs(folder: Path, reference: LlamaForC
     assert len(runner.graphs._graphs) > 2
     assert len(runner.prompt_graphs._graphs) > 1
     assert served.stats().preemptions > 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the engine's tests are on the CPU")
+@pytest.mark.usefixtures("reference")
+@pytest.mark.parametrize("tree_size", [1, 4])
+def test_text_is_the_same_with_kernels(folder: Path, tree_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees, verdicts and candidates as on a GPU, in steps with and without a graph; the model as on a CPU."""
+    pytest.importorskip("triton")
+    topk = importlib.import_module("manyheads.kernels.topk")
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.0, "logprobs": 2},
+        {"temperature": 0.0, "speculative": False},
+        {"temperature": 1.0, "acceptance": "typical"},
+    ]
+    jobs = [
+        (prompt, SamplingParams(max_tokens=8 + i % 3, seed=i, **kinds[i % len(kinds)]))
+        for i, prompt in enumerate(prompts(7, shared=9))
+    ]
+    wanted = run(engine(folder, tree_size, num_blocks=24), jobs, rate=0.4)
+    for module in (decode, state):
+        monkeypatch.setattr(module, "has_kernels", lambda device: True)
+    monkeypatch.setattr(ops, "argmax", topk.argmax)
+    monkeypatch.setattr(ops, "best", topk.topk)
+    served = engine(folder, tree_size, num_blocks=24)
+    runner = served.runner
+    assert isinstance(runner, Runner)
+    runner.graphs, runner.prompt_graphs = StepGraphs(runner, StandIn()), PromptGraphs(runner, StandIn())
+    assert run(served, jobs, rate=0.4) == wanted
+    assert runner.graphs._graphs
 
 
 def test_padding() -> None:
