@@ -32,8 +32,8 @@ class EngineConfig:
     max_num_seqs: int | None = None
     """Most requests that run at once (rows of a step); None is 64 on a CPU, 256 on a GPU."""
     max_num_batched_tokens: int | None = None
-    """Most prompt tokens that one step computes beside the decoding rows (chunked prefill); None is 512 on a CPU, 2048
-    on a GPU."""
+    """Most prompt tokens that one step computes (chunked prefill), half of them if rows decode in it; None is 1024 on a
+    CPU, 2048 on a GPU."""
     block_size: int = 16
     """Tokens in a page of the K/V cache."""
     num_blocks: int | None = None

@@ -21,7 +21,10 @@ ENGINE_HELP: dict[str, tuple[type, str]] = {
     "device": (str, "where the model runs"),
     "max_model_len": (int, "longest sequence in tokens, prompt and output together (default: the checkpoint's)"),
     "max_num_seqs": (int, "most requests that run at once (default: 64 on a CPU, 256 on a GPU)"),
-    "max_num_batched_tokens": (int, "most prompt tokens computed in one step (default: 512 on a CPU, 2048 on a GPU)"),
+    "max_num_batched_tokens": (
+        int,
+        "most prompt tokens computed in one step (half beside decoding rows; default: 1024 on a CPU, 2048 on a GPU)",
+    ),
     "block_size": (int, "tokens in a page of the K/V cache"),
     "num_blocks": (int, "pages of the K/V cache (default: by the memory)"),
     "kv_cache_bytes": (int, "size of the K/V cache"),

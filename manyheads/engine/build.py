@@ -68,7 +68,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         BlockManager(num_blocks, config.block_size, config.prefix_caching),
         planner,
         max_num_seqs=num_rows,
-        max_num_batched_tokens=config.max_num_batched_tokens or (512 if device.type == "cpu" else 2048),
+        max_num_batched_tokens=config.max_num_batched_tokens or (1024 if device.type == "cpu" else 2048),
         max_queue=config.max_queue,
     )
     ready = EngineReady(

@@ -22,7 +22,7 @@ class Scheduler:
 
     Args:
         max_num_seqs: most rows at once.
-        max_num_batched_tokens: most prompt tokens in a step.
+        max_num_batched_tokens: most prompt tokens in a step; half of it beside decoding rows.
         max_queue: most waiting requests.
     """
 
@@ -78,7 +78,8 @@ class Scheduler:
             draft = self.planner.smaller(draft)
         plan = StepPlan(chunks=[], decoding=[], draft=draft)
         preemptions = self.num_preemptions
-        budget = self.max_num_batched_tokens
+        # who decodes waits for the prompts of its step
+        budget = self.max_num_batched_tokens // 2 if decoding else self.max_num_batched_tokens
         for request in list(self.running):
             if request.row is None:
                 continue  # preempted for an older one in this very loop

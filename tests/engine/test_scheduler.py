@@ -499,7 +499,8 @@ def test_one_request_may_fill_the_whole_cache(overlaps: bool) -> None:
 
 
 def test_a_long_prompt_goes_in_chunks_beside_those_who_decode(overlaps: bool) -> None:
-    world = World(Setup(overlaps=overlaps, budget=4))
+    """Half as many tokens a step as alone, so that those who decode wait for less."""
+    world = World(Setup(overlaps=overlaps, budget=8))
     world.add([1, 2, 3], ignore_eos=True, max_tokens=8)
     world.step()
     world.add([2] * 10, ignore_eos=True, max_tokens=2)
