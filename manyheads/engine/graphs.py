@@ -9,7 +9,7 @@ from there to the next candidates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engine.decode import Trees, advance, expand, last_token, verify
+from manyheads.engine.memory import taken_bytes
 from manyheads.engine.sampler import draw, edits_logits, node_block
 from manyheads.engine.step import Request
 from manyheads.medusa.planner import SIZES, Draft, Planner
@@ -56,6 +57,8 @@ class StepGraphs:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self.memory_bytes = 0
+        """What the graphs have taken of the device, with what their steps compute in."""
         self._graphs: dict[_Key, _Graphs] = {}
         self._drawn: dict[_Key, Tree] = {}  # what is in the graphs' tensors now
         self._pool = torch.cuda.graph_pool_handle()
@@ -64,20 +67,25 @@ class StepGraphs:
     def capture(self, planner: Planner, max_inflight: int) -> None:
         """Make the graphs of all numbers of rows, and of all drafts up to so many in-flight tokens."""
         most = self._runner.state.num_rows
+        wanted: list[_Key] = []
         for num_rows in sorted({min(rows, most) for rows in ROWS}, reverse=True):
-            for size in SIZES:
-                draft = planner.draft(size)
-                if draft.num_tokens(num_rows) <= max(max_inflight, num_rows):
-                    self._get(self._key(num_rows, draft))
+            drafts = (planner.draft(size) for size in SIZES)
+            wanted += [self._key(num_rows, d) for d in drafts if d.num_tokens(num_rows) <= max(max_inflight, num_rows)]
+        self._make(wanted)
 
     @staticmethod
     def _key(num_rows: int, draft: Draft) -> _Key:
         return num_rows, draft.tree.num_nodes, draft.num_tokens(num_rows)
 
-    def _get(self, key: _Key) -> _Graphs:
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(*key)
-        return self._graphs[key]
+    def _make(self, keys: Iterable[_Key]) -> None:
+        """Capture what is not there yet, and measure it."""
+        torch.cuda.empty_cache()  # what is only kept for reuse is not the graphs', neither before nor after
+        before = taken_bytes(self._runner.device)
+        for key in keys:
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(*key)
+        torch.cuda.empty_cache()
+        self.memory_bytes += taken_bytes(self._runner.device) - before
 
     @staticmethod
     def serves(request: Request) -> bool:
@@ -89,7 +97,9 @@ class StepGraphs:
         """Run a step of decoding rows; `Trees`, the report of `advance` and the gains, with rows for the padding."""
         runner, state = self._runner, self._runner.state
         key = self._key(padded_rows(len(requests), state.num_rows), draft)
-        graphs = self._get(key)
+        if key not in self._graphs:
+            self._make([key])
+        graphs = self._graphs[key]
         padding = [state.num_rows] * (key[0] - len(requests))
         graphs.index.copy_(state.tensor([*(request.row or 0 for request in requests), *padding]), non_blocking=True)
         tensors = tree_tensors(draft.tree, runner.num_ranks, runner.device)

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from manyheads import SamplingParams
 from manyheads.engine.graphs import StepGraphs, padded_rows
 from manyheads.engine.runner import Runner
+from manyheads.medusa.planner import Planner
 from tests.engine.test_exactness import engine, prompts, run
 
 
@@ -52,6 +53,23 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepGraphs, "_aside", lambda self: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+
+
+@pytest.mark.usefixtures("_recorded")
+def test_memory_of_graphs_is_what_capturing_took(
+    folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine(folder, 1).runner
+    assert isinstance(runner, Runner)
+    looks = iter((1000, 1300, 1300, 1350))
+    monkeypatch.setattr("manyheads.engine.graphs.taken_bytes", lambda _: next(looks))
+    graphs = StepGraphs(runner)
+    assert graphs.memory_bytes == 0
+    graphs.capture(Planner([[0.5, 0.3]] * 3), 12)
+    assert graphs.memory_bytes == 300
+    assert len(graphs._graphs) > 4
+    graphs._make([(2, 64, 128)])
+    assert graphs.memory_bytes == 350
 
 
 @pytest.mark.usefixtures("_recorded")
