@@ -39,8 +39,11 @@ class EngineConfig:
     num_blocks: int | None = None
     """Pages of the K/V cache; None takes what `kv_cache_bytes` or the memory gives."""
     kv_cache_bytes: int | None = None
+    memory_bytes: int | None = None
+    """Most memory to take in all: on a GPU the device's, on a CPU the engine's process's. None: on a GPU what
+    `gpu_memory_utilization` says; on a CPU the K/V cache takes at most a quarter of what is free."""
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory that weights, K/V cache and scratch may take together."""
+    """Share of a GPU's memory that weights, K/V cache and scratch may take together; `memory_bytes` goes before it."""
     prefix_caching: bool = True
     tree_size: int | None = None
     """Nodes that a decoding row brings, on average over the rows of a step; None lets the planner choose from measured
@@ -54,7 +57,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         names = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue")
-        for name in (*names, "max_model_len", "num_blocks", "kv_cache_bytes", "num_threads"):
+        for name in (*names, "max_model_len", "num_blocks", "kv_cache_bytes", "memory_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")

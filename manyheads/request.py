@@ -175,6 +175,24 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     error_kind: ErrorKind | None = None
 
 
+class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the memory of the engine's device goes, in bytes."""
+
+    weights: int = 0
+    heads: int = 0
+    kv_cache: int = 0
+    graphs: int = 0
+    """CUDA graphs, with what their steps compute in."""
+    rest: int = 0
+    """Row state, scratch, and the process's own: CUDA's context or, on a CPU, Python and its libraries."""
+    kv_cache_tokens: int = 0
+    """Tokens of context that the K/V cache holds."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.heads + self.kv_cache + self.graphs + self.rest
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot for /metrics and the log. Counters count from the start of the engine."""
 
@@ -202,6 +220,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Rows that accepted a node at this depth (from 1)."""
     tree_size: int = 1
     """Nodes per speculating row in the latest step."""
+    memory: MemoryUse = MemoryUse()
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -217,6 +236,9 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     num_blocks: int
     block_size: int
     eos_token_ids: list[int]
+    wanted_model_len: int = 0
+    """What max_model_len would be, in tokens, had the K/V cache room for it."""
+    memory: MemoryUse = MemoryUse()
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

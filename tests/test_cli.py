@@ -15,6 +15,7 @@ import pytest
 
 from manyheads import LLM, EngineConfig
 from manyheads.cli import main
+from manyheads.cli.parser import engine_config, make_parser
 from manyheads.models.loader import CheckpointError
 from manyheads.server.engine_client import EngineError
 from tests.server.fake_engine import TEXT, FakeEngine
@@ -99,6 +100,9 @@ def test_unknown_option(capsys: Capture, command: str) -> None:
         (["serve", "--port", "http"], ["--port: invalid int value: 'http'; see manyheads serve --help"]),
         (["serve", "--port", "70000"], ["cannot listen on 0.0.0.0:70000", "choose another --port"]),
         (["serve", "--dtype", "int4"], ["dtype must be auto, float32, bfloat16 or float16, not 'int4'"]),
+        (["serve", "--memory", "15G"], ["--memory: '15G' is no size; write it like 15GiB, 500MiB or 16GB"]),
+        (["serve", "--memory", "0"], ["memory_bytes must be at least 1, not 0"]),
+        (["generate", "--memory", "1MiB", __file__], ["a memory of 1 MiB is too little: ", "weights 33 MiB"]),
         (["serve", "--tree-size", "100"], ["tree_size must be between 1 and 64"]),
         (["chat", "--temperature", "nan"], ["temperature must be between 0 and 100, not nan"]),
         (["chat", "--acceptance", "most"], ["acceptance must be exact or typical, not 'most'"]),
@@ -112,6 +116,12 @@ def test_unknown_option(capsys: Capture, command: str) -> None:
 )
 def test_wrong_input(capsys: Capture, argv: list[str], words: list[str]) -> None:
     check(capsys, argv, *words)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_sizes(command: str) -> None:
+    config = engine_config(make_parser().parse_args([command, "--memory", "1.5 GiB", "--kv-cache-bytes", "200MB"]))
+    assert (config.memory_bytes, config.kv_cache_bytes) == (3 * 2**29, 200 * 10**6)
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])

@@ -10,11 +10,22 @@ from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
 from manyheads.cli.heads_options import add_commands as add_heads_commands
-from manyheads.config import BUILTIN, EngineConfig
+from manyheads.config import BUILTIN, ConfigError, EngineConfig
 from manyheads.request import SamplingParams
+from manyheads.sizes import parse_size
 
 DESCRIPTION = "Serves language models with Medusa heads to many people at once."
-ENGINE_HELP: dict[str, tuple[type, str]] = {
+
+
+def size(text: str) -> int:
+    """A size in bytes, as an option's type."""
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "heads": (str, "Medusa heads: a hub id or a folder (default: those that come with the model)"),
     "speculative": (bool, "use the model's heads"),
     "dtype": (str, "auto, float32, bfloat16 or float16"),
@@ -27,15 +38,18 @@ ENGINE_HELP: dict[str, tuple[type, str]] = {
     ),
     "block_size": (int, "tokens in a page of the K/V cache"),
     "num_blocks": (int, "pages of the K/V cache (default: by the memory)"),
-    "kv_cache_bytes": (int, "size of the K/V cache"),
-    "gpu_memory_utilization": (float, "share of a GPU's memory to take"),
+    "kv_cache_bytes": (size, "size of the K/V cache, such as 4GiB"),
+    "memory_bytes": (size, "most memory to take in all, such as 15GiB; a GPU's, or the process's on a CPU"),
+    "gpu_memory_utilization": (float, "share of a GPU's memory to take where --memory does not say"),
     "prefix_caching": (bool, "keep the K/V of prompts for later ones that begin the same"),
     "tree_size": (int, "nodes of a row's speculation tree, on average, 1 to 64 (default: chosen at each step)"),
     "max_queue": (int, "most requests that wait; more are rejected"),
     "seed": (int, "for requests that bring none (default: from the operating system)"),
     "num_threads": (int, "CPU threads of the engine (default: all cores; take fewer where others are busy)"),
 }
-SAMPLING_HELP: dict[str, tuple[type, str]] = {
+FLAGS = {"memory_bytes": "--memory"}
+"""Where an option is not named like its field."""
+SAMPLING_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (int, "most output tokens (default: until the model stops)"),
     "max_steps": (int, "most decoding steps"),
     "temperature": (float, "0 is greedy"),
@@ -179,14 +193,17 @@ def _add_sampling(parser: Parser) -> None:
     group.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
 
 
-def _add(group: argparse._ArgumentGroup, name: str, kind: type, text: str, default: Any, prefix: str) -> None:
-    flag = "--" + prefix + name.replace("_", "-")
+def _add(
+    group: argparse._ArgumentGroup, name: str, kind: Callable[[str], Any], text: str, default: Any, prefix: str
+) -> None:
+    flag = FLAGS.get(name, "--" + prefix + name.replace("_", "-"))
     if default not in (None, MISSING) and "(default" not in text:
         text += f" (default: {'yes' if default is True else default})"
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
     else:
-        group.add_argument(flag, type=kind, default=default, help=text, metavar=name.upper())
+        metavar = "SIZE" if kind is size else name.upper()
+        group.add_argument(flag, dest=name, type=kind, default=default, help=text, metavar=metavar)
 
 
 def _taken(parser: Parser, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,16 +11,18 @@ import torch
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.engine import Engine
+from manyheads.engine.estimate import HeadsShape, Parts, Shape
+from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limit
 from manyheads.engine.runner import NUM_RANKS, Runner
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.warmup import measure_costs
-from manyheads.medusa.checkpoint import read_heads, split_model
+from manyheads.medusa.checkpoint import HeadWeights, read_heads, split_model
 from manyheads.medusa.heads import MedusaHeads
 from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, MIN_GAIN, Planner
 from manyheads.medusa.tree import MAX_NODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
-from manyheads.request import EngineReady
+from manyheads.request import EngineReady, MemoryUse
 
 
 def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> Engine:
@@ -36,21 +39,30 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    meter = Meter(device)
+    there = limit(config, device)
     model_folder, heads_folder = split_model(config.model, config.heads)
     model_config = ModelConfig.from_folder(model_folder)
     dtype = _dtype(config.dtype, device, model_config.dtype)
+    weights: HeadWeights | None = None
+    if heads_folder is not None and config.speculative:
+        weights = read_heads(heads_folder, model_config)
+    shape = _shape(config, model_config, weights, dtype, device)
+    _require(config, shape, there, shape.parts())  # before gigabytes are loaded in vain
+    if there is not None and config.memory_bytes is not None:
+        enforce(there, device)
     progress(f"loading {model_folder.name}")
     model = load_model(model_folder, model_config, dtype, device, progress)
     heads: MedusaHeads | None = None
     prior: list[list[float]] = []
-    if heads_folder is not None and config.speculative:
-        weights = read_heads(heads_folder, model_config)
+    if weights is not None:
         heads = MedusaHeads(weights, model, dtype, device)
         prior = _prior(weights.accuracy, heads.num_heads, min(NUM_RANKS, heads.num_tokens))
+    meter.loaded(model.memory_bytes(), heads.memory_bytes() if heads else 0)
 
-    num_rows = config.max_num_seqs or (64 if device.type == "cpu" else 256)
-    num_blocks = _num_blocks(config, model_config, dtype, device, num_rows)
-    max_model_len = _max_model_len(config, model_config, num_blocks)
+    num_rows = shape.max_num_seqs
+    num_blocks = _num_blocks(config, shape, there, meter)
+    max_model_len = _max_model_len(shape, num_blocks)
     runner = Runner(
         model,
         heads,
@@ -68,9 +80,14 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         BlockManager(num_blocks, config.block_size, config.prefix_caching),
         planner,
         max_num_seqs=num_rows,
-        max_num_batched_tokens=config.max_num_batched_tokens or (1024 if device.type == "cpu" else 2048),
+        max_num_batched_tokens=shape.max_num_batched_tokens,
         max_queue=config.max_queue,
     )
+
+    def memory() -> MemoryUse:
+        graphs = runner.recorder.memory_bytes if runner.recorder is not None else 0
+        return meter.look(runner.cache.nbytes, (num_blocks - 1) * config.block_size, graphs)
+
     ready = EngineReady(
         model=_model_name(config.model, model_folder),
         max_model_len=max_model_len,
@@ -81,8 +98,10 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         num_blocks=num_blocks - 1,
         block_size=config.block_size,
         eos_token_ids=list(model_config.eos_token_ids),
+        wanted_model_len=shape.max_model_len,
+        memory=memory(),
     )
-    return Engine(runner, scheduler, ready, config.seed)
+    return Engine(runner, scheduler, ready, config.seed, memory)
 
 
 def _device(name: str) -> torch.device:
@@ -111,54 +130,74 @@ def _prior(accuracy: list[list[float]] | None, num_heads: int, ranks: int) -> li
     return [[*row, *[0.0] * ranks][:ranks] for row in table]
 
 
-def _num_blocks(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, num_rows: int
-) -> int:
-    """Pages of the K/V cache, the dummy page included."""
-    if config.num_blocks is not None:
-        return config.num_blocks + 1
-    page = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * config.block_size
-    if config.kv_cache_bytes is not None:
-        count = config.kv_cache_bytes // page
-        if count < 2:
-            raise ConfigError(f"kv_cache_bytes={config.kv_cache_bytes} holds no page; a page takes {page} bytes")
-        return count
+def _shape(
+    config: EngineConfig, model: ModelConfig, heads: HeadWeights | None, dtype: torch.dtype, device: torch.device
+) -> Shape:
     longest = config.max_model_len or model.max_position_embeddings
-    enough = num_rows * -(-(longest + MAX_NODES) // config.block_size)
-    if device.type == "cpu":
-        return max(2, min(enough + 1, _host_memory() // 4 // page))
-    free, total = torch.cuda.mem_get_info(device)
-    room = int(free - (1 - config.gpu_memory_utilization) * total - _SCRATCH_BYTES)
-    if room < 2 * page:
+    if longest > model.max_position_embeddings:
+        most = model.max_position_embeddings
+        raise ConfigError(f"max_model_len={longest}: the model was made for at most {most}")
+    on_cpu = device.type == "cpu"
+    quantization = getattr(config, "quantization", None)  # NOTE: until the engine has the setting
+    return Shape(
+        model=model,
+        heads=HeadsShape.of(heads, model.vocab_size) if heads is not None else None,
+        dtype=dtype,
+        device=device,
+        max_num_seqs=config.max_num_seqs or (64 if on_cpu else 256),
+        max_num_batched_tokens=config.max_num_batched_tokens or (512 if on_cpu else 2048),
+        max_model_len=longest,
+        block_size=config.block_size,
+        tree_size=config.tree_size,
+        quantization=None if quantization == "none" else quantization,
+    )
+
+
+def _asked_blocks(config: EngineConfig, shape: Shape) -> tuple[int, str] | None:
+    """Pages of the K/V cache that a setting asks for, the dummy page included, and which setting."""
+    if config.num_blocks is not None:
+        return config.num_blocks + 1, "num_blocks"
+    if config.kv_cache_bytes is None:
+        return None
+    count, page = config.kv_cache_bytes // shape.page_bytes, shape.page_bytes
+    if count < 2:
         raise ConfigError(
-            f"{device} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB left beside the weights, which leaves no room "
-            f"for the K/V cache at gpu_memory_utilization={config.gpu_memory_utilization:g}"
+            f"kv_cache_bytes={config.kv_cache_bytes} holds no page beside the dummy page; a page takes {page} bytes"
         )
-    return min(enough + 1, room // page)
+    return count, "kv_cache_bytes"
 
 
-_SCRATCH_BYTES = 4 * 2**30
-"""Left free on a GPU for activations, logits and graphs."""
+def _require(config: EngineConfig, shape: Shape, there: Limit | None, parts: Parts) -> None:
+    """See that it all fits with the pages that were asked for, or with one.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    asked = _asked_blocks(config, shape)
+    if there is not None and (asked is None or config.memory_bytes is not None):
+        shape.require(there, parts, *(asked or (2,)))
 
 
-def _host_memory() -> int:
-    """Bytes of memory that the operating system counts as available."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 4 * 2**30
+def _num_blocks(config: EngineConfig, shape: Shape, there: Limit | None, meter: Meter) -> int:
+    """Pages of the K/V cache, the dummy page included, now that the weights are loaded and known."""
+    parts = replace(shape.parts(), weights=meter.weights, heads=meter.heads)
+    if there is not None:
+        there = replace(there, base=max(there.base, meter.rest))
+    _require(config, shape, there, parts)
+    if (asked := _asked_blocks(config, shape)) is not None:
+        return asked[0]
+    enough = shape.max_num_seqs * -(-(shape.max_model_len + MAX_NODES) // shape.block_size) + 1
+    if there is not None:
+        return min(enough, shape.blocks_within(there, parts))
+    return max(2, min(enough, available_bytes() // 4 // shape.page_bytes))
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int) -> int:
-    longest = model.max_position_embeddings
-    if config.max_model_len is not None:
-        if config.max_model_len > longest:
-            raise ConfigError(f"max_model_len={config.max_model_len}: the model was made for at most {longest}")
-        longest = config.max_model_len
-    fits = (num_blocks - 1) * config.block_size
+def _max_model_len(shape: Shape, num_blocks: int) -> int:
+    """What the K/V cache holds, if that is less than what was asked for."""
+    fits = (num_blocks - 1) * shape.block_size
     if fits < 2:
         raise ConfigError("the K/V cache holds less than 2 tokens; give it more blocks")
-    return min(longest, fits)
+    return min(shape.max_model_len, fits)
 
 
 def _model_name(model: str, folder: Path) -> str:

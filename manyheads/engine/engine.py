@@ -5,12 +5,21 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from manyheads.engine.scheduler import Scheduler, Unsettled
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
-from manyheads.request import EngineReady, EngineRequest, EngineStats, FinishReason, RequestDelta, RequestError
+from manyheads.request import (
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    MemoryUse,
+    RequestDelta,
+    RequestError,
+)
 
 
 class PendingStep(Protocol):
@@ -48,9 +57,17 @@ class Engine:
         scheduler: plans them; it has the same pages and the same rows as the runner.
         ready: what is served.
         seed: for requests that bring none; None takes one from the operating system.
+        memory: says where memory goes.
     """
 
-    def __init__(self, runner: StepRunner, scheduler: Scheduler, ready: EngineReady, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        runner: StepRunner,
+        scheduler: Scheduler,
+        ready: EngineReady,
+        seed: int | None = None,
+        memory: Callable[[], MemoryUse] = MemoryUse,
+    ) -> None:
         fits = scheduler.blocks.num_usable * scheduler.blocks.block_size
         if ready.max_model_len > fits:
             raise ValueError(f"max_model_len={ready.max_model_len}, but the pages hold {fits} tokens")
@@ -63,6 +80,7 @@ class Engine:
         self._unread: _Launched | None = None
         self._read_at = 0.0
         self._random = random.Random(seed)
+        self._memory = memory
         self._count: Counter[str] = Counter()
         self._drafted_by_depth: list[int] = [0] * ready.num_heads
         self._accepted_by_depth: list[int] = [0] * ready.num_heads
@@ -171,6 +189,7 @@ class Engine:
             drafted_by_depth=list(self._drafted_by_depth),
             accepted_by_depth=list(self._accepted_by_depth),
             tree_size=self._tree_size,
+            memory=self._memory(),
         )
 
     def check_integrity(self) -> None:

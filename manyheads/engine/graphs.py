@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engine.decode import Trees, expand, gain_sizes, settle
+from manyheads.engine.memory import taken_bytes
 from manyheads.engine.sampler import draw, edits_logits, node_block
 from manyheads.engine.step import Request
 from manyheads.medusa.planner import NO_DRAFT, Draft, Planner
@@ -41,6 +42,17 @@ class Recorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.memory_bytes = 0
+        """What the graphs have taken of the device, with what their steps compute in."""
+
+    @contextlib.contextmanager
+    def session(self, device: torch.device) -> Iterator[None]:
+        """Around what records: how much memory it takes."""
+        torch.cuda.empty_cache()  # what is only kept for reuse is not the graphs', neither before nor after
+        before = taken_bytes(device)
+        yield
+        torch.cuda.empty_cache()
+        self.memory_bytes += taken_bytes(device) - before
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -98,20 +110,23 @@ class StepGraphs:
     def capture(self, planner: Planner) -> None:
         """Make the graphs of all numbers of rows, and of all drafts that the planner may choose."""
         most = self._runner.state.num_rows
+        wanted: list[_Key] = []
         for num_rows in sorted({min(rows, most) for rows in ROWS}, reverse=True):
-            self._get(self._key(num_rows, NO_DRAFT))
+            wanted.append(self._key(num_rows, NO_DRAFT))
         for num_rows in sorted({min(rows, most) for rows in TREE_ROWS}, reverse=True):
-            for draft in planner.drafts(num_rows):
-                self._get(self._key(num_rows, draft))
+            wanted += [self._key(num_rows, draft) for draft in planner.drafts(num_rows)]
+        self._make(wanted)
 
     @staticmethod
     def _key(num_rows: int, draft: Draft) -> _Key:
         return num_rows, draft.tree.num_nodes, draft.num_tokens(num_rows)
 
-    def _get(self, key: _Key) -> _Graphs:
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(*key)
-        return self._graphs[key]
+    def _make(self, keys: list[_Key]) -> None:
+        """Capture what is not there yet."""
+        with self._recorder.session(self._runner.device):
+            for key in keys:
+                if key not in self._graphs:
+                    self._graphs[key] = self._capture(*key)
 
     @staticmethod
     def serves(request: Request) -> bool:
@@ -123,7 +138,9 @@ class StepGraphs:
         """Run a step of decoding rows; `Trees` and the report of `settle`, with rows for the padding."""
         runner, state = self._runner, self._runner.state
         key = self._key(padded_rows(len(requests), state.num_rows, TREE_ROWS if draft.propose else ROWS), draft)
-        graphs = self._get(key)
+        if key not in self._graphs:
+            self._make([key])
+        graphs = self._graphs[key]
         padding = [state.num_rows] * (key[0] - len(requests))
         graphs.index.copy_(state.tensor([*(request.row or 0 for request in requests), *padding]), non_blocking=True)
         tensors = tree_tensors(draft.tree, runner.num_ranks, runner.device)

@@ -45,9 +45,12 @@ class PromptGraphs:
         self._tokens = [tokens for tokens in TOKENS if tokens <= runner.state.block_table.shape[1] * runner.block_size]
 
     def capture(self) -> None:
-        for num_tokens in reversed(self._tokens):
-            for num_rows in self._rows:
-                self._graphs[num_tokens, num_rows] = self._capture(num_tokens, num_rows)
+        self._make([(tokens, rows) for tokens in reversed(self._tokens) for rows in self._rows])
+
+    def _make(self, keys: list[tuple[int, int]]) -> None:
+        with self._recorder.session(self._runner.device):
+            for key in keys:
+                self._graphs[key] = self._capture(*key)
 
     def serves(self, chunks: list[Chunk]) -> bool:
         return len(chunks) <= self._rows[-1] and sum(chunk.num_inflight for chunk in chunks) <= self._tokens[-1]
@@ -58,9 +61,9 @@ class PromptGraphs:
         count = sum(chunk.num_inflight for chunk in chunks)
         num_tokens = next(tokens for tokens in self._tokens if tokens >= count)
         num_rows = next(rows for rows in self._rows if rows >= len(chunks))
-        graph = self._graphs.get((num_tokens, num_rows))
-        if graph is None:
-            graph = self._graphs[num_tokens, num_rows] = self._capture(num_tokens, num_rows)
+        if (num_tokens, num_rows) not in self._graphs:
+            self._make([(num_tokens, num_rows)])
+        graph = self._graphs[num_tokens, num_rows]
         tokens: list[int] = []
         rows: list[int] = []
         places: list[int] = []

@@ -107,11 +107,12 @@ class Runner:
         self.attention = _attention(self.cache, model)
         num_heads = heads.num_heads if heads else 0
         self.state = RowState(num_rows, max_len, block_size, num_heads, self.num_ranks, config.vocab_size, self.device)
+        self.recorder: Recorder | None = None
         self.graphs: StepGraphs | None = None
         self.prompt_graphs: PromptGraphs | None = None
         if has_kernels(self.device):
-            recorder = Recorder()
-            self.graphs, self.prompt_graphs = StepGraphs(self, recorder), PromptGraphs(self, recorder)
+            self.recorder = Recorder()
+            self.graphs, self.prompt_graphs = StepGraphs(self, self.recorder), PromptGraphs(self, self.recorder)
 
     @property
     def overlaps(self) -> bool:

@@ -72,8 +72,9 @@ class Llama:
         return self.lm_head(hidden).float()
 
     def memory_bytes(self) -> int:
-        """Bytes of all weights."""
-        total = self.embedding.nbytes + self.norm.nbytes + self.lm_head.nbytes
+        """Bytes of all weights; a vocabulary projection that is the embedding itself counts once."""
+        total = self.embedding.nbytes + self.norm.nbytes
+        total += 0 if self.lm_head.weight is self.embedding else self.lm_head.nbytes
         for layer in self.layers:
             linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
             norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)

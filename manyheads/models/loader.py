@@ -113,7 +113,7 @@ def load_model(
     Raises:
         CheckpointError: naming the key that is missing, left over, of the wrong shape, or not finite.
     """
-    expected = _shapes(config)
+    expected = parameter_shapes(config)
     state: dict[str, Tensor] = {}
     files = tensor_files(folder)
     for number, path in enumerate(files, 1):
@@ -140,7 +140,7 @@ def load_model(
     return _build(config, state)
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's name, without the leading `model.`, and its shape."""
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * dim, config.num_kv_heads * dim

@@ -103,6 +103,7 @@ class _EngineCollector(Collector):
             ("kv_cache_usage_perc", "Share of K/V cache pages in use; 1 is all", used),
             ("tokens_per_step", "Generated tokens by decoding row and step", s.generation_tokens / max(s.row_steps, 1)),
             ("tree_size", "Nodes per speculating row in the latest step", s.tree_size),
+            ("kv_cache_tokens", "Tokens of context that the K/V cache holds", s.memory.kv_cache_tokens),
         ):
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, text, count in (
@@ -125,6 +126,12 @@ class _EngineCollector(Collector):
         for depth, (drafted, accepted) in enumerate(zip(s.drafted_by_depth, s.accepted_by_depth, strict=False), 1):
             rate.add_metric([str(depth)], accepted / drafted if drafted else 0.0)
         yield rate
+        memory = GaugeMetricFamily(
+            PREFIX + "memory_bytes", "Memory of the engine's device by what it is taken for", labels=["kind"]
+        )
+        for kind in ("weights", "heads", "kv_cache", "graphs", "rest"):
+            memory.add_metric([kind], getattr(s.memory, kind))
+        yield memory
 
 
 def _by_depth(name: str, text: str, counts: list[int]) -> CounterMetricFamily:

@@ -21,6 +21,7 @@ from manyheads.server.engine_client import EngineClient, EngineError
 from manyheads.server.engine_process import BUILD_ENGINE
 from manyheads.server.limits import MAX_BODY_BYTES
 from manyheads.server.service import Service
+from manyheads.sizes import format_size
 from manyheads.tokenizer import Tokenizer
 
 DRAIN_SECONDS = 2.0
@@ -125,7 +126,7 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
                 client,
             )
             host, port = listener.getsockname()[:2]
-            print(_greeting(ready, service.names[0], host, port), file=sys.stderr, flush=True)
+            print(_memory(ready), _greeting(ready, service.names[0], host, port), sep="\n", file=sys.stderr, flush=True)
             await server.serve(sockets=[listener])
             if client.failure is not None and not stopping:
                 raise EngineError(f"the engine has stopped: {client.failure}")
@@ -211,3 +212,16 @@ def _greeting(ready: EngineReady, name: str, host: str, port: int) -> str:
         f"manyheads serves {name} ({heads}, {ready.dtype} on {ready.device}) at http://{shown}:{port}  "
         "- Ctrl-C stops it"
     )
+
+
+def _memory(ready: EngineReady) -> str:
+    """Where memory goes, and how much context fits."""
+    use = ready.memory
+    parts = [f"weights {format_size(use.weights)}"]
+    parts += [f"heads {format_size(use.heads)}"] if use.heads else []
+    parts += [f"K/V {format_size(use.kv_cache)} ({use.kv_cache_tokens:,} tokens)"]
+    parts += [f"graphs {format_size(use.graphs)}"] if use.graphs else []
+    text = f"memory: {', '.join(parts)}, rest {format_size(use.rest)}"
+    if ready.max_model_len < ready.wanted_model_len:
+        text += f"; a request may have {ready.max_model_len:,} tokens, for {ready.wanted_model_len:,} do not fit"
+    return text

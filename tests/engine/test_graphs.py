@@ -18,6 +18,7 @@ from manyheads.engine import decode, state
 from manyheads.engine.graphs import ROWS, TREE_ROWS, Recorder, StepGraphs, padded_rows
 from manyheads.engine.prompt_graphs import PromptGraphs
 from manyheads.engine.runner import Runner
+from manyheads.medusa.planner import Planner
 from manyheads.models import ops
 from tests.engine.test_exactness import engine, prompts, run
 from tests.kernels import INTERPRETED
@@ -48,7 +49,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 class StandIn(Recorder):
     def __init__(self) -> None:
-        pass
+        self.memory_bytes = 0
 
     def aside(self) -> contextlib.nullcontext[None]:  # type: ignore[override]
         return contextlib.nullcontext()
@@ -56,6 +57,25 @@ class StandIn(Recorder):
     def record(self, function: Callable[[], Any]) -> tuple[Any, Any]:
         result = function()
         return Recorded(function, result), result
+
+
+def test_memory_of_graphs_is_what_capturing_took(
+    folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine(folder, 1).runner
+    assert isinstance(runner, Runner)
+    looks = iter((1000, 1300, 1300, 1350, 1350, 1400))
+    monkeypatch.setattr("manyheads.engine.graphs.taken_bytes", lambda _: next(looks))
+    recorder = StandIn()
+    graphs = StepGraphs(runner, recorder)
+    assert recorder.memory_bytes == 0
+    graphs.capture(Planner([[0.5, 0.3]] * 3))
+    assert recorder.memory_bytes == 300
+    assert len(graphs._graphs) > 4
+    graphs._make([(2, 64, 128)])
+    assert recorder.memory_bytes == 350
+    PromptGraphs(runner, recorder).capture()
+    assert recorder.memory_bytes == 400
 
 
 @pytest.mark.parametrize("tree_size", [1, 2, 4, 16])

@@ -117,7 +117,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = launch(tmp_path_factory.mktemp("server"), "--max-queue", "64").wait_ready()
     yield running
     running.stop()
-    assert len(running.errors().splitlines()) == 1, running.errors()  # the greeting
+    assert len(running.errors().splitlines()) == 2, running.errors()  # its memory, and the greeting
 
 
 @pytest.fixture

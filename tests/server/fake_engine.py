@@ -12,6 +12,7 @@ from manyheads.request import (
     EngineReady,
     EngineRequest,
     EngineStats,
+    MemoryUse,
     QueueFull,
     RequestDelta,
     RequestError,
@@ -21,6 +22,9 @@ from tests.server.tiny_tokenizer import tiny_tokenizer
 
 TEXT = "The cat 🐈 sat on the mat, 猫はマットの上に座った。 It was e\u0301legant. " * 40
 """What every reply says, from the beginning, to its end of text."""
+MEMORY = MemoryUse(
+    weights=27 * 2**29, heads=2**30, kv_cache=3 * 2**30, graphs=717 * 2**20, rest=2**29, kv_cache_tokens=1024
+)
 
 
 @dataclass
@@ -56,6 +60,8 @@ class FakeEngine:
             num_blocks=64,
             block_size=16,
             eos_token_ids=[self.eos],
+            wanted_model_len=4096,
+            memory=MEMORY,
         )
 
     def add_request(self, message: EngineRequest) -> None:
@@ -105,6 +111,7 @@ class FakeEngine:
             row_steps=self.counts["rows"],
             drafted_by_depth=[10, 5, 2],
             accepted_by_depth=[6, 2, 1],
+            memory=MEMORY,
         )
 
     def _advance(self, request_id: str, entry: _Open) -> RequestDelta:

@@ -85,6 +85,14 @@ def test_the_metrics_know_of_speculation(web: httpx.Client) -> None:
     web.post("/generate", json={"prompt": QUESTION, "parameters": {"max_new_tokens": 50}})
     samples = {s.name: s.value for f in text_string_to_metric_families(web.get("/metrics").text) for s in f.samples}
     assert samples["manyheads_generation_tokens_total"] > 0
+    assert samples["manyheads_kv_cache_tokens"] >= 2048
+    memory = {
+        s.labels["kind"]: s.value
+        for f in text_string_to_metric_families(web.get("/metrics").text)
+        for s in f.samples
+        if s.name == "manyheads_memory_bytes"
+    }
+    assert all(memory[kind] > 2**20 for kind in ("weights", "heads", "kv_cache", "rest"))
     assert any("accepted" in name and value > 0 for name, value in samples.items())
 
 

@@ -4,7 +4,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from manyheads.bench import counters
 from tests.server.conftest import Running
+from tests.server.fake_engine import MEMORY
 from tests.server.test_lifecycle import eventually
 
 VLLM_NAMES = [  # what dashboards made for vLLM ask for
@@ -89,6 +91,24 @@ def test_gauges_by_depth(client: httpx.Client) -> None:
     assert samples["spec_decode_drafted_by_depth_total[depth=1]"] == 10
     assert samples["tokens_per_step"] > 1
     assert samples["kv_cache_usage_perc"] == 0
+
+
+def test_memory(server: Running, client: httpx.Client) -> None:
+    samples = settled(client)
+    kinds = {key: value for key, value in samples.items() if key.startswith("memory_bytes")}
+    assert {key: int(value) for key, value in kinds.items()} == {
+        f"memory_bytes[kind={kind}]": getattr(MEMORY, kind)
+        for kind in ("weights", "heads", "kv_cache", "graphs", "rest")
+    }
+    assert sum(kinds.values()) == MEMORY.total
+    assert samples["kv_cache_tokens"] == 1024
+    seen = counters.look(server.url)
+    assert seen is not None
+    assert sum(seen.memory.values()) == MEMORY.total  # the load test's report reads it
+    assert server.errors().splitlines()[0] == (
+        "memory: weights 13.5 GiB, heads 1.0 GiB, K/V 3.0 GiB (1,024 tokens), graphs 717 MiB, rest 512 MiB; "
+        "a request may have 2,048 tokens, for 4,096 do not fit"
+    )
 
 
 def test_running_requests_are_seen(server: Running, client: httpx.Client) -> None:
