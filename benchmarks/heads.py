@@ -53,7 +53,7 @@ def main() -> None:
 
     plain = replies(speculative=False)
     result: dict[str, Any] = {"machine": machine(), "prompts": len(prompts), "nodes": args.nodes, "heads": {}}
-    base = Base(args.model, torch.device("cpu"))
+    base = Base.load(args.model, torch.device("cpu"))
     for given in args.heads:
         name, folder = given.split("=", 1)
         found = replies(heads=folder, tree_size=args.nodes)

@@ -95,7 +95,7 @@ class TrainedHeads(nn.Module):
         if self.token_map is None:
             return tokens
         place = torch.full((vocab_size + 1,), -2, device=tokens.device)
-        place[self.token_map] = torch.arange(len(self.token_map), device=tokens.device)
+        place[self.token_map.to(tokens.device)] = torch.arange(len(self.token_map), device=tokens.device)
         place[-1] = -1
         return place[tokens]
 
