@@ -10,7 +10,6 @@ from pathlib import Path
 
 from data import clean, entries, read
 
-
 LONGEST = 3000
 """Characters of a question."""
 
