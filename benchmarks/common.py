@@ -45,14 +45,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _git(*command: str) -> str:
-    """What git says; nothing where it, or the repository, is not there."""
-    try:
-        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
 def summary(values: Sequence[float]) -> dict[str, float]:
     """How many, the median and the extremes."""
     if not values:
@@ -118,6 +110,14 @@ def spec_bench(
             prompts.append(Prompt(question["question_id"], question["category"], token_ids))
     random.Random(0).shuffle(prompts)
     return prompts
+
+
+def _git(*command: str) -> str:
+    """What git says; nothing where it, or the repository, is not there."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def get_json(url: str, body: dict[str, Any] | None = None, timeout: float = 60) -> Any:
