@@ -31,9 +31,7 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = next((line.split(": ")[1] for line in cpuinfo.splitlines() if line.startswith("model name")), "?")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    commit, dirty = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -112,6 +110,14 @@ def spec_bench(
             prompts.append(Prompt(question["question_id"], question["category"], token_ids))
     random.Random(0).shuffle(prompts)
     return prompts
+
+
+def _git(*command: str) -> str:
+    """What git says; nothing where it, or the repository, is not there."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def get_json(url: str, body: dict[str, Any] | None = None, timeout: float = 60) -> Any:

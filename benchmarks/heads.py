@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--per-category", type=int, default=6)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--nodes", type=int, default=16, help="of the engine's tree")
+    parser.add_argument("--device", default="cpu", help="cuda: replies can differ from plain decoding's by rounding")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "heads.json")
     args = parser.parse_args()
     from transformers import AutoTokenizer
@@ -48,17 +49,17 @@ def main() -> None:
     ids = [prompt.token_ids for prompt in prompts]
 
     def replies(**settings: Any) -> list[Any]:
-        llm = LLM(str(args.model), max_num_seqs=16, dtype="float32", device="cpu", **settings)
+        llm = LLM(str(args.model), max_num_seqs=16, device=args.device, **settings)
         return [output.outputs[0] for output in llm.generate(ids, params)]
 
     plain = replies(speculative=False)
     result: dict[str, Any] = {"machine": machine(), "prompts": len(prompts), "nodes": args.nodes, "heads": {}}
-    base = Base(args.model, torch.device("cpu"))
+    base = Base.load(args.model, torch.device(args.device))
     for given in args.heads:
         name, folder = given.split("=", 1)
         found = replies(heads=folder, tree_size=args.nodes)
         weights = read_heads(Path(folder), ModelConfig.from_folder(args.model))
-        heads = TrainedHeads.of(weights, base.projection.detach().float())
+        heads = TrainedHeads.of(weights, base.projection.detach().float().cpu()).to(base.device)
         data = pack([Answer(p, list(o.token_ids)) for p, o in zip(ids, plain, strict=True)], 1024)
         ranks = right_ranks(base, heads, data)
         accuracy = accuracy_table(ranks)

@@ -6,7 +6,8 @@ python3 "$here/tokenizer.py" "$data" "$out"
 python3 "$here/base.py" "$data" "$out" "$@"
 python3 "$here/questions.py" "$data" "$out-questions.jsonl"
 manyheads train "$out" --data "$out-questions.jsonl" --out "$out/heads" --init "$out/heads-begun" \
-  --projection shared --tokens 3000 --max-prompt-tokens 400 --max-new-tokens 192 --rate 2e-3 --epochs 8
+  --projection shared --tokens 3000 --max-prompt-tokens 800 --max-new-tokens 192 \
+  --rows 32 --chunk 8192 --rate 2e-3 --epochs 12
 rm -rf "$out-heads-training"
 mv "$out/heads/training" "$out-heads-training"  # answers, metrics and checkpoint: not for the package
 rm -r "$out/heads-begun"

@@ -1,4 +1,4 @@
-"""medusa-llm 0.1 loaded and run on the CPU, for the server and the worker of this folder.
+"""medusa-llm 0.1 loaded and run, for the server and the worker of this folder.
 
 Everything that differs from the library as published is in this file, each with its reason:
 
@@ -17,9 +17,10 @@ No patch changes what is computed for a step of a given tree, or how.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +119,20 @@ class SparseTree:
         return paths, tokens.unsqueeze(0)
 
 
-def load(path: str, *, ignore_eos: bool = False, tree: Tree | None = None) -> MedusaModel:
-    """The exported model, in float32 on the CPU. `tree` None: the library's default."""
+def load(
+    path: str,
+    *,
+    ignore_eos: bool = False,
+    tree: Tree | None = None,
+    device: str = "cpu",
+    eight_bit: bool = False,
+) -> MedusaModel:
+    """The exported model: in float32 on the CPU; on a GPU in float16, or its layers in 8 bits by bitsandbytes.
+
+    Args:
+        path: the exported heads.
+        tree: None: the library's default.
+    """
     medusa_model.initialize_past_key_values = grouped_key_values
     if tree is not None:
         sparse = SparseTree(tree)
@@ -130,7 +143,12 @@ def load(path: str, *, ignore_eos: bool = False, tree: Tree | None = None) -> Me
     rotary = modeling_llama_kv.LlamaRotaryEmbedding
     if base.rope_theta != 10000.0:
         modeling_llama_kv.LlamaRotaryEmbedding = functools.partial(rotary, base=base.rope_theta)
-    model = MedusaModel.from_pretrained(path, torch_dtype=torch.float32).eval()
+    settings: dict[str, Any] = {"torch_dtype": torch.float32}
+    if device != "cpu":  # as the library's own examples load it
+        settings = {"torch_dtype": torch.float16, "low_cpu_mem_usage": True, "device_map": {"": device}}
+    if eight_bit:
+        settings["load_in_8bit"] = True
+    model = MedusaModel.from_pretrained(path, **settings).eval()
     modeling_llama_kv.LlamaRotaryEmbedding = rotary
     if ignore_eos:
         kind = type(model.tokenizer)
@@ -139,7 +157,8 @@ def load(path: str, *, ignore_eos: bool = False, tree: Tree | None = None) -> Me
     return model
 
 
-def generate(
+@torch.inference_mode()  # around each step: the next one can run in another thread
+def stream(
     model: MedusaModel,
     prompt_ids: Sequence[int],
     *,
@@ -147,22 +166,38 @@ def generate(
     max_steps: int,
     max_new_tokens: int | None = None,
     tree: Tree | None = None,
-) -> Generation:
-    """Runs the library's generator to its end, or to `max_new_tokens`."""
-    input_ids = torch.tensor([list(prompt_ids)])
-    text, token_ids, steps = "", input_ids[0, :0], 0
-    with torch.inference_mode():
-        stream = model.medusa_generate(
-            input_ids,
-            temperature=temperature,
-            max_steps=max_steps,
-            medusa_choices=DEFAULT_TREE if tree is None else list(tree),
-        )
-        for piece in stream:
-            text, steps = piece["text"], steps + 1
+) -> Iterator[Generation]:
+    """Runs the library's generator to its end, or to `max_new_tokens`; yields the reply so far after each step."""
+    input_ids = torch.tensor([list(prompt_ids)], device=model.base_model.device)
+    steps = model.medusa_generate(
+        input_ids,
+        temperature=temperature,
+        max_steps=max_steps,
+        medusa_choices=DEFAULT_TREE if tree is None else list(tree),
+    )
+    with contextlib.closing(steps):
+        for number, piece in enumerate(steps, 1):
             # The generator yields text only. Its local variable has the tokens; looking at it costs nothing.
-            token_ids = stream.gi_frame.f_locals["input_ids"][0, len(prompt_ids) :]
+            token_ids = steps.gi_frame.f_locals["input_ids"][0, len(prompt_ids) :].tolist()
+            yield Generation(piece["text"], token_ids, number)
             if max_new_tokens is not None and len(token_ids) >= max_new_tokens:
-                stream.close()
-                break
-    return Generation(text, token_ids.tolist(), steps)
+                return
+
+
+def generate(model: MedusaModel, prompt_ids: Sequence[int], **settings: Any) -> Generation:
+    """The whole reply; settings as for `stream`."""
+    return list(stream(model, prompt_ids, **settings))[-1]
+
+
+def memory(model: MedusaModel) -> dict[str, int]:
+    """Bytes by kind; the key/value cache is there from the first reply on."""
+
+    def size(module: torch.nn.Module) -> int:
+        return sum(t.nbytes for t in itertools.chain(module.parameters(), module.buffers()))
+
+    cache = getattr(model, "past_key_values_data", None)
+    sizes = {"weights": size(model.base_model), "heads": size(model.medusa_head)}
+    sizes["kv_cache"] = 0 if cache is None else cache.nbytes
+    if model.base_model.device.type == "cuda":
+        sizes["rest"] = max(0, torch.cuda.memory_reserved() - sum(sizes.values()))
+    return sizes

@@ -63,7 +63,7 @@ def run_tree(args: argparse.Namespace) -> int:
     )
     prompts = list(read_prompts(args.data, Tokenizer.load(base, args.chat_template)))
     answers = answer_all(name, prompts, settings, None, progress)
-    model = Base(base, find_device(settings.device))
+    model = Base.load(base, find_device(settings.device))
     heads = TrainedHeads.of(weights, model.projection.detach().float().cpu()).to(model.device)
     data = pack(answers, min(max(len(a.prompt) + len(a.tokens) for a in answers), config.max_position_embeddings))
     ranks = right_ranks(model, heads, data, progress=progress)

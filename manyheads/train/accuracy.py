@@ -14,7 +14,7 @@ from torch import Tensor
 from manyheads.medusa.checkpoint import STATISTICS
 from manyheads.medusa.export import write_json
 from manyheads.medusa.tree import MAX_NODES, grow
-from manyheads.train.base import Base, half_precision
+from manyheads.train.base import Base, half_precision, send
 from manyheads.train.dataset import Batch
 from manyheads.train.heads import TrainedHeads
 from manyheads.train.progress import Progress
@@ -39,10 +39,11 @@ def right_ranks(
     found: list[Tensor] = []
     with (progress or Progress(quiet=True)).task("measuring", len(data.tokens)) as advance:
         for index in torch.split(torch.arange(len(data.tokens)), rows):
-            batch = data.take(index).to(device)
+            batch = data.take(index)
             targets = batch.ahead(heads.num_heads)[..., 1:].flatten(0, 1)  # [N, heads]
             use = (targets[:, 0] >= 0).nonzero()[:, 0]
-            hidden, targets = base.hidden(batch)[use], heads.place(targets[use], vocab_size)
+            targets = send(heads.place(targets[use], vocab_size), device)
+            hidden = base.hidden(batch)[send(use, device)]
             result = torch.full_like(targets, -1)
             for part in torch.split(torch.arange(len(use), device=device), CHUNK):
                 for h in range(heads.num_heads):

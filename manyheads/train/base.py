@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.models.config import ModelConfig
+from manyheads.train.attention import register
 from manyheads.train.dataset import Batch
 
 
@@ -22,21 +24,41 @@ def half_precision(device: torch.device) -> contextlib.AbstractContextManager[An
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what a GPU is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class Base:
-    """A causal language model of transformers.
+    """A causal language model of transformers, its weights on the device.
 
     Args:
-        folder: with config.json and weights; an architecture that `ModelConfig` knows.
-        trained: the weights are to change (float32 then); else bfloat16 on a GPU and float32 on a CPU, and fixed.
+        model: made with the attention of attention.py.
+        trained: the weights are to change.
     """
 
-    def __init__(self, folder: Path, device: torch.device, trained: bool = False) -> None:
+    def __init__(self, model: Any, device: torch.device, trained: bool = False) -> None:
+        self.model = model.eval().requires_grad_(trained)
+        self.device, self.trained = device, trained
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, trained: bool = False) -> Base:
+        """Read a checkpoint.
+
+        Args:
+            folder: with config.json and weights; an architecture that `ModelConfig` knows.
+            trained: the weights are to change (float32 then); else they are as they are served: on a GPU the
+                checkpoint's own, bfloat16 for float32, and on a CPU float32.
+        """
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
-        dtype = torch.bfloat16 if device.type == "cuda" and not trained else torch.float32
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(trained)
-        self.device = device
+        dtype = torch.float32
+        if device.type == "cuda" and not trained:
+            own = ModelConfig.from_folder(folder).dtype
+            dtype = torch.bfloat16 if own == torch.float32 else own
+        name = register()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name, local_files_only=True)
+        return cls(model.to(device=device, dtype=dtype), device, trained)
 
     @property
     def projection(self) -> Tensor:
@@ -45,13 +67,22 @@ class Base:
         return weight
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, [R · L, hidden]."""
-        with half_precision(self.device):
+        """Hidden states after the final norm, [R · L, hidden].
+
+        Args:
+            batch: on the CPU.
+        """
+        bounds = batch.bounds
+        on_device = send(bounds, self.device)
+        with half_precision(self.device) if self.trained else contextlib.nullcontext():
             output = self.model.model(
-                input_ids=batch.tokens,
-                attention_mask=batch.visible,
-                position_ids=batch.positions,
+                input_ids=send(batch.tokens, self.device),
+                position_ids=send(batch.positions, self.device),
                 use_cache=False,
+                cu_seq_lens_q=on_device,
+                cu_seq_lens_k=on_device,
+                max_length_q=(longest := int(bounds.diff().max())),
+                max_length_k=longest,
             )
         states: Tensor = output.last_hidden_state
         return states.flatten(0, 1)

@@ -13,7 +13,10 @@ from manyheads.train.prompts import Answer
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Packed rows, each a few conversations one after another that do not see each other; R rows of L tokens."""
+    """Packed rows, each a few conversations one after another that do not see each other; R rows of L tokens.
+
+    On the CPU.
+    """
 
     tokens: Tensor  # [R, L] int64
     part: Tensor  # [R, L] int64, number of the conversation in its row; 0 is the padding at the end
@@ -22,18 +25,18 @@ class Batch:
     @property
     def positions(self) -> Tensor:
         """[R, L] int64, from 0 in each conversation."""
-        places = torch.arange(self.part.shape[1], device=self.part.device).expand_as(self.part)
-        begins = F.pad(self.part[:, 1:] != self.part[:, :-1], (1, 0), value=True)
-        return places - torch.where(begins, places, 0).cummax(dim=1).values
+        places = torch.arange(self.part.shape[1]).expand_as(self.part)
+        return places - torch.where(self._begins, places, 0).cummax(dim=1).values
 
     @property
-    def visible(self) -> Tensor:
-        """[R, 1, L, L] bool: what a token (third) attends to (fourth) is before it in its own conversation."""
-        same = self.part[:, :, None] == self.part[:, None, :]
-        return same.tril()[:, None]
+    def bounds(self) -> Tensor:
+        """[conversations + 1] int32: where each begins in the R · L tokens, and the end; padding counts as one."""
+        begins = self._begins.flatten().nonzero()[:, 0]
+        return F.pad(begins, (0, 1), value=self.part.numel()).int()
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.part, self.answer)))
+    @property
+    def _begins(self) -> Tensor:
+        return F.pad(self.part[:, 1:] != self.part[:, :-1], (1, 0), value=True)
 
     def take(self, rows: Tensor) -> Batch:
         return Batch(self.tokens[rows], self.part[rows], self.answer[rows])

@@ -81,6 +81,12 @@ class TrainedHeads(nn.Module):
         self.projection = nn.ParameterList(p.detach()[rows].clone() for p in self.projection)
         self.token_map = token_map
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that a head can say."""
+        rows = self.projection[0] if self.base_projection is None else self.base_projection
+        return len(rows)
+
     def logits(self, h: int, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, V] of head h, in the order of `token_map`."""
         x = hidden
@@ -95,7 +101,7 @@ class TrainedHeads(nn.Module):
         if self.token_map is None:
             return tokens
         place = torch.full((vocab_size + 1,), -2, device=tokens.device)
-        place[self.token_map] = torch.arange(len(self.token_map), device=tokens.device)
+        place[self.token_map.to(tokens.device)] = torch.arange(len(self.token_map), device=tokens.device)
         place[-1] = -1
         return place[tokens]
 

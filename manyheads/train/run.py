@@ -72,8 +72,8 @@ def train(
     learnt, held_out = split(answers, settings)
     replace(work / "held_out.jsonl", lambda path: append_answers(path, held_out))
     device = find_device(settings.device)
-    model = Base(folder, device, trained=settings.joint)
-    teacher = Base(folder, device) if settings.joint else None
+    model = Base.load(folder, device, trained=settings.joint)
+    teacher = Base.load(folder, device) if settings.joint else None
     heads = start_heads(settings, model, config, learnt).to(device)
     data, valid = (pack(items, min(settings.length, config.max_position_embeddings)) for items in (learnt, held_out))
     _check_targets(data, settings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manyheads.config import ConfigError
-from manyheads.train.base import Base, half_precision
+from manyheads.train.base import Base, half_precision, send
 from manyheads.train.dataset import Batch, Order
 from manyheads.train.heads import TrainedHeads
 from manyheads.train.loss import chunked, cross_entropy, divergence
@@ -49,7 +49,11 @@ class Trainer:
             groups.append({"params": list(base.model.parameters()), "peak": peak})
             self.parts["base"] = base.model
         self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+            groups,
+            lr=settings.rate,
+            betas=(0.9, 0.98),
+            weight_decay=settings.weight_decay,
+            fused=base.device.type == "cuda",
         )
         self.parts["optimizer"] = self.optimizer
 
@@ -83,25 +87,26 @@ class Trainer:
             group["lr"] = rate
         rows = self.data.take(self.order.rows(step))
         wanted = rows.ahead(settings.heads)  # [R, L, 1 + heads]
-        wanted[..., 1:] = self.heads.place(wanted[..., 1:].to(device), self.vocab_size).to("cpu")
+        wanted[..., 1:] = self.heads.place(wanted[..., 1:], self.vocab_size)
         # of the whole step, so that accumulated groups of rows are as one large group
         counts = (wanted >= 0).sum(dim=(0, 1)).clamp(min=1)
         losses = torch.zeros(settings.heads + 1, device=device)
         joint = settings.joint and rates[1] > 0
         for group_rows in torch.split(torch.arange(len(rows.tokens)), settings.rows):
             part, targets = rows.take(group_rows), wanted[group_rows].flatten(0, 1)
-            losses += self._backward(part.to(device), targets.to(device), counts, joint)
+            losses += self._backward(part, targets, counts, joint)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        means = [round(v, 6) for v in (losses.cpu() / counts).tolist()]
+        *sums, norm = torch.cat([losses, norm[None]]).tolist()  # the one place where the host waits for the device
+        means = [round(v, 6) for v in (torch.tensor(sums) / counts).tolist()]
         seconds = time.perf_counter() - start
         weights = [settings.discount**h for h in range(settings.heads)]
         record: dict[str, Any] = {
             "loss": round(sum(w * v for w, v in zip(weights, means[1:], strict=True)), 6),
             "head_losses": means[1:],
-            "grad_norm": round(float(norm), 6),
+            "grad_norm": round(norm, 6),
             "rate": rates[0],
             "tokens": int((rows.part > 0).sum()),
             "seconds": round(seconds, 4),
@@ -119,32 +124,35 @@ class Trainer:
         """Add the gradients of a group of rows; the sums of the losses [1 + heads], base first.
 
         Args:
+            batch, targets: on the CPU, where finding what counts makes nobody wait.
             targets: [R · L, 1 + heads] int64, rows of the projections; negative ones do not count.
             counts: [1 + heads], targets of the whole step.
         """
+        device = self.base.device
+        indices = [send((column >= 0).nonzero()[:, 0], device) for column in targets.T]
+        targets = send(targets, device)
         with torch.set_grad_enabled(joint):
             states = self.base.hidden(batch)
         hidden = states.detach()
         grad = torch.zeros_like(hidden, dtype=torch.float32) if joint else None
         scale = self.settings.heads_weight if joint else 1.0
-        sums = [torch.zeros((), device=hidden.device)]
+        sums = [torch.zeros((), device=device)]
         if joint:
-            sums[0] = self._base_loss(batch, hidden, targets[:, 0], counts, grad)
+            sums[0] = self._base_loss(batch, hidden, indices[0], counts, grad)
         for h in range(self.heads.num_heads):
 
             def loss(states: Tensor, index: Tensor, h: int = h) -> Tensor:
-                with half_precision(hidden.device):
+                with half_precision(device):
                     logits = self.heads.logits(h, states)
                 return cross_entropy(logits, targets[index, h + 1])
 
-            index = (targets[:, h + 1] >= 0).nonzero()[:, 0]
             weight = scale * self.settings.discount**h / int(counts[h + 1])
-            sums.append(chunked(loss, hidden, index, weight, self.settings.chunk, grad))
+            sums.append(chunked(loss, hidden, indices[h + 1], weight, self.settings.chunk, grad))
         if grad is not None:
             states.backward(grad.to(states.dtype))  # type: ignore[no-untyped-call]
         return torch.stack(sums)
 
-    def _base_loss(self, batch: Batch, hidden: Tensor, targets: Tensor, counts: Tensor, grad: Tensor | None) -> Tensor:
+    def _base_loss(self, batch: Batch, hidden: Tensor, index: Tensor, counts: Tensor, grad: Tensor | None) -> Tensor:
         """How far the base has gone from what it was: where it is to say what it said."""
         assert self.teacher is not None
         with torch.no_grad():
@@ -152,12 +160,11 @@ class Trainer:
 
         def loss(states: Tensor, index: Tensor) -> Tensor:
             assert self.teacher is not None
-            with half_precision(hidden.device):
+            with half_precision(self.base.device):
                 with torch.no_grad():
                     teacher = self.teacher.logits(was[index])
                 return divergence(teacher, self.base.logits(states))
 
-        index = (targets >= 0).nonzero()[:, 0]
         return chunked(loss, hidden, index, 1 / int(counts[0]), self.settings.chunk, grad)
 
     def _rates(self, step: int) -> list[float]:

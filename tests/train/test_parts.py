@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from manyheads import ConfigError
 from manyheads.medusa.checkpoint import HeadWeights
@@ -21,6 +22,7 @@ from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
 from manyheads.train.accuracy import NUM_RANKS, accuracy_table, right_ranks, tokens_per_step
 from manyheads.train.answers import answer_all
+from manyheads.train.attention import packed_attention
 from manyheads.train.base import Base
 from manyheads.train.dataset import Order, ahead, pack
 from manyheads.train.heads import TrainedHeads
@@ -103,7 +105,7 @@ ITEMS = [Answer([5, 6, 7], [8, 9, 10]), Answer([11], [12, 13]), Answer([14, 15],
 
 
 def test_packed_conversations_do_not_see_each_other(base: Path) -> None:
-    model = Base(base, CPU)
+    model = Base.load(base, CPU)
     data = pack(ITEMS, 16)
     assert data.tokens.shape == (2, 16)
     assert data.part.tolist() == [[1] * 6 + [2] * 3 + [0] * 7, [1] * 16]
@@ -111,9 +113,32 @@ def test_packed_conversations_do_not_see_each_other(base: Path) -> None:
     with torch.no_grad():
         packed = model.hidden(data).view(2, 16, -1)
         alone = [model.hidden(pack([item], len(item.prompt + item.tokens))) for item in ITEMS]
+        # without any packing, and with transformers' own attention
+        reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa").model
+        plain = reference(torch.tensor([[*ITEMS[2].prompt, *ITEMS[2].tokens]])).last_hidden_state[0]
+    assert torch.allclose(alone[2], plain, atol=1e-5)
     assert torch.allclose(packed[0, :6], alone[0], atol=1e-5)
     assert torch.allclose(packed[0, 6:9], alone[1], atol=1e-5)
     assert torch.allclose(packed[1], alone[2][:16], atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_packed_attention_on_a_gpu_is_the_cpus(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, n, 50, 32).bfloat16() for n in (4, kv_heads, kv_heads))
+    bounds = pack([Answer([1] * n, [1] * 10) for n in (3, 20, 5, 25)], 50).bounds
+    results = []
+    for device in ("cpu", "cuda"):
+        moved = [t.to(device).requires_grad_() for t in (query, key, value)]
+        out, _ = packed_attention(
+            None, *moved, None, scaling=0.2, cu_seq_lens_q=bounds.to(device), max_length_q=int(bounds.diff().max())
+        )
+        out.float().square().sum().backward()
+        results.append([out, *(t.grad for t in moved)])
+    for cpu, gpu in zip(*results, strict=True):
+        assert torch.allclose(cpu.float(), gpu.float().cpu(), atol=0.03, rtol=0.03)
 
 
 def test_the_order_of_rows_depends_on_seed_and_step_alone() -> None:
@@ -167,7 +192,7 @@ def test_accumulated_steps_are_as_one_large_step(base: Path, tmp_path: Path) -> 
     answers = [Answer([5, 6, i], list(range(20, 26 + i))) for i in range(8)]
     results = []
     for rows, accumulate in ((4, 1), (1, 4)):
-        model = Base(base, CPU)
+        model = Base.load(base, CPU)
         heads = TrainedHeads(2, 1, model.projection.detach())
         chosen = settings(rows=rows, accumulate=accumulate, length=20)
         trainer = Trainer(chosen, model, None, heads, pack(answers, 20), tmp_path)
@@ -186,7 +211,7 @@ def test_heads_are_served_as_they_are_trained(base: Path, kind: str, blocks: int
     config = ModelConfig.from_folder(base)
     model = load_model(base, config, torch.float32, CPU)
     token_map = None if kind == "base" else torch.arange(3, 90, 2)
-    projection = Base(base, CPU).projection.detach()
+    projection = Base.load(base, CPU).projection.detach()
     heads = TrainedHeads(3, blocks, projection if token_map is None else projection[token_map], kind, token_map)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -202,7 +227,7 @@ def test_heads_are_served_as_they_are_trained(base: Path, kind: str, blocks: int
 
 def test_ranks_of_untrained_heads(base: Path) -> None:
     """Untrained heads say what the base says next, so each is right where the text repeats itself."""
-    model = Base(base, CPU)
+    model = Base.load(base, CPU)
     heads = TrainedHeads(2, 1, model.projection.detach())
     data = pack(ITEMS, 64)
     ranks = right_ranks(model, heads, data, rows=1)
