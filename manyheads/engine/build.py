@@ -39,13 +39,14 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     model_folder, heads_folder = split_model(config.model, config.heads)
     model_config = ModelConfig.from_folder(model_folder)
     dtype = _dtype(config.dtype, device, model_config.dtype)
-    progress(f"loading {model_folder.name}")
-    model = load_model(model_folder, model_config, dtype, device, progress)
+    quantization = None if config.quantization == "none" else config.quantization
+    progress(f"loading {model_folder.name}" + (f", in {quantization}" if quantization else ""))
+    model = load_model(model_folder, model_config, dtype, device, progress, quantization)
     heads: MedusaHeads | None = None
     prior: list[list[float]] = []
     if heads_folder is not None and config.speculative:
         weights = read_heads(heads_folder, model_config)
-        heads = MedusaHeads(weights, model, dtype, device)
+        heads = MedusaHeads(weights, model, dtype, device, quantization)
         prior = _prior(weights.accuracy, heads.num_heads, min(NUM_RANKS, heads.num_tokens))
 
     num_rows = config.max_num_seqs or (64 if device.type == "cpu" else 256)
