@@ -17,7 +17,7 @@ from manyheads.quantization.weight import QuantizedWeight
 PARTS = 2
 PACK_HINT = 16
 """Rows that oneDNN's packed layout is chosen for; it serves every number of rows."""
-INTEGER_SIZE = 2**22
+INTEGER_SIZE = 2**23
 """Values of an int8 weight from which on integer products pay on a CPU; below, rounding the activations costs more."""
 
 
