@@ -27,7 +27,7 @@ def compressed_tensors(path: Path, config: dict[str, Any]) -> Format:
     for key in ("kv_cache_scheme", "transform_config"):
         expect(path, config, key, None, {})
     sparsity = config.get("sparsity_config") or {}
-    expect(path, sparsity, "format", "dense")
+    expect(path, {"format": "dense"} | sparsity, "format", "dense")
     groups = config.get("config_groups") or {}
     if len(groups) != 1:
         raise ConfigError(f"{path}: config_groups in quantization_config must be one group, not {len(groups)}")
@@ -43,8 +43,7 @@ def compressed_tensors(path: Path, config: dict[str, Any]) -> Format:
     kind = expect(path, weights, "type", "int", "float")
     if layout == "pack-quantized":
         expect(path, weights, "type", "int")
-        bits = expect(path, weights, "num_bits", None, 4, 8)
-        return _packed(path, weights, bits)
+        return _packed(path, weights, expect(path, weights, "num_bits", 4, 8))
     wanted = {"int-quantized": "int", "float-quantized": "float", "naive-quantized": kind}[layout]
     expect(path, weights, "type", wanted)
     expect(path, weights, "num_bits", 8)
@@ -90,8 +89,6 @@ _READ = {"int8": _int8, "fp8": _fp8}
 
 
 def _packed(path: Path, weights: dict[str, Any], bits: int) -> Format:
-    if bits is None:
-        raise ConfigError(f"{path}: num_bits is missing from quantization_config; supported: 4, 8")
     symmetric = expect(path, weights, "symmetric", True, *([False] if bits == 4 else []))
     strategy = expect(path, weights, "strategy", "channel", *(["group"] if bits == 4 else []))
     size = weights.get("group_size") if strategy == "group" else None

@@ -119,16 +119,21 @@ def read_format(folder: Path) -> Format | None:
     return readers[method](path, config)
 
 
+_REQUIRED = ("format", "bits", "num_bits")
+
+
 def expect(path: Path, config: dict[str, Any], key: str, *allowed: Any) -> Any:
-    """The value of a key, which must be one of these; the first of them is what it is where the key is missing.
+    """The value of a key, which must be one of these.
+
+    The first of them is what it is where the key is missing, unless it is one that everything hangs on.
 
     Raises:
         ConfigError: naming the key, the value and what is supported.
     """
-    value = config.get(key, allowed[0])
+    value = config.get(key, None if key in _REQUIRED else allowed[0])
     if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
         raise ConfigError(
             f"{path}: {key}={value!r} in quantization_config is not supported; "
-            f"supported: {', '.join(map(repr, dict.fromkeys(allowed)))}"
+            f"supported: {', '.join(map(repr, allowed))}"
         )
     return value

@@ -48,7 +48,8 @@ def gptq(path: Path, config: dict[str, Any]) -> Format:
     expect(path, config, "dynamic", None, {})
     expect(path, config, "pack_dtype", "int32")
     size = _group_size(path, config)
-    offset = 1 if form == "gptq" else 0
+    # taken off whole words in `gptq`, where zero points of 0 borrow from their neighbours, and put back likewise
+    offset = 0x11111111 if form == "gptq" else 0
 
     def convert(parts: Parts, out: int, into: int) -> QuantizedWeight:
         groups = _groups(parts, out, into, size)
@@ -60,11 +61,11 @@ def gptq(path: Path, config: dict[str, Any]) -> Format:
                     "take a checkpoint that was made with desc_act=false"
                 )
         words = parts.take("qweight", (torch.int32,), (into // 8, out))
-        zeros = unpack(parts.take("qzeros", (torch.int32,), (groups, out // 8)).contiguous().view(torch.uint8))
+        zeros = unpack((parts.take("qzeros", (torch.int32,), (groups, out // 8)) + offset).view(torch.uint8))
         scale = parts.scale("scales", (groups, out))
         # eight inputs to a word of one output: transposed, the bytes are as they should be
         values = words.T.contiguous().view(torch.uint8)
-        return QuantizedWeight("int4", values, scale.T.contiguous(), (zeros + offset).T.contiguous())
+        return QuantizedWeight("int4", values, scale.T.contiguous(), zeros.T.contiguous())
 
     return Format("GPTQ", "int4", frozenset({"qweight", "qzeros", "scales", "g_idx"}), convert)
 

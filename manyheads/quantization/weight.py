@@ -38,7 +38,7 @@ class QuantizedWeight:
     scale: Tensor
     """[out, groups] float32; one group for int8 and fp8."""
     zero: Tensor | None = None
-    """[out, groups] uint8, in codes (0 to 16); None is 8 everywhere for int4, and 0 for the others."""
+    """[out, groups] uint8, in codes (0 to 15); None is 8 everywhere for int4, and 0 for the others."""
 
     def __post_init__(self) -> None:
         dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[self.scheme]
