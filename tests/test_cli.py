@@ -98,6 +98,7 @@ def test_unknown_option(capsys: Capture, command: str) -> None:
         (["serve", "--port"], ["--port: expected one argument; see manyheads serve --help"]),
         (["serve", "--port", "http"], ["--port: invalid int value: 'http'; see manyheads serve --help"]),
         (["serve", "--port", "70000"], ["cannot listen on 0.0.0.0:70000", "choose another --port"]),
+        (["serve", "--quantization", "int3"], ["quantization must be one of none, int8, fp8, int4", "not 'int3'"]),
         (["serve", "--dtype", "int4"], ["dtype must be auto, float32, bfloat16 or float16, not 'int4'"]),
         (["serve", "--tree-size", "100"], ["tree_size must be between 1 and 64"]),
         (["chat", "--temperature", "nan"], ["temperature must be between 0 and 100, not nan"]),

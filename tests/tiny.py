@@ -14,7 +14,7 @@ HIDDEN = 32
 HEADS = 3
 
 
-def save_model(folder: Path, hidden: int = HIDDEN, intermediate: int = 48) -> LlamaForCausalLM:
+def save_model(folder: Path, hidden: int = HIDDEN, intermediate: int = 48, head_dim: int = 8) -> LlamaForCausalLM:
     """Write base and heads ("V2") to `folder`; the base as transformers has it."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -24,7 +24,7 @@ def save_model(folder: Path, hidden: int = HIDDEN, intermediate: int = 48) -> Ll
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=128,
         tie_word_embeddings=False,
         initializer_range=0.3,

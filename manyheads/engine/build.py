@@ -19,6 +19,7 @@ from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, MIN_GAIN, Planner
 from manyheads.medusa.tree import MAX_NODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.quantization.formats import read_format
 from manyheads.request import EngineReady
 
 
@@ -40,7 +41,11 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     model_config = ModelConfig.from_folder(model_folder)
     dtype = _dtype(config.dtype, device, model_config.dtype)
     quantization = None if config.quantization == "none" else config.quantization
-    progress(f"loading {model_folder.name}" + (f", in {quantization}" if quantization else ""))
+    layout = read_format(model_folder)
+    scheme = quantization or (layout.scheme if layout is not None else None)
+    progress(f"loading {model_folder.name}" + (f" in {scheme}" if scheme else ""))
+    if scheme == "int4" and device.type == "cpu":
+        progress("int4 saves neither time nor memory on a CPU: its weights are widened as they are loaded")
     model = load_model(model_folder, model_config, dtype, device, progress, quantization)
     heads: MedusaHeads | None = None
     prior: list[list[float]] = []
@@ -76,6 +81,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         vocab_size=model_config.vocab_size,
         num_heads=heads.num_heads if heads else 0,
         dtype=str(dtype).removeprefix("torch."),
+        quantization=scheme,
         device=str(device),
         num_blocks=num_blocks - 1,
         block_size=config.block_size,

@@ -1,6 +1,7 @@
 """Weights that the bitsandbytes library keeps and multiplies with: LLM.int8() and 4-bit NormalFloat.
 
-They are here for comparison and for who knows them from transformers; the schemes of our own are faster.
+They are here for comparison, and for who knows them from transformers. NOTE: LLM.int8() chooses the columns that it
+multiplies in half precision from all rows of a call, so a reply depends on what else is in the batch, and on the tree.
 """
 
 from __future__ import annotations
@@ -66,10 +67,12 @@ def quantize(weight: Tensor, scheme: str) -> BitsandbytesWeight:
             blocks of 64, as QLoRA has it).
 
     Raises:
-        ConfigError: the library is not installed.
+        ConfigError: the library is not installed, or cannot multiply with a weight of this shape.
     """
     nn = load_library().nn
     out, into = weight.shape
+    if scheme == "bitsandbytes-4bit" and weight.device.type == "cpu" and out % 32:
+        raise ConfigError(f"{scheme} on a CPU needs weights whose rows come in groups of 32; one has {out}")
     if scheme == "bitsandbytes-8bit":
         module = nn.Linear8bitLt(into, out, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta")
         module.weight = nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)

@@ -61,6 +61,7 @@ def test_greedy_text_is_that_of_the_widened_weights(
     assert wanted != [greedy(plain, prompt, params.max_tokens or 0) for prompt, params in jobs]  # it is another model
     for tree_size in (1, 4, 16, None):
         served = engine(folder, tree_size, quantization=scheme)
+        assert served.ready.quantization == scheme
         assert run(served, jobs, rate=0.5) == wanted
         forms = {layer.qkv.form for layer in served.runner.model.layers}
         assert form not in ("int8", "fp8", "integer") or forms == {"integer" if form == "integer" else "codes"}
