@@ -41,7 +41,7 @@ def test_products(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_engine(scheme: str, tmp_path: Path) -> None:
-    """With LLM.int8() a text depends on the rows beside it, so only that of 4 bits is the same with and without trees."""
+    """With LLM.int8() a text depends on the rows beside it; that of 4 bits is the same with and without trees."""
     pytest.importorskip("bitsandbytes")
     save_model(tmp_path / "model", hidden=64, intermediate=128, head_dim=16)
     jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=12)) for prompt in prompts(4)]
