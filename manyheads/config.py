@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BUILTIN = "builtin"
+QUANTIZATIONS = ("int8", "fp8", "int4", "bitsandbytes-8bit", "bitsandbytes-4bit")
+"""What weights can be quantized to (docs/quantization.md)."""
 
 
 class ConfigError(ValueError):
     """A setting cannot hold; the message names the setting and what to change."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read as what it claims to be; the message names file and key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,9 @@ class EngineConfig:
     """False serves the model without its heads, as a plain engine."""
     dtype: str = "auto"
     """`auto` (float32 on a CPU, the checkpoint's own on a GPU), `float32`, `bfloat16` or `float16`."""
+    quantization: str | None = None
+    """Bits of the weights: one of `QUANTIZATIONS`, for the model and its heads; None or `none` leaves them as they
+    come. A checkpoint that is quantized already needs nothing here."""
     device: str = "auto"
     max_model_len: int | None = None
     """Longest sequence, prompt and output together, in tokens; None takes the checkpoint's."""
@@ -68,3 +77,6 @@ class EngineConfig:
             raise ConfigError(f"tree_size must be between 1 and 64, not {self.tree_size}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.quantization not in (None, "none", *QUANTIZATIONS):
+            known = ", ".join(("none", *QUANTIZATIONS))
+            raise ConfigError(f"quantization must be one of {known}, not {self.quantization!r}")

@@ -232,6 +232,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     num_heads: int
     """Medusa heads; 0 for a plain engine."""
     dtype: str
+    quantization: str | None = None
+    """What the weights are rounded to, if anything."""
     device: str
     num_blocks: int
     block_size: int

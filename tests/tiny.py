@@ -14,17 +14,17 @@ HIDDEN = 32
 HEADS = 3
 
 
-def save_model(folder: Path) -> LlamaForCausalLM:
+def save_model(folder: Path, hidden: int = HIDDEN, intermediate: int = 48, head_dim: int = 8) -> LlamaForCausalLM:
     """Write base and heads ("V2") to `folder`; the base as transformers has it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=128,
         tie_word_embeddings=False,
         initializer_range=0.3,
@@ -36,8 +36,8 @@ def save_model(folder: Path) -> LlamaForCausalLM:
     model.save_pretrained(folder)
     heads = folder / "heads"
     heads.mkdir()
-    state = {f"{h}.0.linear.weight": torch.randn(HIDDEN, HIDDEN) / 8 for h in range(HEADS)}
-    state |= {f"{h}.0.linear.bias": torch.zeros(HIDDEN) for h in range(HEADS)}
+    state = {f"{h}.0.linear.weight": torch.randn(hidden, hidden) / 8 for h in range(HEADS)}
+    state |= {f"{h}.0.linear.bias": torch.zeros(hidden) for h in range(HEADS)}
     save_file(state, heads / "medusa_lm_head.safetensors")
     (heads / "config.json").write_text(json.dumps({"medusa_num_heads": HEADS, "base_model_name_or_path": ".."}))
     return model

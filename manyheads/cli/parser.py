@@ -29,6 +29,11 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "heads": (str, "Medusa heads: a hub id or a folder (default: those that come with the model)"),
     "speculative": (bool, "use the model's heads"),
     "dtype": (str, "auto, float32, bfloat16 or float16"),
+    "quantization": (
+        str,
+        "round the weights of model and heads to fewer bits: int8, fp8, int4, bitsandbytes-8bit or bitsandbytes-4bit "
+        "(default: as they come; quantized checkpoints are known by themselves)",
+    ),
     "device": (str, "where the model runs"),
     "max_model_len": (int, "longest sequence in tokens, prompt and output together (default: the checkpoint's)"),
     "max_num_seqs": (int, "most requests that run at once (default: 64 on a CPU, 256 on a GPU)"),

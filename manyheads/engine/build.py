@@ -22,6 +22,7 @@ from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, MIN_GAIN, Planner
 from manyheads.medusa.tree import MAX_NODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.quantization.formats import read_format
 from manyheads.request import EngineReady, MemoryUse
 
 
@@ -44,19 +45,24 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     model_folder, heads_folder = split_model(config.model, config.heads)
     model_config = ModelConfig.from_folder(model_folder)
     dtype = _dtype(config.dtype, device, model_config.dtype)
+    quantization = None if config.quantization == "none" else config.quantization
+    layout = read_format(model_folder)
+    scheme = quantization or (layout.scheme if layout is not None else None)
     weights: HeadWeights | None = None
     if heads_folder is not None and config.speculative:
         weights = read_heads(heads_folder, model_config)
-    shape = _shape(config, model_config, weights, dtype, device)
+    shape = _shape(config, model_config, weights, dtype, device, scheme)
     _require(config, shape, there, shape.parts())  # before gigabytes are loaded in vain
     if there is not None and config.memory_bytes is not None:
         enforce(there, device)
-    progress(f"loading {model_folder.name}")
-    model = load_model(model_folder, model_config, dtype, device, progress)
+    progress(f"loading {model_folder.name}" + (f" in {scheme}" if scheme else ""))
+    if scheme == "int4" and device.type == "cpu":
+        progress("int4 saves neither time nor memory on a CPU: its weights are widened as they are loaded")
+    model = load_model(model_folder, model_config, dtype, device, progress, quantization)
     heads: MedusaHeads | None = None
     prior: list[list[float]] = []
     if weights is not None:
-        heads = MedusaHeads(weights, model, dtype, device)
+        heads = MedusaHeads(weights, model, dtype, device, quantization)
         prior = _prior(weights.accuracy, heads.num_heads, min(NUM_RANKS, heads.num_tokens))
     meter.loaded(model.memory_bytes(), heads.memory_bytes() if heads else 0)
 
@@ -94,6 +100,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         vocab_size=model_config.vocab_size,
         num_heads=heads.num_heads if heads else 0,
         dtype=str(dtype).removeprefix("torch."),
+        quantization=scheme,
         device=str(device),
         num_blocks=num_blocks - 1,
         block_size=config.block_size,
@@ -131,25 +138,29 @@ def _prior(accuracy: list[list[float]] | None, num_heads: int, ranks: int) -> li
 
 
 def _shape(
-    config: EngineConfig, model: ModelConfig, heads: HeadWeights | None, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    model: ModelConfig,
+    heads: HeadWeights | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    scheme: str | None,
 ) -> Shape:
     longest = config.max_model_len or model.max_position_embeddings
     if longest > model.max_position_embeddings:
         most = model.max_position_embeddings
         raise ConfigError(f"max_model_len={longest}: the model was made for at most {most}")
     on_cpu = device.type == "cpu"
-    quantization = getattr(config, "quantization", None)  # NOTE: until the engine has the setting
     return Shape(
         model=model,
         heads=HeadsShape.of(heads, model.vocab_size) if heads is not None else None,
         dtype=dtype,
         device=device,
         max_num_seqs=config.max_num_seqs or (64 if on_cpu else 256),
-        max_num_batched_tokens=config.max_num_batched_tokens or (512 if on_cpu else 2048),
+        max_num_batched_tokens=config.max_num_batched_tokens or (1024 if on_cpu else 2048),
         max_model_len=longest,
         block_size=config.block_size,
         tree_size=config.tree_size,
-        quantization=None if quantization == "none" else quantization,
+        quantization=scheme,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from manyheads.config import ConfigError, EngineConfig
+from manyheads.config import ConfigError
 from manyheads.engine import prompt_graphs
 from manyheads.engine.graphs import ROWS, TREE_ROWS, padded_rows
 from manyheads.engine.memory import Limit
@@ -236,8 +236,7 @@ class Shape:
             smaller["speculative=False"] = replace(self, heads=None)
         if self.dtype == torch.float32 and self.device.type == "cuda":
             smaller["dtype=float16"] = replace(self, dtype=torch.float16)
-        # NOTE: until the engine has the setting, there is nothing to recommend
-        if self.quantization is None and hasattr(EngineConfig, "quantization"):
+        if self.quantization is None:
             for scheme in RECOMMENDED:
                 smaller[f"quantization={scheme}"] = replace(self, quantization=scheme)
         total = self.parts().total

@@ -10,6 +10,7 @@ from manyheads.medusa.checkpoint import HeadWeights
 from manyheads.models import ops
 from manyheads.models.linear import Linear
 from manyheads.models.llama import Llama
+from manyheads.quantization.scheme import compress, compress_vocabulary
 
 
 class MedusaHeads:
@@ -21,9 +22,17 @@ class MedusaHeads:
     Args:
         weights: as read from a checkpoint.
         model: the base, for its vocabulary projection.
+        quantization: rounds the first blocks and the projections, which are nearly all of the heads.
     """
 
-    def __init__(self, weights: HeadWeights, model: Llama, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        weights: HeadWeights,
+        model: Llama,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None = None,
+    ) -> None:
         self.num_heads = len(weights.blocks)
         self.num_tokens = model.config.vocab_size if weights.token_map is None else weights.token_map.numel()
         """Tokens that a head can propose."""
@@ -33,8 +42,9 @@ class MedusaHeads:
         self._first: Linear | None = None
         if layers:
             self._first = Linear(
-                torch.cat([w.to(device, dtype) for w, _ in layers[0]]),
+                compress(torch.cat([w.to(device, dtype) for w, _ in layers[0]]), quantization),
                 torch.cat([b.to(device, dtype) for _, b in layers[0]]),
+                dtype,
             )
         self._later = [
             (
@@ -48,7 +58,9 @@ class MedusaHeads:
             own = weights.projections
             if all(w is own[0] for w in own):  # one for all heads: one product
                 own = own[:1]
-            self._projections = [Linear(w.to(device, dtype)) for w in own]
+            self._projections = [
+                Linear(compress_vocabulary(w.to(device, dtype), quantization), None, dtype) for w in own
+            ]
         self._token_map = weights.token_map.to(device) if weights.token_map is not None else None
 
     def candidates(self, hidden: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:

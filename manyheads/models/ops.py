@@ -10,11 +10,12 @@ from torch import Tensor
 
 fused: Any
 linear: Any
+quantized: Any
 topk: Any
 try:
-    from manyheads.kernels import fused, linear, topk
+    from manyheads.kernels import fused, linear, quantized, topk
 except ImportError:  # a build of torch without Triton
-    fused = linear = topk = None
+    fused = linear = quantized = topk = None
 
 
 def has_kernels(device: torch.device) -> bool:

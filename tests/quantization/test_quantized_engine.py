@@ -1,0 +1,92 @@
+"""The engine with quantized weights against transformers with the same weights, widened: the same text."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from manyheads import SamplingParams
+from manyheads.config import ConfigError, EngineConfig
+from manyheads.models import linear
+from manyheads.quantization import integer
+from manyheads.quantization.weight import SCHEMES, quantize
+from tests.engine.test_exactness import engine, prompts, run
+from tests.tiny import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny") / "model"
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> LlamaForCausalLM:
+    return save_model(folder, hidden=64, intermediate=96)
+
+
+def widened(model: LlamaForCausalLM, scheme: str) -> LlamaForCausalLM:
+    """The model with weights that have gone through a scheme."""
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            chosen = "int8" if name == "lm_head" and scheme == "int4" else scheme
+            module.weight.data = quantize(module.weight.data, chosen).dequantize(torch.float32)
+    return model
+
+
+@torch.inference_mode()
+def greedy(model: LlamaForCausalLM, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("form", [*SCHEMES, "integer"])
+def test_greedy_text_is_that_of_the_widened_weights(
+    folder: Path, plain: LlamaForCausalLM, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = form
+    if form == "integer":
+        if not integer.is_exact():
+            pytest.skip("this processor has no exact products of bytes")
+        monkeypatch.setattr(linear, "INTEGER_SIZE", 0)
+        scheme = "int8"
+    reference = widened(plain, scheme)
+    jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(8, shared=9))]
+    wanted = [greedy(reference, prompt, params.max_tokens or 0) for prompt, params in jobs]
+    assert wanted != [greedy(plain, prompt, params.max_tokens or 0) for prompt, params in jobs]  # it is another model
+    for tree_size in (1, 4, 16, None):
+        served = engine(folder, tree_size, quantization=scheme)
+        assert served.ready.quantization == scheme
+        assert run(served, jobs, rate=0.5) == wanted
+        forms = {layer.qkv.form for layer in served.runner.model.layers}
+        assert form not in ("int8", "fp8", "integer") or forms == {"integer" if form == "integer" else "codes"}
+        if tree_size in (4, 16):
+            assert served.stats().accepted_tokens > 0
+
+
+def test_heads_are_rounded_too(folder: Path, plain: LlamaForCausalLM) -> None:
+    served = {scheme: engine(folder, 4, quantization=scheme) for scheme in ("none", "int8")}
+    heads = {scheme: e.runner.heads for scheme, e in served.items()}
+    assert heads["int8"] is not None
+    assert heads["int8"]._first is not None
+    assert heads["int8"]._first.form == "codes"
+    hidden = torch.randn(5, 64)
+    plain_chances, chances = (h.candidates(hidden, 16)[1] for h in heads.values() if h is not None)
+    assert not torch.equal(plain_chances, chances)
+    torch.testing.assert_close(chances, plain_chances, atol=0.02, rtol=0.1)
+
+
+def test_settings() -> None:
+    with pytest.raises(ConfigError, match="quantization must be one of none, int8, fp8, int4, bitsandbytes-8bit"):
+        EngineConfig(quantization="int3")
+
+
+def test_shapes_that_int4_cannot_hold(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    with pytest.raises(ConfigError, match="one has 48 columns"):
+        engine(tmp_path / "model", 1, quantization="int4")
