@@ -36,6 +36,9 @@ class System(Protocol):
     def step_times(self) -> dict[str, Any]:
         """What it knows of its steps since the last call."""
 
+    def memory(self) -> dict[str, int]:
+        """What it knows of its memory, in bytes by part."""
+
     def add(self, prompt: list[int], num_tokens: int) -> str:
         """Queue a request; its name."""
 
@@ -59,6 +62,7 @@ class Manyheads:
                 max_model_len=args.max_model_len,
                 prefix_caching=False,
                 max_num_seqs=args.max_num_seqs,
+                quantization=args.quantization,
             ),
             lambda line: print(f"{time.perf_counter() - args.start:6.1f} s  {line}", flush=True),
         )
@@ -89,6 +93,10 @@ class Manyheads:
             for delta in self.engine.step():
                 replies[delta.request_id] += delta.new_token_ids
         return list(replies.values())
+
+    def memory(self) -> dict[str, int]:
+        use = self.engine.ready.memory
+        return {name: getattr(use, name) for name in ("weights", "heads", "kv_cache", "graphs", "rest")}
 
     def counters(self) -> dict[str, int]:
         stats = self.engine.stats()
@@ -121,6 +129,7 @@ class Vllm:
             max_num_seqs=args.max_num_seqs or 256,
             enable_prefix_caching=False,
             disable_log_stats=False,
+            quantization=args.quantization,
             **speculative,
         )
         self._params = SamplingParams
@@ -149,6 +158,9 @@ class Vllm:
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         replies = self.llm.generate(asked, self._sampling(num_tokens), use_tqdm=False)
         return [list(reply.outputs[0].token_ids) for reply in replies]
+
+    def memory(self) -> dict[str, int]:
+        return {}
 
     def counters(self) -> dict[str, int]:
         found = {m.name: m for m in self.llm.get_metrics() if "spec_decode" in m.name}
@@ -207,6 +219,7 @@ def main() -> None:
     parser.add_argument("--system", choices=("manyheads", "vllm"), default="manyheads")
     parser.add_argument("--mode", choices=("plain", "medusa"), default="medusa")
     parser.add_argument("--tests", type=lambda text: text.split(","), default=["sweep"])
+    parser.add_argument("--quantization", help="int8, fp8, int4 …; of vLLM, fp8")
     parser.add_argument("--acceptance", action="store_true", help="accept candidates by chance")
     parser.add_argument("--users", type=lambda text: [int(n) for n in text.split(",")], default=list(USERS))
     parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"))
@@ -221,7 +234,8 @@ def main() -> None:
     system: System = Manyheads(args) if args.system == "manyheads" else Vllm(args)
     ready = time.perf_counter() - args.start
     print(f"ready after {ready:.1f} s", flush=True)
-    record: dict[str, Any] = {"ready_s": ready, "system": args.system, "mode": args.mode}
+    record: dict[str, Any] = {"ready_s": ready, "system": args.system, "mode": args.mode, "memory": system.memory()}
+    print(record["memory"], flush=True)
     for test in args.tests:
         record["rows" if test == "sweep" else test] = TESTS[test](system, args)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
