@@ -3,8 +3,9 @@
     python benchmarks/gpu_report.py
 
 The limit is arithmetic, not a run: the time of a step's matrix products by in-flight tokens (measured on an H200 with
-random weights, CUDA graphs), 0.22 ms for the heads, the K/V bytes at 4.2 TB/s, and of all tree sizes the one that then
-gives most, with the tokens per step that these prompts give (results/tokens_per_step.json).
+random weights, CUDA graphs), 0.22 ms for the heads, the K/V bytes at 4.2 TB/s, and in every step, of all tree sizes the
+one that gives most, with the steps that these prompts take (results/tokens_per_step.json). Requests that need fewer
+steps end sooner, so that a run's last steps have few rows; in `limit, all rows to the end` they do not.
 """
 
 from __future__ import annotations
@@ -41,16 +42,94 @@ def matrix_ms(tokens: int) -> float:
     return MATRIX_MS[low] + (MATRIX_MS[high] - MATRIX_MS[low]) * (tokens - low) / (high - low)
 
 
-def limit(users: int, steps: dict[str, list[int]], tokens_out: int) -> float:
-    """Most tokens a second that the machine allows for the first so many prompts."""
-    cache_ms = users * MEAN_CONTEXT * KV_BYTES / BYTES_PER_S * 1e3
-    rates = [users / (matrix_ms(users) + cache_ms)]
-    for size, counts in steps.items():
-        counts = counts[:users]
-        per_step = (tokens_out - 1) * len(counts) / sum(counts)
-        if users * int(size) <= max(MATRIX_MS):
-            rates.append(users * per_step / (matrix_ms(users * int(size)) + HEADS_MS + cache_ms))
-    return max(rates) * 1e3
+def limit(users: int, steps: dict[str, list[int]], tokens_out: int, *, full: bool = False) -> float:
+    """Most tokens a second that the machine allows for so many prompts.
+
+    Args:
+        steps: by tree size, how many steps each prompt takes; of more users, some have the same prompts.
+        full: no row ends before the others.
+    """
+    counts = {1: [tokens_out - 1] * users}
+    for size, taken in steps.items():
+        counts[int(size)] = [taken[i % len(taken)] for i in range(users)]
+    if full:
+        counts = {size: [sum(taken) / users] * users for size, taken in counts.items()}
+    left = [1.0] * users  # of each request, what share of it is to come
+    total_ms = 0.0
+    while any(share > 0 for share in left):
+        rows = [i for i, share in enumerate(left) if share > 0]
+        sizes = [size for size in counts if len(rows) * size <= max(MATRIX_MS)]
+        cost = {
+            size: matrix_ms(len(rows) * size)
+            + (HEADS_MS if size > 1 else 0)
+            + len(rows) * MEAN_CONTEXT * KV_BYTES / BYTES_PER_S * 1e3
+            for size in sizes
+        }
+        best = max(sizes, key=lambda size: sum(1 / counts[size][i] for i in rows) / cost[size])
+        total_ms += cost[best]
+        for i in rows:
+            left[i] -= 1 / counts[best][i]
+            if left[i] < 1e-9:
+                left[i] = 0.0
+    return users * (tokens_out - 1) / total_ms * 1e3
+
+
+def load(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return record
+
+
+def latency() -> str:
+    """What is not decoding at full speed."""
+    ours, plain, vllm = load("manyheads_medusa"), load("manyheads_plain"), load("vllm_plain")
+    long, chance = load("manyheads_long"), load("manyheads_chance")
+
+    def ms(*values: float) -> list[str]:
+        return [f"{value * 1e3:.1f}" for value in values]
+
+    rows = [
+        ["first token of 128 tokens alone, ms", *ms(*(r["first"]["128"] for r in (ours, plain, vllm)))],
+        ["first token of 2,000 tokens alone, ms", *ms(*(r["first"]["2000"] for r in (ours, plain, vllm)))],
+    ]
+    for name, key in (("median", "gap_p50_s"), ("p99", "gap_p99_s"), ("longest", "gap_max_s")):
+        cells = ms(*(r["gaps"][key] for r in (long, plain, vllm)))
+        rows.append([f"gap of 32 streams while prompts of 4,000 tokens arrive, {name}, ms", *cells])
+    cells = ms(*(r["gaps"]["first_token_of_4000_s"] for r in (long, plain, vllm)))
+    rows.append(["first token of these prompts, ms", *cells])
+    # of plain decoding by the median step of 16 rows: its run also counted steps in which prompts were computed
+    alone = 16 / plain["long"]["step_times"]["16x1"][1] * 1e3
+    speed = [f"{s:.0f}" for s in (long["long"]["decode_tokens_per_s"], alone, vllm["long"]["decode_tokens_per_s"])]
+    rows.append(["16 requests of 8,000 tokens, tokens/s", *speed])
+    rows.append(["… accepted by chance", f"{chance['long']['decode_tokens_per_s']:.0f}", "", ""])
+    head = "| | manyheads, Medusa | manyheads, plain | vLLM, plain |\n|---|---|---|---|\n"
+    return head + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def profile() -> str:
+    """A step's time against that of its matrix products."""
+    found = load("profile")
+    rows = []
+    for shape, step in found.items():
+        rows_, nodes = shape.split("x")
+        tokens = int(int(rows_) * float(nodes))
+        products = matrix_ms(tokens) + (HEADS_MS if tokens > int(rows_) else 0)
+        gap = step["step_ms"] - step["graphs_ms"]
+        cells = (step["step_ms"], products, step["step_ms"] / products, gap)
+        rows.append(f"| {rows_} × {nodes} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    head = (
+        "| rows × nodes | step, ms | matrix products alone, ms | ratio | between a step's graphs and the next's, ms |\n"
+    )
+    return head + "|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def divergence() -> str:
+    found = load("divergence")
+    count, parted = found["prompts"], found["parted"]
+    gaps = ", ".join(f"{row['gap']:.4f}" for row in parted)
+    return (
+        f"Greedy in float16, Medusa against plain: {count - len(parted)} of {count} replies of {found['tokens_out']} "
+        f"tokens are equal; where the others part, the two tokens' log-probabilities differ by {gaps}.\n"
+    )
 
 
 def main() -> None:
@@ -75,13 +154,23 @@ def main() -> None:
     lines["Medusa / our own plain"] = ratio(rate["manyheads_medusa"], rate["manyheads_plain"])
     lines["limit (see gpu_report.py)"] = [f"{x:.0f}" for x in limits]
     lines["share of the limit"] = ratio(rate["manyheads_medusa"], limits)
+    full = [limit(n, acceptance["steps"], acceptance["tokens_out"], full=True) for n in users]
+    lines["share of the limit, all rows to the end"] = ratio(rate["manyheads_medusa"], full)
     medusa = runs["manyheads_medusa"]
     per_step = [(medusa[n]["tokens"] - n) / medusa[n]["counters"]["row_steps"] for n in users]
     lines["tokens per step and row"] = [f"{x:.2f}" for x in per_step]
+    chance = {row["users"]: row for row in load("manyheads_chance")["rows"]}
+    lines["Medusa, accepted by chance as published for Vicuna-7B"] = [
+        f"{chance[n]['decode_tokens_per_s']:.0f}" for n in users
+    ]
+    plain = rate["manyheads_plain"]
+    lines["… / our own plain"] = ratio([chance[n]["decode_tokens_per_s"] for n in users], plain)
     table = ["| requests at once | " + " | ".join(map(str, users)) + " |", "|---" * (len(users) + 1) + "|"]
     table += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in lines.items()]
     text = (FOLDER / "machine.md").read_text() + "\n" + "\n".join(table) + "\n\nStart to ready: "
-    text += ", ".join(f"{RUNS[name]} {seconds:.0f} s" for name, seconds in ready.items()) + ".\n"
+    text += ", ".join(f"{RUNS[name]} {seconds:.0f} s" for name, seconds in ready.items())
+    text += f"; manyheads, Medusa, once Triton's kernels are compiled, {load('manyheads_chance')['ready_s']:.0f} s.\n"
+    text += "\n" + latency() + "\n" + profile() + "\n" + divergence()
     (FOLDER / "README.md").write_text(text)
     print(text)
 

@@ -22,6 +22,7 @@ from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, MIN_GAIN, Planner
 from manyheads.medusa.tree import MAX_NODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.models.ops import shortfalls
 from manyheads.quantization.formats import read_format
 from manyheads.request import EngineReady, MemoryUse
 
@@ -45,6 +46,10 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     model_folder, heads_folder = split_model(config.model, config.heads)
     model_config = ModelConfig.from_folder(model_folder)
     dtype = _dtype(config.dtype, device, model_config.dtype)
+    for line in shortfalls(device):
+        progress(line)
+    if config.dtype == "auto" and dtype != model_config.dtype and device.type == "cuda":
+        progress(f"{device} has no {str(model_config.dtype).removeprefix('torch.')}: float16 instead")
     quantization = None if config.quantization == "none" else config.quantization
     layout = read_format(model_folder)
     scheme = quantization or (layout.scheme if layout is not None else None)
@@ -124,7 +129,10 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else checkpoint
+        if device.type == "cpu":
+            return torch.float32
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.float16 if checkpoint == torch.bfloat16 and not has_bfloat16 else checkpoint
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

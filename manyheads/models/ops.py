@@ -23,6 +23,21 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and fused is not None
 
 
+def shortfalls(device: torch.device) -> list[str]:
+    """What this GPU or this installation does not get of what there is, a line each."""
+    if device.type != "cuda":
+        return []
+    if fused is None:
+        return ["Triton is not installed: attention by torch, no fused kernels and no CUDA graphs, which is slower"]
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    lines = []
+    if capability < (9, 0):
+        lines.append(f"{name}: kernels wait for each other's end, and cuBLAS multiplies few rows (more from Hopper on)")
+    if capability < (8, 0):
+        lines.append(f"{name}: attention without tensor cores, which Triton uses from Ampere on")
+    return lines
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of [T, D], its statistics in float32 (Zhang and Sennrich 2019)."""
     if has_kernels(x.device):
