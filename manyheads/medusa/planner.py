@@ -157,7 +157,7 @@ class Planner:
         self._expected: list[float] = []
         self._steps_until_regrow = 0
         self._chosen: dict[tuple[int, int], Draft] = {}
-        self._offsets: dict[int, list[float]] = {}  # rows → seconds, [plain, trees]
+        self._offsets: dict[tuple[int, int], float] = {}  # rows, nodes that each may bring → seconds
         self._gains: list[float] | None = None  # by SIZES, running mean of what the heads expect
         self._outcome = [1.0, 1.0]  # running means: gained, and what was expected of the same steps
 
@@ -178,12 +178,13 @@ class Planner:
         if self.tree_size is not None:
             return self.draft(self.tree_size)
         assert self.costs is not None
-        plain, offset = self._offsets.get(rows, [0.0, 0.0])
-        best = self.min_gain * rows / (self.costs.plain_cost(rows, prompt_tokens) + plain)
+        seconds = self.costs.plain_cost(rows, prompt_tokens) + self._offset(rows, 1)
+        best = self.min_gain * rows / seconds
         draft = NO_DRAFT
         padded = self.padded(rows)
         for candidate in self.drafts(padded):
-            seconds = self.costs.tree_cost(padded, candidate.num_tokens(padded) + prompt_tokens) + offset
+            seconds = self.costs.tree_cost(padded, candidate.num_tokens(padded) + prompt_tokens)
+            seconds += self._offset(rows, candidate.tree.num_nodes)
             rate = rows * self.expected_tokens(candidate.nodes) / seconds
             if rate > best:
                 best, draft = rate, candidate
@@ -242,9 +243,9 @@ class Planner:
     def observe_cost(self, rows: int, draft: Draft, seconds: float) -> None:
         """Take in the time of a step of `rows` decoding rows without prompt tokens.
 
-        Longer contexts make a step dearer than it was at warm-up: what the rows' caches cost to read, and more with
-        trees than without. So the difference is kept as two offsets per number of rows. The one that is not observed
-        drifts to the other, so that what was given up is tried again.
+        Longer contexts make a step dearer than it was at warm-up: what the rows' caches cost to read, and the more, the
+        more nodes may look at them. So the difference is kept as an offset for each number of rows and of nodes that a
+        row may bring. Those that are not observed drift to the one that is, so that what was given up is tried again.
         """
         if self.costs is None:
             return
@@ -253,11 +254,16 @@ class Planner:
             predicted = self.costs.tree_cost(padded, draft.num_tokens(padded))
         else:
             predicted = self.costs.plain_cost(rows)
-        offsets = self._offsets.setdefault(rows, [0.0, 0.0])
-        seen, other = (1, 0) if draft.propose else (0, 1)
-        offsets[seen] += 0.05 * (min(seconds, 4 * predicted) - predicted - offsets[seen])
-        offsets[seen] = max(0.0, offsets[seen])
-        offsets[other] += 0.003 * (offsets[seen] - offsets[other])
+        seen = draft.tree.num_nodes
+        known = self._offset(rows, seen)
+        seconds = min(seconds, 4 * (predicted + known))  # one slow step says little
+        now = max(0.0, known + 0.05 * (seconds - predicted - known))
+        for reach in {1, *REACHES, seen}:
+            offset = self._offset(rows, reach)
+            self._offsets[rows, reach] = now if reach == seen else offset + 0.003 * (now - offset)
+
+    def _offset(self, rows: int, reach: int) -> float:
+        return self._offsets.get((rows, reach), 0.0)
 
     def _regrow(self) -> None:
         self._steps_until_regrow -= 1

@@ -69,7 +69,7 @@ def test_the_choice_has_the_best_rate(seconds: list[float], plain: float, rows: 
     rates = {1: MIN_GAIN * rows / made.costs.plain_cost(rows, prompt)}
     for size in SIZES[1:]:
         tokens = int(rows * size)
-        if tokens > rows:
+        if rows < tokens <= MAX_INFLIGHT:
             rates[size] = rows * made.expected_tokens(size) / made.costs.tree_cost(rows, tokens + prompt)
     assert rates[made.choose(rows, prompt).nodes] == pytest.approx(max(rates.values()))
 
@@ -252,10 +252,22 @@ def test_dearer_steps_than_at_warm_up_pay_for_larger_trees() -> None:
         after = made.choose(1)
     assert after.nodes > before.nodes
     assert made.choose(2) == planner(1.0, 0.1).choose(2)  # another number of rows
-    for _ in range(200):
-        made.observe_cost(1, after, 0.0)  # never below what was measured
+    for _ in range(2000):
+        made.observe_cost(1, made.choose(1), 0.0)  # never below what was measured
         last = made.choose(1)
     assert last == before
+
+
+def test_long_contexts_make_wide_trees_dearer_than_narrow_ones() -> None:
+    """Every step takes 10 seconds more than it did at warm-up, and one of wide trees 20."""
+    made = planner(1.0, 0.0)
+    assert made.choose(1).tree.num_nodes > 16
+    for _ in range(2000):
+        draft = made.choose(1)
+        made.observe_cost(1, draft, 21.0 if draft.tree.num_nodes > 16 else 11.0)
+    chosen = [made.choose(1).tree.num_nodes for _ in range(REGROW_EVERY)]
+    assert max(chosen) <= 16
+    assert min(chosen) > 1
 
 
 def test_one_slow_step_changes_little() -> None:
