@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,7 @@ def load(path: str, *, ignore_eos: bool = False, tree: Tree | None = None) -> Me
     return model
 
 
-def generate(
+def steps(
     model: MedusaModel,
     prompt_ids: Sequence[int],
     *,
@@ -147,10 +147,9 @@ def generate(
     max_steps: int,
     max_new_tokens: int | None = None,
     tree: Tree | None = None,
-) -> Generation:
-    """Runs the library's generator to its end, or to `max_new_tokens`."""
+) -> Iterator[Generation]:
+    """Runs the library's generator to its end, or to `max_new_tokens`; the reply so far after every step."""
     input_ids = torch.tensor([list(prompt_ids)])
-    text, token_ids, steps = "", input_ids[0, :0], 0
     with torch.inference_mode():
         stream = model.medusa_generate(
             input_ids,
@@ -158,11 +157,16 @@ def generate(
             max_steps=max_steps,
             medusa_choices=DEFAULT_TREE if tree is None else list(tree),
         )
-        for piece in stream:
-            text, steps = piece["text"], steps + 1
+        for step, piece in enumerate(stream, 1):
             # The generator yields text only. Its local variable has the tokens; looking at it costs nothing.
             token_ids = stream.gi_frame.f_locals["input_ids"][0, len(prompt_ids) :]
+            yield Generation(piece["text"], token_ids.tolist(), step)
             if max_new_tokens is not None and len(token_ids) >= max_new_tokens:
                 stream.close()
                 break
-    return Generation(text, token_ids.tolist(), steps)
+
+
+def generate(model: MedusaModel, prompt_ids: Sequence[int], **how: Any) -> Generation:
+    """The whole reply; see `steps`."""
+    replies = list(steps(model, prompt_ids, **how))
+    return replies[-1] if replies else Generation("", [], 0)

@@ -11,7 +11,8 @@ queueing for the event loop.
 
 Added for measuring, without effect on the work: replies also carry the numbers of tokens and steps;
 `parameters.max_new_tokens` ends a reply after that many tokens; `--ignore-eos` keeps replies from ending before it;
-GET /health says how many requests are being worked on.
+GET /health says how many requests are being worked on; and as much of OpenAI's interface as `manyheads bench` needs
+(POST /v1/completions, streaming, a chunk for each step; GET /v1/models; POST /tokenize).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import threading
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import reference
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 
@@ -45,6 +48,14 @@ class Body(BaseModel):
 
     prompt: str
     parameters: Parameters = Parameters()
+
+
+class Completion(BaseModel):
+    """What POST /v1/completions takes: a prompt as token ids."""
+
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 0.0
 
 
 def make_app(model: Any, tree: reference.Tree | None, one_at_a_time: bool) -> FastAPI:
@@ -81,6 +92,39 @@ def make_app(model: Any, tree: reference.Tree | None, one_at_a_time: bool) -> Fa
         finally:
             with counting:
                 active -= 1
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"data": [{"id": "first-version", "owned_by": "medusa-llm"}]}
+
+    @app.post("/tokenize")
+    def tokenize(body: Body) -> dict[str, Any]:
+        return {"tokens": model.tokenizer(body.prompt).input_ids}
+
+    @app.post("/v1/completions")
+    def completions(body: Completion) -> StreamingResponse:
+        return StreamingResponse(events(body), media_type="text/event-stream")
+
+    def events(body: Completion) -> Iterator[str]:
+        """A reply as server-sent events; FastAPI runs this in a thread, too."""
+
+        def event(**fields: Any) -> str:
+            return f"data: {json.dumps(fields)}\n\n"
+
+        try:
+            with guard:
+                reply = reference.Generation("", [], 0)
+                how = {"temperature": body.temperature, "max_steps": body.max_tokens, "max_new_tokens": body.max_tokens}
+                for step in reference.steps(model, body.prompt, tree=tree, **how):
+                    new, reply = step.text[len(reply.text) :], step
+                    yield event(choices=[{"index": 0, "text": new, "finish_reason": None}])
+        except Exception as error:
+            yield event(error={"message": f"{type(error).__name__}: {str(error)[:120]}"})
+            return
+        yield event(choices=[{"index": 0, "text": "", "finish_reason": "length"}])
+        counts = {"prompt_tokens": len(body.prompt), "completion_tokens": len(reply.token_ids)}
+        yield event(choices=[], usage=counts | {"decoding_steps": reply.steps})
+        yield "data: [DONE]\n\n"
 
     @app.get("/health")
     def health() -> dict[str, Any]:
