@@ -1,4 +1,4 @@
-"""The analysis of docs/analysis.md: `manyheads bench` on manyheads, on manyheads without speculation, and on medusa-llm.
+"""The figures of docs/analysis.md: `manyheads bench` on manyheads, with and without speculation, and on medusa-llm.
 
     python benchmarks/load.py                # measures, all systems in turns; reports go to results/load/
     python benchmarks/load.py --show         # tables of the results that are there, and the plots of docs/images/
@@ -43,9 +43,10 @@ def serving(system: str, args: argparse.Namespace) -> Iterator[str]:
         with started(str(args.model), ["--no-speculative"] if system == "plain" else []) as (url, _):
             yield url
         return
-    with tempfile.TemporaryDirectory() as folder:
-        with reference_server(args, export_reference(args, folder, None), "--one-at-a-time"):
-            yield f"http://127.0.0.1:{PORTS['medusa-llm']}"
+    with contextlib.ExitStack() as stack:
+        heads = export_reference(args, stack.enter_context(tempfile.TemporaryDirectory()), None)
+        stack.enter_context(reference_server(args, heads, "--one-at-a-time"))
+        yield f"http://127.0.0.1:{PORTS['medusa-llm']}"
 
 
 def measure(test: str, system: str, target: Path, args: argparse.Namespace) -> None:
