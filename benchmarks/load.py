@@ -31,6 +31,7 @@ SYSTEMS = {"manyheads": "manyheads", "plain": "manyheads, no speculation", "medu
 TESTS = {
     "first": ["first"],
     "users": ["users", "--users", "1,2,4,8,16,32,64", "--hold", "10", "--prompt-tokens", "7"],
+    "chat": ["users", "--users", "1,2,4,8,16", "--hold", "10", "--prompt-tokens", "7", "--chat"],
 }
 SLOW = ["--users", "1,2,4,8,16", "--hold", "40", "--settle", "10"]
 """The sweep of medusa-llm, which answers a request in seconds and not in tenths of them."""
@@ -115,6 +116,8 @@ def show(folder: Path, images: Path) -> None:
                 rows.append([f"{level.load:g}", SYSTEMS[system], *row, f"{min(speeds):.0f} to {max(speeds):.0f}"])
         table(["users", "", *figures, "tokens/s, runs"], sorted(rows, key=lambda row: float(row[0])))
     medians = [together(rounds) for system in SYSTEMS if (rounds := runs("users", system, folder))]
+    if not medians:
+        return
     loads = sorted({level.load for one in medians for level in one.levels})
     throughput = plots.by_load(medians, "Throughput by users", "output tokens/s", {"": lambda v: v.output_tokens_per_s})
     latency = plots.by_load(medians, "Median latency by users", "seconds", {"": lambda v: v.e2e and v.e2e.p50})
@@ -144,6 +147,8 @@ def main() -> None:
         for number in args.rounds:
             for test in args.tests:
                 for system in args.systems if number % 2 else args.systems[::-1]:
+                    if (test, system) == ("chat", "medusa-llm"):
+                        continue  # it has no chats
                     measure(test, system, args.out / f"{test}-{system}-{number}.json", args)
     show(args.out, args.images)
 
