@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import BUILTIN, ROOT, machine, table
+from common import BUILTIN, ROOT, machine, table, undisturbed
 
 from manyheads.bench import result
 from manyheads.bench.server import started
@@ -84,12 +85,15 @@ def main() -> None:
         else:
             url, _ = stack.enter_context(started("builtin", ["--no-speculative", "--num-threads", "1"]))
         for users in args.users:
+            others: list[float] = []
             turns: dict[str, list[list[float]]] = {"manyheads": [], "guidellm": []}
             for i in range(args.rounds):
                 pair = [("manyheads", ours), ("guidellm", theirs)]
                 for name, client in pair if i % 2 == 0 else pair[::-1]:
-                    turns[name].append(client(url, users, args))
-                    print(users, name, [round(value, 3) for value in turns[name][-1]], flush=True)
+                    figures, share = undisturbed(functools.partial(client, url, users, args))
+                    turns[name].append(figures)
+                    others.append(share)
+                    print(users, name, [round(value, 3) for value in figures], flush=True)
             middle = {
                 name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in turns.items()
             }
@@ -100,6 +104,7 @@ def main() -> None:
             print(f"{users} users")
             table(["", "manyheads bench", "guidellm", "difference, %"], rows)
             found["loads"][users] = {"figures": FIGURES, "turns": turns, "difference_%": [row[3] for row in rows]}
+            found["loads"][users]["other_work"] = others
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

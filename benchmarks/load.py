@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from common import BUILTIN, ROOT, machine, table
+from common import BUILTIN, ROOT, machine, table, undisturbed
 from cpu import PORTS, export_reference, reference_server
 
 from manyheads.bench import plots, result
@@ -51,12 +50,18 @@ def serving(system: str, args: argparse.Namespace) -> Iterator[str]:
 
 
 def measure(test: str, system: str, target: Path, args: argparse.Namespace) -> None:
-    """One run; its report goes to `target`."""
+    """One run; its report goes to `target`, with what other work took of the cores among its notes."""
+
+    def run() -> Result:
+        with serving(system, args) as url, tempfile.TemporaryDirectory() as folder:
+            subprocess.run([*command, "--url", url, "-o", folder], check=True, cwd=ROOT)
+            return result.load(Path(folder))
+
     argv = TESTS[test] + (SLOW if system == "medusa-llm" and test == "users" else [])
-    with serving(system, args) as url, tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "manyheads", "bench", *argv, "--url", url, "--name", SYSTEMS[system]]
-        subprocess.run([*command, "-o", folder], check=True, cwd=ROOT)
-        shutil.copy(Path(folder) / result.FILE, target)
+    command = [sys.executable, "-m", "manyheads", "bench", *argv, "--name", SYSTEMS[system]]
+    found, share = undisturbed(run)
+    found.notes.append(f"other work took {share:.1%} of the cores meanwhile")
+    result.save(found, target)
 
 
 def runs(test: str, system: str, folder: Path) -> list[Result]:
