@@ -59,6 +59,7 @@ class Plot:
         """A line through the points that are there."""
         points = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
         if points:
+            marker = marker if len(points) > 1 else "o"  # a line through a single point is nothing to see
             style = {"color": COLORS[self._count % len(COLORS)], "marker": marker, "markersize": 4, "lw": 1.8} | style
             self.axes.plot([p[0] for p in points], [p[1] for p in points], label=shorten(label) or None, **style)
             self._labels |= bool(label)

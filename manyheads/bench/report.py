@@ -155,7 +155,9 @@ def _plots(found: Result) -> list[tuple[str, str, str]]:
         lines_t = {"under way": [p.in_flight for p in points]}
         add(plots.over_time(found, "Requests under way over time", "requests", lines_t))
         lines_t = {"median latency": [p.p50 for p in points]}
-        add(plots.over_time(found, "Latency over time", "seconds, median", lines_t), "of the requests that ended then")
+        if any(p.p50 is not None for p in points):
+            plot = plots.over_time(found, "Latency over time", "seconds, median", lines_t)
+            add(plot, "of the requests that ended then")
     add(plots.memory([found]), "resident size of all its processes; GPU: all that is in use")
     if any(level.tokens_per_step for level in found.levels) and len(loads) > 1:
         lines = {"": lambda level: level.tokens_per_step}

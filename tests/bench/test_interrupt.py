@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +64,32 @@ def test_what_was_measured_is_kept(tmp_path: Path, number: int, workers: str) ->
         assert [row["interrupted"] for row in csv.DictReader(file)] == ["False", "True"]
     with open(tmp_path / "requests.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == found.whole.sent
+
+
+def test_workers_that_joined(tmp_path: Path) -> None:
+    """They make the load of one run after the other; Ctrl-C ends them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    argv = ["rate", "--rates", "20,40", "--hold", "2", "--settle", "0", "--output-tokens", "5"]
+    joined = [start("--join", address) for _ in range(2)]
+    try:
+        with running(Script()) as url:
+            process = start(*argv, "--workers", "2", "--bind", address, "--url", url, "-o", str(tmp_path))
+            out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        assert f"waiting for 2 workers: manyheads bench --join {address}" in " ".join(err.split())
+        assert "The load generator was not the bottleneck" in out
+        assert [level.load for level in result.load(tmp_path).levels] == [20, 40]
+        assert result.load(tmp_path).whole.completed > 50
+        for worker in joined:
+            os.killpg(worker.pid, signal.SIGINT)
+            assert worker.communicate(timeout=20)[1] == ""
+            assert worker.returncode == 130
+    finally:
+        for worker in joined:
+            worker.kill()
+            worker.communicate()
 
 
 def test_while_the_last_answers_are_awaited(tmp_path: Path) -> None:

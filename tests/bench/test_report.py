@@ -15,7 +15,7 @@ from manyheads.bench.findings import comparison, findings
 from manyheads.bench.plan import BenchInputError
 from manyheads.bench.record import CUT
 from manyheads.bench.report import render, write
-from manyheads.bench.result import Generator, Memory
+from manyheads.bench.result import Generator, Memory, Point
 from tests.bench.samples import level, record, result
 
 
@@ -88,6 +88,14 @@ def test_a_generator_at_its_limit_is_told() -> None:
     slow.levels[2].generator = Generator(0.2, 0.003)
     assert "The load generator was not the bottleneck" in " ".join(findings(slow))
     assert "late by at most 3 ms" in " ".join(findings(slow))
+
+
+def test_no_empty_pictures() -> None:
+    """A single point is drawn as one; without an answer there is no picture of latencies."""
+    one = plots.over_time(result(), "Latency over time", "seconds", {"median latency": [0.1, None]})
+    assert [line.get_marker() for line in one.axes.lines] == ["o"]
+    silent = result(timeline=[Point(0.5, 1.0, 0.0, 0.0, 1.0), Point(1.5, 1.0, 0.0, 0.0, 1.0)])
+    assert "Latency over time" not in render(silent)
 
 
 def test_interrupted() -> None:
