@@ -77,12 +77,13 @@ def _ours() -> float:
     return total
 
 
-def undisturbed(run: Callable[[], T], most: float = 0.03, tries: int = 10) -> tuple[T, float]:
-    """Runs until other work took no more than this share of the cores meanwhile; what came of it, and the share.
+def undisturbed(run: Callable[[], T], most: float = 0.05, tries: int = 3) -> tuple[T, float]:
+    """Runs until other work took no more than this share of the cores meanwhile, or takes the least disturbed try.
 
-    Chosen by what others did, not by what came of it. The last try counts in any case.
+    What came of it, and the share. Chosen by what others did, not by what came of it.
     """
-    for left in reversed(range(tries)):
+    done: list[tuple[float, T]] = []
+    while len(done) < tries:
         for _ in range(60):  # until it is quiet, but not for ever
             others = Others()
             time.sleep(2)
@@ -90,10 +91,11 @@ def undisturbed(run: Callable[[], T], most: float = 0.03, tries: int = 10) -> tu
                 break
         others = Others()
         result = run()
-        share = others.share()
-        if share <= most or not left:
+        done.append((others.share(), result))
+        print(f"other work took {done[-1][0]:.1%} of the cores meanwhile", flush=True)
+        if done[-1][0] <= most:
             break
-        print(f"other work took {share:.0%} of the cores: once more", flush=True)
+    share, result = min(done, key=lambda turn: turn[0])
     return result, round(share, 4)
 
 

@@ -32,7 +32,7 @@ TESTS = {
     "users": ["users", "--users", "1,2,4,8,16,32,64", "--hold", "10", "--prompt-tokens", "7"],
     "chat": ["users", "--users", "1,2,4,8,16", "--hold", "10", "--prompt-tokens", "7", "--chat"],
 }
-SLOW = ["--users", "1,2,4,8,16", "--hold", "40", "--settle", "10"]
+SLOW = ["--users", "1,2,4,8,16", "--hold", "30", "--settle", "8"]
 """The sweep of medusa-llm, which answers a request in seconds and not in tenths of them."""
 
 
