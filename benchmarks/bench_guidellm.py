@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--guidellm", required=True, help="the command")
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3, help="turns of each client")
+    parser.add_argument("--tries", type=int, default=3, help="of a turn that other work disturbs")
     parser.add_argument("--mock", action="store_true", help="ask a server with known delays instead")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a turn, after it has settled")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/bench_guidellm.json")
@@ -90,7 +91,7 @@ def main() -> None:
             for i in range(args.rounds):
                 pair = [("manyheads", ours), ("guidellm", theirs)]
                 for name, client in pair if i % 2 == 0 else pair[::-1]:
-                    figures, share = undisturbed(functools.partial(client, url, users, args))
+                    figures, share = undisturbed(functools.partial(client, url, users, args), args.tries)
                     turns[name].append(figures)
                     others.append(share)
                     print(users, name, [round(value, 3) for value in figures], flush=True)

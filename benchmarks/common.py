@@ -77,14 +77,14 @@ def _ours() -> float:
     return total
 
 
-def undisturbed(run: Callable[[], T], most: float = 0.05, tries: int = 3) -> tuple[T, float]:
+def undisturbed(run: Callable[[], T], tries: int, most: float = 0.05) -> tuple[T, float]:
     """Runs until other work took no more than this share of the cores meanwhile, or takes the least disturbed try.
 
     What came of it, and the share. Chosen by what others did, not by what came of it.
     """
     done: list[tuple[float, T]] = []
     while len(done) < tries:
-        for _ in range(60):  # until it is quiet, but not for ever
+        for _ in range(60 if tries > 1 else 0):  # until it is quiet, but not for ever
             others = Others()
             time.sleep(2)
             if others.share() <= most:
