@@ -7,6 +7,10 @@ Both ask for 128 tokens in and 100 out, wait for a settled load before they coun
 requests. The server decodes plainly: with speculation its speed would depend on the clients' different texts. Its
 engine has one thread, so that the clients do not slow it in different ways where cores are few. `--mock` asks a server
 with known delays and two tokens a chunk. guidellm calls our TPOT "inter-token latency".
+
+A client that takes more of the processor slows a server on the same machine. So the server's own means are taken from
+its /metrics in each turn, too: how far a client is from them is the client's doing, how far they are from each other is
+what the clients did to the server.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import BUILTIN, ROOT, machine, table, undisturbed
+from common import BUILTIN, ROOT, get_json, machine, table, undisturbed
 
 from manyheads.bench import result
 from manyheads.bench.server import started
@@ -33,7 +37,28 @@ from tests.bench.mock import Script, running
 
 SETTLE = 3
 """Seconds before a turn counts, and for guidellm as many after it, in which its last answers end."""
+SERVER = tuple(
+    f"manyheads_{name}_seconds"
+    for name in ("time_to_first_token", "request_time_per_output_token", "e2e_request_latency")
+)
 FIGURES = ("requests/s", "output tokens/s", "TTFT, mean ms", "TPOT, mean ms", "latency, mean s")
+
+
+def own(url: str) -> dict[str, float]:
+    """Sums and counts of the server's own histograms; none of a mock."""
+    with contextlib.suppress(OSError):
+        lines = get_json(f"{url}/metrics").splitlines()
+        return {name: float(value) for name, value in (line.split(" ") for line in lines if line.startswith(SERVER))}
+    return {}
+
+
+def between(before: dict[str, float], after: dict[str, float]) -> list[float]:
+    """The server's own means of a turn: TTFT and TPOT in ms, latency in s; those of settling are among them."""
+    means = []
+    for name, unit in zip(SERVER, (1e3, 1e3, 1.0), strict=True):
+        total, count = (after[name + end] - before.get(name + end, 0.0) for end in ("_sum", "_count"))
+        means.append(unit * total / count)
+    return means
 
 
 def ours(url: str, users: int, args: argparse.Namespace) -> list[float]:
@@ -69,6 +94,14 @@ def theirs(url: str, users: int, args: argparse.Namespace) -> list[float]:
     return [*speed, *(metrics[name]["successful"]["mean"] for name in names)]
 
 
+def turn(client: Any, url: str, users: int, args: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """A client's figures, and the server's own meanwhile."""
+    before = own(url)
+    figures = client(url, users, args)
+    after = own(url)
+    return figures, between(before, after) if after else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--guidellm", required=True, help="the command")
@@ -87,14 +120,16 @@ def main() -> None:
             url, _ = stack.enter_context(started("builtin", ["--no-speculative", "--num-threads", "1"]))
         for users in args.users:
             others: list[float] = []
+            server: dict[str, list[list[float]]] = {"manyheads": [], "guidellm": []}
             turns: dict[str, list[list[float]]] = {"manyheads": [], "guidellm": []}
             for i in range(args.rounds):
                 pair = [("manyheads", ours), ("guidellm", theirs)]
                 for name, client in pair if i % 2 == 0 else pair[::-1]:
-                    figures, share = undisturbed(functools.partial(client, url, users, args), args.tries)
+                    (figures, told), share = undisturbed(functools.partial(turn, client, url, users, args), args.tries)
                     turns[name].append(figures)
+                    server[name] += [told] if told else []
                     others.append(share)
-                    print(users, name, [round(value, 3) for value in figures], flush=True)
+                    print(users, name, [round(value, 3) for value in figures + told], flush=True)
             middle = {
                 name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in turns.items()
             }
@@ -106,6 +141,23 @@ def main() -> None:
             table(["", "manyheads bench", "guidellm", "difference, %"], rows)
             found["loads"][users] = {"figures": FIGURES, "turns": turns, "difference_%": [row[3] for row in rows]}
             found["loads"][users]["other_work"] = others
+            if server["manyheads"]:
+                rows = []
+                for i, figure in enumerate(FIGURES[2:]):
+                    row: list[Any] = [figure]
+                    for name, of_server in server.items():
+                        ratios = [turns[name][k][2 + i] / told[i] for k, told in enumerate(of_server)]
+                        row += [statistics.median(told[i] for told in of_server), 100 * (statistics.median(ratios) - 1)]
+                    rows.append(row)
+                head = [
+                    "the server's own",
+                    "with manyheads bench",
+                    "it is off by, %",
+                    "with guidellm",
+                    "it is off by, %",
+                ]
+                table(head, rows)
+                found["loads"][users] |= {"server": server, "off_by_%": rows}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
