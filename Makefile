@@ -21,9 +21,8 @@ lint: .venv/test.done
 types: .venv/test.done
 	$(BIN)/mypy -p manyheads
 
-# the load and the server share the processor here: threads that wait must not spin
 bench: .venv/bench.done        ## a load test of the built-in model, with its report in bench-report/ (BENCH=... for options)
-	GOMP_SPINCOUNT=1000 $(BIN)/manyheads bench users --users 1,2,4,8,16 --hold 15 -o bench-report $(BENCH)
+	$(BIN)/manyheads bench users --users 1,2,4,8,16 --hold 15 -o bench-report $(BENCH)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

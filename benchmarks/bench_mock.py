@@ -47,21 +47,26 @@ def measure(argv: list[str], script: Script, hold: float) -> list[list[Any]]:
     assert level.gap
     assert level.e2e
     decode = script.gap * (script.chunks - 1)
-    return [
+    rows: list[list[Any]] = [
         ["TTFT, mean ms", script.ttft * 1e3, level.ttft.mean * 1e3],
         ["TTFT, p50 ms", script.ttft * 1e3, level.ttft.p50 * 1e3],
         ["TPOT, mean ms", decode / (tokens - 1) * 1e3, level.tpot.mean * 1e3],
         ["TPOT, p50 ms", decode / (tokens - 1) * 1e3, level.tpot.p50 * 1e3],
         ["gap, p50 ms", script.gap * 1e3, level.gap.p50 * 1e3],
+        ["gap, mean ms", script.gap * 1e3, level.gap.mean * 1e3],
+        ["latency, mean ms", (script.ttft + decode) * 1e3, level.e2e.mean * 1e3],
         ["latency, p50 ms", (script.ttft + decode) * 1e3, level.e2e.p50 * 1e3],
         ["tokens", tokens, level.output_tokens],
         ["tokens a chunk", script.tokens_per_chunk, level.tokens_per_chunk],
     ]
+    if argv[0] == "users":
+        rows.append(["output tokens/s", level.load * tokens / (script.ttft + decode), level.output_tokens_per_s])
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hold", type=float, default=8.0, help="seconds of each case")
+    parser.add_argument("--hold", type=float, default=20.0, help="seconds of each case")
     parser.add_argument("--check", action="store_true", help="fail where a figure is off by more than 2 %%")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/bench_mock.json")
     args = parser.parse_args()

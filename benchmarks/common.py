@@ -16,11 +16,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
+
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = ROOT / "manyheads" / "builtin" / "model"
 SPEC_BENCH = ROOT.parent / "shared" / "data" / "spec_bench.jsonl"
@@ -43,6 +46,55 @@ def machine() -> dict[str, Any]:
         "commit": commit + ("+" if dirty else ""),
         "load_average_before": round(os.getloadavg()[0], 2),
     }
+
+
+class Others:
+    """What other work takes of the machine's processors, from here to `share`."""
+
+    def __init__(self) -> None:
+        self._at, self._busy, self._ours = time.monotonic(), _busy(), _ours()
+
+    def share(self) -> float:
+        """Of all cores; what the processes that this one started take does not count."""
+        seconds = time.monotonic() - self._at
+        return ((_busy() - self._busy) - (_ours() - self._ours)) / (seconds * (os.cpu_count() or 1))
+
+
+def _busy() -> float:
+    """Seconds that all cores were not idle, also those that a virtual machine did not get."""
+    times = psutil.cpu_times()
+    return float(sum(times[:8]) - times.idle - times.iowait)
+
+
+def _ours() -> float:
+    """Seconds of this process and all below it, ended or not."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            total += sum(process.cpu_times()[:4])
+    return total
+
+
+def undisturbed(run: Callable[[], T], tries: int, most: float = 0.05) -> tuple[T, float]:
+    """Runs until other work took no more than this share of the cores meanwhile, or takes the least disturbed try.
+
+    What came of it, and the share. Chosen by what others did, not by what came of it.
+    """
+    done: list[tuple[float, T]] = []
+    while len(done) < tries:
+        for _ in range(60 if tries > 1 else 0):  # until it is quiet, but not for ever
+            others = Others()
+            time.sleep(2)
+            if others.share() <= most:
+                break
+        others = Others()
+        result = run()
+        done.append((others.share(), result))
+        print(f"other work took {done[-1][0]:.1%} of the cores meanwhile", flush=True)
+        if done[-1][0] <= most:
+            break
+    share, result = min(done, key=lambda turn: turn[0])
+    return result, round(share, 4)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

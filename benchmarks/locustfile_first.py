@@ -17,23 +17,11 @@ from typing import Any
 
 from locust import HttpUser, constant, events, task
 
-# About seven tokens each, like the question that the first version was tested with.
-SUBJECTS = (
-    "West Coast hip hop",
-    "the moon",
-    "Paris",
-    "football",
-    "the Beatles",
-    "gold",
-    "whales",
-    "chess",
-    "New York",
-    "the sun",
-    "coffee",
-    "jazz",
-)
-# The first version has no chat template: both servers get the built-in model's as part of the text.
-PROMPTS = itertools.cycle(f"<|user|>Tell me something about {subject}.<|end|><|assistant|>" for subject in SUBJECTS)
+from manyheads.bench.prompts import OPENINGS, SUBJECTS
+
+# About seven tokens each, like the question that the first version was tested with. It has no chat template: both
+# servers get the built-in model's as part of the text.
+PROMPTS = itertools.cycle(f"<|user|>{OPENINGS[0].format(subject)}<|end|><|assistant|>" for subject in SUBJECTS)
 
 spawned_at: list[float] = []
 samples: list[dict[str, Any]] = []

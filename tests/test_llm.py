@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from manyheads import LLM, ConfigError, EngineConfig, RequestError, SamplingParams
-from manyheads.cli.interrupt import between_steps
+from manyheads.interrupt import between_steps
 from tests.server.fake_engine import TEXT, FakeEngine
 from tests.server.tiny_tokenizer import tiny_tokenizer
 

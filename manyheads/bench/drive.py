@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import msgspec
 from manyheads.bench.plan import BenchError, Event, Job, Run, Use
 from manyheads.bench.record import Record
 from manyheads.bench.recorder import read_records, read_uses
+from manyheads.interrupt import on_interrupt
 
 Listen = Callable[[Event], None]
 
@@ -30,9 +32,10 @@ class Outcome:
     """When the last stage ended."""
     records: list[Record] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    interrupted: bool = False
 
     def window(self, stage: int) -> tuple[float, float]:
-        """The measured part of a stage."""
+        """The measured part of a stage that began; of an interrupted one it may end before it starts."""
         begin = self.begins[stage] + self.run.stages[stage].settle
         end = self.begins[stage + 1] if stage + 1 < len(self.begins) else self.end
         if self.run.kind != "users":  # arrivals end on time, the shape's clock ticks once a second
@@ -46,10 +49,11 @@ def write_jobs(jobs: list[Job], path: Path) -> None:
 
 
 def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda event: None) -> Outcome:
-    """Run the generator to its end.
+    """Run the generator to its end, or until Ctrl-C.
 
     Raises:
         BenchError: it failed; the message has what it said.
+        KeyboardInterrupt: Ctrl-C before the first load began, or a second time.
     """
     path = folder / "run.json"
     path.write_bytes(msgspec.json.encode(run))
@@ -61,19 +65,26 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
     command = [sys.executable, "-m", "manyheads.bench.generator", str(path)]
     trouble = ""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=env)
+        # NOTE: a session of its own, or the terminal's Ctrl-C would also end the generator's workers
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True)
         assert process.stdout is not None
+
+        def interrupt() -> None:
+            outcome.interrupted = True
+            process.send_signal(signal.SIGINT)
+
         try:
-            for line in process.stdout:
-                event = msgspec.json.decode(line, type=Event)
-                if event.kind == "stage" and event.stage == len(outcome.begins):
-                    outcome.begins.append(event.at)
-                elif event.kind == "end":
-                    outcome.end = event.at
-                elif event.kind == "error":
-                    trouble = event.text
-                listen(event)
-            status = process.wait()
+            with on_interrupt(interrupt):
+                for line in process.stdout:
+                    event = msgspec.json.decode(line, type=Event)
+                    if event.kind == "stage" and event.stage == len(outcome.begins):
+                        outcome.begins.append(event.at)
+                    elif event.kind == "end":
+                        outcome.end = event.at
+                    elif event.kind == "error":
+                        trouble = event.text
+                    listen(event)
+                status = process.wait()
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -81,7 +92,9 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
             process.stdout.close()
         log.seek(0)
         said = log.read()
-    if status or not outcome.end or len(outcome.begins) < len(run.stages):
+    if outcome.interrupted and not outcome.end:
+        raise KeyboardInterrupt
+    if not outcome.interrupted and (status or not outcome.end or len(outcome.begins) < len(run.stages)):
         raise BenchError(f"the load generator failed (status {status}): {trouble or said.strip()[-2000:]}")
     outcome.records = read_records(run.records)
     outcome.uses = read_uses(run.records)

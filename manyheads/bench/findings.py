@@ -31,6 +31,8 @@ def number(value: float) -> str:
 def findings(result: Result) -> list[str]:
     """What the figures say."""
     said = [_counts(result)]
+    if result.interrupted:
+        said.insert(0, f"The test was interrupted {result.interrupted}; what was measured until then is here.")
     said += _busy(result) + _generator(result)
     levels = [level for level in result.levels if level.completed]
     if len(levels) > 1:
@@ -83,9 +85,13 @@ def _generator(result: Result) -> list[str]:
             "of the generator, not of the server; more --workers or another machine for the load would help."
         ]
     shares = [level.generator.cpu for level in result.levels if level.generator.cpu is not None]
-    if not shares:
+    lags = [level.generator.lag for level in result.levels if level.generator.lag is not None]
+    if not shares or not lags:
         return []
-    return [f"The load generator was not the bottleneck: its busiest process took at most {max(shares):.0%} of a core."]
+    return [
+        f"The load generator was not the bottleneck: its busiest process took at most {max(shares):.0%} of a core, and "
+        f"its timers were late by at most {seconds(max(lags))} (p95)."
+    ]
 
 
 def _sweep(result: Result, levels: Sequence[Level]) -> list[str]:
@@ -189,6 +195,7 @@ def comparison(results: Sequence[Result]) -> list[str]:
     if len(machines) > 1:
         said.append("The runs were made on different machines: ratios mix that with the servers' speed.")
     said.append("Each run was made once, at its own time: differences of a few per cent may be chance.")
+    said += [f"{r.name} was interrupted {r.interrupted}." for r in results if r.interrupted]
     failed = [r for r in results if r.whole.failed]
     said += [f"{r.name}: {r.whole.failed} requests failed." for r in failed]
     bound = [r for r in results if any(v.generator.bound for v in r.levels)]

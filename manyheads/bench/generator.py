@@ -1,6 +1,7 @@
 """The process that makes the load: `python -m manyheads.bench.generator RUN.json`; prints an Event on each line.
 
-With workers, this process is Locust's master and makes none of the load itself.
+With workers, this process is Locust's master and makes none of the load itself; a worker of a master, here or on
+another machine, is `--join HOST:PORT`. SIGINT ends the run now: what is under way is unfinished.
 """
 
 from __future__ import annotations
@@ -19,13 +20,22 @@ import locust
 import msgspec
 from locust.env import Environment
 from locust.log import setup_logging
+from locust.runners import STATE_CLEANUP, MasterRunner
 
-from manyheads.bench.plan import Event, Run
-from manyheads.bench.recorder import EVERY, MESSAGE, Batch, Observer, Writer
+from manyheads.bench.plan import Event, Part, Run, read_jobs, split_address
+from manyheads.bench.recorder import EVERY, Batch, Observer, Writer
 from manyheads.bench.users import ArrivalUser, AskingUser, Traffic
 
 WORKERS_READY = 30.0
 """Seconds that workers have to report."""
+OTHERS_READY = 600.0
+"""Seconds that workers of other machines have."""
+AT_ONCE = 0.01
+"""Seconds for the last answers of a run that is interrupted; not 0, at which Locust kills users only once."""
+GRACE = 5.0
+"""Seconds for all processes to stop then."""
+JOIN, BATCH, HURRY = "manyheads join", "manyheads batch", "manyheads hurry"
+"""Messages: a worker's first, answered with its part; what a worker has to tell; the run is interrupted."""
 
 
 class Users(AskingUser):
@@ -36,6 +46,9 @@ class Arrivals(ArrivalUser):
     """Open loop."""
 
 
+USERS = {"users": Users, "rate": Arrivals, "trace": Arrivals}
+
+
 class Stages(locust.LoadTestShape):
     """Holds one stage after the other, and tells when each begins."""
 
@@ -43,13 +56,14 @@ class Stages(locust.LoadTestShape):
         super().__init__()
         self._run = run
         self._stage = -1
+        self.interrupted = False
 
     def tick(self) -> tuple[int, float] | None:
         """(users, users a second), or None at the end."""
         now = self.get_run_time()
         ends = itertools.accumulate(stage.settle + stage.seconds for stage in self._run.stages)
         index = next((i for i, end in enumerate(ends) if now < end), None)
-        if index is None:
+        if index is None or self.interrupted:
             if self._stage >= 0:
                 emit(Event("end", at=time.perf_counter()))
                 self._stage = -1
@@ -68,46 +82,56 @@ def emit(event: Event) -> None:
 
 
 def make_environment(run: Run, **more: Any) -> Environment:
-    user: Any = Users if run.kind == "users" else Arrivals
-    environment = Environment(user_classes=[user], catch_exceptions=False, **more)
+    environment = Environment(catch_exceptions=False, **more)
     environment.stop_timeout = run.drain
     return environment
 
 
 def main(argv: list[str]) -> int:
-    """Run as the arguments say: RUN.json, or RUN.json PORT for a worker of the master on that port."""
-    with open(argv[0], "rb") as file:
-        run = msgspec.json.decode(file.read(), type=Run)
+    """Run as the arguments say: RUN.json, or `--join HOST:PORT` for a worker of the master there."""
     setup_logging("WARNING")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every `finally`: workers are ended, too
-    if len(argv) > 1:
-        return work(run, int(argv[1]))
+    if argv[0] == "--join":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master, or who started us, tells when to end
+        return work(argv[1])
+    with open(argv[0], "rb") as file:
+        run = msgspec.json.decode(file.read(), type=Run)
     writer = Writer(run.records)
     try:
-        return lead(run, argv[0], writer) if run.workers else alone(run, writer)
+        return lead(run, writer) if run.workers else alone(run, writer)
     finally:
         writer.close()
 
 
 def alone(run: Run, writer: Writer) -> int:
     """Make the load in this process."""
-    environment: Any = make_environment(run, shape_class=Stages(run))
+    environment: Any = make_environment(run, user_classes=[USERS[run.kind]], shape_class=Stages(run))
     environment.create_local_runner()
-    environment.traffic = Traffic(run, environment)
+    environment.traffic = Traffic(run, read_jobs(run.jobs), environment)
     observer = Observer(environment.traffic)
     _follow(environment, writer, lambda: writer.add(observer.take()))
     return 0
 
 
-def lead(run: Run, path: str, writer: Writer) -> int:
+def lead(run: Run, writer: Writer) -> int:
     """Be the master of worker processes."""
-    environment: Any = make_environment(run, shape_class=Stages(run))
-    runner: Any = environment.create_master_runner("127.0.0.1", 0)
+    environment: Any = make_environment(run, user_classes=[USERS[run.kind]], shape_class=Stages(run))
+    host, port = split_address(run.bind or "127.0.0.1:0")
+    runner: Any = environment.create_master_runner(host, port)
+    jobs = read_jobs(run.jobs)
+    joined: list[str] = []
     batches: list[bytes] = []
-    runner.register_message(MESSAGE, lambda environment, msg, **_: batches.append(msg.data))
-    with _workers(run, path, runner.server.port) as processes:
-        deadline = time.perf_counter() + WORKERS_READY
-        while len(runner.clients.ready) < run.workers:
+
+    def join(msg: Any, **_: Any) -> None:
+        part = Part(run, jobs, len(joined), time.perf_counter())
+        joined.append(msg.node_id)
+        runner.send_message(JOIN, msgspec.msgpack.encode(part), msg.node_id)
+
+    runner.register_message(JOIN, join)
+    runner.register_message(BATCH, lambda msg, **_: batches.append(msg.data))
+    with _workers(0 if run.bind else run.workers, runner.server.port) as processes:
+        deadline = time.perf_counter() + (OTHERS_READY if run.bind else WORKERS_READY)
+        while len(joined) < run.workers:
             if time.perf_counter() > deadline or any(p.poll() is not None for p in processes):
                 emit(Event("error", text=f"{run.workers} workers did not get ready"))
                 return 1
@@ -118,37 +142,53 @@ def lead(run: Run, path: str, writer: Writer) -> int:
                 writer.add(msgspec.msgpack.decode(batches.pop(0), type=Batch))
 
         _follow(environment, writer, collect)
+        runner.quit()
+        collect()
     return 0
 
 
-def work(run: Run, port: int) -> int:
+def work(address: str) -> int:
     """Make a part of the load for a master."""
-    environment: Any = make_environment(run)
-    runner: Any = environment.create_worker_runner("127.0.0.1", port)
-    while runner.worker_index < 0:
-        gevent.sleep(0.01)
-    environment.traffic = Traffic(run, environment, (runner.worker_index, run.workers))
-    observer = Observer(environment.traffic)
+    environment: Any = Environment(user_classes=list(dict.fromkeys(USERS.values())), catch_exceptions=False)
+    runner: Any = environment.create_worker_runner(*split_address(address))
+    observers: list[Observer] = []
+
+    def begin(msg: Any, **_: Any) -> None:
+        part = msgspec.msgpack.decode(msg.data, type=Part)
+        # on one machine all processes have the same clock
+        behind = part.clock - time.perf_counter() if part.run.bind else 0.0
+        environment.traffic = Traffic(part.run, part.jobs, environment, (part.number, part.run.workers))
+        observers.append(Observer(environment.traffic, behind))
 
     def send(**_: Any) -> None:
-        runner.send_message(MESSAGE, msgspec.msgpack.encode(observer.take()))
+        for observer in observers:
+            runner.send_message(BATCH, msgspec.msgpack.encode(observer.take()))
 
-    environment.events.test_stop.add_listener(send)  # before the worker says that it has stopped
+    def stopped(**_: Any) -> None:
+        send()  # before the worker says that it has stopped
+        environment.stop_timeout = 0.0  # for Locust's worker sleeps that long once it has stopped
+
+    def hurry(**_: Any) -> None:
+        environment.stop_timeout = AT_ONCE
 
     def report() -> None:
         while True:
             gevent.sleep(EVERY)
             send()
 
+    environment.events.test_stop.add_listener(stopped)
+    runner.register_message(HURRY, hurry)
+    runner.register_message(JOIN, begin)
+    runner.send_message(JOIN)
     gevent.spawn(report)
     runner.greenlet.join()
     return 0
 
 
 @contextlib.contextmanager
-def _workers(run: Run, path: str, port: int) -> Iterator[list[Any]]:
-    command = [sys.executable, "-m", "manyheads.bench.generator", path, str(port)]
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(run.workers)]
+def _workers(count: int, port: int) -> Iterator[list[Any]]:
+    command = [sys.executable, "-m", "manyheads.bench.generator", "--join", f"127.0.0.1:{port}"]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(count)]
     try:
         yield processes
     finally:
@@ -159,13 +199,25 @@ def _workers(run: Run, path: str, port: int) -> Iterator[list[Any]]:
 
 
 def _follow(environment: Any, writer: Writer, collect: Any) -> None:
-    """Start the shape and tell how it goes until all users have stopped."""
-    runner = environment.runner
-    environment.shape_class.runner = runner
+    """Start the shape and tell how it goes until all users have stopped; SIGINT ends it now."""
+    runner, shape = environment.runner, environment.shape_class
+    shape.runner = runner
+    give_up: list[float] = []
+
+    def interrupt() -> None:
+        give_up.append(time.perf_counter() + GRACE)
+        shape.interrupted = True
+        environment.stop_timeout = AT_ONCE
+        if isinstance(runner, MasterRunner):
+            runner.send_message(HURRY)
+        elif runner.state == STATE_CLEANUP:  # it waits for the last answers
+            runner.user_greenlets.kill(block=False)
+
+    gevent.signal_handler(signal.SIGINT, interrupt)
     runner.start_shape()
-    shape = runner.shape_greenlet
-    while not shape.ready():
-        shape.join(timeout=EVERY)
+    greenlet = runner.shape_greenlet
+    while not greenlet.ready() and not (give_up and time.perf_counter() > give_up[0]):
+        greenlet.join(timeout=EVERY)
         collect()
         emit(
             Event(

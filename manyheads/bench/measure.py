@@ -18,7 +18,7 @@ from manyheads.bench.plan import BenchInputError, Job, Kind, Run, Stage
 from manyheads.bench.progress import Progress
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.record import Record
-from manyheads.bench.result import Level, Memory, Result
+from manyheads.bench.result import UNITS, Level, Memory, Result
 from manyheads.bench.server import Target, clean_url, identify, started
 from manyheads.bench.watch import Watch
 
@@ -49,6 +49,8 @@ class Options:
     api_key: str | None = None
     check: bool = True
     workers: int = 0
+    bind: str | None = None
+    """HOST:PORT where workers of other machines join."""
     timeout: float = 120.0
     drain: float = 60.0
     calibrate: bool = True
@@ -78,6 +80,7 @@ class _Bench:
     """As it was before the test."""
     outcomes: list[Outcome] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
+    interrupted: str | None = None
 
     def run(self, stages: list[Stage], number: int) -> Run:
         work = self.options.work
@@ -93,19 +96,43 @@ class _Bench:
             timeout=self.options.timeout,
             drain=self.options.drain,
             workers=self.options.workers,
+            bind=self.options.bind,
             seed=work.seed,
         )
 
-    def hold(self, stages: list[Stage]) -> list[Level]:
-        """Run these stages and take their figures."""
+    def hold(self, stages: list[Stage]) -> None:
+        """Run these stages and take their figures, as far as they come."""
         run = self.run(stages, len(self.outcomes))
         self.progress.begin(run)
         outcome = drive(run, self.folder, self.options.api_key, self.progress.event)
         self.watch.look()
         self.outcomes.append(outcome)
-        levels = [self.level(outcome, outcome.window(i), stage.load) for i, stage in enumerate(stages)]
-        self.levels += levels
-        return levels
+        for i, stage in enumerate(stages[: len(outcome.begins)]):
+            start, end = outcome.window(i)
+            if start < end:
+                self.levels.append(self.level(outcome, (start, end), stage.load))
+        if outcome.interrupted:
+            self.cut(outcome)
+
+    def cut(self, outcome: Outcome) -> None:
+        """Tell where Ctrl-C ended a run."""
+        last = len(outcome.begins) - 1
+        stage, (start, end) = outcome.run.stages[last], outcome.window(last)
+        held = max(end - start, 0.0)
+        self.interrupted = f"at {stage.load:g} {UNITS[self.options.kind]}"
+        if held >= stage.seconds:
+            self.interrupted += ", while the last answers were awaited"
+            return
+        self.interrupted += f", which were held for {held:.3g} of {stage.seconds:g} s"
+        if held:
+            self.levels[-1].interrupted, self.levels[-1].overloaded = True, False
+            if not self.levels[-1].completed + self.levels[-1].failed:
+                self.levels.pop()  # too short for a single answer
+
+    @property
+    def full(self) -> bool:
+        """Whether more load makes no sense: the server does not keep up, or it is to end."""
+        return bool(self.interrupted or (self.levels and self.levels[-1].overloaded))
 
     def level(self, outcome: Outcome, window: tuple[float, float], load: float) -> Level:
         options = self.options
@@ -120,30 +147,26 @@ class _Bench:
 
     def limit(self) -> dict[str, float]:
         """What the generator can do by itself."""
-        if not self.options.calibrate:
+        if not self.options.calibrate or self.options.bind:  # other machines do not reach the server of that test
             return {}
         self.progress.say("measuring the load generator itself")
         chunks = self.options.work.output_tokens
         with calibrate.running(chunks) as url:
             outcome = drive(calibrate.limit_run(url, self.run([], 0), self.folder, CALIBRATION), self.folder, None)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
         return calibrate.limit(outcome, chunks)
 
     def all_rates(self) -> None:
         """Rate after rate, each to its end, until the server does not keep up."""
         options = self.options
-        speeds = list(options.loads)
-        if speeds:
-            for load in speeds:
-                if self.hold([self.open_stage(load)])[0].overloaded:
-                    break
-            return
-        load = 1.0
-        while not self.hold([self.open_stage(load)])[0].overloaded and len(self.levels) < MOST_RATES:
-            load *= 2
+        for load in options.loads or [2.0**i for i in range(MOST_RATES)]:
+            self.hold([self.open_stage(load)])
+            if self.full:
+                break
         fine = [level.load for level in self.levels if not level.overloaded]
-        if (
-            fine and self.levels[-1].overloaded
-        ):  # a closer look between the last that went well and the first that did not
+        if fine and not options.loads and not self.interrupted and self.levels[-1].overloaded:
+            # a closer look between the last that went well and the first that did not
             self.hold([self.open_stage(round((fine[-1] * self.levels[-1].load) ** 0.5, 2))])
 
     def open_stage(self, load: float) -> Stage:
@@ -158,6 +181,7 @@ def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]
 
     Raises:
         BenchError: it cannot be done as asked, or the server did not start.
+        KeyboardInterrupt: Ctrl-C before anything was measured; later, the figures are of what was measured until then.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manyheads-bench-")))
@@ -167,6 +191,8 @@ def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]
         if options.kind == "trace" and any(job.at is None for job in jobs):
             raise BenchInputError("a trace needs `at`, seconds from its start, on each line")
         write_jobs(jobs, folder / "jobs.jsonl")
+        if options.bind:
+            progress.say(f"waiting for {options.workers} workers: manyheads bench --join {options.bind}")
         stack.enter_context(progress)
         watch = Watch(target.url, target.pid, options.api_key)
         bench = _Bench(options, target, jobs, folder, watch, progress, where)
@@ -176,6 +202,8 @@ def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]
                 bench.hold(options.stages())
             else:
                 bench.all_rates()
+        if not bench.levels:
+            raise KeyboardInterrupt
         return _result(bench, limit, notes), [r for outcome in bench.outcomes for r in outcome.records]
 
 
@@ -233,6 +261,7 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
         counted_by=dict(Counter(r.counted_by for r in records if r.ok)),
         details=details,
         notes=notes,
+        interrupted=bench.interrupted,
     )
 
 

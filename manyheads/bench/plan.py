@@ -56,6 +56,8 @@ class Run(msgspec.Struct, frozen=True):
     """Seconds that running requests have after the last stage."""
     workers: int = 0
     """Worker processes; 0 makes the load in the generator's own process."""
+    bind: str | None = None
+    """HOST:PORT where workers of other machines join; None starts them here."""
     seed: int = 0
 
     @property
@@ -78,6 +80,17 @@ class Event(msgspec.Struct, omit_defaults=True):
     text: str = ""
 
 
+class Part(msgspec.Struct):
+    """What a worker process is to do."""
+
+    run: Run
+    jobs: list[Job]
+    number: int
+    """Of this worker, from 0."""
+    clock: float
+    """The master's monotonic clock when it sent this."""
+
+
 class Use(msgspec.Struct):
     """What a process of the generator was busy with since its last such line."""
 
@@ -86,11 +99,23 @@ class Use(msgspec.Struct):
     seconds: float
     cpu: float
     """Seconds of processor time."""
-    lag: float
-    """Seconds by which the worst of its timers was late."""
+    lags: list[float]
+    """Seconds by which each of its timers was late."""
 
 
 def read_jobs(path: str) -> list[Job]:
     """Prepared requests."""
     with open(path, "rb") as file:
         return [msgspec.json.decode(line, type=Job) for line in file]
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """HOST:PORT in its parts.
+
+    Raises:
+        BenchInputError: it is none.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise BenchInputError(f"{text!r} is no address; it looks like 10.0.0.1:5557")
+    return host, int(port)

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from manyheads.bench.result import Level, Result, Summary
+from manyheads.bench.result import Level, Memory, Result, Summary
 
 COLORS = ("#2563a8", "#c2571a", "#2f8a57", "#8a4fa3", "#b3323d", "#6f6a2a", "#3f8f9b", "#555555")
 STYLE: dict[str, Any] = {
@@ -28,6 +28,9 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 10,
 }
+AREAS = ("#9dbfe0", "#f0b48f", "#a5d3b6", "#cdb2da", "#d5d5d5", "#e3c7c9", "#c9c59a", "#b5d6da")
+KINDS = {"weights": "weights", "heads": "heads", "kv_cache": "K/V cache", "graphs": "graphs", "rest": "rest"}
+"""Of memory, as servers name it and as readers do; from the bottom to the top of a plot."""
 WIDTH, HEIGHT = 5.2, 3.3
 Values = Sequence[float | None]
 Lines = Mapping[str, Callable[[Level], float | None]]
@@ -56,6 +59,7 @@ class Plot:
         """A line through the points that are there."""
         points = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
         if points:
+            marker = marker if len(points) > 1 else "o"  # a line through a single point is nothing to see
             style = {"color": COLORS[self._count % len(COLORS)], "marker": marker, "markersize": 4, "lw": 1.8} | style
             self.axes.plot([p[0] for p in points], [p[1] for p in points], label=shorten(label) or None, **style)
             self._labels |= bool(label)
@@ -127,10 +131,12 @@ def distribution(title: str, series: Sequence[tuple[str, Summary | None]], unit:
 
 
 def memory(results: Sequence[Result]) -> Plot | None:
-    """Memory over time; None if none was seen."""
+    """Memory over time, of one run by what it is for where the server tells; None if none was seen."""
     if not any(result.memory for result in results):
         return None
     plot = Plot("Memory of the server", "seconds", "GiB")
+    if len(results) == 1:
+        stack(plot, [m for m in results[0].memory if m.parts])
     for result in results:
         name = f"{shorten(result.name, 30)}, " if len(results) > 1 else ""
         times = [m.at for m in result.memory]
@@ -140,10 +146,18 @@ def memory(results: Sequence[Result]) -> Plot | None:
         ):
             if any(v is not None for v in values):
                 plot.line(times, [None if v is None else v / GIB for v in values], name + label, marker="")
-        kinds = {kind for m in result.memory for kind in m.parts} if len(results) == 1 else set()
-        for kind in sorted(kinds):
-            plot.line(times, [m.parts.get(kind, 0) / GIB for m in result.memory], name + kind, marker="", lw=1.2)
     return plot
+
+
+def stack(plot: Plot, memory: Sequence[Memory]) -> None:
+    """Areas on top of each other, one for each kind of memory."""
+    seen = {kind for m in memory for kind in m.parts}
+    kinds = [kind for kind in KINDS if kind in seen] + sorted(seen - KINDS.keys())
+    if kinds:
+        sizes = [[m.parts.get(kind, 0) / GIB for m in memory] for kind in kinds]
+        names = [KINDS.get(kind, kind) for kind in kinds]
+        plot.axes.stackplot([m.at for m in memory], sizes, labels=names, colors=AREAS, lw=0)
+        plot._labels = True
 
 
 def over_time(result: Result, title: str, y: str, lines: Mapping[str, Values]) -> Plot:

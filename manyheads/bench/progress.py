@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 from manyheads.bench.plan import Event, Run
 
-LOADS = {"users": "{:g} users", "rate": "{:g} requests/s", "trace": "trace at {:g} times its speed"}
+LOADS = {"users": "users: {:g}", "rate": "requests/s: {:g}", "trace": "times the trace's speed: {:g}"}
 
 
 class Progress:

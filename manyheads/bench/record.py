@@ -70,9 +70,12 @@ class Record(msgspec.Struct):
         """Seconds between neighbouring chunks."""
         return [b - a for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
+    def chunks_between(self, start: float, end: float) -> int:
+        """Chunks that came within a window of the monotonic clock."""
+        return sum(start <= self.sent + at < end for at in self.chunks)
+
     def tokens_between(self, start: float, end: float) -> float:
         """Output tokens that came within a window of the monotonic clock; a request's chunks are taken as equal."""
         if not self.chunks or not self.tokens:
             return 0.0
-        inside = sum(start <= self.sent + at < end for at in self.chunks)
-        return self.tokens * inside / len(self.chunks)
+        return self.tokens * self.chunks_between(start, end) / len(self.chunks)

@@ -13,7 +13,6 @@ import msgspec
 from manyheads.bench.plan import Use
 from manyheads.bench.record import Record
 
-MESSAGE = "manyheads"
 EVERY = 0.5
 """Seconds between messages of a worker."""
 TIMER = 0.01
@@ -56,12 +55,17 @@ class Writer:
 
 
 class Observer:
-    """Collects one process's records and watches how busy the process is."""
+    """Collects one process's records and watches how busy the process is.
 
-    def __init__(self, traffic: Any) -> None:
+    Args:
+        behind: seconds by which this machine's clock is behind that of the master.
+    """
+
+    def __init__(self, traffic: Any, behind: float = 0.0) -> None:
         self._traffic = traffic
+        self._behind = behind
         self._records: list[Record] = []
-        self._lag = 0.0
+        self._lags: list[float] = []
         self._since, self._cpu = time.perf_counter(), time.process_time()
         traffic.listeners.append(self._records.append)
         gevent.spawn(self._watch)
@@ -69,17 +73,20 @@ class Observer:
     def take(self) -> Batch:
         """What has come since the last call."""
         now, cpu = time.perf_counter(), time.process_time()
-        records = self._records[:]
+        records, lags = self._records[:], self._lags
         self._records.clear()
-        use = Use(self._traffic.part, now, now - self._since, cpu - self._cpu, self._lag)
-        self._since, self._cpu, self._lag = now, cpu, 0.0
+        for record in records:
+            record.sent += self._behind
+            record.due = None if record.due is None else record.due + self._behind
+        use = Use(self._traffic.part, now + self._behind, now - self._since, cpu - self._cpu, lags)
+        self._since, self._cpu, self._lags = now, cpu, []
         return Batch(records, use, self._traffic.client.in_flight)
 
     def _watch(self) -> None:
         while True:
             due = time.perf_counter() + TIMER
             gevent.sleep(TIMER)
-            self._lag = max(self._lag, time.perf_counter() - due)
+            self._lags.append(time.perf_counter() - due)
 
 
 def uses_path(records: str) -> str:

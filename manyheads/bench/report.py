@@ -55,7 +55,7 @@ def write_levels(found: Result, path: Path) -> None:
         "output_tokens_per_s",
     )
     plain += ("total_tokens_per_s", "goodput", "in_flight", "prompt_tokens", "output_tokens", "tokens_per_chunk")
-    plain += ("tokens_per_step", "overloaded")
+    plain += ("tokens_per_step", "overloaded", "interrupted")
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow([*plain, *(f"{t}_{s}" for t in TIMES for s in STATISTICS), "generator_cpu", "generator_bound"])
@@ -81,10 +81,10 @@ def render(found: Result) -> str:
     """The page."""
     return page(
         title=f"Load test: {found.name}",
-        subtitle=f"{found.created} · {work(found)}",
+        subtitle=f"{found.created} · {work(found)}{' · interrupted' if found.interrupted else ''}",
         tiles=_tiles(found),
         findings=findings(found),
-        warn=bool(found.whole.failed or any(level.generator.bound for level in found.levels)),
+        warn=bool(found.interrupted or found.whole.failed or any(level.generator.bound for level in found.levels)),
         plots=_plots(found),
         tables=[_loads(found), *_times(found), _tokens(found), *_failures(found)],
         setups=[(found.name, setup(found))],
@@ -107,8 +107,9 @@ def work(found: Result) -> str:
 
 def name(found: Result, level: Level) -> str:
     """A load's name in legends."""
-    short = {"users": "users", "rate": "/s", "trace": "×"}[found.kind]
-    return f"{level.load:g} {short}" if short != "/s" else f"{level.load:g}/s"
+    if found.kind == "users":
+        return "1 user" if level.load == 1 else f"{level.load:g} users"
+    return f"{level.load:g}/s" if found.kind == "rate" else f"{level.load:g} ×"
 
 
 def _tiles(found: Result) -> list[tuple[str, str]]:
@@ -154,7 +155,9 @@ def _plots(found: Result) -> list[tuple[str, str, str]]:
         lines_t = {"under way": [p.in_flight for p in points]}
         add(plots.over_time(found, "Requests under way over time", "requests", lines_t))
         lines_t = {"median latency": [p.p50 for p in points]}
-        add(plots.over_time(found, "Latency over time", "seconds, median", lines_t), "of the requests that ended then")
+        if any(p.p50 is not None for p in points):
+            plot = plots.over_time(found, "Latency over time", "seconds, median", lines_t)
+            add(plot, "of the requests that ended then")
     add(plots.memory([found]), "resident size of all its processes; GPU: all that is in use")
     if any(level.tokens_per_step for level in found.levels) and len(loads) > 1:
         lines = {"": lambda level: level.tokens_per_step}
@@ -183,7 +186,8 @@ def _loads(found: Result) -> Table:
     head = [found.unit, "requests/s", "output tokens/s", "total tokens/s", "goodput /s", "under way"]
     rows = []
     for v in found.levels:
-        row = [f"{v.load:g}" + (" (overload)" if v.overloaded else ""), f"{v.requests_per_s:.3g}"]
+        mark = " (overload)" if v.overloaded else " (interrupted)" if v.interrupted else ""
+        row = [f"{v.load:g}{mark}", f"{v.requests_per_s:.3g}"]
         row += [number(v.output_tokens_per_s), number(v.total_tokens_per_s), f"{v.goodput:.3g}", f"{v.in_flight:.1f}"]
         rows.append([*row, str(v.completed), str(v.failed), str(v.unfinished)])
     return Table("Loads", [*head, "answered", "failed", "unfinished"], rows, _objectives(found))

@@ -11,6 +11,8 @@ from manyheads.bench.plan import BenchInputError, Kind
 
 FORMAT = 1
 FILE = "report.json"
+UNITS = {"users": "users", "rate": "requests/s", "trace": "times the trace's speed"}
+"""What a load counts."""
 
 
 class Summary(msgspec.Struct):
@@ -33,7 +35,7 @@ class Generator(msgspec.Struct):
     cpu: float | None = None
     """Share of one core that its busiest process took."""
     lag: float | None = None
-    """Seconds by which its timers were late, 95th percentile over half seconds of the worst in each."""
+    """Seconds by which its timers were late, 95th percentile."""
     late: float | None = None
     """Seconds by which open-loop requests were sent late, 99th percentile."""
     bound: list[str] = []
@@ -73,6 +75,8 @@ class Level(msgspec.Struct):
     goodput: float = 0.0
     """Requests a second within both objectives."""
     overloaded: bool = False
+    interrupted: bool = False
+    """It was not held as long as it should have been."""
     generator: Generator = msgspec.field(default_factory=Generator)
 
 
@@ -119,12 +123,14 @@ class Result(msgspec.Struct):
     details: dict[str, list[str]] = {}
     """Examples of what the server said, by reason of failure."""
     notes: list[str] = []
+    interrupted: str | None = None
+    """Where Ctrl-C ended the test; None if it ran to its end."""
     format: Literal[1] = FORMAT  # type: ignore[assignment]
 
     @property
     def unit(self) -> str:
         """What a level's load counts."""
-        return {"users": "users", "rate": "requests/s", "trace": "times the trace's speed"}[self.kind]
+        return UNITS[self.kind]
 
 
 def save(result: Result, path: Path) -> None:

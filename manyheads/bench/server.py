@@ -44,7 +44,8 @@ def started(model: str, options: Sequence[str], ready_seconds: float = 600.0) ->
     """
     command = [sys.executable, "-m", "manyheads", "serve", model, "--host", "127.0.0.1", "--port", "0", *options]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        # NOTE: a session of its own, for the terminal's Ctrl-C is to end the load and not the server
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             yield _wait_ready(process, log, ready_seconds), process.pid
         finally:

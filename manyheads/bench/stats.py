@@ -59,13 +59,16 @@ def make_level(
     judged = ended if kind == "users" else [r for r in sent if r.reason != UNFINISHED]
     good = [r for r in judged if r.ok]
     failures = Counter(r.reason for r in judged if r.reason is not None)
-    tokens = sum(r.tokens_between(start, end) for r in records if r.ok or r.reason == UNFINISHED)
     answered = [r for r in ended if r.ok]
     prompts = [r.prompt_tokens for r in good if r.prompt_tokens is not None]
     outputs = [r.tokens for r in good if r.tokens is not None]
     within = [r for r in good if meets(r, objectives)]
     steps = [(r.tokens, r.steps) for r in good if r.tokens and r.steps]
     chunks = sum(len(r.chunks) for r in good)
+    per_chunk = sum(outputs) / chunks if chunks and outputs else None
+    tokens = sum(r.tokens_between(start, end) for r in records if r.ok)
+    # nobody has told how many tokens the unfinished ones had: as many a chunk as the others
+    tokens += sum(r.chunks_between(start, end) for r in records if r.reason == UNFINISHED) * (per_chunk or 1.0)
     overlap = sum(max(0.0, min(r.ended, end) - max(r.sent, start)) for r in records)
     return Level(
         load=load,
@@ -85,7 +88,7 @@ def make_level(
         tpot=summarize([r.tpot for r in good]),
         gap=summarize([gap for r in good for gap in r.gaps]),
         e2e=summarize([r.seconds for r in good]),
-        tokens_per_chunk=sum(outputs) / chunks if chunks and outputs else None,
+        tokens_per_chunk=per_chunk,
         tokens_per_step=sum(t for t, _ in steps) / sum(s for _, s in steps) if steps else None,
         good=len(within),
         goodput=len(within) / seconds,
@@ -109,7 +112,8 @@ def generator_use(uses: Sequence[Use], records: Sequence[Record], window: tuple[
         cpu, wall = busy.get(use.worker, (0.0, 0.0))
         busy[use.worker] = (cpu + use.cpu, wall + use.seconds)
     cpu_share = max((cpu / wall for cpu, wall in busy.values() if wall), default=None)
-    lag = percentile(sorted(u.lag for u in inside), 95) if inside else None
+    lags = sorted(late for u in inside for late in u.lags)
+    lag = percentile(lags, 95) if lags else None
     lates = sorted(r.sent - r.due for r in records if r.due is not None and start <= r.sent < end)
     late = percentile(lates, 99) if lates else None
     bound = []

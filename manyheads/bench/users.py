@@ -15,7 +15,7 @@ import msgspec
 from locust.user.task import LOCUST_STATE_STOPPING
 
 from manyheads.bench.client import Client
-from manyheads.bench.plan import Run, read_jobs
+from manyheads.bench.plan import Job, Run
 from manyheads.bench.record import Record
 
 PAUSE_AFTER_FAILURE = 1.0
@@ -25,13 +25,12 @@ PAUSE_AFTER_FAILURE = 1.0
 class Traffic:
     """What the users of one process share: requests in turn, the client, and where records go."""
 
-    def __init__(self, run: Run, environment: Any, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, run: Run, jobs: list[Job], environment: Any, share: tuple[int, int] = (0, 1)) -> None:
         self.run = run
         self.environment = environment
         self.part, self.parts = share
-        jobs = read_jobs(run.jobs)
         if run.kind == "trace":
-            jobs.sort(key=lambda job: job.at or 0.0)
+            jobs = sorted(jobs, key=lambda job: job.at or 0.0)
         self.jobs = jobs[self.part :: self.parts] or jobs
         self.bodies = [msgspec.json.encode(job.body) for job in self.jobs]
         self._turn = itertools.cycle(self.bodies)

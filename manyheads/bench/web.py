@@ -6,13 +6,10 @@ Beside each request's row there are rows for its time to first token (TTFT) and 
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from locust import events, runners
 
-from manyheads.bench.drive import write_jobs
 from manyheads.bench.plan import Run
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.server import clean_url, identify
@@ -49,8 +46,5 @@ def _prepare(environment: Any, **_: Any) -> None:
     key = os.environ.get("MANYHEADS_API_KEY")
     target = identify(clean_url(environment.host or ChatUser.host), options.model or None, key)
     jobs, _notes = prepare(work, target, key)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "jobs.jsonl"
-        write_jobs(jobs, path)
-        run = Run(target.url, work.path, "users", [], str(path), "", max_tokens=work.output_tokens)
-        environment.traffic = Traffic(run, environment)
+    run = Run(target.url, work.path, "users", [], "", "", max_tokens=work.output_tokens)
+    environment.traffic = Traffic(run, jobs, environment)

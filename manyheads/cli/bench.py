@@ -8,12 +8,15 @@ import importlib.util
 import json
 import os
 import shlex
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from manyheads.cli.parser import Parser
 from manyheads.config import ConfigError
+from manyheads.interrupt import ended_as_by_interrupt
 
 MODES = {
     "users": "so many users at once, each asking one question after another (closed loop)",
@@ -55,6 +58,12 @@ def options(parser: Parser) -> None:
         "--workers", type=int, default=0, help="processes that make the load (default: one, without a master)"
     )
     load.add_argument(
+        "--bind", metavar="HOST:PORT", help="wait there for the --workers, which other machines start with --join"
+    )
+    load.add_argument(
+        "--join", metavar="HOST:PORT", help="be a worker of the tests of another machine, until Ctrl-C; nothing else"
+    )
+    load.add_argument(
         "--no-limit", dest="limit", action="store_false", help="do not measure the generator itself first"
     )
     work = parser.add_argument_group("requests")
@@ -78,7 +87,7 @@ def options(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, compare, or open the page; 1 if no request was answered."""
+    """Measure, compare, or open the page; 1 if no request was answered, 130 if Ctrl-C ended it early."""
     missing = [name for name in ("locust", "matplotlib", "psutil") if importlib.util.find_spec(name) is None]
     if missing:  # NOTE: not by importing it: Locust changes the standard library of the process
         raise ConfigError(f"load tests need {', '.join(missing)}: pip install 'manyheads[bench]'")
@@ -90,16 +99,21 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.ui:
         return _ui(args)
+    if args.join:
+        return _join(args)
     from manyheads.bench.findings import findings
     from manyheads.bench.measure import measure
     from manyheads.bench.progress import Progress
     from manyheads.bench.report import write
 
-    result, records = measure(bench_options(args), Progress())
-    page = write(result, records, folder)
+    with ended_as_by_interrupt():
+        result, records = measure(bench_options(args), Progress())
+        page = write(result, records, folder)
     for text in findings(result):
         print(text)
     print(f"report: {page}")
+    if result.interrupted:
+        return 130
     return 0 if result.whole.completed else 1
 
 
@@ -110,7 +124,7 @@ def bench_options(args: argparse.Namespace) -> Any:
         BenchInputError: they make no sense.
     """
     from manyheads.bench.measure import Options
-    from manyheads.bench.plan import BenchInputError
+    from manyheads.bench.plan import BenchInputError, split_address
     from manyheads.bench.prompts import Workload
 
     mode = args.mode or "users"
@@ -126,6 +140,10 @@ def bench_options(args: argparse.Namespace) -> Any:
             raise BenchInputError(f"--{flag} is for `manyheads bench {modes[0]}`, not for {mode}")
     if mode == "trace" and not args.prompts:
         raise BenchInputError("a trace needs --prompts FILE, with `at` on each line")
+    if args.bind and not (args.workers and args.url):
+        raise BenchInputError("--bind needs --workers, the number of processes that will join, and --url")
+    if args.bind:
+        split_address(args.bind)
     if args.url and args.serve:
         raise BenchInputError("--serve is for servers that are started here, not for --url")
     ranges = {"hold": (0, 1e6), "settle": (-1, 1e6), "drain": (0, 1e6), "timeout": (0, 1e6), "ramp": (0, 1e6)}
@@ -168,6 +186,7 @@ def bench_options(args: argparse.Namespace) -> Any:
         api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
         check=args.check,
         workers=args.workers,
+        bind=args.bind,
         timeout=args.timeout,
         drain=args.drain,
         calibrate=args.limit,
@@ -222,6 +241,24 @@ def _settings(args: argparse.Namespace, mode: str, values: dict[str, Any]) -> di
     settings |= {"natural": True} if work.natural else {}
     settings |= {"body": args.body} if work.extra else {}
     return settings | ({"workers": args.workers} if args.workers else {})
+
+
+def _join(args: argparse.Namespace) -> int:
+    """Make load for one test after the other; each has a process of its own."""
+    from manyheads.bench.plan import split_address
+
+    split_address(args.join)
+    if args.api_key:
+        os.environ["MANYHEADS_API_KEY"] = args.api_key
+    print(f"making load for {args.join} (Ctrl-C ends this)", flush=True)
+    while True:
+        process = subprocess.Popen([sys.executable, "-m", "manyheads.bench.generator", "--join", args.join])
+        try:
+            process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+        time.sleep(1.0)
 
 
 def _ui(args: argparse.Namespace) -> int:

@@ -17,9 +17,9 @@ from typing import Any
 
 import msgspec
 
-from manyheads.cli.interrupt import between_steps
 from manyheads.cli.parser import engine_config, sampling_params
 from manyheads.config import ConfigError
+from manyheads.interrupt import between_steps
 from manyheads.request import RequestError, SamplingParams
 
 HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops a reply"

@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import msgspec
 
-from manyheads.cli.interrupt import between_steps
 from manyheads.cli.parser import engine_config, sampling_params
 from manyheads.config import ConfigError
+from manyheads.interrupt import between_steps
 from manyheads.llm import LLM, Job
 from manyheads.request import RequestError, SamplingParams
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+
+from manyheads.bench.calibrate import pieces
 
 
 @dataclass
@@ -25,6 +28,8 @@ class Script:
     usage: bool = True
     finish: str = "length"
     breaks: tuple[str, ...] = ("",)
+    at_once: bool = False
+    """Write good answers as one prepared text, which costs nearly nothing."""
 
 
 class Mock:
@@ -66,6 +71,11 @@ class Mock:
             return plain(writer, 200, {"choices": [{"text": "whole"}]})
         if how == "close":
             return False
+        if script.at_once and not how:
+            await asyncio.sleep(script.ttft)
+            writer.write(whole(script.chunks))
+            await writer.drain()
+            return True
         await until(came + script.ttft)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         send(writer, b": ping\n\n")
@@ -98,6 +108,11 @@ class Mock:
             event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": tokens}}, writer)
         send(writer, b"data: [DONE]\n\n")
         return end(writer)
+
+
+@functools.cache
+def whole(chunks: int) -> bytes:
+    return b"".join(pieces(chunks))
 
 
 async def until(at: float) -> None:

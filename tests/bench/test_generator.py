@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,30 @@ def test_workers(tmp_path: Path) -> None:
     assert {use.worker for use in outcome.uses} == {0, 1}
     assert len({r.sent for r in outcome.records}) == len(outcome.records) > 9
     assert all(r.ok for r in outcome.records)
+
+
+def test_workers_of_other_machines(tmp_path: Path) -> None:
+    """Two processes join by the address alone, and go when the run is over. Their clocks are wrong by 1000 s, which
+    nobody notices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    program = "import runpy, time\nright = time.perf_counter\ntime.perf_counter = lambda: right() + 1000\n"
+    program += "runpy.run_module('manyheads.bench.generator', run_name='__main__')"
+    command = [sys.executable, "-c", program, "--join", address]
+    workers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    try:
+        with running(Script()) as url:
+            outcome = run(tmp_path, url, [Stage(30.0, 1.0)], kind="rate", workers=2, bind=address)
+        assert [worker.wait(20) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert {use.worker for use in outcome.uses} == {0, 1}
+    assert len(outcome.records) > 9
+    assert all(r.ok for r in outcome.records)
+    begin, end = outcome.window(0)
+    assert all(begin - 0.5 < r.sent < end + 0.5 for r in outcome.records)
 
 
 def test_a_generator_that_fails(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from manyheads.bench import plots
 from manyheads.bench import result as results
 from manyheads.bench.compare import compare
 from manyheads.bench.findings import comparison, findings
 from manyheads.bench.plan import BenchInputError
 from manyheads.bench.record import CUT
 from manyheads.bench.report import render, write
-from manyheads.bench.result import Generator
+from manyheads.bench.result import Generator, Memory, Point
 from tests.bench.samples import level, record, result
 
 
@@ -84,8 +85,42 @@ def test_a_generator_at_its_limit_is_told() -> None:
     slow = result()
     slow.levels[2].generator = Generator(0.97, 0.001, None, ["a process of the generator was busy 97% of the time"])
     assert "The load generator was the bottleneck at 4 users" in " ".join(findings(slow))
-    slow.levels[2].generator = Generator(0.2)
+    slow.levels[2].generator = Generator(0.2, 0.003)
     assert "The load generator was not the bottleneck" in " ".join(findings(slow))
+    assert "late by at most 3 ms" in " ".join(findings(slow))
+
+
+def test_no_empty_pictures() -> None:
+    """A single point is drawn as one; without an answer there is no picture of latencies."""
+    one = plots.over_time(result(), "Latency over time", "seconds", {"median latency": [0.1, None]})
+    assert [line.get_marker() for line in one.axes.lines] == ["o"]
+    silent = result(timeline=[Point(0.5, 1.0, 0.0, 0.0, 1.0), Point(1.5, 1.0, 0.0, 0.0, 1.0)])
+    assert "Latency over time" not in render(silent)
+
+
+def test_interrupted() -> None:
+    cut = result(interrupted="at 4 users, which were held for 1 of 9 s")
+    cut.levels[2].interrupted = True
+    assert findings(cut)[0].startswith("The test was interrupted at 4 users, which were held for 1 of 9 s;")
+    assert "4 (interrupted)" in render(cut)
+    assert "one was interrupted at 4 users" in " ".join(comparison([cut, result("two")]))
+
+
+def test_memory_by_part() -> None:
+    """Areas in a fixed order, whatever order the server has, and the totals above them."""
+    parts = {"rest": 2**28, "graphs": 2**27, "kv_cache": 2**30, "heads": 2**26, "weights": 2**29}
+    known = result(memory=[Memory(float(i), 2**31, None, parts) for i in range(3)])
+    plot = plots.memory([known])
+    assert plot is not None
+    _, labels = plot.axes.get_legend_handles_labels()
+    assert sorted(labels) == sorted(["weights", "heads", "K/V cache", "graphs", "rest", "host"])
+    assert [label for label in labels if label != "host"] == ["weights", "heads", "K/V cache", "graphs", "rest"]
+    tops = [area.get_paths()[0].get_extents().y1 for area in plot.axes.collections]
+    assert tops == pytest.approx([sum(list(parts.values())[-i:]) / 2**30 for i in range(1, 6)])
+    assert ">K/V cache</text>" in plot.svg()
+    both = plots.memory([known, result("two")])
+    assert both is not None
+    assert not both.axes.collections  # several runs are lines
 
 
 def test_findings_of_rates() -> None:

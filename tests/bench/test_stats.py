@@ -78,12 +78,12 @@ def test_objectives() -> None:
 
 
 def test_generator_at_its_limit() -> None:
-    calm = [Use(worker, at / 2, 0.5, 0.1, 0.002) for worker in (0, 1) for at in range(20)]
+    calm = [Use(worker, at / 2, 0.5, 0.1, [0.002] * 50) for worker in (0, 1) for at in range(20)]
     assert generator_use(calm, [], (0.0, 10.0)).bound == []
     assert generator_use(calm, [], (0.0, 10.0)).cpu == pytest.approx(0.2)
-    busy = [*calm, *(Use(2, at / 2, 0.5, 0.49, 0.002) for at in range(20))]
+    busy = [*calm, *(Use(2, at / 2, 0.5, 0.49, [0.002] * 50) for at in range(20))]
     assert "busy 98%" in generator_use(busy, [], (0.0, 10.0)).bound[0]
-    late = [Use(0, at / 2, 0.5, 0.1, 0.3) for at in range(20)]
+    late = [Use(0, at / 2, 0.5, 0.1, [0.002] * 40 + [0.3] * 10) for at in range(20)]
     assert "timers were late by 300 ms" in generator_use(late, [], (0.0, 10.0)).bound[0]
     sent_late = [record(1.5, [0.1], due=1.0)]
     assert "sent late by up to 500 ms" in generator_use(calm, sent_late, (0.0, 10.0)).bound[0]
@@ -95,3 +95,10 @@ def test_timeline() -> None:
     assert [p.at for p in points] == [i + 0.5 for i in range(10)]
     assert [p.requests_per_s for p in points] == [2.0] * 10
     assert make_timeline([], 1.0, 1.0) == []
+
+
+def test_tokens_of_the_unfinished() -> None:
+    """What they had brought counts, with as many tokens a chunk as the others brought."""
+    records = [record(0.0, [0.1, 0.2]), Record(sent=0.5, seconds=9.0, chunks=[0.1, 0.2, 0.9], reason=UNFINISHED)]
+    level = make_level(records, (0.0, 1.0), 2.0, "users", OBJECTIVES)
+    assert level.output_tokens_per_s == pytest.approx(4.0 + 4.0)

@@ -1,0 +1,118 @@
+"""`manyheads bench` and signals: what was measured is kept, and no process is left behind."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from manyheads.bench import result
+from tests.bench.mock import Script, running
+
+
+def start(*argv: str) -> subprocess.Popen[str]:
+    """The command, in a session of its own as a terminal would have it."""
+    command = [sys.executable, "-m", "manyheads", "bench", *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"it never said {text!r}")
+
+
+def end(process: subprocess.Popen[str], number: int) -> tuple[int, str, str]:
+    """Send the signal; the exit status and what it said. Nothing that it started may be left."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert started
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert not [child for child in started if child.is_running()]
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "0"), (signal.SIGINT, "2"), (signal.SIGTERM, "0")])
+def test_what_was_measured_is_kept(tmp_path: Path, number: int, workers: str) -> None:
+    """The first load is whole, the second is cut, the third never came; answers under way are no failures."""
+    argv = ["users", "--users", "2,4,6", "--hold", "3", "--settle", "0", "--no-limit", "--output-tokens", "5"]
+    with running(Script(ttft=0.2, gap=0.05)) as url:
+        process = start(*argv, "--workers", workers, "--url", url, "-o", str(tmp_path))
+        wait_for(process, "users: 4")
+        time.sleep(1.5)
+        status, out, err = end(process, number)
+    assert status == 130, err
+    assert "The test was interrupted at 4 users, which were held for" in out
+    found = result.load(tmp_path)
+    assert found.interrupted is not None
+    assert [(level.load, level.interrupted) for level in found.levels] == [(2, False), (4, True)]
+    assert all(level.completed and not level.failed for level in found.levels)
+    assert 0.5 < found.levels[1].seconds < 3
+    assert found.whole.unfinished > 0
+    assert "The test was interrupted at 4 users" in (tmp_path / "report.html").read_text()
+    with open(tmp_path / "levels.csv", newline="") as file:
+        assert [row["interrupted"] for row in csv.DictReader(file)] == ["False", "True"]
+    with open(tmp_path / "requests.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == found.whole.sent
+
+
+def test_workers_that_joined(tmp_path: Path) -> None:
+    """They make the load of one run after the other; Ctrl-C ends them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    argv = ["rate", "--rates", "20,40", "--hold", "2", "--settle", "0", "--output-tokens", "5"]
+    joined = [start("--join", address) for _ in range(2)]
+    try:
+        with running(Script()) as url:
+            process = start(*argv, "--workers", "2", "--bind", address, "--url", url, "-o", str(tmp_path))
+            out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        assert f"waiting for 2 workers: manyheads bench --join {address}" in " ".join(err.split())
+        assert "The load generator was not the bottleneck" in out
+        assert [level.load for level in result.load(tmp_path).levels] == [20, 40]
+        assert result.load(tmp_path).whole.completed > 50
+        for worker in joined:
+            os.killpg(worker.pid, signal.SIGINT)
+            assert worker.communicate(timeout=20)[1] == ""
+            assert worker.returncode == 130
+    finally:
+        for worker in joined:
+            worker.kill()
+            worker.communicate()
+
+
+def test_while_the_last_answers_are_awaited(tmp_path: Path) -> None:
+    """The load was held as it should be; only the answers are missing."""
+    argv = ["rate", "--rates", "20", "--hold", "1", "--settle", "0", "--no-limit"]
+    with running(Script(ttft=0.01, breaks=("", "stall"))) as url:
+        process = start(*argv, "--url", url, "-o", str(tmp_path))
+        wait_for(process, "requests/s: 20")
+        time.sleep(4)
+        status, out, err = end(process, signal.SIGINT)
+    assert status == 130, err
+    assert "at 20 requests/s, while the last answers were awaited" in out
+    (level,) = result.load(tmp_path).levels
+    assert not level.interrupted
+    assert level.completed
+    assert level.unfinished
+
+
+def test_before_anything_was_measured(tmp_path: Path) -> None:
+    """The server that it started is ended, too; there is nothing to report."""
+    process = start("users", "-o", str(tmp_path / "report"))
+    wait_for(process, "starting a server")
+    time.sleep(2)
+    status, _, err = end(process, signal.SIGINT)
+    assert (status, err) == (130, "")
+    assert not (tmp_path / "report").exists()
