@@ -293,7 +293,11 @@ def test_pages_of_any_size(block_size: int) -> None:
     close(made.run(), made.expected())
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    ("_kv_dtype", "seed"),
+    [("auto", seed) for seed in range(12)] + [(name, seed) for name in CODES for seed in range(3)],
+    indirect=["_kv_dtype"],
+)
 def test_random_mixtures(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
 
