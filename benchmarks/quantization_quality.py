@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 from manyheads import LLM, SamplingParams
 from manyheads.attention.base import Group
+from manyheads.attention.cache import KVCache
 from manyheads.attention.torch import TorchAttention
 from manyheads.models.config import ModelConfig
 from manyheads.models.linear import Linear
@@ -69,9 +70,7 @@ def score(model: Llama, tokens: list[int], start: int) -> tuple[Tensor, Tensor]:
     """Log-probability of each token from `start` on, and the most likely one in its place: [n] both, on the CPU."""
     config, n, device = model.config, len(tokens), model.device
     pages = -(-n // PAGE)
-    cache = torch.zeros(
-        (config.num_layers, 2, pages, PAGE, config.num_kv_heads, config.head_dim), dtype=model.dtype, device=device
-    )
+    cache = KVCache.zeros(config, pages, PAGE, model.dtype, device)
     attention = TorchAttention(cache, config, model.rope)
     chain = Group(
         start=0,

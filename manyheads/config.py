@@ -7,6 +7,7 @@ from dataclasses import dataclass
 BUILTIN = "builtin"
 QUANTIZATIONS = ("int8", "fp8", "int4", "bitsandbytes-8bit", "bitsandbytes-4bit")
 """What weights can be quantized to (docs/quantization.md)."""
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 
 
 class ConfigError(ValueError):
@@ -35,6 +36,8 @@ class EngineConfig:
     quantization: str | None = None
     """Bits of the weights: one of `QUANTIZATIONS`, for the model and its heads; None or `none` leaves them as they
     come. A checkpoint that is quantized already needs nothing here."""
+    kv_cache_dtype: str = "auto"
+    """`auto` (as `dtype`), or 8 bits: `fp8` or `int8`, with a scale per token, layer and kv head."""
     device: str = "auto"
     max_model_len: int | None = None
     """Longest sequence, prompt and output together, in tokens; None takes the checkpoint's."""
@@ -77,6 +80,8 @@ class EngineConfig:
             raise ConfigError(f"tree_size must be between 1 and 64, not {self.tree_size}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(f"kv_cache_dtype must be {', '.join(KV_CACHE_DTYPES)}, not {self.kv_cache_dtype!r}")
         if self.quantization not in (None, "none", *QUANTIZATIONS):
             known = ", ".join(("none", *QUANTIZATIONS))
             raise ConfigError(f"quantization must be one of {known}, not {self.quantization!r}")

@@ -234,6 +234,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     dtype: str
     quantization: str | None = None
     """What the weights are rounded to, if anything."""
+    kv_cache_dtype: str = "auto"
     device: str
     num_blocks: int
     block_size: int

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import Group
+from manyheads.attention.cache import KVCache
 from manyheads.attention.torch import TorchAttention
 from manyheads.medusa.tree import TreeTensors
 from manyheads.models.llama import Llama
@@ -16,7 +17,7 @@ def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None)
     """[T] → [T, hidden]; the tokens are a chain if no tree says otherwise."""
     config, n = model.config, len(tokens)
     pages = -(-n // 16)
-    cache = torch.zeros(config.num_layers, 2, pages, 16, config.num_kv_heads, config.head_dim, dtype=model.dtype)
+    cache = KVCache.zeros(config, pages, 16, model.dtype, torch.device("cpu"))
     attention = TorchAttention(cache, config, model.rope)
     group = Group(
         start=0,

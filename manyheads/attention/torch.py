@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.attention.base import Group
+from manyheads.attention.cache import KVCache, Plane
 from manyheads.models.config import ModelConfig
 from manyheads.models.ops import rms_norm
 
@@ -34,21 +35,19 @@ class TorchAttention:
     Query heads that share a K/V head are folded into the query axis, so grouped-query attention copies no K/V.
 
     Args:
-        cache: [layers, 2, pages, page size, kv_heads, head_dim], keys at 0 and values at 1.
+        cache: of all layers.
         config: of the model.
         rope: cos and signed sin, [positions, 1, head_dim].
     """
 
-    def __init__(self, cache: Tensor, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, cache: KVCache, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> None:
         self.cache, self.rope = cache, rope
-        self.block_size, self.num_kv_heads, self.head_dim = cache.shape[3:]
+        self.block_size, self.num_kv_heads, self.head_dim = cache.data.shape[3:]
         self.num_heads, self.eps = config.num_heads, config.rms_norm_eps
         self.queries_per_kv = config.num_heads // config.num_kv_heads
-        # each layer's keys and values, as pages and as slots: views, made once
-        self._pages = [layer.unbind(0) for layer in cache]
-        self._flat = [layer.flatten(1, 2).unbind(0) for layer in cache]
+        self._layers = cache.layers()
         self._parts: list[_Part] = []
-        self._slots = cache.new_empty(0, dtype=torch.int64)
+        self._slots = torch.empty(0, dtype=torch.int64, device=cache.device)
         self._cos, self._sin = rope
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
@@ -114,7 +113,7 @@ class TorchAttention:
 
     def _mask(self, hidden: Tensor) -> Tensor:
         """[R, n, L] bool to what is added to scores, for all query heads of a K/V head."""
-        mask = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=hidden.device)
+        mask = torch.zeros(hidden.shape, dtype=self._cos.dtype, device=hidden.device)
         return mask.masked_fill_(hidden, float("-inf")).repeat_interleave(self.queries_per_kv, dim=1)[:, None]
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
@@ -127,20 +126,20 @@ class TorchAttention:
             qk = torch.cat((q, k), dim=1)
         # sin is signed: x · cos + rotate_half(x) · sin, without the negation
         qk = torch.addcmul(qk * self._cos, qk.roll(self.head_dim // 2, dims=-1), self._sin)
-        keys, values = self._flat[layer]
-        keys.index_copy_(0, self._slots, qk[:, self.num_heads :])
-        values.index_copy_(0, self._slots, qkv[:, num_rotated:])
+        keys, values = self._layers[layer]
+        keys.write(self._slots, qk[:, self.num_heads :])
+        values.write(self._slots, qkv[:, num_rotated:])
         outputs = [self._attend(layer, part, qk) for part in self._parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend(self, layer: int, part: _Part, qk: Tensor) -> Tensor:
         rows, tokens, kv_heads, dim = part.num_rows, part.num_tokens, self.num_kv_heads, self.head_dim
-        if part.span is None:
-            keys, values = (pages.index_select(0, part.pages) for pages in self._pages[layer])
-        else:
-            low, high = part.span
-            keys, values = (slots[low:high] for slots in self._flat[layer])
-        keys, values = (x.view(rows, -1, kv_heads, dim).transpose(1, 2) for x in (keys, values))
+
+        def read(plane: Plane) -> Tensor:
+            found = plane.pages(part.pages, qk.dtype) if part.span is None else plane.span(*part.span, qk.dtype)
+            return found.view(rows, -1, kv_heads, dim).transpose(1, 2)
+
+        keys, values = (read(plane) for plane in self._layers[layer])
         queries = qk[part.start : part.stop, : self.num_heads]
         if part.place is not None:
             padded = queries.new_zeros(rows * tokens, self.num_heads, dim)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import Group
+from manyheads.attention.cache import KVCache
 from manyheads.kernels.attention import choose_splits, tile_sizes, tree_attention
 from manyheads.kernels.fused import rope_store
 from manyheads.models.config import ModelConfig
@@ -33,14 +34,14 @@ class TritonAttention:
     Args: as `TorchAttention`'s.
     """
 
-    def __init__(self, cache: Tensor, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, cache: KVCache, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> None:
         self.cache, self.rope, self.device = cache, rope, cache.device
         self.num_heads, self.num_kv_heads, self.eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
-        self._layers = [layer.unbind(0) for layer in cache]  # keys and values, [pages, page size, kv_heads, head_dim]
+        self._layers = cache.layers()
         on_gpu = self.device.type == "cuda"  # else Triton's interpreter
         self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
         self._calls: list[_Call] = []
-        self._positions = self._slots = cache.new_empty(0, dtype=torch.int64)
+        self._positions = self._slots = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         self._positions, self._slots = positions, slots
@@ -70,20 +71,34 @@ class TritonAttention:
         keys, values = self._layers[layer]
         cos, sin = self.rope
         q = rope_store(
-            qkv, cos, sin, self._positions, self._slots, keys, values, self.num_heads, q_norm, k_norm, self.eps
+            qkv,
+            cos,
+            sin,
+            self._positions,
+            self._slots,
+            keys.data,
+            values.data,
+            self.num_heads,
+            q_norm,
+            k_norm,
+            self.eps,
+            keys.scale,
+            values.scale,
         )
         out = torch.empty_like(q)
         for call in self._calls:
             tree_attention(
                 q[call.tokens],
-                keys,
-                values,
+                keys.data,
+                values.data,
                 call.row_start,
                 call.cached_len,
                 call.block_table,
                 call.mask,
                 max_nodes=call.max_nodes,
                 num_splits=call.num_splits,
+                k_scale=keys.scale,
+                v_scale=values.scale,
                 out=out[call.tokens],
             )
         return out.flatten(1)

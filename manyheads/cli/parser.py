@@ -34,6 +34,7 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
         "round the weights of model and heads to fewer bits: int8, fp8, int4, bitsandbytes-8bit or bitsandbytes-4bit "
         "(default: as they come; quantized checkpoints are known by themselves)",
     ),
+    "kv_cache_dtype": (str, "auto (as --dtype), or 8 bits for twice as many tokens: fp8 or int8"),
     "device": (str, "where the model runs"),
     "max_model_len": (int, "longest sequence in tokens, prompt and output together (default: the checkpoint's)"),
     "max_num_seqs": (int, "most requests that run at once (default: 64 on a CPU, 256 on a GPU)"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from manyheads.attention.cache import CODES
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.engine import Engine
@@ -81,6 +82,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         max_len=max_model_len,
         num_blocks=num_blocks,
         block_size=config.block_size,
+        kv_dtype=shape.kv_dtype,
     )
     planner = Planner(prior, config.tree_size, MIN_GAIN if device.type == "cpu" else 1.04)
     if runner.prompt_graphs is not None:
@@ -106,6 +108,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         num_heads=heads.num_heads if heads else 0,
         dtype=str(dtype).removeprefix("torch."),
         quantization=scheme,
+        kv_cache_dtype=config.kv_cache_dtype,
         device=str(device),
         num_blocks=num_blocks - 1,
         block_size=config.block_size,
@@ -136,6 +139,13 @@ def _dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dt
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _kv_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Of the K/V cache; None is the model's."""
+    if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(f"kv_cache_dtype=fp8: {torch.cuda.get_device_name(device)} has no fp8; int8 takes as little")
+    return CODES.get(name)
 
 
 def _prior(accuracy: list[list[float]] | None, num_heads: int, ranks: int) -> list[list[float]]:
@@ -169,6 +179,7 @@ def _shape(
         block_size=config.block_size,
         tree_size=config.tree_size,
         quantization=scheme,
+        kv_dtype=_kv_dtype(config.kv_cache_dtype, device),
     )
 
 

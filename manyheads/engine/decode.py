@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manyheads.attention.cache import KVCache
 from manyheads.engine.state import RowState
 from manyheads.medusa.planner import SIZES
 from manyheads.medusa.tree import TreeTensors
@@ -148,11 +149,8 @@ def verify(trees: Trees, target: Tensor, accepted: Tensor | None = None) -> Verd
     return longest_path(trees.node_tokens, every, accepted & trees.taken, trees.tree, lossy=True)
 
 
-def advance(state: RowState, cache: Tensor, trees: Trees, verdict: Verdict) -> Tensor:
+def advance(state: RowState, cache: KVCache, trees: Trees, verdict: Verdict) -> Tensor:
     """Keep what was accepted: its K/V go to the end of the row's prefix, the row moves on.
-
-    Args:
-        cache: [layers, 2, pages, page size, kv_heads, head_dim].
 
     Returns:
         [R, 3 + 2 · (D + 1) + H · K] int64 for the host: tokens gained, tokens brought, depth of the deepest, which
@@ -178,7 +176,7 @@ def last_token(trees: Trees, verdict: Verdict) -> Tensor:
     return trees.place.gather(1, verdict.last[:, None])[:, 0]
 
 
-def settle(state: RowState, cache: Tensor, trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
+def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
     """Keep what the target drew: `verify`, `advance` and `last_token` for rows without a lossy rule.
 
     The dummy row stays where it is, however often it stands among the rows.
@@ -196,7 +194,7 @@ def settle(state: RowState, cache: Tensor, trees: Trees, target: Tensor) -> tupl
     return report, last_token(trees, verdict)
 
 
-def _compact(cache: Tensor, trees: Trees, verdict: Verdict) -> None:
+def _compact(cache: KVCache, trees: Trees, verdict: Verdict) -> None:
     """Move the K/V of an accepted path's nodes to the first slots of the row's in-flight tokens."""
     path = trees.rank.gather(1, verdict.path)  # places, which are never smaller than depths
     if has_kernels(cache.device):
@@ -209,5 +207,4 @@ def _compact(cache: Tensor, trees: Trees, verdict: Verdict) -> None:
     if bool(moved.any()):
         source = trees.row_slots.gather(1, path)[moved]
         destination = trees.row_slots[:, : depth.numel()][moved]
-        flat = cache.flatten(2, 3)
-        flat[:, :, destination] = flat[:, :, source]
+        cache.move(source, destination)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from manyheads.attention.cache import KVCache
 from manyheads.config import ConfigError
 from manyheads.engine import prompt_graphs
 from manyheads.engine.graphs import ROWS, TREE_ROWS, padded_rows
@@ -90,7 +91,7 @@ class Shape:
     model: ModelConfig
     heads: HeadsShape | None
     dtype: torch.dtype
-    """Of activations and K/V."""
+    """Of activations."""
     device: torch.device
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -98,6 +99,8 @@ class Shape:
     block_size: int
     tree_size: int | None = None
     quantization: str | None = None
+    kv_dtype: torch.dtype | None = None
+    """Of K/V, one of `attention.cache.CODES`; None is that of activations."""
 
     @property
     def num_drawn(self) -> int:
@@ -112,15 +115,19 @@ class Shape:
     @property
     def page_bytes(self) -> int:
         """A page of the K/V cache, all layers."""
-        model = self.model
-        return 2 * model.num_layers * model.num_kv_heads * model.head_dim * self.dtype.itemsize * self.block_size
+        return self._page_bytes(self.kv_dtype or self.dtype)
+
+    def _page_bytes(self, dtype: torch.dtype) -> int:
+        return KVCache.zeros(self.model, 1, self.block_size, dtype, torch.device("meta")).nbytes
 
     @property
     def page_cost(self) -> int:
         """What a page takes in the end. Without the kernels, attention gathers one layer's pages of the rows in a step,
-        padded to twice their length at most."""
-        gathered = 0 if has_kernels(self.device) else 2 * self.page_bytes // self.model.num_layers
-        return self.page_bytes + gathered
+        padded to twice their length at most, and widens codes."""
+        if has_kernels(self.device):
+            return self.page_bytes
+        gathered = self.page_bytes + (self._page_bytes(self.dtype) if self.kv_dtype is not None else 0)
+        return self.page_bytes + 2 * gathered // self.model.num_layers
 
     def parts(self) -> Parts:
         """Everything beside the K/V cache."""

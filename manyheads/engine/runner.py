@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Group
+from manyheads.attention.cache import KVCache
 from manyheads.attention.torch import TorchAttention
 from manyheads.engine.decode import InFlight, Trees, advance, chain, expand, gain_sizes, last_token, settle, verify
 from manyheads.engine.graphs import Recorder, StepGraphs
@@ -85,6 +86,7 @@ class Runner:
         num_rows: most requests at once.
         max_len: longest sequence, in tokens.
         num_blocks, block_size: shape of the K/V cache; page 0 is the dummy page.
+        kv_dtype: of the K/V cache, one of `attention.cache.CODES` or the model's; None is the model's.
     """
 
     def __init__(
@@ -96,14 +98,14 @@ class Runner:
         max_len: int,
         num_blocks: int,
         block_size: int,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.heads = model, heads
         self.device, self.block_size = model.device, block_size
         config = model.config
         self.num_ranks = min(NUM_RANKS, heads.num_tokens if heads else config.vocab_size)
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.max_len = max_len
-        self.cache = torch.zeros(shape, dtype=model.dtype, device=self.device)
+        self.cache = KVCache.zeros(config, num_blocks, block_size, kv_dtype or model.dtype, self.device)
         self.attention = _attention(self.cache, model)
         num_heads = heads.num_heads if heads else 0
         self.state = RowState(num_rows, max_len, block_size, num_heads, self.num_ranks, config.vocab_size, self.device)
@@ -304,7 +306,7 @@ class Runner:
         self.state.output_count.index_put_(at, counted.to(torch.int32), accumulate=True)
 
 
-def _attention(cache: Tensor, model: Llama) -> AttentionBackend:
+def _attention(cache: KVCache, model: Llama) -> AttentionBackend:
     if has_kernels(cache.device):
         from manyheads.attention.triton import TritonAttention
 

@@ -23,6 +23,9 @@ MIN_SPLIT_LEN = 128
 """Positions; below this, the combining costs more than the splitting gains."""
 
 _LOG2_E = 1.4426950408889634
+_UNIT = tl.constexpr(64.0)
+"""Weights times the scales of codes are far below 1, where halves have few bits left: so many times as large, they are
+almost as large as values are, and never larger."""
 
 
 def choose_splits(num_rows: int, num_kv_heads: int, num_m_tiles: int, max_len: int, num_sms: int) -> int:
@@ -64,6 +67,8 @@ def tree_attention(
     *,
     max_nodes: int,
     num_splits: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     out: Tensor | None = None,
     scratch: Tensor | None = None,
 ) -> Tensor:
@@ -82,6 +87,8 @@ def tree_attention(
         max_nodes: tokens of the longest row, or more. Programs past a row's nodes end at once, but are started: rows of
             very different lengths are better given to two calls.
         num_splits: programs that share a row's positions; above 1, their results meet in scratch.
+        k_scale, v_scale: [pages, page size, KV] float32, any strides; both or neither: the cache is of codes, to be
+            multiplied with these (`attention.cache`).
         out: [T, H, d], written to and returned.
         scratch: float32, contiguous, at least `scratch_numel` elements.
 
@@ -118,6 +125,8 @@ def tree_attention(
         cached_len,
         block_table,
         mask,
+        q if k_scale is None else k_scale,  # without codes they are never read
+        q if v_scale is None else v_scale,
         num_tokens,
         num_splits,
         head_dim**-0.5 * _LOG2_E,
@@ -131,6 +140,8 @@ def tree_attention(
         v_pages.stride(0),
         v_pages.stride(1),
         v_pages.stride(2),
+        *(k_scale.stride() if k_scale is not None else (0, 0, 0)),
+        *(v_scale.stride() if v_scale is not None else (0, 0, 0)),
         block_table.stride(0),
         NUM_HEADS=num_heads,
         QUERIES_PER_KV=queries_per_kv,
@@ -139,6 +150,7 @@ def tree_attention(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         SPLIT=split,
+        QUANTIZED=k_scale is not None,
         num_warps=num_warps,
         num_stages=num_stages,
         **dependent(q.device),
@@ -193,8 +205,15 @@ def _attend_block(
     stride_k_slot,
     stride_v_page,
     stride_v_slot,
+    k_scale_base,
+    v_scale_base,
+    stride_k_scale_page,
+    stride_k_scale_slot,
+    stride_v_scale_page,
+    stride_v_scale_slot,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     IN_FLIGHT: tl.constexpr,
 ):
     """Online softmax over one block of positions; all of them are visible unless IN_FLIGHT.
@@ -216,8 +235,20 @@ def _attend_block(
         page = tl.load(table + pos // PAGE_SIZE).to(tl.int64)
         k = tl.load(k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :])
         v = tl.load(v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :])
+    if QUANTIZED:
+        # codes are multiplied as they are, the scales of positions go to the scores and to the weights
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        k_scale_at = k_scale_base + page * stride_k_scale_page + slot * stride_k_scale_slot
+        v_scale_at = v_scale_base + page * stride_v_scale_page + slot * stride_v_scale_slot
+        if IN_FLIGHT:
+            k_scale = tl.load(k_scale_at, mask=inside, other=0.0)
+            v_scale = tl.load(v_scale_at, mask=inside, other=0.0)
+        else:
+            k_scale, v_scale = tl.load(k_scale_at), tl.load(v_scale_at)
     # ieee: says nothing to halves, and keeps float32 from being rounded to tf32
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if QUANTIZED:
+        scores *= k_scale[None, :]
     if IN_FLIGHT:
         other = pos - cached  # node at this position; negative in the prefix
         # a shift by less than 0 or more than 63 is undefined; an arithmetic shift of bit 63 copies it, so keep one bit
@@ -232,6 +263,8 @@ def _attend_block(
     p = tl.exp2(scores - shift[:, None])
     alpha = tl.exp2(m - shift)
     denom = denom * alpha + tl.sum(p, 1)
+    if QUANTIZED:
+        p *= v_scale[None, :] * _UNIT
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_new, denom, acc
 
@@ -251,6 +284,8 @@ def _attend_kernel(
     cached_len,
     block_table,
     token_mask,
+    k_scale_ptr,
+    v_scale_ptr,
     num_tokens,
     num_splits,
     scale,
@@ -264,6 +299,12 @@ def _attend_kernel(
     stride_v_page,
     stride_v_slot,
     stride_v_head,
+    stride_k_scale_page,
+    stride_k_scale_slot,
+    stride_k_scale_head,
+    stride_v_scale_page,
+    stride_v_scale_slot,
+    stride_v_scale_head,
     stride_table,
     NUM_HEADS: tl.constexpr,
     QUERIES_PER_KV: tl.constexpr,
@@ -272,6 +313,7 @@ def _attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: a tile of a row's queries, one kv head, one share of the positions."""
@@ -315,6 +357,8 @@ def _attend_kernel(
 
     k_base = k_ptr + kv_head * stride_k_head
     v_base = v_ptr + kv_head * stride_v_head
+    k_scale_base = k_scale_ptr + kv_head * stride_k_scale_head
+    v_scale_base = v_scale_ptr + kv_head * stride_v_scale_head
     table = block_table + row * stride_table
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_M,), tl.float32)
@@ -323,14 +367,20 @@ def _attend_kernel(
     for start in range(low, unmasked, BLOCK_N):
         m, denom, acc = _attend_block(
             q, k_base, v_base, table, start + offset, node, mask, cached, end, m, denom, acc, scale,
-            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, PAGE_SIZE, HEAD_DIM, False,
+            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
+            stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
+            PAGE_SIZE, HEAD_DIM, QUANTIZED, False,
         )  # fmt: skip
     for start in range(unmasked, high, BLOCK_N):
         m, denom, acc = _attend_block(
             q, k_base, v_base, table, start + offset, node, mask, cached, end, m, denom, acc, scale,
-            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, PAGE_SIZE, HEAD_DIM, True,
+            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
+            stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
+            PAGE_SIZE, HEAD_DIM, QUANTIZED, True,
         )  # fmt: skip
 
+    if QUANTIZED:
+        acc *= 1 / _UNIT
     if SPLIT:
         # partial: acc [splits, T, H, d], then m [splits, T, H], then denom [splits, T, H]
         index = (split * num_tokens.to(tl.int64) + token) * NUM_HEADS + head

@@ -6,36 +6,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.attention.cache import KVCache, as_bytes
 from manyheads.kernels.launch import begin, dependent
 
 _BLOCK = 1024
 
 
-def compact(cache: Tensor, slots: Tensor, path: Tensor, num_accepted: Tensor) -> None:
+def compact(cache: KVCache, slots: Tensor, path: Tensor, num_accepted: Tensor) -> None:
     """Copy the K/V at slots[r, path[r, d]] to slots[r, d] for every accepted depth d, in all layers.
 
     A node's index is never smaller than its depth, so going down the path never overwrites what is still to be moved.
 
     Args:
-        cache: [layers, 2, pages, page size, kv_heads, head_dim], contiguous.
         slots: [R, n] int64.
         path: [R, D + 1] int64, nodes by depth.
         num_accepted: [R] int64.
     """
     rows, width = path.shape
-    entry = cache.shape[4] * cache.shape[5]  # elements of one slot
-    grid = (rows, cache.shape[0] * 2, -(-entry // _BLOCK))
+    data, scale = as_bytes(cache.data), cache.scale
+    num_heads, head_dim = data.shape[4:]
+    entry = num_heads * head_dim  # elements of one slot
+    grid = (rows, data.shape[0] * 2, -(-entry // _BLOCK))
     _compact_kernel[grid](
-        cache,
+        data,
+        data if scale is None else scale,  # without scales it is never read
         slots,
         path,
         num_accepted,
-        cache.stride(1),
+        data.stride(1),
+        0 if scale is None else scale.stride(1),
         slots.stride(0),
         path.stride(0),
         entry,
+        num_heads,
         WIDTH=width,
         BLOCK=_BLOCK,
+        BLOCK_HEADS=0 if scale is None else triton.next_power_of_2(num_heads),
         num_warps=4,
         **dependent(cache.device),
     )
@@ -43,24 +49,32 @@ def compact(cache: Tensor, slots: Tensor, path: Tensor, num_accepted: Tensor) ->
 
 @triton.jit
 def _compact_kernel(
-    cache,
+    data,
+    scale,
     slots,
     path,
     num_accepted,
-    stride_plane,
+    stride_data,
+    stride_scale,
     stride_slots,
     stride_path,
     entry,
+    num_heads,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a row, a layer's keys or values, a part of each slot."""
+    """One program: a row, a layer's keys or values, a part of each slot; the first part's moves the scales too."""
     begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    plane = cache + tl.program_id(1).to(tl.int64) * stride_plane
+    plane = data + tl.program_id(1).to(tl.int64) * stride_data
     element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = element < entry
+    if BLOCK_HEADS > 0:
+        scale += tl.program_id(1).to(tl.int64) * stride_scale
+        head = tl.arange(0, BLOCK_HEADS)
+        has_scale = (head < num_heads) & (tl.program_id(2) == 0)
     accepted = tl.load(num_accepted + row)
     for depth in range(1, WIDTH):
         node = tl.load(path + row * stride_path + depth)
@@ -69,3 +83,6 @@ def _compact_kernel(
             destination = tl.load(slots + row * stride_slots + depth)
             value = tl.load(plane + source * entry + element, mask=inside)
             tl.store(plane + destination * entry + element, value, mask=inside)
+            if BLOCK_HEADS > 0:
+                moved = tl.load(scale + source * num_heads + head, mask=has_scale)
+                tl.store(scale + destination * num_heads + head, moved, mask=has_scale)

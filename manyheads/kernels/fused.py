@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.attention.cache import LARGEST, SMALLEST
 from manyheads.kernels.launch import begin, dependent
 
 _HEADS_A_PROGRAM = 8
@@ -83,6 +84,8 @@ def rope_store(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Norms (if there are weights) and rotates q and k, and writes k and v to the cache.
 
@@ -94,6 +97,8 @@ def rope_store(
         k_pages, v_pages: [pages, page size, KV, d], one layer of the cache; any strides, the last dimension contiguous.
         num_heads: H.
         q_weight, k_weight: [d], both or neither: per-head RMS norms before the rotation (Qwen3).
+        k_scale, v_scale: [pages, page size, KV] float32, the last dimension contiguous; both or neither: the cache is
+            of codes (`attention.cache`), and these are written beside them.
 
     Returns:
         [T, H, d], the rotated q.
@@ -114,6 +119,8 @@ def rope_store(
         v_pages,
         q_weight if has_norm else cos,  # without norms they are never read
         k_weight if has_norm else cos,
+        cos if k_scale is None else k_scale,  # nor these without codes
+        cos if v_scale is None else v_scale,
         eps,
         qkv.stride(0),
         cos.stride(0),
@@ -123,6 +130,10 @@ def rope_store(
         v_pages.stride(0),
         v_pages.stride(1),
         v_pages.stride(2),
+        0 if k_scale is None else k_scale.stride(0),
+        0 if k_scale is None else k_scale.stride(1),
+        0 if v_scale is None else v_scale.stride(0),
+        0 if v_scale is None else v_scale.stride(1),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
@@ -130,6 +141,9 @@ def rope_store(
         BLOCK_HEADS=_HEADS_A_PROGRAM,
         PAGE_SIZE=page_size,
         HAS_NORM=has_norm,
+        MOST=LARGEST.get(k_pages.dtype, 0.0),
+        IS_INT8=k_pages.dtype == torch.int8,
+        SMALLEST=SMALLEST,
         num_warps=4,
         **dependent(qkv.device),
     )
@@ -221,6 +235,8 @@ def _rope_store_kernel(
     v_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     eps,
     stride_qkv,
     stride_cos,
@@ -230,6 +246,10 @@ def _rope_store_kernel(
     stride_v_page,
     stride_v_slot,
     stride_v_head,
+    stride_k_scale_page,
+    stride_k_scale_slot,
+    stride_v_scale_page,
+    stride_v_scale_slot,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -237,6 +257,9 @@ def _rope_store_kernel(
     BLOCK_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    MOST: tl.constexpr,  # largest code; 0: the cache is not of codes
+    IS_INT8: tl.constexpr,
+    SMALLEST: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: one token, a block of its heads; q, k and v heads may meet in one block."""
@@ -273,10 +296,25 @@ def _rope_store_kernel(
     slot = tl.load(slots + token)
     page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE  # 64 bits: a cache has more than 2^31 elements
     k_at = k_ptr + page * stride_k_page + offset * stride_k_slot + (head - NUM_HEADS)[:, None] * stride_k_head
-    tl.store(k_at + dim[None, :], result, mask=is_k[:, None] & in_dim[None, :])
     v_head = head - NUM_HEADS - NUM_KV_HEADS
     v_at = v_ptr + page * stride_v_page + offset * stride_v_slot + v_head[:, None] * stride_v_head
-    tl.store(v_at + dim[None, :], raw, mask=is_v[:, None] & in_dim[None, :])
+    if MOST > 0:
+        wide = tl.where(is_v[:, None], raw, result).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(wide), 1), SMALLEST) / MOST
+        codes = wide / scale[:, None]
+        # a division may round up, and not every conversion saturates
+        codes = tl.minimum(tl.maximum(tl.floor(codes + 0.5) if IS_INT8 else codes, -MOST), MOST)
+        k_new = codes.to(k_ptr.dtype.element_ty)
+        v_new = k_new
+        k_scale_at = k_scale_ptr + page * stride_k_scale_page + offset * stride_k_scale_slot + head - NUM_HEADS
+        v_scale_at = v_scale_ptr + page * stride_v_scale_page + offset * stride_v_scale_slot + v_head
+        tl.store(k_scale_at, scale, mask=is_k)
+        tl.store(v_scale_at, scale, mask=is_v)
+    else:
+        k_new = result
+        v_new = raw
+    tl.store(k_at + dim[None, :], k_new, mask=is_k[:, None] & in_dim[None, :])
+    tl.store(v_at + dim[None, :], v_new, mask=is_v[:, None] & in_dim[None, :])
 
 
 @triton.jit

@@ -7,17 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.attention.cache import KVCache
 from manyheads.engine.decode import Trees
 from manyheads.engine.state import RowState
 from manyheads.kernels.compact import compact
 from manyheads.kernels.launch import begin, dependent
 
 
-def settle(state: RowState, cache: Tensor, trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
+def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
     """As `engine.decode.settle`.
 
     Args:
-        cache: [layers, 2, pages, page size, kv_heads, head_dim], contiguous.
         target: [T] int64, contiguous.
     """
     tree, index = trees.tree, trees.inflight.index

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Group
+from manyheads.attention.cache import CODES, KVCache, quantize
 from manyheads.attention.torch import TorchAttention
 from manyheads.medusa.tree import ROOT, Tree, grow, tree_tensors
 from manyheads.models.config import ModelConfig
@@ -21,6 +22,13 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 DIM, EPS, POSITIONS = 16, 1e-3, 600
 backend_class: type[TorchAttention] = TorchAttention
+kv_dtype = torch.float32
+
+
+@pytest.fixture(autouse=True, params=["auto", *CODES])
+def _kv_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs every test with each kind of cache."""
+    monkeypatch.setattr(f"{__name__}.kv_dtype", CODES.get(request.param, torch.float32))
 
 
 @pytest.fixture(autouse=True, params=["torch", "triton"])
@@ -86,7 +94,7 @@ class Step:
     groups: list[Group]  # of these rows
     positions: Tensor
     slots: Tensor
-    cache: Tensor  # before the step
+    cache: KVCache  # before the step
     q: Tensor
     k: Tensor
     v: Tensor
@@ -110,10 +118,16 @@ class Step:
         return rotated(q, self.positions, self.backend.rope), rotated(k, self.positions, self.backend.rope)
 
     def expected(self, layer: int = 1) -> Tensor:
-        """Token by token in float64, over the tokens that it may see and nothing else."""
-        keys, values = self.cache[layer].double().flatten(1, 2)  # [slots, kv_heads, d]
-        block_size, per_kv = self.cache.shape[3], self.q.shape[1] // self.k.shape[1]
+        """Token by token in float64, over the tokens that it may see and nothing else.
+
+        To be called after the step: a cache in 8 bits says what its K/V have become.
+        """
+        keys, values = wide(self.cache)[layer].flatten(1, 2)  # [slots, kv_heads, d]
+        block_size, per_kv = self.cache.data.shape[3], self.q.shape[1] // self.k.shape[1]
         queries, new = self.prepared()
+        new_values = self.v.double()
+        if self.cache.scale is not None:
+            new, new_values = wide(self.backend.cache)[layer].flatten(1, 2)[:, self.slots]
         out = torch.zeros(self.q.shape, dtype=torch.float64)
         first = 0
         for part, group in zip(self.rows, self.groups, strict=True):
@@ -126,11 +140,16 @@ class Step:
                     seen = [first + j for j in above]
                     for h in range(self.q.shape[1]):
                         k = torch.cat((keys[prefix, h // per_kv], new[seen, h // per_kv]))
-                        v = torch.cat((values[prefix, h // per_kv], self.v[seen, h // per_kv].double()))
+                        v = torch.cat((values[prefix, h // per_kv], new_values[seen, h // per_kv]))
                         scores = k @ queries[first + i, h] / math.sqrt(self.q.shape[2])
                         out[first + i, h] = torch.softmax(scores, 0) @ v
                 first += tree.num_nodes
         return out
+
+
+def wide(cache: KVCache) -> Tensor:
+    """[layers, 2, pages, page size, kv_heads, d] float64, what a cache stands for."""
+    return cache.data.double() * (1 if cache.scale is None else cache.scale.double()[..., None])
 
 
 def rotated(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -190,7 +209,9 @@ def step(
     random = torch.Generator().manual_seed(seed)
     lengths = [c + tree.num_nodes for part in rows for tree, c in zip(part.trees, part.cached, strict=True)]
     num_pages = 1 + sum(-(-length // block_size) for length in lengths) + 3
-    cache = torch.randn(2, 2, num_pages, block_size, kv_heads, DIM, generator=random) * 3
+    garbage = torch.randn(2, 2, num_pages, block_size, kv_heads, DIM, generator=random) * 3
+    data, scale = (garbage, None) if kv_dtype == torch.float32 else quantize(garbage, kv_dtype)
+    cache, before = KVCache(data, scale), KVCache(data.clone(), None if scale is None else scale.clone())
     free = (1 + torch.randperm(num_pages - 1, generator=random)).tolist()
     width = -(-max(lengths) // block_size) + slack
     groups, positions, slots, start = [], [], [], 0
@@ -207,7 +228,7 @@ def step(
     q, k, v = (torch.randn(start, h, DIM, generator=random) for h in (heads, kv_heads, kv_heads))
     weights = (torch.randn(DIM, generator=random) + 1, torch.randn(DIM, generator=random) + 1) if norms else None
     backend = backend_class(cache, model_config(heads, kv_heads), rope or no_rotation())
-    return Step(backend, rows, groups, torch.tensor(positions), torch.tensor(slots), cache.clone(), q, k, v, weights)
+    return Step(backend, rows, groups, torch.tensor(positions), torch.tensor(slots), before, q, k, v, weights)
 
 
 def random_tree(seed: int) -> Tree:
@@ -221,7 +242,15 @@ NINE = Tree(((), (0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
+    assert found.shape == wanted.shape
     torch.testing.assert_close(found.double(), wanted.double(), atol=1e-5, rtol=1e-5)
+
+
+def as_kept(found: Tensor, wanted: Tensor) -> None:
+    """Entries of the cache [..., d] are those that were to be written, as near as its type holds them."""
+    most = wanted.abs().amax(-1, keepdim=True)
+    step = {torch.float32: 1e-6 * most, torch.int8: most / 127, torch.float8_e4m3fn: wanted.abs() / 8 + most / 2**18}
+    assert bool(((found - wanted).abs() <= 0.501 * step[kv_dtype]).all())
 
 
 CASES = {
@@ -264,7 +293,11 @@ def test_pages_of_any_size(block_size: int) -> None:
     close(made.run(), made.expected())
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    ("_kv_dtype", "seed"),
+    [("auto", seed) for seed in range(12)] + [(name, seed) for name in CODES for seed in range(3)],
+    indirect=["_kv_dtype"],
+)
 def test_random_mixtures(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
 
@@ -291,18 +324,18 @@ def test_queries_and_keys_are_normed_and_rotated_by_their_position(case: str, no
     before = made.q.clone(), made.k.clone()
     close(made.run(), made.expected())
     assert torch.equal(made.q, before[0])
-    keys = made.backend.cache[1, 0].flatten(0, 1)[made.slots]
-    close(keys, made.prepared()[1])
-    assert not torch.allclose(keys, made.k)
+    keys = wide(made.backend.cache)[1, 0].flatten(0, 1)[made.slots]
+    as_kept(keys, made.prepared()[1])
+    assert not torch.allclose(keys, made.k.double(), rtol=0.1, atol=0.1)
 
 
 def test_keys_and_values_are_written_to_their_slots_of_their_layer_only() -> None:
     made = step([*CASES["everything at once"], *CASES["9, 1, 3 and 1 nodes"]])
     made.run(layer=1)
-    wanted = made.cache.clone()
-    flat = wanted.flatten(2, 3)
-    flat[1, 0, made.slots], flat[1, 1, made.slots] = made.k, made.v
-    assert torch.equal(made.backend.cache, wanted)
+    old, new = wide(made.cache).flatten(2, 3), wide(made.backend.cache).flatten(2, 3)
+    as_kept(new[1, :, made.slots], torch.stack((made.k, made.v)))
+    new[1, :, made.slots] = old[1, :, made.slots]
+    assert torch.equal(new, old)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

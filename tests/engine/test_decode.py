@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from manyheads.attention.cache import CODES, KVCache
 from manyheads.engine.decode import Trees, advance, chain, expand, last_token, verify
 from manyheads.engine.state import RowState
 from manyheads.medusa.tree import ROOT, Choice, Tree, tree_tensors
@@ -38,6 +39,8 @@ class Case:
     levels: int = 0
     """So many different chances there are, 0 among them; 0 is any."""
     vocab: int = 50
+    kv_dtype: torch.dtype | None = None
+    """Of a cache in 8 bits."""
 
     def state(self) -> RowState:
         """Every row filled, each with pages of its own, scattered; page 0 is the dummy's."""
@@ -54,10 +57,13 @@ class Case:
             chances[:] = (chances * self.levels).floor() / max(self.levels - 1, 1)
         return state
 
-    def cache(self, state: RowState, kv_heads: int = 2, dim: int = 3) -> Tensor:
-        """[layers, 2, pages, page size, kv_heads, head_dim], no two entries alike."""
-        shape = (2, 2, state.block_table[:-1].numel() + 1, self.block_size, kv_heads, dim)
-        return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+    def cache(self, state: RowState, kv_heads: int = 2, dim: int = 3) -> KVCache:
+        """No two entries alike, nor two scales; in 8 bits, two neighbours."""
+        shape = torch.Size((2, 2, state.block_table[:-1].numel() + 1, self.block_size, kv_heads))
+        data = torch.arange(shape.numel() * dim, dtype=torch.float32).view(*shape, dim)
+        if self.kv_dtype is None:
+            return KVCache(data)
+        return KVCache((data % 119).to(self.kv_dtype), torch.arange(shape.numel(), dtype=torch.float32).view(shape))
 
     def expand(self, state: RowState) -> Trees:
         tree = tree_tensors(self.tree, RANKS, CPU)
@@ -116,6 +122,7 @@ def cases(draw: st.DrawFn, vocab: int = 50) -> Case:
         draw(st.integers(0, 99)),
         draw(st.integers(0, 4)),
         vocab,
+        draw(st.sampled_from([None, *CODES.values()])),
     )
 
 
@@ -290,14 +297,24 @@ def paths(case: Case, verdict: Verdict) -> list[list[Choice]]:
     return [[end[:d] for d in range(len(end) + 1)] for end in ends]
 
 
-def moved(case: Case, cache: Tensor, state: RowState, trees: Trees, verdict: Verdict) -> Tensor:
+def contents(cache: KVCache) -> list[Tensor]:
+    """Copies of the entries and, in 8 bits, of their scales."""
+    return [cache.data.float().cpu().clone()] + ([] if cache.scale is None else [cache.scale.cpu().clone()])
+
+
+def same(found: KVCache, wanted: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(contents(found), wanted, strict=True))
+
+
+def moved(case: Case, cache: KVCache, state: RowState, trees: Trees, verdict: Verdict) -> list[Tensor]:
     """What the cache should hold after the step: paths at the front, all else as it was."""
-    wanted = cache.clone()
-    old, new = cache.flatten(2, 3), wanted.flatten(2, 3)
-    for r, (nodes, path) in enumerate(zip(brought(case, trees), paths(case, verdict), strict=True)):
-        for depth, choice in enumerate(path):
-            new[:, :, case.slot(state, r, depth)] = old[:, :, case.slot(state, r, nodes.index(choice))]
-    return new.view(cache.shape)
+    wanted = contents(cache)
+    for before, after in zip(contents(cache), wanted, strict=True):
+        old, new = before.flatten(2, 3), after.flatten(2, 3)
+        for r, (nodes, path) in enumerate(zip(brought(case, trees), paths(case, verdict), strict=True)):
+            for depth, choice in enumerate(path):
+                new[:, :, case.slot(state, r, depth)] = old[:, :, case.slot(state, r, nodes.index(choice))]
+    return wanted
 
 
 @settings(max_examples=300, deadline=None)
@@ -310,7 +327,7 @@ def test_a_row_moves_on_by_what_was_accepted(case: Case) -> None:
     wanted = moved(case, cache, state, trees, verdict)
     report = advance(state, cache, trees, verdict)
 
-    assert torch.equal(cache, wanted)
+    assert same(cache, wanted)
     width = case.tree.max_depth + 1
     assert report.shape == (len(case.index), 3 + 2 * width + HEADS * RANKS)
     may = taken(case, trees)
@@ -346,24 +363,24 @@ def test_a_path_may_move_into_places_that_it_leaves() -> None:
     check_compaction(case, through_advance, verdict_at(case, [5, 4]))
 
 
-def through_advance(cache: Tensor, trees: Trees, verdict: Verdict, state: RowState) -> Tensor:
+def through_advance(cache: KVCache, trees: Trees, verdict: Verdict, state: RowState) -> KVCache:
     advance(state, cache, trees, verdict)
     return cache
 
 
-def through_kernel(cache: Tensor, trees: Trees, verdict: Verdict, state: RowState) -> Tensor:
+def through_kernel(cache: KVCache, trees: Trees, verdict: Verdict, state: RowState) -> KVCache:
     """As `advance` calls it on a GPU."""
     from manyheads.kernels.compact import compact
 
-    cache = cache.to(DEVICE)
+    cache = KVCache(cache.data.to(DEVICE), None if cache.scale is None else cache.scale.to(DEVICE))
     path = trees.rank.gather(1, verdict.path)
     compact(cache, *(x.to(DEVICE) for x in (trees.row_slots, path, verdict.num_accepted)))
-    return cache.cpu()
+    return cache
 
 
 def check_compaction(
     case: Case,
-    compacted: Callable[[Tensor, Trees, Verdict, RowState], Tensor],
+    compacted: Callable[[KVCache, Trees, Verdict, RowState], KVCache],
     verdict: Verdict | None = None,
     kv_heads: int = 2,
     dim: int = 3,
@@ -373,7 +390,7 @@ def check_compaction(
     trees = case.expand(state)
     verdict = verdict or some_verdict(case, trees)
     wanted = moved(case, cache, state, trees, verdict)
-    assert torch.equal(compacted(cache, trees, verdict, state), wanted)
+    assert same(compacted(cache, trees, verdict, state), wanted)
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
@@ -388,7 +405,8 @@ def test_the_kernel_moves_the_same(case: Case) -> None:
 
 @needs_triton
 @pytest.mark.parametrize(("kv_heads", "dim"), [(1, 1), (2, 64), (8, 128), (8, 129), (3, 700)])
-def test_the_kernel_moves_entries_of_any_size(kv_heads: int, dim: int) -> None:
+@pytest.mark.parametrize("kv_dtype", [None, *CODES.values()])
+def test_the_kernel_moves_entries_of_any_size(kv_dtype: torch.dtype | None, kv_heads: int, dim: int) -> None:
     """A program moves 1024 elements: parts of a block, one and more."""
-    case = Case(CROSSING, [4, 0, 1], 1.0, 3, 1, 1)
+    case = Case(CROSSING, [4, 0, 1], 1.0, 3, 1, 1, kv_dtype=kv_dtype)
     check_compaction(case, through_kernel, verdict_at(case, [5, 4, 2, 0]), kv_heads, dim)

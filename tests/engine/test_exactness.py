@@ -77,6 +77,23 @@ def test_greedy_text_is_the_models(
         assert stats.accepted_tokens > 0
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_greedy_text_of_a_cache_in_8_bits_is_one(folder: Path, reference: LlamaForCausalLM, kv_dtype: str) -> None:
+    """With any tree, chunks, preemption and shared prefixes it is what each gets alone; it is not the model's own."""
+    jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(24, shared=9))]
+    alone = engine(folder, 1, kv_cache_dtype=kv_dtype, max_num_seqs=1, max_num_batched_tokens=256, prefix_caching=False)
+    wanted = run(alone, jobs)
+    assert wanted != run(engine(folder, 1), jobs)
+    for tree_size in TREES:
+        served = engine(folder, tree_size, kv_cache_dtype=kv_dtype)
+        assert run(served, jobs, rate=0.3) == wanted
+        stats = served.stats()
+        assert stats.preemptions > 0
+        assert stats.prefix_hits > 0
+        if tree_size not in (1, None):
+            assert stats.accepted_tokens > 0
+
+
 def distribution(model: LlamaForCausalLM, prompt: list[int], temperature: float) -> torch.Tensor:
     """[V, V]: probability of the second and third token after the prompt."""
 

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
+from manyheads.attention.cache import CODES
 from manyheads.config import ConfigError
 from manyheads.engine import memory
-from manyheads.engine.build import build_engine
+from manyheads.engine.build import _kv_dtype, build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.estimate import HeadsShape, Shape, weights_bytes
 from manyheads.engine.memory import Limit, base_bytes
@@ -201,7 +202,36 @@ def test_fewer_bits_are_recommended_where_there_is_the_setting(monkeypatch: pyte
         half.require(FIFTEEN, half.parts(), 2)
 
 
+def test_a_cache_in_8_bits_holds_twice_as_many_tokens() -> None:
+    scales = 2 * 32 * 32 * 16 * 4
+    for kv_dtype in CODES.values():
+        short = replace(T4, kv_dtype=kv_dtype)
+        assert short.page_bytes == short.page_cost == T4.page_bytes // 2 + scales
+        assert short.blocks_within(FIFTEEN, short.parts()) > 1.9 * T4.blocks_within(FIFTEEN, T4.parts())
+        on_cpu = replace(short, device=CPU)  # gathers codes, and widens them
+        assert on_cpu.page_cost - on_cpu.page_bytes == 2 * (short.page_bytes + T4.page_bytes) // 32
+
+
+def test_fp8_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    with pytest.raises(ConfigError, match="kv_cache_dtype=fp8: A100 has no fp8; int8 takes as little"):
+        _kv_dtype("fp8", GPU)
+    assert _kv_dtype("int8", GPU) == torch.int8
+    assert _kv_dtype("fp8", CPU) == torch.float8_e4m3fn
+    assert _kv_dtype("auto", GPU) is None
+    with pytest.raises(ConfigError, match="kv_cache_dtype must be auto, fp8, int8, not 'fp4'"):
+        EngineConfig(kv_cache_dtype="fp4")
+
+
 # a real engine
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_cache_in_8_bits_takes_what_was_estimated(folder: Path, reference: LlamaForCausalLM, kv_dtype: str) -> None:
+    ready = build_engine(EngineConfig(model=str(folder), device="cpu", kv_cache_dtype=kv_dtype, num_blocks=9)).ready
+    assert ready.kv_cache_dtype == kv_dtype
+    assert ready.memory.kv_cache == 10 * 16 * 2 * 2 * 2 * (8 + 4)  # layers, K and V, kv heads; codes and a scale
 
 
 @pytest.mark.parametrize(

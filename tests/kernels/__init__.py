@@ -24,7 +24,11 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _mend_interpreter() -> None:
-    """Triton 3.6's interpreter takes int() of arrays of shape [1] for loop bounds, which numpy 2.4 refuses."""
+    """Triton 3.6's interpreter takes int() of arrays of shape [1] for loop bounds, which numpy 2.4 refuses.
+
+    And where it rounds a mantissa up to the next power of two on the way to fp8, it halves the number.
+    """
+    import triton.language as tl
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang_tensor
@@ -34,6 +38,14 @@ def _mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch
+    convert = interpreter._convert_float
+
+    def converted(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.float32 and target == tl.float8e4nv:
+            return torch.tensor(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return convert(values, source, target, rounding)
+
+    interpreter._convert_float = converted
 
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:

@@ -11,8 +11,10 @@ from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
 
 pytest.importorskip("triton")
 
+from manyheads.attention.cache import CODES, quantize
 from manyheads.kernels.attention import choose_splits, scratch_numel, tile_sizes, tree_attention
 
+KV_DTYPES = ["auto", *CODES]
 TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # whose tl.dot multiplies bfloat16's bits
 
 
@@ -59,6 +61,8 @@ class Batch:
     cached_len: Tensor
     block_table: Tensor
     mask: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def max_nodes(self) -> int:
@@ -75,6 +79,8 @@ class Batch:
             self.mask,
             max_nodes=max_nodes or self.max_nodes,
             num_splits=num_splits,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
             **buffers,
         )
 
@@ -82,13 +88,16 @@ class Batch:
         """Token by token in float64, over the positions that it may see and nothing else."""
         _, num_heads, dim = self.q.shape
         page_size, per_kv = self.k_pages.shape[1], num_heads // self.k_pages.shape[2]
+        k_pages, v_pages = self.k_pages.double(), self.v_pages.double()
+        if self.k_scale is not None and self.v_scale is not None:
+            k_pages, v_pages = k_pages * self.k_scale[..., None], v_pages * self.v_scale[..., None]
         out = torch.zeros(self.q.shape, dtype=torch.float64, device=self.q.device)
         start = 0
         for r, row in enumerate(self.rows):
             positions = torch.arange(row.cached + row.num_nodes, device=self.q.device)
             pages = self.block_table[r, positions // page_size]
-            keys = self.k_pages[pages, positions % page_size].double().repeat_interleave(per_kv, dim=1)  # [L, H, d]
-            values = self.v_pages[pages, positions % page_size].double().repeat_interleave(per_kv, dim=1)
+            keys = k_pages[pages, positions % page_size].repeat_interleave(per_kv, dim=1)  # [L, H, d]
+            values = v_pages[pages, positions % page_size].repeat_interleave(per_kv, dim=1)
             for i in range(row.num_nodes):
                 seen = [*range(row.cached), *(row.cached + j for j in row.visible(i))]
                 scores = torch.einsum("hd,lhd->hl", self.q[start + i].double(), keys[seen]) / math.sqrt(dim)
@@ -108,6 +117,7 @@ def batch(
     page_size: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    kv_dtype: str = "auto",
 ) -> Batch:
     """Pages scattered over a cache in which everything that no row owns is NaN; tables end in page 0, the dummy.
 
@@ -127,7 +137,13 @@ def batch(
     lengths = [row.num_nodes for row in rows]
     row_start = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, generator=random)
-    layers = torch.stack((torch.full_like(cache, float("nan")), cache)).to(DEVICE, dtype)
+    layers = torch.stack((torch.full_like(cache, float("nan")), cache))
+    scale: tuple[Tensor | None, Tensor | None] = (None, None)
+    if kv_dtype == "auto":
+        layers = layers.to(DEVICE, dtype)
+    else:
+        layers, scales = (x.to(DEVICE) for x in quantize(layers, CODES[kv_dtype]))  # the scales of what is NaN are NaN
+        scale = (scales[1, 0], scales[1, 1])
     return Batch(
         rows=rows,
         q=qkv.to(DEVICE, dtype)[:, :heads],
@@ -137,6 +153,8 @@ def batch(
         cached_len=torch.tensor([row.cached for row in rows]).to(DEVICE),
         block_table=table.to(DEVICE),
         mask=torch.tensor([m for row in rows for m in row.masks()], dtype=torch.int64).to(DEVICE),
+        k_scale=scale[0],
+        v_scale=scale[1],
     )
 
 
@@ -170,17 +188,30 @@ def test_query_heads_share_key_heads(heads: int, kv_heads: int, num_splits: int)
 @pytest.mark.parametrize("num_splits", [1, 5])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_types_and_dimensions(dtype: torch.dtype, dim: int, num_splits: int) -> None:
-    batch([tree(150, 16), chain(3, 20), chain(200, 1)], dim=dim, dtype=dtype).check(num_splits)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_types_and_dimensions(kv_dtype: str, dtype: torch.dtype, dim: int, num_splits: int) -> None:
+    batch([tree(150, 16), chain(3, 20), chain(200, 1)], dim=dim, dtype=dtype, kv_dtype=kv_dtype).check(num_splits)
+
+
+@pytest.mark.parametrize("kv_dtype", CODES)
+def test_values_of_any_magnitude(kv_dtype: str) -> None:
+    """Weights times scales stay where halves have bits, and below their largest number."""
+    for factor in (1e-3, 1e4):
+        made = batch([tree(150, 16), chain(200, 1)], dtype=torch.float16, kv_dtype=kv_dtype)
+        assert made.v_scale is not None
+        made.v_scale.mul_(factor)
+        made.check(2)
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 48, 256])
 def test_pages_of_any_size(page_size: int) -> None:
     batch([tree(100, 5), chain(7, 40)], page_size=page_size).check(2)
+    batch([tree(100, 5), chain(7, 40)], page_size=page_size, kv_dtype="int8").check(2)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_mixtures(seed: int) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_random_mixtures(kv_dtype: str, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
 
     def draw(high: int) -> int:
@@ -190,7 +221,8 @@ def test_random_mixtures(seed: int) -> None:
     rows += [chain(draw(100), 1 + draw(30)) for _ in range(2)]
     order = torch.randperm(4, generator=random).tolist()
     kv_heads = 1 + seed % 2
-    batch([rows[i] for i in order], kv_heads * (1 + seed % 4), kv_heads, seed=seed).check((1, 2, 5)[seed % 3])
+    made = batch([rows[i] for i in order], kv_heads * (1 + seed % 4), kv_heads, seed=seed, kv_dtype=kv_dtype)
+    made.check((1, 2, 5)[seed % 3])
 
 
 def test_a_chain_as_a_tree_is_the_same() -> None:
@@ -271,9 +303,12 @@ class TestOnGpu:
     @pytest.mark.parametrize("num_splits", [1, 7, 32])
     @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (32, 32, 128), (14, 2, 64), (6, 2, 128)])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_large_mixtures(self, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, num_splits: int) -> None:
+    @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+    def test_large_mixtures(
+        self, kv_dtype: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, num_splits: int
+    ) -> None:
         rows = [tree(3000, 64), tree(1777, 33), chain(5000, 1), chain(0, 600), chain(900, 129), tree(0, 5)]
-        batch(rows, heads, kv_heads, dim, dtype=dtype).check(num_splits)
+        batch(rows, heads, kv_heads, dim, dtype=dtype, kv_dtype=kv_dtype).check(num_splits)
 
     @pytest.mark.parametrize("num_splits", [1, 4])
     def test_a_captured_graph_reads_new_lengths(self, num_splits: int) -> None:

@@ -9,6 +9,7 @@ from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
 
 pytest.importorskip("triton")
 
+from manyheads.attention.cache import CODES, KVCache, quantize
 from manyheads.kernels.fused import add_rms_norm, head_input, rms_norm, rope_store, silu_mul
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -98,6 +99,44 @@ def test_rope_store(heads: int, kv_heads: int, dim: int, page_size: int, dtype: 
     others = [s for s in range(num_pages * page_size) if s not in slots.tolist()]
     assert torch.equal(cache.flatten(2, 3)[:, :, others].double(), wanted.flatten(2, 3)[:, :, others])
     assert torch.equal(cache[0].double(), wanted[0])
+
+
+@pytest.mark.parametrize("kv_dtype", CODES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 128), (2, 2, 8), (5, 5, 80)])
+def test_rope_store_in_8_bits(heads: int, kv_heads: int, dim: int, kv_dtype: str) -> None:
+    """As torch rounds, but where a quotient comes out on the other side; each off by half a step at most."""
+    tokens, num_pages, page_size, dtype = 6, 5, 4, CODES[kv_dtype]
+    qkv = randn(tokens, (heads + 2 * kv_heads) * dim)
+    qkv.view(tokens, -1, dim)[1, heads:] = 0
+    qkv.view(tokens, -1, dim)[2, heads:] *= 1e4
+    angle = randn(50, dim // 2, seed=1)
+    cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    positions, slots = torch.arange(tokens, device=DEVICE) * 7, torch.tensor([19, 3, 4, 0, 8, 11], device=DEVICE)
+    shape = (2, 2, num_pages, page_size, kv_heads)
+    cache = KVCache(randn(*shape, dim, seed=2).to(dtype), randn(*shape, seed=3))
+    assert cache.scale is not None
+    before = cache.data.double(), cache.scale.clone()
+    plain = randn(2, num_pages, page_size, kv_heads, dim)
+    args = (qkv, cos, sin, positions, slots)
+    wanted_q = rope_store(*args, *plain, heads)
+    keys, values = cache.layers()[1]
+    found_q = rope_store(*args, keys.data, values.data, heads, None, None, 0.0, keys.scale, values.scale)
+    assert torch.equal(found_q, wanted_q)
+    for plane, wide in ((keys, plain[0]), (values, plain[1])):
+        assert plane.scale is not None
+        wide = wide.flatten(0, 1)[slots]
+        codes, scale = quantize(wide, dtype)
+        torch.testing.assert_close(plane.scale.flatten(0, 1)[slots], scale)
+        found = plane.span(0, num_pages * page_size, torch.float32)[slots]
+        step = scale[..., None] * (1 if kv_dtype == "int8" else 2**-9) + wide.abs() * (kv_dtype == "fp8") / 8
+        assert bool(((found - wide).abs() <= 0.501 * step).all())
+        different = plane.data.flatten(0, 1)[slots].float() != codes.float()
+        assert different.double().mean() < 0.01
+    others = [s for s in range(num_pages * page_size) if s not in slots.tolist()]
+    assert torch.equal(cache.data.double()[0], before[0][0])
+    assert torch.equal(cache.data.double().flatten(2, 3)[:, :, others], before[0].flatten(2, 3)[:, :, others])
+    assert torch.equal(cache.scale[0], before[1][0])
+    assert torch.equal(cache.scale.flatten(2, 3)[:, :, others], before[1].flatten(2, 3)[:, :, others])
 
 
 @pytest.mark.parametrize("dim", [1, 96, 2500])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from manyheads.attention.cache import KVCache
 from manyheads.engine import decode
 from manyheads.engine.decode import Trees
 from manyheads.engine.state import RowState
@@ -43,8 +44,8 @@ class Rows:
         state.speculative[:-1] = self.ints(0, 4, num_rows).clamp(max=1).float()
         # [layers, 2, pages, page size, kv_heads, head_dim], no two entries alike
         shape = torch.Size((2, 2, pages.numel() + 1, block_size, 1, 2))
-        self.reference_cache = torch.arange(shape.numel(), dtype=torch.float32).view(shape)
-        self.cache = self.reference_cache.clone().to(DEVICE)
+        entries = torch.arange(shape.numel(), dtype=torch.float32).view(shape)
+        self.reference_cache, self.cache = KVCache(entries), KVCache(entries.clone().to(DEVICE))
         for name in ("cached_len", "drafts", "block_table", "chances", "speculative"):
             getattr(self.state, name).copy_(getattr(state, name))
 
@@ -77,7 +78,7 @@ class Rows:
         assert torch.equal(self.state.drafts[:-1].cpu(), self.reference.drafts[:-1])
         self.reference.drafts[-1] = self.state.drafts[-1].cpu()
         assert torch.equal(self.state.chances.cpu(), self.reference.chances)
-        assert torch.equal(self.cache.cpu(), self.reference_cache)
+        assert torch.equal(self.cache.data.cpu(), self.reference_cache.data)
 
 
 def random_tree(random: torch.Generator, num_nodes: int, depth: int) -> Tree:
@@ -216,7 +217,7 @@ def test_heads_that_propose_nothing() -> None:
         state = RowState(2, 20, 4, 0, RANKS, VOCAB, device)
         index = torch.tensor([1, 2], device=device)
         trees = decode.expand(state, index, tree_tensors(ROOT, RANKS, device), 2)
-        cache = torch.zeros(1, 2, 50, 4, 1, 2, device=device)
+        cache = KVCache(torch.zeros(1, 2, 50, 4, 1, 2, device=device))
         report, last = settled(state, cache, trees, torch.tensor([1, 2], device=device))
         assert last.tolist() == [0, 1]
         assert state.cached_len.tolist() == [0, 1, 0]
