@@ -1,13 +1,23 @@
 """Products with weights in 8 and 4 bits, for NVIDIA GPUs from Ampere on.
 
-Few rows read the weight once, as it is stored, and widen it in registers: what counts is the bytes. Many rows count in
-arithmetic: fp8 weights are multiplied with rows that are rounded to fp8 too, each by its own largest value; the others
-are widened in memory, once a product.
+Nothing widens a weight. Tensor cores multiply bytes with bytes, from shared memory, so a weight goes from memory to
+them as it is stored; to make float16 numbers of its codes first takes longer than to read it (on an H200, 2 TB/s of
+int8, where float16 weights come at 3.9). What is made to fit is the activations: `split_rows` writes each row as two
+rows of bytes, and here both are multiplied with the same weight.
+
+- int8: sums of integers, exact. So a row's result depends on nothing but the row, and is as good as its 16 bits: the
+  arithmetic of quantization/integer.py.
+- int4: the same, group by group, of codes less their zero points; of a register's eight codes at once.
+- fp8: sums of float32. Tensor cores keep few bits of a long one, so it is carried on outside from block to block.
+
+Many rows of fp8 are rounded to one row of fp8 each, which is twice as fast, and cuBLAS multiplies them.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +26,30 @@ import triton.language as tl
 from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.split import quantize_rows, split_rows
+from manyheads.kernels.widen import GROUP, widen
 from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
-MAX_ROWS = 128
-"""Beyond, arithmetic counts."""
-_BLOCK_OUT = 64
-_FP8_MAX = 448.0
-_GROUP = 128
+MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 128}
+"""What `multiply` takes."""
+_FEW_ROWS = 128
+"""Beyond, there are programs enough without splits."""
+_ALIGN_OUT = 64
 
 
 def arrange(weight: QuantizedWeight) -> QuantizedWeight:
-    """The form that the kernels read: int4 codes in groups of 128 stand so that byte j of a group holds its columns j
-    and j + 64, and a program that widens a block reads x in two straight runs. Everything else stays as it is."""
-    if weight.scheme != "int4" or weight.group_size != _GROUP:
+    """The form that the kernels read. Of int4 in groups of 128:
+
+    - byte j of a group holds its columns j and j + 64, so that the bytes' halves meet two straight runs of x;
+    - scales stand by group in memory: a program copies those of a block of rows.
+
+    Everything else stays as it is.
+    """
+    if weight.scheme != "int4" or weight.group_size != GROUP:
         return weight
-    codes = unpack(weight.values).view(weight.out_features, -1, 2, _GROUP // 2)
+    codes = unpack(weight.values).view(weight.out_features, -1, 2, GROUP // 2)
     values = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1)
-    return QuantizedWeight("int4", values, weight.scale, weight.zero)
+    return QuantizedWeight("int4", values, weight.scale.t().contiguous().t(), weight.zero)
 
 
 def product(x: Tensor, weight: QuantizedWeight, splits: int = 1) -> Tensor:
@@ -47,7 +64,7 @@ def product(x: Tensor, weight: QuantizedWeight, splits: int = 1) -> Tensor:
         [T, out] of x's dtype; or, only where `splits` is above 1, [splits, T, out] float32 that are to be added up.
     """
     if serves(x, weight):
-        return few_rows(x, weight, splits)
+        return multiply(x, weight, splits if x.shape[0] <= _FEW_ROWS else 1)
     if weight.scheme == "fp8" and _multiplies_fp8(x.device) and not any(n % 16 for n in weight.shape):
         codes, scale = quantize_rows(x)
         wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=torch.bfloat16)
@@ -60,230 +77,252 @@ def _multiplies_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@lru_cache(maxsize=16)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program's stages may take."""
+    if device.type != "cuda":
+        return sys.maxsize
+    index = torch.cuda.current_device() if device.index is None else device.index
+    most = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return int(most) - 2**13  # scales, results
+
+
 def serves(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether `few_rows` takes this product."""
+    """Whether `multiply` takes this product."""
     return (
-        x.shape[0] <= MAX_ROWS
+        x.shape[0] <= MAX_ROWS[weight.scheme]
         and x.dtype in (torch.float16, torch.bfloat16)
-        and weight.out_features % _BLOCK_OUT == 0
-        and weight.in_features % 128 == 0
-        and (weight.scheme != "int4" or weight.group_size == _GROUP)
+        and weight.out_features % _ALIGN_OUT == 0
+        and weight.in_features % GROUP == 0
+        and (weight.scheme != "int4" or weight.group_size == GROUP)
+        and (weight.scheme != "fp8" or x.device.type != "cuda" or _multiplies_fp8(x.device))
     )
 
 
-def few_rows(x: Tensor, weight: QuantizedWeight, splits: int) -> Tensor:
+def multiply(x: Tensor, weight: QuantizedWeight, splits: int) -> Tensor:
     """As `product`, for what `serves` says."""
     rows, width = x.shape
     num_out = weight.out_features
-    block_rows = max(16, triton.next_power_of_2(rows))
-    # a stage of the pipeline holds as many bytes of the weight as fit beside x
-    block_in = 256 if block_rows <= 32 and width % 256 == 0 and weight.scheme != "int4" else 128
-    share = -(-width // (splits * block_in)) * block_in
+    blocks = _blocks(weight.scheme, rows, num_out, width)
+    stage = blocks.columns * (2 * blocks.rows + (blocks.out // 2 if weight.scheme == "int4" else blocks.out))
+    stages = min(blocks.stages, max(2, _shared_memory(x.device) // stage))
+    codes, x_scale = split_rows(x, weight.scheme)
     if splits == 1:
         out = torch.empty((rows, num_out), dtype=x.dtype, device=x.device)
     else:
         out = torch.empty((splits, rows, num_out), dtype=torch.float32, device=x.device)
-    zero = weight.scale if weight.zero is None else weight.zero  # without zero points it is not looked at
-    _few_rows_kernel[(num_out // _BLOCK_OUT, splits)](
-        x,
-        weight.values,
-        weight.scale,
-        zero,
-        out,
-        rows,
-        num_out,
-        width,
-        share,
-        x.stride(0),
-        INT4=weight.scheme == "int4",
-        HAS_ZERO=weight.zero is not None,
-        ZERO=ZERO,
-        BLOCK_ROWS=block_rows,
-        BLOCK_OUT=_BLOCK_OUT,
-        BLOCK_IN=block_in,
-        num_warps=4,
-        num_stages=_stages(block_rows, weight.scheme),
-        **dependent(x.device),
-    )
+    num_blocks = width // blocks.columns
+    share = -(-num_blocks // splits)
+    # the weight's blocks follow each other slower than the rows': what is read twice is then in the cache
+    grid = (-(-rows // blocks.rows), num_out // blocks.out, splits)
+    if weight.scheme == "int4":
+        zero = weight.scale if weight.zero is None else weight.zero  # without zero points it is not looked at
+        _int4_kernel[grid](
+            codes,
+            weight.values,
+            x_scale,
+            weight.scale,
+            zero,
+            out,
+            rows,
+            num_out,
+            num_blocks,
+            share,
+            HAS_ZERO=weight.zero is not None,
+            ZERO=ZERO,
+            IN_REGISTERS=x.device.type == "cuda",
+            GROUP=GROUP,
+            BLOCK_ROWS=blocks.rows,
+            BLOCK_OUT=blocks.out,
+            STAGES=stages,
+            num_warps=blocks.warps,
+            **dependent(x.device),
+        )
+    else:
+        _bytes_kernel[grid](
+            codes,
+            weight.values,
+            x_scale,
+            weight.scale,
+            out,
+            rows,
+            num_out,
+            num_blocks,
+            share,
+            FP8=weight.scheme == "fp8",
+            BLOCK_ROWS=blocks.rows,
+            BLOCK_OUT=blocks.out,
+            BLOCK_IN=blocks.columns,
+            num_warps=blocks.warps,
+            num_stages=stages,
+            **dependent(x.device),
+        )
     return out
 
 
-def _stages(block_rows: int, scheme: str) -> int:
-    """As deep a pipeline as shared memory holds: int4's blocks are a quarter as many bytes."""
-    return 4 if scheme != "int4" or block_rows == 128 else 6 if block_rows == 64 else 8
+class _Blocks(NamedTuple):
+    """What a program multiplies at once, and how."""
+
+    out: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row to fp8, its largest value at 448.
-
-    Args:
-        x: [T, D], D up to 16384, the last dimension contiguous.
-
-    Returns:
-        [T, D] float8_e4m3fn and [T, 1] float32 scales.
-    """
-    rows, dim = x.shape
-    codes = torch.empty((rows, dim), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(dim)
-    warps = min(16, max(4, block // 512))
-    _quantize_rows_kernel[(rows,)](
-        x, codes, scale, dim, x.stride(0), MOST=_FP8_MAX, BLOCK=block, num_warps=warps, **dependent(x.device)
-    )
-    return codes, scale
+def _blocks(scheme: str, rows: int, num_out: int, width: int) -> _Blocks:
+    """For Hopper: many bytes under way; of many rows, as large a product as registers hold."""
+    block_rows = min(128, max(8, triton.next_power_of_2(rows)))
+    many = rows > _FEW_ROWS and num_out % 128 == 0
+    if scheme == "int4":  # half the bytes a stage; and a group's sums beside those of all
+        block_rows = min(64, max(16, block_rows))
+        return _Blocks(128, 64, GROUP, 8, 5) if many else _Blocks(64, block_rows, GROUP, 4, 10 - block_rows // 12)
+    if many:
+        return _Blocks(128, 128, GROUP, 8, 4)
+    if block_rows <= 32 and width % 256 == 0:
+        return _Blocks(64, block_rows, 256, 4, 5 if block_rows <= 16 else 4)
+    return _Blocks(64, block_rows, GROUP, 8 if block_rows == 128 else 4, 4)
 
 
-def widen(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """What a weight stands for: [out, in], rounded once.
-
-    Args:
-        weight: as `arrange` returns it.
-    """
-    num_out, width = weight.shape
-    out = torch.empty((num_out, width), dtype=dtype, device=weight.device)
-    zero = weight.scale if weight.zero is None else weight.zero
-    block = min(1024, triton.next_power_of_2(width))
-    _widen_kernel[(num_out, -(-width // block))](
-        weight.values,
-        weight.scale,
-        zero,
-        out,
-        width,
-        weight.group_size,
-        weight.scale.shape[1],
-        INT4=weight.scheme == "int4",
-        HALF_GROUP=_GROUP // 2 if weight.group_size == _GROUP else 0,
-        HAS_ZERO=weight.zero is not None,
-        ZERO=ZERO,
-        BLOCK=block,
-        num_warps=4,
-        **dependent(weight.device),
-    )
-    return out
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _few_rows_kernel(
+@triton.jit(do_not_specialize=["rows", "num_blocks", "share"])
+def _bytes_kernel(
     x_ptr,
     weight_ptr,
+    x_scale_ptr,
     scale_ptr,
-    zero_ptr,
     out_ptr,
     rows,
     num_out,
-    width,
+    num_blocks,
     share,
-    stride_x,
-    INT4: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    ZERO: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a block of the weight's rows, one share of its columns. See linear.py."""
-    begin(DEPENDENT)
-    part = tl.program_id(1)
-    at_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    at_row = tl.arange(0, BLOCK_ROWS)
-    inside = (at_row < rows)[:, None]
-    low = part * share
-    high = tl.minimum(low + share, width)
-    x_row = x_ptr + at_row[:, None].to(tl.int64) * stride_x
-    acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-    if INT4:
-        # a block is a group, with one scale for each row
-        half = tl.arange(0, BLOCK_IN // 2)
-        weight_at = weight_ptr + at_out[:, None].to(tl.int64) * (width // 2) + low // 2 + half[None, :]
-        x_at = x_row + low + half[None, :]
-        group_at = at_out * (width // BLOCK_IN) + low // BLOCK_IN
-        for _ in range(low, high, BLOCK_IN):
-            packed = tl.load(weight_at)
-            scale = tl.load(scale_ptr + group_at)
-            zero = tl.load(zero_ptr + group_at).to(tl.float16) if HAS_ZERO else tl.full((BLOCK_OUT,), ZERO, tl.float16)
-            first = tl.load(x_at, mask=inside, other=0.0)
-            second = tl.load(x_at + BLOCK_IN // 2, mask=inside, other=0.0)
-            found = tl.dot(_nibble(packed & 15, zero).to(first.dtype), tl.trans(first))
-            found = tl.dot(_nibble(packed >> 4, zero).to(first.dtype), tl.trans(second), found)
-            acc += found * scale[:, None]
-            weight_at += BLOCK_IN // 2
-            x_at += BLOCK_IN
-            group_at += 1
-    else:
-        column = tl.arange(0, BLOCK_IN)
-        weight_at = weight_ptr + at_out[:, None].to(tl.int64) * width + low + column[None, :]
-        x_at = x_row + low + column[None, :]
-        for _ in range(low, high, BLOCK_IN):
-            codes = tl.load(weight_at)
-            x = tl.load(x_at, mask=inside, other=0.0)
-            acc = tl.dot(codes.to(x.dtype), tl.trans(x), acc)
-            weight_at += BLOCK_IN
-            x_at += BLOCK_IN
-        acc *= tl.load(scale_ptr + at_out)[:, None]
-    out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(at_row < rows)[None, :])
+    """One program: a block of rows, a block of the weight's rows, one share of its columns. See linear.py.
 
-
-@triton.jit
-def _nibble(code, zero):
-    """Codes from 0 to 15 less their row's zero point, as float16.
-
-    0x6400 is 1024 in float16, whose last four bits count ones: no conversion is needed.
+    High and low rows alternate, and tensor cores leave two neighbours' sums in one thread.
     """
-    return (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024)[:, None]
-
-
-@triton.jit
-def _quantize_rows_kernel(
-    x_ptr, codes_ptr, scale_ptr, dim, stride_x, MOST: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
-):
-    """One program: a row."""
     begin(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < dim
-    x = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
-    most = tl.max(tl.abs(x), 0)
-    scale = tl.where(most > 0, most / MOST, 1.0)
-    codes = tl.minimum(tl.maximum(x / scale, -MOST), MOST)
-    tl.store(codes_ptr + row * dim + column, codes.to(codes_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + row, scale)
+    at_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at_part = tl.program_id(0) * 2 * BLOCK_ROWS + tl.arange(0, 2 * BLOCK_ROWS)
+    at_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    part = tl.program_id(2)
+    inside = (at_part < 2 * rows)[:, None]
+    column = tl.arange(0, BLOCK_IN)
+    width = num_blocks * BLOCK_IN
+    first = part * share
+    last = tl.minimum(first + share, num_blocks)
+    weight_at = weight_ptr + at_out[:, None].to(tl.int64) * width + first * BLOCK_IN + column[None, :]
+    x_at = x_ptr + at_part[:, None].to(tl.int64) * width + first * BLOCK_IN + column[None, :]
+    acc = tl.zeros((BLOCK_OUT, 2 * BLOCK_ROWS), tl.float32 if FP8 else tl.int32)
+    for _ in range(first, last):
+        weight = tl.load(weight_at)
+        if FP8:  # added outside of the product: see above
+            acc += tl.dot(weight, tl.trans(tl.load(x_at, mask=inside, other=0.0)))
+        else:
+            acc = tl.dot(weight, tl.trans(tl.load(x_at, mask=inside, other=0)), acc, out_dtype=tl.int32)
+        weight_at += BLOCK_IN
+        x_at += BLOCK_IN
+    high, low = tl.split(tl.reshape(acc, (BLOCK_OUT, BLOCK_ROWS, 2)))
+    # 256 times an integer sum is beyond 32 bits
+    y = high + low / 16.0 if FP8 else high.to(tl.float32) * 256.0 + low.to(tl.float32)
+    in_rows = at_row < rows
+    y *= tl.load(scale_ptr + at_out)[:, None] * tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
+    out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=in_rows[None, :])
 
 
-@triton.jit
-def _widen_kernel(
-    values_ptr,
+@triton.jit(do_not_specialize=["rows", "num_groups", "share"])
+def _int4_kernel(
+    x_ptr,
+    weight_ptr,
+    x_scale_ptr,
     scale_ptr,
     zero_ptr,
     out_ptr,
-    width,
-    group_size,
+    rows,
+    num_out,
     num_groups,
-    INT4: tl.constexpr,
-    HALF_GROUP: tl.constexpr,
+    share,
     HAS_ZERO: tl.constexpr,
     ZERO: tl.constexpr,
-    BLOCK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a part of a row."""
+    """As `_bytes_kernel`; a block is a group, with one scale for each of the weight's rows."""
     begin(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    group = row * num_groups + column // group_size
-    scale = tl.load(scale_ptr + group, mask=inside, other=0.0)
-    if INT4:
-        if HALF_GROUP > 0:  # arranged
-            at = column // (2 * HALF_GROUP) * HALF_GROUP + column % HALF_GROUP
-            upper = column // HALF_GROUP % 2
-        else:
-            at, upper = column // 2, column % 2
-        packed = tl.load(values_ptr + row * (width // 2) + at, mask=inside, other=0)
-        code = ((packed >> (upper * 4).to(tl.uint8)) & 15).to(tl.float32)
-        zero = tl.load(zero_ptr + group, mask=inside, other=0).to(tl.float32) if HAS_ZERO else ZERO
-        value = (code - zero) * scale
-    else:
-        value = tl.load(values_ptr + row * width + column, mask=inside).to(tl.float32) * scale
-    tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+    at_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at_part = tl.program_id(0) * 2 * BLOCK_ROWS + tl.arange(0, 2 * BLOCK_ROWS)
+    at_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    part = tl.program_id(2)
+    in_rows = at_row < rows
+    inside = (at_part < 2 * rows)[:, None]
+    column = tl.arange(0, GROUP // 2)
+    first = part * share
+    last = tl.minimum(first + share, num_groups)
+    at_weight = (at_out[:, None].to(tl.int64) * num_groups + first) * (GROUP // 2)
+    weight_at = weight_ptr + at_weight + column[None, :]
+    x_at = x_ptr + (at_part[:, None].to(tl.int64) * num_groups + first) * GROUP + column[None, :]
+    scale_at = first * num_out + at_out
+    zero_at = zero_ptr + at_out * num_groups + first
+    acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    # stages are said here, so that scales are copied ahead as well; zero points, below 4 bytes, cannot be
+    for _ in tl.range(first, last, num_stages=STAGES):
+        packed = tl.load(weight_at)
+        x_lower = tl.load(x_at, mask=inside, other=0)
+        x_upper = tl.load(x_at + GROUP // 2, mask=inside, other=0)
+        scale = tl.load(scale_ptr + scale_at)
+        zero = tl.load(zero_at) if HAS_ZERO else tl.full((BLOCK_OUT,), ZERO, tl.uint8)
+        bias = (128 - zero).to(tl.uint8)
+        total = tl.dot(_lower(packed, bias, IN_REGISTERS), tl.trans(x_lower), out_dtype=tl.int32)
+        total = tl.dot(_upper(packed, bias, IN_REGISTERS), tl.trans(x_upper), total, out_dtype=tl.int32)
+        high, low = tl.split(tl.reshape(total, (BLOCK_OUT, BLOCK_ROWS, 2)))
+        acc += (high * 256 + low).to(tl.float32) * scale[:, None]  # of one group, within 32 bits
+        weight_at += GROUP // 2
+        x_at += GROUP
+        scale_at += num_out
+        zero_at += 1
+    acc *= tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
+    out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_rows[None, :])
+
+
+@triton.jit
+def _lower(packed, bias, IN_REGISTERS: tl.constexpr):
+    """The codes in the bytes' lower halves less their row's zero point: int8.
+
+    Left to itself, the compiler takes a register's bytes apart. They are added to at once, as no sum is above 143, and
+    lose the 128 by their highest bit.
+    """
+    if IN_REGISTERS:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $1, 0x0F0F0F0F; add.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }",
+            "=r,r,r",
+            [packed, bias[:, None]],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return (((packed & 15) + bias[:, None]) ^ 128).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _upper(packed, bias, IN_REGISTERS: tl.constexpr):
+    """The same of the upper halves."""
+    if IN_REGISTERS:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F; add.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }",
+            "=r,r,r",
+            [packed, bias[:, None]],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return (((packed >> 4) + bias[:, None]) ^ 128).to(tl.int8, bitcast=True)

@@ -1,0 +1,84 @@
+"""Weights in 8 and 4 bits back in floating point, for products that no kernel of ours serves."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from manyheads.kernels.launch import begin, dependent
+from manyheads.quantization.weight import ZERO, QuantizedWeight
+
+GROUP = 128
+"""Columns that share a scale in the int4 weights that are arranged (quantized.py)."""
+
+
+def widen(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """What a weight stands for: [out, in], rounded once.
+
+    Args:
+        weight: as `quantized.arrange` returns it.
+    """
+    num_out, width = weight.shape
+    out = torch.empty((num_out, width), dtype=dtype, device=weight.device)
+    zero = weight.scale if weight.zero is None else weight.zero
+    block = min(1024, triton.next_power_of_2(width))
+    _widen_kernel[(num_out, -(-width // block))](
+        weight.values,
+        weight.scale,
+        zero,
+        out,
+        width,
+        weight.group_size,
+        weight.scale.shape[1],
+        *weight.scale.stride(),
+        INT4=weight.scheme == "int4",
+        HALF_GROUP=GROUP // 2 if weight.group_size == GROUP else 0,
+        HAS_ZERO=weight.zero is not None,
+        ZERO=ZERO,
+        BLOCK=block,
+        num_warps=4,
+        **dependent(weight.device),
+    )
+    return out
+
+
+@triton.jit
+def _widen_kernel(
+    values_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    width,
+    group_size,
+    num_groups,
+    stride_scale,
+    stride_group,
+    INT4: tl.constexpr,
+    HALF_GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: a part of a row."""
+    begin(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    group = column // group_size
+    scale = tl.load(scale_ptr + row * stride_scale + group * stride_group, mask=inside, other=0.0)
+    if INT4:
+        if HALF_GROUP > 0:  # arranged
+            at = column // (2 * HALF_GROUP) * HALF_GROUP + column % HALF_GROUP
+            upper = column // HALF_GROUP % 2
+        else:
+            at, upper = column // 2, column % 2
+        packed = tl.load(values_ptr + row * (width // 2) + at, mask=inside, other=0)
+        code = ((packed >> (upper * 4).to(tl.uint8)) & 15).to(tl.float32)
+        zero = tl.load(zero_ptr + row * num_groups + group, mask=inside, other=0).to(tl.float32) if HAS_ZERO else ZERO
+        value = (code - zero) * scale
+    else:
+        value = tl.load(values_ptr + row * width + column, mask=inside).to(tl.float32) * scale
+    tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=inside)
