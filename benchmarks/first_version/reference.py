@@ -149,21 +149,23 @@ def steps(
     tree: Tree | None = None,
 ) -> Iterator[Generation]:
     """Runs the library's generator to its end, or to `max_new_tokens`; the reply so far after every step."""
-    input_ids = torch.tensor([list(prompt_ids)])
-    with torch.inference_mode():
-        stream = model.medusa_generate(
-            input_ids,
-            temperature=temperature,
-            max_steps=max_steps,
-            medusa_choices=DEFAULT_TREE if tree is None else list(tree),
-        )
-        for step, piece in enumerate(stream, 1):
-            # The generator yields text only. Its local variable has the tokens; looking at it costs nothing.
-            token_ids = stream.gi_frame.f_locals["input_ids"][0, len(prompt_ids) :]
-            yield Generation(piece["text"], token_ids.tolist(), step)
-            if max_new_tokens is not None and len(token_ids) >= max_new_tokens:
-                stream.close()
-                break
+    stream = model.medusa_generate(
+        torch.tensor([list(prompt_ids)]),
+        temperature=temperature,
+        max_steps=max_steps,
+        medusa_choices=DEFAULT_TREE if tree is None else list(tree),
+    )
+    for step in itertools.count(1):
+        with torch.inference_mode():  # by the step, for it belongs to the thread, and FastAPI may take another for each
+            piece = next(stream, None)
+        if piece is None:
+            return
+        # The generator yields text only. Its local variable has the tokens; looking at it costs nothing.
+        token_ids = stream.gi_frame.f_locals["input_ids"][0, len(prompt_ids) :]
+        yield Generation(piece["text"], token_ids.tolist(), step)
+        if max_new_tokens is not None and len(token_ids) >= max_new_tokens:
+            stream.close()
+            return
 
 
 def generate(model: MedusaModel, prompt_ids: Sequence[int], **how: Any) -> Generation:
