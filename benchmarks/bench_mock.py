@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, machine, table
+from common import ROOT, machine, table, undisturbed
 
 from manyheads.bench import result
 from manyheads.cli import main as manyheads
@@ -67,19 +68,25 @@ def measure(argv: list[str], script: Script, hold: float) -> list[list[Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hold", type=float, default=20.0, help="seconds of each case")
+    parser.add_argument("--tries", type=int, default=3, help="of a case that other work disturbs")
     parser.add_argument("--check", action="store_true", help="fail where a figure is off by more than 2 %%")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/bench_mock.json")
     args = parser.parse_args()
     where = machine()
     cases = {}
+    others = {}
     worst = 0.0
     for name, (argv, script) in CASES.items():
-        rows = [[*row, round(row[2] / row[1] - 1, 5)] for row in measure(argv, script, args.hold)]
+        measured, share = undisturbed(functools.partial(measure, argv, script, args.hold), args.tries)
+        rows = [[*row, round(row[2] / row[1] - 1, 5)] for row in measured]
+        others[name] = share
         worst = max(worst, *(abs(row[3]) for row in rows))
         cases[name] = [dict(zip(("figure", "was", "reported", "error"), row, strict=True)) for row in rows]
         print(f"{name}: {' '.join(argv)}")
         table(["", "was", "reported", "error, %"], [[row[0], row[1], row[2], 100 * row[3]] for row in rows])
-    args.out.write_text(json.dumps({"machine": where, "worst_error": worst, "cases": cases}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps({"machine": where, "worst_error": worst, "other_work": others, "cases": cases}, indent=1) + "\n"
+    )
     print(f"worst error: {worst:.2%}")
     return 1 if args.check and worst > 0.02 else 0
 

@@ -18,6 +18,8 @@ LATE = 0.1
 """Seconds: arrivals later than this are no longer the load that was asked for."""
 ANSWERED = 0.9
 """Share of arrivals that a server must answer while they come, not to count as overloaded."""
+CHANCE = 3.0
+"""Standard deviations by which what is under way may grow, for arrivals come in bursts."""
 POINTS = 60
 
 
@@ -70,6 +72,9 @@ def make_level(
     # nobody has told how many tokens the unfinished ones had: as many a chunk as the others
     tokens += sum(r.chunks_between(start, end) for r in records if r.reason == UNFINISHED) * (per_chunk or 1.0)
     overlap = sum(max(0.0, min(r.ended, end) - max(r.sent, start)) for r in records)
+    in_flight = overlap / seconds
+    behind = len(sent) - len(answered)
+    by_chance = CHANCE * math.sqrt(2 * max(in_flight, 1.0))  # both ends of the window have Poisson's variance
     return Level(
         load=load,
         seconds=seconds,
@@ -83,7 +88,7 @@ def make_level(
         output_tokens=sum(outputs) / len(outputs) if outputs else None,
         output_tokens_per_s=tokens / seconds,
         total_tokens_per_s=(tokens + sum(r.prompt_tokens or 0 for r in answered)) / seconds,
-        in_flight=overlap / seconds,
+        in_flight=in_flight,
         ttft=summarize([r.ttft for r in good]),
         tpot=summarize([r.tpot for r in good]),
         gap=summarize([gap for r in good for gap in r.gaps]),
@@ -92,7 +97,7 @@ def make_level(
         tokens_per_step=sum(t for t, _ in steps) / sum(s for _, s in steps) if steps else None,
         good=len(within),
         goodput=len(within) / seconds,
-        overloaded=kind != "users" and len(sent) > 0 and len(answered) < ANSWERED * len(sent),
+        overloaded=kind != "users" and behind > max((1 - ANSWERED) * len(sent), by_chance),
     )
 
 

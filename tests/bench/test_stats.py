@@ -69,6 +69,14 @@ def test_level_of_arrivals() -> None:
     assert level.e2e.max == 3.1
 
 
+def test_a_burst_is_no_overload() -> None:
+    """Five of 34 arrivals are unanswered at the end, for they came just before."""
+    records = [record(i / 3, [0.1, 0.6]) for i in range(29)] + [record(9.5 + i / 20, [0.1, 0.6]) for i in range(5)]
+    level = make_level(records, (0.0, 10.0), 4.0, "rate", OBJECTIVES)
+    assert (level.sent, round(level.requests_per_s * 10)) == (34, 29)
+    assert not level.overloaded
+
+
 def test_objectives() -> None:
     assert meets(record(0.0, [0.5, 0.55]), OBJECTIVES)
     assert not meets(record(0.0, [0.51, 0.55]), OBJECTIVES)
