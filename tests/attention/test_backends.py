@@ -32,10 +32,12 @@ def _kv_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(autouse=True, params=["torch", "triton"])
-def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _kv_dtype: None) -> None:
     """Runs every test with each backend."""
     if request.param == "triton":
         pytest.importorskip("triton")
+        if kv_dtype == torch.float8_e4m3fn:
+            pytest.skip("tests/kernels/test_attention.py has this type, and the interpreter takes its time")
         if not INTERPRETED:
             pytest.skip("with a GPU the kernels are compiled, and these tests are about CPU tensors")
         from manyheads.attention.triton import TritonAttention
