@@ -45,11 +45,11 @@ def end(process: subprocess.Popen[str], number: int) -> tuple[int, str, str]:
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "0"), (signal.SIGINT, "2"), (signal.SIGTERM, "0")])
 def test_what_was_measured_is_kept(tmp_path: Path, number: int, workers: str) -> None:
     """The first load is whole, the second is cut, the third never came; answers under way are no failures."""
-    argv = ["users", "--users", "2,4,6", "--hold", "3", "--settle", "0", "--no-limit", "--output-tokens", "5"]
+    argv = ["users", "--users", "2,4,6", "--hold", "5", "--settle", "0", "--no-limit", "--output-tokens", "5"]
     with running(Script(ttft=0.2, gap=0.05)) as url:
         process = start(*argv, "--workers", workers, "--url", url, "-o", str(tmp_path))
         wait_for(process, "users: 4")
-        time.sleep(1.5)
+        time.sleep(1)
         status, out, err = end(process, number)
     assert status == 130, err
     assert "The test was interrupted at 4 users, which were held for" in out
@@ -57,7 +57,7 @@ def test_what_was_measured_is_kept(tmp_path: Path, number: int, workers: str) ->
     assert found.interrupted is not None
     assert [(level.load, level.interrupted) for level in found.levels] == [(2, False), (4, True)]
     assert all(level.completed and not level.failed for level in found.levels)
-    assert 0.5 < found.levels[1].seconds < 3
+    assert found.levels[1].seconds < found.levels[0].seconds
     assert found.whole.unfinished > 0
     assert "The test was interrupted at 4 users" in (tmp_path / "report.html").read_text()
     with open(tmp_path / "levels.csv", newline="") as file:
@@ -88,7 +88,8 @@ def test_workers_that_joined(tmp_path: Path) -> None:
             assert worker.returncode == 130
     finally:
         for worker in joined:
-            worker.kill()
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)  # what it started holds its pipes open
             worker.communicate()
 
 
