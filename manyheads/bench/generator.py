@@ -92,7 +92,6 @@ def main(argv: list[str]) -> int:
     setup_logging("WARNING")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every `finally`: workers are ended, too
     if argv[0] == "--join":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master, or who started us, tells when to end
         return work(argv[1])
     with open(argv[0], "rb") as file:
         run = msgspec.json.decode(file.read(), type=Run)

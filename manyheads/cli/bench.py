@@ -252,7 +252,9 @@ def _join(args: argparse.Namespace) -> int:
         os.environ["MANYHEADS_API_KEY"] = args.api_key
     print(f"making load for {args.join} (Ctrl-C ends this)", flush=True)
     while True:
-        process = subprocess.Popen([sys.executable, "-m", "manyheads.bench.generator", "--join", args.join])
+        # a session of its own: Ctrl-C must not reach it while it is being imported, where nothing catches it
+        command = [sys.executable, "-m", "manyheads.bench.generator", "--join", args.join]
+        process = subprocess.Popen(command, start_new_session=True)
         try:
             process.wait()
         finally:
