@@ -2,7 +2,7 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: serve chat test lint types bench clean
+.PHONY: serve chat test coverage lint types bench clean
 
 serve: .venv/serve.done        ## the built-in model at http://127.0.0.1:8000 (MODEL=... for another)
 	$(BIN)/manyheads serve $(MODEL) --port $(PORT)
@@ -12,6 +12,9 @@ chat: .venv/serve.done         ## the built-in model in this terminal
 
 # several test processes share few cores: threads that wait must not spin
 test: lint types               ## everything that a change must pass
+	GOMP_SPINCOUNT=1000 $(BIN)/pytest
+
+coverage: .venv/test.done      ## which lines the tests run; takes half as long again
 	GOMP_SPINCOUNT=1000 $(BIN)/pytest --cov=manyheads --cov-report=term:skip-covered
 
 lint: .venv/test.done
