@@ -206,6 +206,8 @@ class Engine:
         if result.gains:
             gained = [len(row.tokens) - 1 for row in result.rows if row.request.request_id not in computing]
             self.planner.observe_gains(plan.draft, result.gains, gained)
+        elif plan.decoding and not plan.draft.propose:
+            self.planner.observe_plain()
         if not plan.chunks:
             self.planner.observe_cost(len(plan.decoding), plan.draft, seconds)
         deltas = [

@@ -20,6 +20,9 @@ SIZES = (1.25, 2, 3, 4, 8, 16, 32, 64)
 """Nodes a row that are measured; between them, costs are interpolated."""
 MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, {"cpu": 0.5, "cuda": 0.25}
 """Steps of each kind: at least so many (the first does not count), at most so many, for about so long."""
+SAME, SAME_TURNS, MAX_SECONDS = 1.1, 3, 3.0
+"""A shortest time is believed when so many steps took at most so many times as long; other work on the machine can make
+a few steps last many times too long. After so many seconds it is believed all the same."""
 
 
 def measure_costs(
@@ -57,21 +60,28 @@ def measure_costs(
         plans = {d.num_tokens(num_rows): StepPlan(chunks=[], decoding=requests, draft=d) for d in drafts}
         # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
         seconds: dict[int, list[float]] = {0: [], **{num_inflight: [] for num_inflight in plans}}
-        start, turns = time.perf_counter(), 0
-        while turns < MIN_TURNS or (turns < MAX_TURNS and time.perf_counter() - start < turn_seconds):
+        start = time.perf_counter()
+        while not _enough(list(seconds.values()), time.perf_counter() - start, turn_seconds):
             for num_inflight, plan in ((0, plain), *plans.items()):
                 runner.state.cached_len[:num_rows] = context
                 began = time.perf_counter()
                 for step in [runner.launch(plan) for _ in range(burst)]:
                     step.read()
                 seconds[num_inflight].append((time.perf_counter() - began) / burst)
-            turns += 1
         shortest = {num_inflight: min(times[1:]) for num_inflight, times in seconds.items()}
         costs.plain[num_rows] = shortest.pop(0)
         costs.trees[num_rows] = shortest
     runner.state.cached_len.zero_()
     runner.state.block_table.zero_()
     return costs
+
+
+def _enough(kinds: list[list[float]], elapsed: float, turn_seconds: float) -> bool:
+    turns = len(kinds[0])
+    if turns < MIN_TURNS or (turns < MAX_TURNS and elapsed < turn_seconds):
+        return False
+    shortest = [sorted(times[1:])[:SAME_TURNS] for times in kinds]
+    return elapsed > MAX_SECONDS or all(times[-1] <= SAME * times[0] for times in shortest)
 
 
 def _dummy(row: int, context: int, block_size: int) -> Request:

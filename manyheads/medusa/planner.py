@@ -33,6 +33,8 @@ REGROW_EVERY = 32
 
 GAINS_WINDOW = 0.02
 """Share of a new step in the running means of what heads expect and of what came of it."""
+FORGOTTEN = 0.0005
+"""Of those means, by a step without heads: text that heads did badly on is followed by other text."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ class Planner:
         self._offsets: dict[tuple[int, int], float] = {}  # rows, nodes that each may bring → seconds
         self._gains: list[float] | None = None  # by SIZES, running mean of what the heads expect
         self._outcome = [1.0, 1.0]  # running means: gained, and what was expected of the same steps
+        self._hoped: list[float] = []  # by SIZES, gains by the prior
+        if prior:
+            self._regrow()
+            self._hoped = [self._by_table(size) - 1 for size in SIZES]
 
     def choose(self, rows: int, prompt_tokens: int = 0) -> Draft:
         """What `rows` decoding rows are to bring beside `prompt_tokens` of prompts; NO_DRAFT when nothing pays.
@@ -215,11 +221,15 @@ class Planner:
     def expected_tokens(self, nodes: float) -> float:
         """Tokens that a row gains in a step where rows bring so many nodes on average."""
         self._regrow()
-        if self._gains is None:  # no step yet: as if all rows had the same tree
-            return float(_interpolate(dict(enumerate(self._expected, 1)), min(nodes, len(self._expected))))
+        if self._gains is None:  # no step yet
+            return self._by_table(nodes)
         gain = self._gains[max(i for i, size in enumerate(SIZES) if size <= nodes)]
         gained, expected = self._outcome
         return 1.0 + gain * gained / expected
+
+    def _by_table(self, nodes: float) -> float:
+        """`expected_tokens` if all rows had the same tree."""
+        return float(_interpolate(dict(enumerate(self._expected, 1)), min(nodes, len(self._expected))))
 
     def observe(self, hits: list[list[int]], trials: list[int]) -> None:
         """Take in what a step showed of the heads; shapes as `StepResult`'s."""
@@ -239,6 +249,14 @@ class Planner:
         at = max(i for i, size in enumerate(SIZES) if size <= draft.nodes)
         means = (sum(gained) / len(gained), expected[at])
         self._outcome = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._outcome, means, strict=True)]
+
+    def observe_plain(self) -> None:
+        """Take in a step without heads: what they were last seen to gain counts a little less, so that heads that were
+        given up are tried again."""
+        if self._gains is not None:
+            self._gains = [old + FORGOTTEN * (new - old) for old, new in zip(self._gains, self._hoped, strict=True)]
+            gained, expected = self._outcome
+            self._outcome[0] = gained + FORGOTTEN * (expected - gained)
 
     def observe_cost(self, rows: int, draft: Draft, seconds: float) -> None:
         """Take in the time of a step of `rows` decoding rows without prompt tokens.

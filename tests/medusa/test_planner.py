@@ -207,6 +207,29 @@ def test_the_choice_follows_what_came_of_the_drafts() -> None:
     assert after.propose
 
 
+def test_heads_that_were_given_up_are_tried_again() -> None:
+    """Text that they do badly on may be followed by other text; while it is not, trying costs few steps."""
+    made = planner(1.0, 0.02)
+
+    def run(steps: int, gained: int) -> int:
+        """How many of them speculate."""
+        count = 0
+        for _ in range(steps):
+            draft = made.choose(1)
+            if draft.propose:
+                made.observe_gains(draft, GAINS, [gained])
+                count += 1
+            else:
+                made.observe_plain()
+        return count
+
+    assert run(1000, 3) == 1000
+    run(1000, 0)
+    assert 32 <= run(10_000, 0) < 1000
+    run(2000, 3)
+    assert run(1000, 3) == 1000
+
+
 def test_acceptance_starts_at_the_prior_and_learns() -> None:
     acceptance = Acceptance([[0.5, 0.1], [0.4, 0.2]])
     assert acceptance.table() == [pytest.approx([0.5, 0.1]), pytest.approx([0.4, 0.2])]
