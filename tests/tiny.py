@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,25 +15,34 @@ HIDDEN = 32
 HEADS = 3
 
 
+def make_model(**changes: Any) -> LlamaForCausalLM:
+    """A base as transformers has it, with random weights, the same ones every time.
+
+    Args:
+        changes: of its LlamaConfig.
+    """
+    torch.manual_seed(0)
+    some: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(some | changes))).eval()
+
+
 def save_model(folder: Path, hidden: int = HIDDEN, intermediate: int = 48, head_dim: int = 8) -> LlamaForCausalLM:
     """Write base and heads ("V2") to `folder`; the base as transformers has it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_dim,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = make_model(hidden_size=hidden, intermediate_size=intermediate, head_dim=head_dim)
     model.save_pretrained(folder)
     heads = folder / "heads"
     heads.mkdir()

@@ -56,11 +56,6 @@ class RowState:
         self.output_count: Tensor | None = None  # [rows, V] int32
 
     @property
-    def last_token(self) -> Tensor:
-        """[rows], the root of each row's next tree."""
-        return self.drafts[:, 0]
-
-    @property
     def candidates(self) -> Tensor:
         """[rows, H · K], head by head, best first."""
         return self.drafts[:, 1:]

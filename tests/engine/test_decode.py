@@ -339,7 +339,7 @@ def test_a_row_moves_on_by_what_was_accepted(case: Case) -> None:
         assert others[2 * width :] == before.candidates[row].tolist()
         if row != ROWS:
             assert int(state.cached_len[row]) == int(before.cached_len[row]) + len(path)
-            assert int(state.last_token[row]) == int(verdict.emitted[r, len(path) - 1])
+            assert int(state.drafts[row, 0]) == int(verdict.emitted[r, len(path) - 1])
     assert torch.equal(state.candidates, before.candidates)
     assert torch.equal(state.chances, before.chances)
     assert torch.equal(state.block_table, before.block_table)

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.train.progress import Progress
 from manyheads.train.settings import TrainSettings
 from tests.server.tiny_tokenizer import save_tokenizer, tiny_tokenizer
+from tests.tiny import make_model
 
-HIDDEN = 32
 QUIET = Progress(quiet=True)
 
 
@@ -37,23 +35,8 @@ def settings(**changes: Any) -> TrainSettings:
 @pytest.fixture(scope="package")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer().hf),
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=4,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = make_model(vocab_size=len(tiny_tokenizer().hf), max_position_embeddings=256, eos_token_id=4)
+    model.save_pretrained(folder)
     return save_tokenizer(folder)
 
 
