@@ -106,11 +106,9 @@ def tree_attention(
     largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
     block_m, num_tiles = tile_sizes(max_nodes, queries_per_kv, largest_m)
     split = num_splits > 1
-    num_warps = 8 if block_m == 128 else 4
     if block_m == 16:
-        # bound by memory: many small programs keep more loads under way than few that pipeline theirs deeply
-        num_stages = 1 if split else 2
-        num_warps = 4 if split else 2
+        # bound by memory: blocks so small that four programs fit on an SM, each copying one while it works on another
+        block_n = min(block_n, max(16, 2**13 // (head_dim * k_pages.element_size())))
     partial = out  # without splits it is never touched, but its type is part of what gets compiled
     if split:
         numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)
@@ -151,7 +149,7 @@ def tree_attention(
         BLOCK_N=block_n,
         SPLIT=split,
         QUANTIZED=k_scale is not None,
-        num_warps=num_warps,
+        num_warps=8 if block_m == 128 else 4,
         num_stages=num_stages,
         **dependent(q.device),
     )
@@ -182,7 +180,7 @@ def _tuning(device: torch.device, head_dim: int, element_size: int) -> tuple[int
         return max(16, 4096 // row_bytes), 32, 2
     if row_bytes > 256:
         return 64, 32, 2  # float32, for tests
-    # Triton spreads its stages over the page lookup and the loads that wait for it, so 3 are a double buffer of K and V
+    # of 3 stages, one block's K and V are copied while another's are multiplied; of 2 they are not
     return 128, 64 if capability >= (9, 0) or row_bytes <= 128 else 32, 3
 
 
@@ -191,7 +189,7 @@ def _attend_block(
     q,
     k_base,
     v_base,
-    table,
+    page,
     pos,
     node,
     mask,
@@ -218,21 +216,19 @@ def _attend_block(
 ):
     """Online softmax over one block of positions; all of them are visible unless IN_FLIGHT.
 
-    q [M, d]; pos [N]; node, mask, m, denom [M]; acc [M, d].
+    q [M, d]; page, pos [N]; node, mask, m, denom [M]; acc [M, d].
     """
     dim = tl.arange(0, HEAD_DIM)
-    slot = pos % PAGE_SIZE
-    # page id · stride passes 2^31 elements in a cache of a few gigabytes: 64 bits
+    slot = pos.to(tl.uint32) % PAGE_SIZE
+    page = page.to(tl.int64)  # page id · stride passes 2^31 elements in a cache of a few gigabytes
     if IN_FLIGHT:
         # slots past the end are some other step's leftovers, perhaps NaN, and 0 · NaN is NaN: they must not be loaded
         inside = pos < end
-        page = tl.load(table + pos // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
         k_at = k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :]
         v_at = v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :]
         k = tl.load(k_at, mask=inside[:, None], other=0.0)
         v = tl.load(v_at, mask=inside[:, None], other=0.0)
     else:
-        page = tl.load(table + pos // PAGE_SIZE).to(tl.int64)
         k = tl.load(k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :])
         v = tl.load(v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :])
     if QUANTIZED:
@@ -364,20 +360,27 @@ def _attend_kernel(
     denom = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     offset = tl.arange(0, BLOCK_N)
+    # A block's pages are looked up a block ahead: K and V whose addresses come from the same iteration would be copied
+    # after its arithmetic, and overlap none.
+    page = tl.load(table + tl.minimum(low + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
     for start in range(low, unmasked, BLOCK_N):
+        next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
         m, denom, acc = _attend_block(
-            q, k_base, v_base, table, start + offset, node, mask, cached, end, m, denom, acc, scale,
+            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, scale,
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
             stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
             PAGE_SIZE, HEAD_DIM, QUANTIZED, False,
         )  # fmt: skip
+        page = next_page
     for start in range(unmasked, high, BLOCK_N):
+        next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
         m, denom, acc = _attend_block(
-            q, k_base, v_base, table, start + offset, node, mask, cached, end, m, denom, acc, scale,
+            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, scale,
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
             stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
             PAGE_SIZE, HEAD_DIM, QUANTIZED, True,
         )  # fmt: skip
+        page = next_page
 
     if QUANTIZED:
         acc *= 1 / _UNIT
