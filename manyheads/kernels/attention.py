@@ -28,27 +28,26 @@ _UNIT = tl.constexpr(64.0)
 almost as large as values are, and never larger."""
 
 
-def choose_splits(num_rows: int, num_kv_heads: int, num_m_tiles: int, max_len: int, num_sms: int) -> int:
+def choose_splits(num_programs: int, max_len: int, num_sms: int) -> int:
     """How many programs share a row's length, so that about two programs fall to each SM.
 
     Args:
-        num_m_tiles: see `tile_sizes`.
+        num_programs: tiles that hold queries, times kv heads.
         max_len: positions (cached and in flight) of the longest row; a bound will do.
     """
-    programs = max(1, num_rows * num_kv_heads * num_m_tiles)
-    return max(1, min(2 * num_sms // programs, max_len // MIN_SPLIT_LEN, MAX_SPLITS))
+    return max(1, min(2 * num_sms // num_programs, max_len // MIN_SPLIT_LEN, MAX_SPLITS))
 
 
-def tile_sizes(max_nodes: int, queries_per_kv: int, largest: int = 128) -> tuple[int, int]:
+def tile_sizes(max_nodes: int, mean_nodes: int, queries_per_kv: int, largest: int = 128) -> tuple[int, int]:
     """Queries in a tile (nodes times the query heads that share a kv head), and the number of tiles.
 
-    tl.dot wants at least 16. A long prompt wants 128, so that K and V are read half as often; a tree does not, as its
-    last tile would be mostly empty.
+    tl.dot wants at least 16. A long prompt wants 128, so that K and V are read half as often. Trees want what a row
+    brings on average, or most tiles would be mostly empty; the few rows that bring more take several.
     """
-    queries = max_nodes * queries_per_kv
-    block_m = 128 if queries >= 512 else min(64, max(16, triton.next_power_of_2(queries)))
+    usual = (max_nodes if max_nodes > MAX_TREE_NODES else mean_nodes) * queries_per_kv
+    block_m = 128 if usual >= 512 else min(64, max(16, triton.next_power_of_2(usual)))
     block_m = min(block_m, largest)
-    return block_m, -(-queries // block_m)
+    return block_m, -(-max_nodes * queries_per_kv // block_m)
 
 
 def scratch_numel(num_tokens: int, num_heads: int, head_dim: int, num_splits: int) -> int:
@@ -104,7 +103,7 @@ def tree_attention(
         return out
     queries_per_kv = num_heads // num_kv_heads
     largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
-    block_m, num_tiles = tile_sizes(max_nodes, queries_per_kv, largest_m)
+    block_m, num_tiles = tile_sizes(max_nodes, -(-num_tokens // num_rows), queries_per_kv, largest_m)
     split = num_splits > 1
     if block_m == 16:
         # bound by memory: blocks so small that four programs fit on an SM, each copying one while it works on another
