@@ -21,6 +21,10 @@ MAX_TREE_NODES = 64
 MAX_SPLITS = 32
 MIN_SPLIT_LEN = 128
 """Positions; below this, the combining costs more than the splitting gains."""
+MIN_SHARE = tl.constexpr(64)
+"""Positions of a split; the host knows a bound for lengths, and rows may be far shorter."""
+_PER_SM = {16: 4, 32: 2, 64: 2, 128: 1}
+"""Programs that an SM holds, by queries in a tile."""
 
 _LOG2_E = 1.4426950408889634
 _UNIT = tl.constexpr(64.0)
@@ -28,14 +32,21 @@ _UNIT = tl.constexpr(64.0)
 almost as large as values are, and never larger."""
 
 
-def choose_splits(num_programs: int, max_len: int, num_sms: int) -> int:
-    """How many programs share a row's length, so that about two programs fall to each SM.
+def choose_splits(num_programs: int, block_m: int, max_len: int, num_sms: int) -> int:
+    """How many programs share a row's length, so that they are done soonest: few waves, each of short programs.
 
     Args:
         num_programs: tiles that hold queries, times kv heads.
+        block_m: see `tile_sizes`.
         max_len: positions (cached and in flight) of the longest row; a bound will do.
     """
-    return max(1, min(2 * num_sms // num_programs, max_len // MIN_SPLIT_LEN, MAX_SPLITS))
+    slots = num_sms * _PER_SM[block_m]
+    best, shortest = 1, float(-(-num_programs // slots))
+    for splits in range(2, min(max_len // MIN_SPLIT_LEN, MAX_SPLITS) + 1):
+        time = -(-num_programs * splits // slots) / splits
+        if time < 0.9 * shortest:  # more to combine is not worth less
+            best, shortest = splits, time
+    return best
 
 
 def tile_sizes(max_nodes: int, mean_nodes: int, queries_per_kv: int, largest: int = 128) -> tuple[int, int]:
@@ -344,7 +355,8 @@ def _attend_kernel(
     end = cached + tl.where(is_chain, last_node + 1, num_nodes)
 
     # Shares are whole blocks, so that blocks of one split never overlap the next one's. A late share may be empty.
-    share = tl.cdiv(tl.cdiv(end, num_splits), BLOCK_N) * BLOCK_N
+    unit: tl.constexpr = max(BLOCK_N, MIN_SHARE)
+    share = tl.cdiv(tl.cdiv(end, num_splits), unit) * unit
     low = tl.minimum(split * share, end)
     high = tl.minimum(low + share, end)
     # whole blocks that need no mask; the few behind them do

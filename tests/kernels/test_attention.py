@@ -306,11 +306,13 @@ def test_rows_of_more_nodes_than_usual() -> None:
 
 
 def test_splits_fill_the_processors() -> None:
-    assert choose_splits(8, 100_000, 132) == 32
-    assert choose_splits(8, 1024, 132) == 8
-    assert choose_splits(8, 100, 132) == 1
-    assert choose_splits(64, 100_000, 132) == 4
-    assert choose_splits(64 * 32, 100_000, 132) == 1
+    assert choose_splits(8, 16, 100_000, 132) == 32
+    assert choose_splits(8, 16, 1024, 132) == 8
+    assert choose_splits(8, 16, 100, 132) == 1
+    assert [choose_splits(rows * 32, 16, 8192, 132) for rows in (1, 4, 5, 8, 16)] == [15, 4, 3, 2, 1]
+    assert choose_splits(5 * 32, 64, 8192, 132) == 3  # two waves of thirds, and not one of wholes
+    assert choose_splits(12 * 32, 16, 8192, 132) == 4  # three waves of quarters
+    assert choose_splits(64 * 32, 16, 100_000, 132) == 1
 
 
 @pytest.mark.gpu
