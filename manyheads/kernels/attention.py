@@ -15,6 +15,32 @@ from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
 
+# A register's four codes to two registers of float16: of two pairs, the lower codes and the upper ones; else in order.
+# In float16, 0x6400 is 1024, and what its last byte holds is added: codes of int8 plus 128 are put there.
+_FP8_HALVES = tl.constexpr(
+    """{
+    .reg .b32 t, u;
+    .reg .b16 lower, upper, none;
+    prmt.b32 t, $2, 0, 0x4420;
+    prmt.b32 u, $2, 0, 0x4431;
+    mov.b32 {lower, none}, t;
+    mov.b32 {upper, none}, u;
+    cvt.rn.f16x2.e4m3x2 $0, lower;
+    cvt.rn.f16x2.e4m3x2 $1, upper;
+    }"""
+)
+_INT8 = """{
+    .reg .b32 t, base;
+    xor.b32 t, $2, 0x80808080;
+    mov.b32 base, 0x64806480;
+    prmt.b32 $0, t, 0x64646464, FIRST;
+    prmt.b32 $1, t, 0x64646464, SECOND;
+    sub.rn.f16x2 $0, $0, base;
+    sub.rn.f16x2 $1, $1, base;
+    }"""
+_INT8_HALVES = tl.constexpr(_INT8.replace("FIRST", "0x4240").replace("SECOND", "0x4341"))
+_INT8_WIDENED = tl.constexpr(_INT8.replace("FIRST", "0x4140").replace("SECOND", "0x4342"))
+
 MAX_TREE_NODES = 64
 """One bit of a mask each."""
 
@@ -116,9 +142,12 @@ def tree_attention(
     largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
     block_m, num_tiles = tile_sizes(max_nodes, -(-num_tokens // num_rows), queries_per_kv, largest_m)
     split = num_splits > 1
+    num_warps = 8 if block_m == 128 else 4
     if block_m == 16:
         # bound by memory: blocks so small that four programs fit on an SM, each copying one while it works on another
         block_n = min(block_n, max(16, 2**13 // (head_dim * k_pages.element_size())))
+        if k_scale is not None and num_stages == 3:
+            num_warps = 2  # each widens all of K; where two hold the operands of FMAs, they run out of registers
     partial = out  # without splits it is never touched, but its type is part of what gets compiled
     if split:
         numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)
@@ -159,7 +188,8 @@ def tree_attention(
         BLOCK_N=block_n,
         SPLIT=split,
         QUANTIZED=k_scale is not None,
-        num_warps=8 if block_m == 128 else 4,
+        IN_REGISTERS=q.device.type == "cuda",
+        num_warps=num_warps,
         num_stages=num_stages,
         **dependent(q.device),
     )
@@ -208,6 +238,7 @@ def _attend_block(
     m,
     denom,
     acc,
+    acc_odd,
     scale,
     stride_k_page,
     stride_k_slot,
@@ -223,27 +254,29 @@ def _attend_block(
     HEAD_DIM: tl.constexpr,
     QUANTIZED: tl.constexpr,
     IN_FLIGHT: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     """Online softmax over one block of positions; all of them are visible unless IN_FLIGHT.
 
-    q [M, d]; page, pos [N]; node, mask, m, denom [M]; acc [M, d].
+    q [M, d]; page, pos [N]; node, mask, m, denom [M]; acc [M, d], or of codes acc and acc_odd [M, d / 2].
     """
     dim = tl.arange(0, HEAD_DIM)
+    value = tl.arange(0, HEAD_DIM // 2) if QUANTIZED else dim
     slot = pos.to(tl.uint32) % PAGE_SIZE
     page = page.to(tl.int64)  # page id · stride passes 2^31 elements in a cache of a few gigabytes
     if IN_FLIGHT:
         # slots past the end are some other step's leftovers, perhaps NaN, and 0 · NaN is NaN: they must not be loaded
         inside = pos < end
         k_at = k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :]
-        v_at = v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :]
+        v_at = v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + value[None, :]
         k = tl.load(k_at, mask=inside[:, None], other=0.0)
-        v = tl.load(v_at, mask=inside[:, None], other=0.0)
+        v = tl.load(v_at, mask=inside[:, None], other=0)
     else:
         k = tl.load(k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :])
-        v = tl.load(v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :])
+        v = tl.load(v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + value[None, :])
     if QUANTIZED:
         # codes are multiplied as they are, the scales of positions go to the scores and to the weights
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        k = _widened(k, IN_REGISTERS).to(q.dtype)
         k_scale_at = k_scale_base + page * stride_k_scale_page + slot * stride_k_scale_slot
         v_scale_at = v_scale_base + page * stride_v_scale_page + slot * stride_v_scale_slot
         if IN_FLIGHT:
@@ -270,9 +303,37 @@ def _attend_block(
     alpha = tl.exp2(m - shift)
     denom = denom * alpha + tl.sum(p, 1)
     if QUANTIZED:
-        p *= v_scale[None, :] * _UNIT
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return m_new, denom, acc
+        even, odd = _halves(v, k_base.dtype.element_ty, IN_REGISTERS)
+        p = (p * (v_scale[None, :] * _UNIT)).to(q.dtype)
+        acc = tl.dot(p, even.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+        acc_odd = tl.dot(p, odd.to(q.dtype), acc_odd * alpha[:, None], input_precision="ieee")
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, denom, acc, acc_odd
+
+
+@triton.jit
+def _widened(code, IN_REGISTERS: tl.constexpr):
+    """Codes as float16. Left to itself, the compiler takes int8 one by one."""
+    if IN_REGISTERS and code.dtype == tl.int8:
+        return tl.inline_asm_elementwise(_INT8_WIDENED, "=r,=r,r", [code], dtype=tl.float16, is_pure=True, pack=4)
+    return code.to(tl.float16)
+
+
+@triton.jit
+def _halves(pair, dtype: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """The lower and the upper byte of int16, each a code of a dtype, as float16."""
+    if IN_REGISTERS:
+        return tl.inline_asm_elementwise(
+            _INT8_HALVES if dtype == tl.int8 else _FP8_HALVES,
+            "=r,=r,r",
+            [pair],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    lower, upper = (pair & 255).to(tl.uint8), ((pair >> 8) & 255).to(tl.uint8)
+    return lower.to(dtype, bitcast=True).to(tl.float16), upper.to(dtype, bitcast=True).to(tl.float16)
 
 
 # Values that change from step to step must not be specialized on, or serving would stop to compile.
@@ -320,6 +381,7 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: a tile of a row's queries, one kv head, one share of the positions."""
@@ -369,32 +431,40 @@ def _attend_kernel(
     table = block_table + row * stride_table
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    # Tensor cores want a value's positions side by side. What turns V's rows on the way to them turns 16 bits at least,
+    # and so codes are read in pairs.
+    width: tl.constexpr = HEAD_DIM // 2 if QUANTIZED else HEAD_DIM
+    acc = tl.zeros((BLOCK_M, width), tl.float32)
+    acc_odd = acc
+    if QUANTIZED:
+        v_base = v_base.to(tl.pointer_type(tl.int16))
+        stride_v_page //= 2
+        stride_v_slot //= 2
     offset = tl.arange(0, BLOCK_N)
     # A block's pages are looked up a block ahead: K and V whose addresses come from the same iteration would be copied
     # after its arithmetic, and overlap none.
     page = tl.load(table + tl.minimum(low + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
     for start in range(low, unmasked, BLOCK_N):
         next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
-        m, denom, acc = _attend_block(
-            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, scale,
+        m, denom, acc, acc_odd = _attend_block(
+            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale,
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
             stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
-            PAGE_SIZE, HEAD_DIM, QUANTIZED, False,
+            PAGE_SIZE, HEAD_DIM, QUANTIZED, False, IN_REGISTERS,
         )  # fmt: skip
         page = next_page
     for start in range(unmasked, high, BLOCK_N):
         next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
-        m, denom, acc = _attend_block(
-            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, scale,
+        m, denom, acc, acc_odd = _attend_block(
+            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale,
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
             stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
-            PAGE_SIZE, HEAD_DIM, QUANTIZED, True,
+            PAGE_SIZE, HEAD_DIM, QUANTIZED, True, IN_REGISTERS,
         )  # fmt: skip
         page = next_page
 
     if QUANTIZED:
-        acc *= 1 / _UNIT
+        acc = tl.reshape(tl.join(acc, acc_odd), (BLOCK_M, HEAD_DIM)) * (1 / _UNIT)
     if SPLIT:
         # partial: acc [splits, T, H, d], then m [splits, T, H], then denom [splits, T, H]
         index = (split * num_tokens.to(tl.int64) + token) * NUM_HEADS + head
