@@ -63,6 +63,7 @@ class Manyheads:
                 prefix_caching=False,
                 max_num_seqs=args.max_num_seqs,
                 quantization=args.quantization,
+                kv_cache_dtype=args.kv_cache_dtype,
             ),
             lambda line: print(f"{time.perf_counter() - args.start:6.1f} s  {line}", flush=True),
         )
@@ -130,6 +131,7 @@ class Vllm:
             enable_prefix_caching=False,
             disable_log_stats=False,
             quantization=args.quantization,
+            kv_cache_dtype=args.kv_cache_dtype,
             **speculative,
         )
         self._params = SamplingParams
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=("plain", "medusa"), default="medusa")
     parser.add_argument("--tests", type=lambda text: text.split(","), default=["sweep"])
     parser.add_argument("--quantization", help="int8, fp8, int4 …; of vLLM, fp8")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="fp8, int8; of vLLM, fp8")
     parser.add_argument("--acceptance", action="store_true", help="accept candidates by chance")
     parser.add_argument("--users", type=lambda text: [int(n) for n in text.split(",")], default=list(USERS))
     parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"))

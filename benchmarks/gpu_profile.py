@@ -9,6 +9,7 @@ that their times add up to more than the step's.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -32,9 +33,12 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     runner = engine.runner
     assert isinstance(runner, Runner)
     assert runner.graphs is not None
-    requests = [_dummy(i, CONTEXT, 16) for i in range(rows)]
+    requests = [_dummy(i, CONTEXT, runner.block_size) for i in range(rows)]
+    # pages of their own, as far as they go: all on one, rows would read their caches from the GPU's
+    pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
     for request in requests:
         request.table.num_synced = 0
+        request.table.blocks = [next(pages) for _ in request.table.blocks]
     runner.state.admit(requests)
     plan = StepPlan(chunks=[], decoding=requests, draft=engine.planner.draft(nodes))
 

@@ -48,7 +48,7 @@ class Plane:
 
     def pages(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, page size, kv_heads, head_dim], a copy of pages [N] int64, widened to a dtype."""
-        data = self.data.index_select(0, index)
+        data = as_bytes(self.data).index_select(0, index).view(self.data.dtype)
         return data if self.scale is None else _widened(data, self.scale.index_select(0, index), dtype)
 
     def span(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
@@ -100,7 +100,7 @@ class KVCache:
 
 
 def as_bytes(codes: Tensor) -> Tensor:
-    """Codes as integers, as which torch can copy them; other types as they are."""
+    """Codes as integers, as which torch can copy and gather them; other types as they are."""
     return codes.view(torch.int8) if codes.dtype in LARGEST else codes
 
 

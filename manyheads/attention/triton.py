@@ -51,10 +51,12 @@ class TritonAttention:
 
     def _call(self, groups: list[Group]) -> _Call:
         first, last = groups[0], groups[-1]
-        tokens = max(g.max_tokens for g in groups)
-        _, tiles = tile_sizes(tokens, self.num_heads // self.num_kv_heads)
+        tokens, rows = last.stop - first.start, sum(g.num_rows for g in groups)
+        max_nodes, per_kv = max(g.max_tokens for g in groups), self.num_heads // self.num_kv_heads
+        block_m, _ = tile_sizes(max_nodes, -(-tokens // rows), per_kv)
+        tiles = max(rows, -(-tokens * per_kv // block_m))  # about as many hold queries
         longest = max(g.max_cached_len + g.max_tokens for g in groups)
-        splits = choose_splits(sum(g.num_rows for g in groups), self.num_kv_heads, tiles, longest, self._num_sms)
+        splits = choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms)
         if len(groups) == 1:
             parts = (first.row_start, first.cached_len, first.block_table, first.bits)
         else:
@@ -65,7 +67,7 @@ class TritonAttention:
                 torch.cat([g.block_table for g in groups]),
                 torch.cat([g.bits for g in groups]),
             )
-        return _Call(slice(first.start, last.stop), *parts, tokens, splits)
+        return _Call(slice(first.start, last.stop), *parts, max_nodes, splits)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         keys, values = self._layers[layer]

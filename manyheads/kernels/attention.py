@@ -15,12 +15,42 @@ from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
 
+# A register's four codes to two registers of float16: of two pairs, the lower codes and the upper ones; else in order.
+# In float16, 0x6400 is 1024, and what its last byte holds is added: codes of int8 plus 128 are put there.
+_FP8_HALVES = tl.constexpr(
+    """{
+    .reg .b32 t, u;
+    .reg .b16 lower, upper, none;
+    prmt.b32 t, $2, 0, 0x4420;
+    prmt.b32 u, $2, 0, 0x4431;
+    mov.b32 {lower, none}, t;
+    mov.b32 {upper, none}, u;
+    cvt.rn.f16x2.e4m3x2 $0, lower;
+    cvt.rn.f16x2.e4m3x2 $1, upper;
+    }"""
+)
+_INT8 = """{
+    .reg .b32 t, base;
+    xor.b32 t, $2, 0x80808080;
+    mov.b32 base, 0x64806480;
+    prmt.b32 $0, t, 0x64646464, FIRST;
+    prmt.b32 $1, t, 0x64646464, SECOND;
+    sub.rn.f16x2 $0, $0, base;
+    sub.rn.f16x2 $1, $1, base;
+    }"""
+_INT8_HALVES = tl.constexpr(_INT8.replace("FIRST", "0x4240").replace("SECOND", "0x4341"))
+_INT8_WIDENED = tl.constexpr(_INT8.replace("FIRST", "0x4140").replace("SECOND", "0x4342"))
+
 MAX_TREE_NODES = 64
 """One bit of a mask each."""
 
 MAX_SPLITS = 32
 MIN_SPLIT_LEN = 128
 """Positions; below this, the combining costs more than the splitting gains."""
+MIN_SHARE = tl.constexpr(64)
+"""Positions of a split; the host knows a bound for lengths, and rows may be far shorter."""
+_PER_SM = {16: 4, 32: 2, 64: 2, 128: 1}
+"""Programs that an SM holds, by queries in a tile."""
 
 _LOG2_E = 1.4426950408889634
 _UNIT = tl.constexpr(64.0)
@@ -28,27 +58,33 @@ _UNIT = tl.constexpr(64.0)
 almost as large as values are, and never larger."""
 
 
-def choose_splits(num_rows: int, num_kv_heads: int, num_m_tiles: int, max_len: int, num_sms: int) -> int:
-    """How many programs share a row's length, so that about two programs fall to each SM.
+def choose_splits(num_programs: int, block_m: int, max_len: int, num_sms: int) -> int:
+    """How many programs share a row's length, so that they are done soonest: few waves, each of short programs.
 
     Args:
-        num_m_tiles: see `tile_sizes`.
+        num_programs: tiles that hold queries, times kv heads.
+        block_m: see `tile_sizes`.
         max_len: positions (cached and in flight) of the longest row; a bound will do.
     """
-    programs = max(1, num_rows * num_kv_heads * num_m_tiles)
-    return max(1, min(2 * num_sms // programs, max_len // MIN_SPLIT_LEN, MAX_SPLITS))
+    slots = num_sms * _PER_SM[block_m]
+    best, shortest = 1, float(-(-num_programs // slots))
+    for splits in range(2, min(max_len // MIN_SPLIT_LEN, MAX_SPLITS) + 1):
+        time = -(-num_programs * splits // slots) / splits
+        if time < 0.9 * shortest:  # more to combine is not worth less
+            best, shortest = splits, time
+    return best
 
 
-def tile_sizes(max_nodes: int, queries_per_kv: int, largest: int = 128) -> tuple[int, int]:
+def tile_sizes(max_nodes: int, mean_nodes: int, queries_per_kv: int, largest: int = 128) -> tuple[int, int]:
     """Queries in a tile (nodes times the query heads that share a kv head), and the number of tiles.
 
-    tl.dot wants at least 16. A long prompt wants 128, so that K and V are read half as often; a tree does not, as its
-    last tile would be mostly empty.
+    tl.dot wants at least 16. A long prompt wants 128, so that K and V are read half as often. Trees want what a row
+    brings on average, or most tiles would be mostly empty; the few rows that bring more take several.
     """
-    queries = max_nodes * queries_per_kv
-    block_m = 128 if queries >= 512 else min(64, max(16, triton.next_power_of_2(queries)))
+    usual = (max_nodes if max_nodes > MAX_TREE_NODES else mean_nodes) * queries_per_kv
+    block_m = 128 if usual >= 512 else min(64, max(16, triton.next_power_of_2(usual)))
     block_m = min(block_m, largest)
-    return block_m, -(-queries // block_m)
+    return block_m, -(-max_nodes * queries_per_kv // block_m)
 
 
 def scratch_numel(num_tokens: int, num_heads: int, head_dim: int, num_splits: int) -> int:
@@ -104,13 +140,14 @@ def tree_attention(
         return out
     queries_per_kv = num_heads // num_kv_heads
     largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
-    block_m, num_tiles = tile_sizes(max_nodes, queries_per_kv, largest_m)
+    block_m, num_tiles = tile_sizes(max_nodes, -(-num_tokens // num_rows), queries_per_kv, largest_m)
     split = num_splits > 1
     num_warps = 8 if block_m == 128 else 4
     if block_m == 16:
-        # bound by memory: many small programs keep more loads under way than few that pipeline theirs deeply
-        num_stages = 1 if split else 2
-        num_warps = 4 if split else 2
+        # bound by memory: blocks so small that four programs fit on an SM, each copying one while it works on another
+        block_n = min(block_n, max(16, 2**13 // (head_dim * k_pages.element_size())))
+        if k_scale is not None and num_stages == 3:
+            num_warps = 2  # each widens all of K; where two hold the operands of FMAs, they run out of registers
     partial = out  # without splits it is never touched, but its type is part of what gets compiled
     if split:
         numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)
@@ -151,6 +188,7 @@ def tree_attention(
         BLOCK_N=block_n,
         SPLIT=split,
         QUANTIZED=k_scale is not None,
+        IN_REGISTERS=q.device.type == "cuda",
         num_warps=num_warps,
         num_stages=num_stages,
         **dependent(q.device),
@@ -182,7 +220,7 @@ def _tuning(device: torch.device, head_dim: int, element_size: int) -> tuple[int
         return max(16, 4096 // row_bytes), 32, 2
     if row_bytes > 256:
         return 64, 32, 2  # float32, for tests
-    # Triton spreads its stages over the page lookup and the loads that wait for it, so 3 are a double buffer of K and V
+    # of 3 stages, one block's K and V are copied while another's are multiplied; of 2 they are not
     return 128, 64 if capability >= (9, 0) or row_bytes <= 128 else 32, 3
 
 
@@ -191,7 +229,7 @@ def _attend_block(
     q,
     k_base,
     v_base,
-    table,
+    page,
     pos,
     node,
     mask,
@@ -200,6 +238,7 @@ def _attend_block(
     m,
     denom,
     acc,
+    acc_odd,
     scale,
     stride_k_page,
     stride_k_slot,
@@ -215,29 +254,29 @@ def _attend_block(
     HEAD_DIM: tl.constexpr,
     QUANTIZED: tl.constexpr,
     IN_FLIGHT: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     """Online softmax over one block of positions; all of them are visible unless IN_FLIGHT.
 
-    q [M, d]; pos [N]; node, mask, m, denom [M]; acc [M, d].
+    q [M, d]; page, pos [N]; node, mask, m, denom [M]; acc [M, d], or of codes acc and acc_odd [M, d / 2].
     """
     dim = tl.arange(0, HEAD_DIM)
-    slot = pos % PAGE_SIZE
-    # page id · stride passes 2^31 elements in a cache of a few gigabytes: 64 bits
+    value = tl.arange(0, HEAD_DIM // 2) if QUANTIZED else dim
+    slot = pos.to(tl.uint32) % PAGE_SIZE
+    page = page.to(tl.int64)  # page id · stride passes 2^31 elements in a cache of a few gigabytes
     if IN_FLIGHT:
         # slots past the end are some other step's leftovers, perhaps NaN, and 0 · NaN is NaN: they must not be loaded
         inside = pos < end
-        page = tl.load(table + pos // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
         k_at = k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :]
-        v_at = v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :]
+        v_at = v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + value[None, :]
         k = tl.load(k_at, mask=inside[:, None], other=0.0)
-        v = tl.load(v_at, mask=inside[:, None], other=0.0)
+        v = tl.load(v_at, mask=inside[:, None], other=0)
     else:
-        page = tl.load(table + pos // PAGE_SIZE).to(tl.int64)
         k = tl.load(k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :])
-        v = tl.load(v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + dim[None, :])
+        v = tl.load(v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + value[None, :])
     if QUANTIZED:
         # codes are multiplied as they are, the scales of positions go to the scores and to the weights
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        k = _widened(k, IN_REGISTERS).to(q.dtype)
         k_scale_at = k_scale_base + page * stride_k_scale_page + slot * stride_k_scale_slot
         v_scale_at = v_scale_base + page * stride_v_scale_page + slot * stride_v_scale_slot
         if IN_FLIGHT:
@@ -264,9 +303,37 @@ def _attend_block(
     alpha = tl.exp2(m - shift)
     denom = denom * alpha + tl.sum(p, 1)
     if QUANTIZED:
-        p *= v_scale[None, :] * _UNIT
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return m_new, denom, acc
+        even, odd = _halves(v, k_base.dtype.element_ty, IN_REGISTERS)
+        p = (p * (v_scale[None, :] * _UNIT)).to(q.dtype)
+        acc = tl.dot(p, even.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+        acc_odd = tl.dot(p, odd.to(q.dtype), acc_odd * alpha[:, None], input_precision="ieee")
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, denom, acc, acc_odd
+
+
+@triton.jit
+def _widened(code, IN_REGISTERS: tl.constexpr):
+    """Codes as float16. Left to itself, the compiler takes int8 one by one."""
+    if IN_REGISTERS and code.dtype == tl.int8:
+        return tl.inline_asm_elementwise(_INT8_WIDENED, "=r,=r,r", [code], dtype=tl.float16, is_pure=True, pack=4)
+    return code.to(tl.float16)
+
+
+@triton.jit
+def _halves(pair, dtype: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """The lower and the upper byte of int16, each a code of a dtype, as float16."""
+    if IN_REGISTERS:
+        return tl.inline_asm_elementwise(
+            _INT8_HALVES if dtype == tl.int8 else _FP8_HALVES,
+            "=r,=r,r",
+            [pair],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    lower, upper = (pair & 255).to(tl.uint8), ((pair >> 8) & 255).to(tl.uint8)
+    return lower.to(dtype, bitcast=True).to(tl.float16), upper.to(dtype, bitcast=True).to(tl.float16)
 
 
 # Values that change from step to step must not be specialized on, or serving would stop to compile.
@@ -314,6 +381,7 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: a tile of a row's queries, one kv head, one share of the positions."""
@@ -349,7 +417,8 @@ def _attend_kernel(
     end = cached + tl.where(is_chain, last_node + 1, num_nodes)
 
     # Shares are whole blocks, so that blocks of one split never overlap the next one's. A late share may be empty.
-    share = tl.cdiv(tl.cdiv(end, num_splits), BLOCK_N) * BLOCK_N
+    unit: tl.constexpr = max(BLOCK_N, MIN_SHARE)
+    share = tl.cdiv(tl.cdiv(end, num_splits), unit) * unit
     low = tl.minimum(split * share, end)
     high = tl.minimum(low + share, end)
     # whole blocks that need no mask; the few behind them do
@@ -362,25 +431,40 @@ def _attend_kernel(
     table = block_table + row * stride_table
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    # Tensor cores want a value's positions side by side. What turns V's rows on the way to them turns 16 bits at least,
+    # and so codes are read in pairs.
+    width: tl.constexpr = HEAD_DIM // 2 if QUANTIZED else HEAD_DIM
+    acc = tl.zeros((BLOCK_M, width), tl.float32)
+    acc_odd = acc
+    if QUANTIZED:
+        v_base = v_base.to(tl.pointer_type(tl.int16))
+        stride_v_page //= 2
+        stride_v_slot //= 2
     offset = tl.arange(0, BLOCK_N)
+    # A block's pages are looked up a block ahead: K and V whose addresses come from the same iteration would be copied
+    # after its arithmetic, and overlap none.
+    page = tl.load(table + tl.minimum(low + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
     for start in range(low, unmasked, BLOCK_N):
-        m, denom, acc = _attend_block(
-            q, k_base, v_base, table, start + offset, node, mask, cached, end, m, denom, acc, scale,
+        next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
+        m, denom, acc, acc_odd = _attend_block(
+            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale,
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
             stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
-            PAGE_SIZE, HEAD_DIM, QUANTIZED, False,
+            PAGE_SIZE, HEAD_DIM, QUANTIZED, False, IN_REGISTERS,
         )  # fmt: skip
+        page = next_page
     for start in range(unmasked, high, BLOCK_N):
-        m, denom, acc = _attend_block(
-            q, k_base, v_base, table, start + offset, node, mask, cached, end, m, denom, acc, scale,
+        next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
+        m, denom, acc, acc_odd = _attend_block(
+            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale,
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
             stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
-            PAGE_SIZE, HEAD_DIM, QUANTIZED, True,
+            PAGE_SIZE, HEAD_DIM, QUANTIZED, True, IN_REGISTERS,
         )  # fmt: skip
+        page = next_page
 
     if QUANTIZED:
-        acc *= 1 / _UNIT
+        acc = tl.reshape(tl.join(acc, acc_odd), (BLOCK_M, HEAD_DIM)) * (1 / _UNIT)
     if SPLIT:
         # partial: acc [splits, T, H, d], then m [splits, T, H], then denom [splits, T, H]
         index = (split * num_tokens.to(tl.int64) + token) * NUM_HEADS + head

@@ -7,6 +7,7 @@ measured as the engine runs, and takes the tree with the most expected tokens pe
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -159,7 +160,8 @@ class Planner:
         self._expected: list[float] = []
         self._steps_until_regrow = 0
         self._chosen: dict[tuple[int, int], Draft] = {}
-        self._offsets: dict[tuple[int, int], float] = {}  # rows, nodes that each may bring → seconds
+        self._offsets: dict[int, dict[int, float]] = {}  # rows → nodes that each may bring → seconds
+        self._observed: Counter[tuple[int, int]] = Counter()  # rows, nodes that each may bring → steps
         self._gains: list[float] | None = None  # by SIZES, running mean of what the heads expect
         self._outcome = [1.0, 1.0]  # running means: gained, and what was expected of the same steps
         self._hoped: list[float] = []  # by SIZES, gains by the prior
@@ -264,6 +266,7 @@ class Planner:
         Longer contexts make a step dearer than it was at warm-up: what the rows' caches cost to read, and the more, the
         more nodes may look at them. So the difference is kept as an offset for each number of rows and of nodes that a
         row may bring. Those that are not observed drift to the one that is, so that what was given up is tried again.
+        First observations count for more: a choice holds for many steps.
         """
         if self.costs is None:
             return
@@ -275,13 +278,28 @@ class Planner:
         seen = draft.tree.num_nodes
         known = self._offset(rows, seen)
         seconds = min(seconds, 4 * (predicted + known))  # one slow step says little
-        now = max(0.0, known + 0.05 * (seconds - predicted - known))
-        for reach in {1, *REACHES, seen}:
-            offset = self._offset(rows, reach)
-            self._offsets[rows, reach] = now if reach == seen else offset + 0.003 * (now - offset)
+        self._observed[rows, seen] += 1
+        weight = max(0.05, 1 / (1 + self._observed[rows, seen]))
+        now = max(0.0, known + weight * (seconds - predicted - known))
+        offsets = {reach: self._offset(rows, reach) for reach in (1, *REACHES)}
+        drifted = {reach: offset + 0.003 * (now - offset) for reach, offset in offsets.items()}
+        self._offsets[rows] = {**self._offsets.get(rows, {}), **drifted, seen: now}
 
     def _offset(self, rows: int, reach: int) -> float:
-        return self._offsets.get((rows, reach), 0.0)
+        """Seconds; what is not observed costs what it does with the nearest number of rows, by the row.
+
+        And no less than where rows may bring fewer nodes.
+        """
+        if rows not in self._offsets:
+            if not self._offsets:
+                return 0.0
+            near = min(self._offsets, key=lambda known: abs(known - rows))
+            return self._offset(near, reach) * rows / near
+        known = self._offsets[rows]
+        offset = known.get(reach, 0.0)
+        if (rows, reach) in self._observed:
+            return offset
+        return max([offset, *(known[other] for other in known if other < reach and (rows, other) in self._observed)])
 
     def _regrow(self) -> None:
         self._steps_until_regrow -= 1

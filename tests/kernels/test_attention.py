@@ -283,18 +283,36 @@ def test_no_tokens() -> None:
 
 def test_tiles_cover_all_queries() -> None:
     for max_nodes in (1, 5, 16, 64, 200, 2048):
-        for per_kv in (1, 3, 4, 8):
-            block_m, tiles = tile_sizes(max_nodes, per_kv)
-            assert block_m in (16, 32, 64, 128)
-            assert (tiles - 1) * block_m < max_nodes * per_kv <= tiles * block_m
+        for mean_nodes in (1, (max_nodes + 1) // 2, max_nodes):
+            for per_kv in (1, 3, 4, 8):
+                block_m, tiles = tile_sizes(max_nodes, mean_nodes, per_kv)
+                assert block_m in (16, 32, 64, 128)
+                assert (tiles - 1) * block_m < max_nodes * per_kv <= tiles * block_m
+
+
+def test_tiles_are_as_large_as_what_rows_usually_bring() -> None:
+    assert tile_sizes(64, 12, 1) == (16, 4)
+    assert tile_sizes(32, 17, 1) == (32, 1)
+    assert tile_sizes(16, 4, 4) == (16, 4)
+    assert tile_sizes(64, 64, 8) == (128, 4)
+    assert tile_sizes(512, 3, 1) == (128, 4)  # chains, of which one may be alone with all tokens
+
+
+def test_rows_of_more_nodes_than_usual() -> None:
+    """64 nodes in tiles of 16."""
+    made = batch([tree(70, 64), tree(9, 33), *(tree(20 + i, 2) for i in range(12))], heads=1, kv_heads=1)
+    made.check(1)
+    made.check(2)
 
 
 def test_splits_fill_the_processors() -> None:
-    assert choose_splits(1, 8, 1, 100_000, 132) == 32
-    assert choose_splits(1, 8, 1, 1024, 132) == 8
-    assert choose_splits(1, 8, 1, 100, 132) == 1
-    assert choose_splits(8, 8, 1, 100_000, 132) == 4
-    assert choose_splits(64, 8, 4, 100_000, 132) == 1
+    assert choose_splits(8, 16, 100_000, 132) == 32
+    assert choose_splits(8, 16, 1024, 132) == 8
+    assert choose_splits(8, 16, 100, 132) == 1
+    assert [choose_splits(rows * 32, 16, 8192, 132) for rows in (1, 4, 5, 8, 16)] == [15, 4, 3, 2, 1]
+    assert choose_splits(5 * 32, 64, 8192, 132) == 3  # two waves of thirds, and not one of wholes
+    assert choose_splits(12 * 32, 16, 8192, 132) == 4  # three waves of quarters
+    assert choose_splits(64 * 32, 16, 100_000, 132) == 1
 
 
 @pytest.mark.gpu

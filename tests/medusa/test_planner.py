@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -267,18 +269,52 @@ def test_the_tree_follows_what_is_observed() -> None:
     assert after is NO_DRAFT
 
 
+def run(made: Planner, rows: int, steps: int, extra: Callable[[Draft], float]) -> list[int]:
+    """Nodes that a row may bring in each of so many steps, which take so much longer than at warm-up."""
+    assert made.costs
+    reaches = []
+    for _ in range(steps):
+        draft = made.choose(rows)
+        cost = made.costs.tree_cost(rows, draft.num_tokens(rows)) if draft.propose else made.costs.plain_cost(rows)
+        made.observe_cost(rows, draft, cost + extra(draft))
+        reaches.append(draft.tree.num_nodes)
+    return reaches
+
+
 def test_dearer_steps_than_at_warm_up_pay_for_larger_trees() -> None:
     made = planner(1.0, 0.1)
     before = made.choose(1)
-    for _ in range(200):
-        made.observe_cost(1, before, 3.0)
-        after = made.choose(1)
-    assert after.nodes > before.nodes
-    assert made.choose(2) == planner(1.0, 0.1).choose(2)  # another number of rows
-    for _ in range(2000):
-        made.observe_cost(1, made.choose(1), 0.0)  # never below what was measured
-        last = made.choose(1)
-    assert last == before
+    run(made, 1, 2000, lambda _: 1.6)
+    assert made.choose(1).nodes > before.nodes
+    run(made, 1, 4000, lambda _: -9.0)  # never below what was measured
+    assert made.choose(1) == before
+
+
+def test_another_number_of_rows_starts_with_what_the_nearest_has_learnt() -> None:
+    """Where rows may bring more than 16 nodes, a step takes as long again for each of 16 rows."""
+    made = planner(1.0, 0.0, 16)
+    assert made.choose(16).tree.num_nodes > 16
+    run(made, 16, 2000, lambda draft: 1.0 if draft.tree.num_nodes > 16 else 0.0)
+    learnt = made.choose(16)
+    assert learnt.tree.num_nodes <= 16
+    for rows in (15, 17, 12):
+        assert made.choose(rows).tree == learnt.tree
+
+
+def test_first_steps_say_the_most() -> None:
+    made = planner(1.0, 0.0)
+    assert run(made, 1, 4, lambda draft: 0.6 if draft.tree.num_nodes == 64 else 0.0) == [64] * 4
+    assert made.choose(1, prompt_tokens=1).tree.num_nodes < 64
+
+
+def test_wider_trees_than_any_observed_are_no_cheaper() -> None:
+    made = planner(1.0, 0.1)
+    assert made.costs
+    rates = {}
+    for draft in made.drafts(1):
+        seconds = made.costs.tree_cost(1, draft.num_tokens(1)) + 0.5
+        rates[made.expected_tokens(draft.nodes) / seconds] = draft.tree.num_nodes
+    assert max(run(made, 1, 1000, lambda _: 0.5)) <= rates[max(rates)]
 
 
 def test_long_contexts_make_wide_trees_dearer_than_narrow_ones() -> None:
