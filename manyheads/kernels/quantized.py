@@ -32,6 +32,8 @@ from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
 MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 128}
 """What `multiply` takes."""
+CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (9, 0)}
+"""Of GPUs, from which on Triton multiplies a scheme's codes; T4's tensor cores take bytes, but it does not use them."""
 _FEW_ROWS = 128
 """Beyond, there are programs enough without splits."""
 _ALIGN_OUT = 64
@@ -65,7 +67,7 @@ def product(x: Tensor, weight: QuantizedWeight, splits: int = 1) -> Tensor:
     """
     if serves(x, weight):
         return multiply(x, weight, splits if x.shape[0] <= _FEW_ROWS else 1)
-    if weight.scheme == "fp8" and _multiplies_fp8(x.device) and not any(n % 16 for n in weight.shape):
+    if weight.scheme == "fp8" and x.is_cuda and multiplies("fp8", x.device) and not any(n % 16 for n in weight.shape):
         codes, scale = quantize_rows(x)
         wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=torch.bfloat16)
         return wide.to(x.dtype)
@@ -73,8 +75,9 @@ def product(x: Tensor, weight: QuantizedWeight, splits: int = 1) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _multiplies_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def multiplies(scheme: str, device: torch.device) -> bool:
+    """Whether `multiply` runs there; Triton's interpreter takes everything."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY[scheme]
 
 
 @lru_cache(maxsize=16)
@@ -95,7 +98,7 @@ def serves(x: Tensor, weight: QuantizedWeight) -> bool:
         and weight.out_features % _ALIGN_OUT == 0
         and weight.in_features % GROUP == 0
         and (weight.scheme != "int4" or weight.group_size == GROUP)
-        and (weight.scheme != "fp8" or x.device.type != "cuda" or _multiplies_fp8(x.device))
+        and multiplies(weight.scheme, x.device)
     )
 
 
