@@ -32,7 +32,7 @@ from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
 MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 128}
 """What `multiply` takes."""
-CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (9, 0)}
+CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 """Of GPUs, from which on Triton multiplies a scheme's codes; T4's tensor cores take bytes, but it does not use them."""
 _FEW_ROWS = 128
 """Beyond, there are programs enough without splits."""

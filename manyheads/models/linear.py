@@ -41,7 +41,8 @@ class Linear:
     - `quantized`: on a GPU, by kernels of ours (kernels/quantized.py);
     - `bitsandbytes`: that library's own.
 
-    What is left, such as int4 on a CPU, is widened here once and takes one of the forms above.
+    What is left, such as int4 on a CPU and fp8 on GPUs before Ada, is widened here once and takes one of the forms
+    above.
 
     Args:
         weight: [out, in].
@@ -123,7 +124,9 @@ def _form(weight: Tensor, has_bias: bool) -> str:
 def _quantized_form(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
     """None where it is widened once."""
     if weight.device.type != "cpu":
-        return "quantized" if has_kernels(weight.device) else None
+        # what a GPU does not multiply, its kernels widen; but where there is no fp8, Triton does not even convert it
+        served = has_kernels(weight.device) and (weight.scheme != "fp8" or quantized.multiplies("fp8", weight.device))
+        return "quantized" if served else None
     if dtype != torch.float32 or weight.scheme == "int4":
         return None
     if weight.scheme == "int8" and weight.values.numel() >= INTEGER_SIZE and integer.is_exact():

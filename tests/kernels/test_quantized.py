@@ -156,7 +156,7 @@ def test_what_does_not_come_in_blocks_is_widened() -> None:
     assert relative_error(quantized.product(x, quantized.arrange(weight)), wanted(x, weight)) < 1e-3
 
 
-@pytest.mark.parametrize(("capability", "schemes"), [((7, 5), ""), ((8, 0), "int8 int4"), ((9, 0), "int8 fp8 int4")])
+@pytest.mark.parametrize(("capability", "schemes"), [((7, 5), ""), ((8, 0), "int8 int4"), ((8, 9), "int8 fp8 int4")])
 def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], schemes: str) -> None:
     """What each can compile."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
