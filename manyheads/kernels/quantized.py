@@ -182,8 +182,10 @@ def _blocks(scheme: str, rows: int, num_out: int, width: int) -> _Blocks:
         return _Blocks(128, 64, GROUP, 8, 5) if many else _Blocks(64, block_rows, GROUP, 4, 10 - block_rows // 12)
     if many:
         return _Blocks(128, 128, GROUP, 8, 4)
-    if block_rows <= 32 and width % 256 == 0:
+    if scheme == "int8" and block_rows <= 32 and width % 256 == 0:  # sums of fp8 depend on the columns of a block
         return _Blocks(64, block_rows, 256, 4, 5 if block_rows <= 16 else 4)
+    if block_rows <= 32:
+        return _Blocks(64, block_rows, GROUP, 4, 9 if block_rows <= 16 else 6)
     return _Blocks(64, block_rows, GROUP, 8 if block_rows == 128 else 4, 4)
 
 

@@ -82,6 +82,11 @@ def test_a_row_does_not_depend_on_others(scheme: str) -> None:
         assert relative_error(quantized.multiply(x, weight, 3).sum(0), together.sum(0)) < 1e-6
 
 
+def test_sums_of_fp8_are_of_the_same_columns() -> None:
+    """What tensor cores add up before it is added in float32 decides the last bits."""
+    assert len({quantized._blocks("fp8", rows, 4096, 4096).columns for rows in range(1, 129)}) == 1
+
+
 def test_int4_without_zero_points() -> None:
     x, weight = random(3, 256), weight_of("int4", 64, 256, symmetric=True)
     got = quantized.multiply(x, quantized.arrange(weight), 2)
