@@ -27,7 +27,7 @@ from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
 from manyheads.kernels.split import quantize_rows, split_rows
-from manyheads.kernels.widen import GROUP, widen
+from manyheads.kernels.widen import GROUP, Arranged, widen
 from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
 MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 128}
@@ -36,30 +36,44 @@ CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 """Of GPUs, from which on Triton multiplies a scheme's codes; T4's tensor cores take bytes, but it does not use them."""
 _FEW_ROWS = 128
 """Beyond, there are programs enough without splits."""
-_ALIGN_OUT = 64
+_ALIGN_OUT = 128
+"""Rows of the weight that every block has a divisor of."""
 
 
-def arrange(weight: QuantizedWeight) -> QuantizedWeight:
-    """The form that the kernels read. Of int4 in groups of 128:
+def arrange(weight: QuantizedWeight) -> Arranged:
+    """The form that the kernels read: rows come in whole blocks; and of int4 in groups of 128, or several times that,
 
+    - groups are of 128, those of a larger one alike;
     - byte j of a group holds its columns j and j + 64, so that the bytes' halves meet two straight runs of x;
     - scales stand by group in memory: a program copies those of a block of rows.
-
-    Everything else stays as it is.
     """
-    if weight.scheme != "int4" or weight.group_size != GROUP:
-        return weight
-    codes = unpack(weight.values).view(weight.out_features, -1, 2, GROUP // 2)
-    values = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1)
-    return QuantizedWeight("int4", values, weight.scale.t().contiguous().t(), weight.zero)
+    values, scale = _fill_up(weight.values), _fill_up(weight.scale)
+    zero = None if weight.zero is None else _fill_up(weight.zero)
+    if weight.scheme == "int4" and weight.group_size % GROUP == 0:
+        codes = unpack(values).view(len(values), -1, 2, GROUP // 2)
+        values = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1)
+        groups = weight.group_size // GROUP
+        scale = scale.repeat_interleave(groups, 1).t().contiguous().t()
+        zero = None if zero is None else zero.repeat_interleave(groups, 1)
+    return Arranged(weight.scheme, *weight.shape, values, scale, zero)
 
 
-def product(x: Tensor, weight: QuantizedWeight, splits: int = 1) -> Tensor:
+def _fill_up(x: Tensor) -> Tensor:
+    """Rows of zeros at the end, up to whole blocks."""
+    missing = -len(x) % _ALIGN_OUT
+    if missing == 0:
+        return x
+    full = x.new_zeros(len(x) + missing, x.shape[1])
+    full[: len(x)] = x
+    return full
+
+
+def product(x: Tensor, weight: Arranged, splits: int = 1) -> Tensor:
     """x Wᵀ.
 
     Args:
         x: [T, in] in half precision, the last dimension contiguous.
-        weight: [out, in], as `arrange` returns it.
+        weight: [out, in].
         splits: programs that may share a row of the weight where rows are few.
 
     Returns:
@@ -67,10 +81,10 @@ def product(x: Tensor, weight: QuantizedWeight, splits: int = 1) -> Tensor:
     """
     if serves(x, weight):
         return multiply(x, weight, splits if x.shape[0] <= _FEW_ROWS else 1)
-    if weight.scheme == "fp8" and x.is_cuda and multiplies("fp8", x.device) and not any(n % 16 for n in weight.shape):
+    if weight.scheme == "fp8" and x.is_cuda and multiplies("fp8", x.device) and weight.in_features % 16 == 0:
         codes, scale = quantize_rows(x)
         wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=torch.bfloat16)
-        return wide.to(x.dtype)
+        return wide[:, : weight.out_features].to(x.dtype).contiguous()
     return F.linear(x, widen(weight, x.dtype))
 
 
@@ -90,23 +104,22 @@ def _shared_memory(device: torch.device) -> int:
     return int(most) - 2**13  # scales, results
 
 
-def serves(x: Tensor, weight: QuantizedWeight) -> bool:
+def serves(x: Tensor, weight: Arranged) -> bool:
     """Whether `multiply` takes this product."""
     return (
         x.shape[0] <= MAX_ROWS[weight.scheme]
         and x.dtype in (torch.float16, torch.bfloat16)
-        and weight.out_features % _ALIGN_OUT == 0
         and weight.in_features % GROUP == 0
         and (weight.scheme != "int4" or weight.group_size == GROUP)
         and multiplies(weight.scheme, x.device)
     )
 
 
-def multiply(x: Tensor, weight: QuantizedWeight, splits: int) -> Tensor:
+def multiply(x: Tensor, weight: Arranged, splits: int) -> Tensor:
     """As `product`, for what `serves` says."""
     rows, width = x.shape
-    num_out = weight.out_features
-    blocks = _blocks(weight.scheme, rows, num_out, width)
+    num_out, padded = weight.out_features, len(weight.values)
+    blocks = _blocks(weight.scheme, rows, width)
     stage = blocks.columns * (2 * blocks.rows + (blocks.out // 2 if weight.scheme == "int4" else blocks.out))
     stages = min(blocks.stages, max(2, _shared_memory(x.device) // stage))
     codes, x_scale = split_rows(x, weight.scheme)
@@ -117,7 +130,7 @@ def multiply(x: Tensor, weight: QuantizedWeight, splits: int) -> Tensor:
     num_blocks = width // blocks.columns
     share = -(-num_blocks // splits)
     # the weight's blocks follow each other slower than the rows': what is read twice is then in the cache
-    grid = (-(-rows // blocks.rows), num_out // blocks.out, splits)
+    grid = (-(-rows // blocks.rows), padded // blocks.out, splits)
     if weight.scheme == "int4":
         zero = weight.scale if weight.zero is None else weight.zero  # without zero points it is not looked at
         _int4_kernel[grid](
@@ -129,6 +142,7 @@ def multiply(x: Tensor, weight: QuantizedWeight, splits: int) -> Tensor:
             out,
             rows,
             num_out,
+            padded,
             num_blocks,
             share,
             HAS_ZERO=weight.zero is not None,
@@ -173,10 +187,10 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-def _blocks(scheme: str, rows: int, num_out: int, width: int) -> _Blocks:
+def _blocks(scheme: str, rows: int, width: int) -> _Blocks:
     """For Hopper: many bytes under way; of many rows, as large a product as registers hold."""
     block_rows = min(128, max(8, triton.next_power_of_2(rows)))
-    many = rows > _FEW_ROWS and num_out % 128 == 0
+    many = rows > _FEW_ROWS
     if scheme == "int4":  # half the bytes a stage; and a group's sums beside those of all
         block_rows = min(64, max(16, block_rows))
         return _Blocks(128, 64, GROUP, 8, 5) if many else _Blocks(64, block_rows, GROUP, 4, 10 - block_rows // 12)
@@ -235,9 +249,10 @@ def _bytes_kernel(
     # 256 times an integer sum is beyond 32 bits
     y = high + low / 16.0 if FP8 else high.to(tl.float32) * 256.0 + low.to(tl.float32)
     in_rows = at_row < rows
+    stored = (at_out < num_out)[:, None] & in_rows[None, :]
     y *= tl.load(scale_ptr + at_out)[:, None] * tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
     out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=in_rows[None, :])
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["rows", "num_groups", "share"])
@@ -250,6 +265,7 @@ def _int4_kernel(
     out_ptr,
     rows,
     num_out,
+    padded,
     num_groups,
     share,
     HAS_ZERO: tl.constexpr,
@@ -275,7 +291,7 @@ def _int4_kernel(
     at_weight = (at_out[:, None].to(tl.int64) * num_groups + first) * (GROUP // 2)
     weight_at = weight_ptr + at_weight + column[None, :]
     x_at = x_ptr + (at_part[:, None].to(tl.int64) * num_groups + first) * GROUP + column[None, :]
-    scale_at = first * num_out + at_out
+    scale_at = first * padded + at_out
     zero_at = zero_ptr + at_out * num_groups + first
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     # stages are said here, so that scales are copied ahead as well; zero points, below 4 bytes, cannot be
@@ -292,11 +308,11 @@ def _int4_kernel(
         acc += (high * 256 + low).to(tl.float32) * scale[:, None]  # of one group, within 32 bits
         weight_at += GROUP // 2
         x_at += GROUP
-        scale_at += num_out
+        scale_at += padded
         zero_at += 1
     acc *= tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
     out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_rows[None, :])
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(at_out < num_out)[:, None] & in_rows[None, :])
 
 
 @triton.jit

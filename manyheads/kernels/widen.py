@@ -1,6 +1,8 @@
-"""Weights in 8 and 4 bits back in floating point, for products that no kernel of ours serves."""
+"""Weights in 8 and 4 bits as kernels read them, and back in floating point, for products that none of ours serves."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -8,20 +10,39 @@ import triton.language as tl
 from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
-from manyheads.quantization.weight import ZERO, QuantizedWeight
+from manyheads.quantization.weight import ZERO
 
 GROUP = 128
-"""Columns that share a scale in the int4 weights that are arranged (quantized.py)."""
+"""Columns that share a scale in the int4 weights that are multiplied (quantized.py)."""
 
 
-def widen(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """What a weight stands for: [out, in], rounded once.
+@dataclass(frozen=True, eq=False)
+class Arranged:
+    """A `QuantizedWeight` in the form that `quantized.arrange` gives it, with rows of zeros at its end (`padded`)."""
 
-    Args:
-        weight: as `quantized.arrange` returns it.
-    """
-    num_out, width = weight.shape
-    out = torch.empty((num_out, width), dtype=dtype, device=weight.device)
+    scheme: str
+    out_features: int
+    in_features: int
+    values: Tensor
+    """[padded, in] int8 or float8_e4m3fn, or [padded, in / 2] uint8."""
+    scale: Tensor
+    """[padded, groups] float32."""
+    zero: Tensor | None
+    """[padded, groups] uint8."""
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features // self.scale.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes + (self.zero.nbytes if self.zero is not None else 0)
+
+
+def widen(weight: Arranged, dtype: torch.dtype) -> Tensor:
+    """What a weight stands for: [out, in], rounded once."""
+    num_out, width = weight.out_features, weight.in_features
+    out = torch.empty((num_out, width), dtype=dtype, device=weight.values.device)
     zero = weight.scale if weight.zero is None else weight.zero
     block = min(1024, triton.next_power_of_2(width))
     _widen_kernel[(num_out, -(-width // block))](
@@ -39,7 +60,7 @@ def widen(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         ZERO=ZERO,
         BLOCK=block,
         num_warps=4,
-        **dependent(weight.device),
+        **dependent(out.device),
     )
     return out
 

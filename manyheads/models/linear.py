@@ -63,8 +63,11 @@ class Linear:
                 self.weight = torch.ops.quantized.linear_prepack_fp16(weight.values.float(), None)
                 self.scale = weight.scale.flatten()
                 self.nbytes += weight.values.nbytes
+            elif form == "quantized":
+                self.weight = quantized.arrange(weight)
+                self.nbytes = self.weight.nbytes
             else:
-                self.weight = integer.IntegerProduct(weight) if form == "integer" else quantized.arrange(weight)
+                self.weight = integer.IntegerProduct(weight)
         else:
             self._pack(weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight)
         self.nbytes += bias.nbytes if bias is not None else 0

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from manyheads.kernels import quantized, split
-from manyheads.quantization.weight import SCHEMES, QuantizedWeight, quantize
+from manyheads.quantization.weight import SCHEMES, QuantizedWeight, pack, quantize
 from tests.kernels import DEVICE, INTERPRETED, relative_error
 
 PARTS_ERROR = {"int8": 6e-5, "int4": 6e-5, "fp8": 0.08 if INTERPRETED else 4e-3}
@@ -30,12 +30,13 @@ def wanted(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("rows", [1, 5, 33])
-@pytest.mark.parametrize(("num_out", "width", "splits"), [(64, 128, 1), (128, 512, 1), (64, 640, 2), (64, 256, 3)])
+@pytest.mark.parametrize(("num_out", "width", "splits"), [(64, 128, 1), (128, 512, 1), (64, 640, 2), (129, 256, 3)])
 def test_product(scheme: str, rows: int, num_out: int, width: int, splits: int) -> None:
-    """Also shares of unequal length, and one that is empty."""
+    """Also shares of unequal length, and one that is empty; and rows that come in no blocks."""
     x, weight = random(rows, width), weight_of(scheme, num_out, width)
-    assert quantized.serves(x, weight)
-    got = quantized.product(x, quantized.arrange(weight), splits)
+    arranged = quantized.arrange(weight)
+    assert quantized.serves(x, arranged)
+    got = quantized.product(x, arranged, splits)
     if splits == 1:
         assert got.shape == (rows, num_out)
         assert got.dtype == x.dtype
@@ -84,7 +85,7 @@ def test_a_row_does_not_depend_on_others(scheme: str) -> None:
 
 def test_sums_of_fp8_are_of_the_same_columns() -> None:
     """What tensor cores add up before it is added in float32 decides the last bits."""
-    assert len({quantized._blocks("fp8", rows, 4096, 4096).columns for rows in range(1, 129)}) == 1
+    assert len({quantized._blocks("fp8", rows, 4096).columns for rows in range(1, 129)}) == 1
 
 
 def test_int4_without_zero_points() -> None:
@@ -92,6 +93,20 @@ def test_int4_without_zero_points() -> None:
     got = quantized.multiply(x, quantized.arrange(weight), 2)
     assert relative_error(got.sum(0), wanted(x, weight)) < PARTS_ERROR["int4"]
     assert torch.equal(quantized.widen(quantized.arrange(weight), torch.float32), weight.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("group_size", [256, 512, 64])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_int4_in_other_groups(group_size: int, symmetric: bool) -> None:
+    """Large ones, or one for a whole row, become several that are alike."""
+    codes = torch.randint(0, 16, (70, 512), device=DEVICE)
+    scale = torch.rand(70, 512 // group_size, device=DEVICE) + 0.5
+    zero = None if symmetric else torch.randint(0, 16, scale.shape, device=DEVICE).byte()
+    weight = QuantizedWeight("int4", pack(codes), scale, zero)
+    x, arranged = random(3, 512), quantized.arrange(weight)
+    assert quantized.serves(x, arranged) == (group_size >= 128)
+    assert relative_error(quantized.product(x, arranged), wanted(x, weight)) < 1e-3
+    assert torch.equal(quantized.widen(arranged, torch.float32), weight.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -140,7 +155,7 @@ def test_exact_in_fp8() -> None:
     x[:, 0] = 448
     x *= 1 - 2 * torch.randint(0, 2, (5, 384))
     weight = weight_of("fp8", 64, 384)
-    got = quantized.multiply(x.to(DEVICE).half(), weight, 2)
+    got = quantized.multiply(x.to(DEVICE).half(), quantized.arrange(weight), 2)
     assert relative_error(got.sum(0), wanted(x.to(DEVICE), weight)) < (1e-6 if INTERPRETED else 1e-3)
 
 
@@ -157,7 +172,7 @@ def test_rows_in_fp8() -> None:
 def test_what_does_not_come_in_blocks_is_widened() -> None:
     weight = weight_of("int8", 40, 72)
     x = random(3, 72)
-    assert not quantized.serves(x, weight)
+    assert not quantized.serves(x, quantized.arrange(weight))
     assert relative_error(quantized.product(x, quantized.arrange(weight)), wanted(x, weight)) < 1e-3
 
 
