@@ -34,10 +34,12 @@ MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 128}
 """What `multiply` takes."""
 CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 """Of GPUs, from which on Triton multiplies a scheme's codes; T4's tensor cores take bytes, but it does not use them."""
-_FEW_ROWS = 128
-"""Beyond, there are programs enough without splits."""
+PARTS = 4
+"""Of a product that is added to something next, at most."""
+_SHARE = 256
+"""Columns that shares are counted in: a divisor of every block, so that they do not depend on the number of rows."""
 _ALIGN_OUT = 128
-"""Rows of the weight that every block has a divisor of."""
+"""The same of a weight's rows."""
 
 
 def arrange(weight: QuantizedWeight) -> Arranged:
@@ -68,19 +70,21 @@ def _fill_up(x: Tensor) -> Tensor:
     return full
 
 
-def product(x: Tensor, weight: Arranged, splits: int = 1) -> Tensor:
+def product(x: Tensor, weight: Arranged, most: int = 1) -> Tensor:
     """x Wᵀ.
 
     Args:
         x: [T, in] in half precision, the last dimension contiguous.
         weight: [out, in].
-        splits: programs that may share a row of the weight where rows are few.
+        most: programs that may share a row of the weight where there are too few without.
 
     Returns:
-        [T, out] of x's dtype; or, only where `splits` is above 1, [splits, T, out] float32 that are to be added up.
+        [T, out] of x's dtype; or, only where `most` is above 1, [splits, T, out] float32 that are to be added up.
     """
     if serves(x, weight):
-        return multiply(x, weight, splits if x.shape[0] <= _FEW_ROWS else 1)
+        blocks = _blocks(weight.scheme, *x.shape)
+        programs = -(-x.shape[0] // blocks.rows) * (len(weight.values) // blocks.out)
+        return multiply(x, weight, _splits(programs, most, _processors(x.device)))
     if weight.scheme == "fp8" and x.is_cuda and multiplies("fp8", x.device) and weight.in_features % 16 == 0:
         codes, scale = quantize_rows(x)
         wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=torch.bfloat16)
@@ -96,12 +100,18 @@ def multiplies(scheme: str, device: torch.device) -> bool:
 
 @lru_cache(maxsize=16)
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program's stages may take."""
+    """Bytes that a processor has for the stages of its programs."""
     if device.type != "cuda":
         return sys.maxsize
     index = torch.cuda.current_device() if device.index is None else device.index
     most = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return int(most) - 2**13  # scales, results
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """An H200's, for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def serves(x: Tensor, weight: Arranged) -> bool:
@@ -120,15 +130,14 @@ def multiply(x: Tensor, weight: Arranged, splits: int) -> Tensor:
     rows, width = x.shape
     num_out, padded = weight.out_features, len(weight.values)
     blocks = _blocks(weight.scheme, rows, width)
-    stage = blocks.columns * (2 * blocks.rows + (blocks.out // 2 if weight.scheme == "int4" else blocks.out))
-    stages = min(blocks.stages, max(2, _shared_memory(x.device) // stage))
+    stages = _stages(weight.scheme, blocks, _shared_memory(x.device))
     codes, x_scale = split_rows(x, weight.scheme)
     if splits == 1:
         out = torch.empty((rows, num_out), dtype=x.dtype, device=x.device)
     else:
         out = torch.empty((splits, rows, num_out), dtype=torch.float32, device=x.device)
     num_blocks = width // blocks.columns
-    share = -(-num_blocks // splits)
+    share = -(-width // (splits * _SHARE)) * _SHARE // blocks.columns
     # the weight's blocks follow each other slower than the rows': what is read twice is then in the cache
     grid = (-(-rows // blocks.rows), padded // blocks.out, splits)
     if weight.scheme == "int4":
@@ -178,7 +187,7 @@ def multiply(x: Tensor, weight: Arranged, splits: int) -> Tensor:
 
 
 class _Blocks(NamedTuple):
-    """What a program multiplies at once, and how."""
+    """What a program multiplies at once, and how; stages are the most."""
 
     out: int
     rows: int
@@ -188,19 +197,37 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(scheme: str, rows: int, width: int) -> _Blocks:
-    """For Hopper: many bytes under way; of many rows, as large a product as registers hold."""
-    block_rows = min(128, max(8, triton.next_power_of_2(rows)))
-    many = rows > _FEW_ROWS
+    """For Hopper, where a program waits for each product of bytes: two on a processor take turns.
+
+    Of few rows, with as many bytes of the weight under way as that leaves room for. From 33 on, what is read from the
+    L2 cache counts, and less is of larger blocks; of fp8, and int4 above 64 rows, they leave registers for one program.
+    """
+    block_rows = max(16 if scheme == "int4" else 8, triton.next_power_of_2(rows))
     if scheme == "int4":  # half the bytes a stage; and a group's sums beside those of all
-        block_rows = min(64, max(16, block_rows))
-        return _Blocks(128, 64, GROUP, 8, 5) if many else _Blocks(64, block_rows, GROUP, 4, 10 - block_rows // 12)
-    if many:
-        return _Blocks(128, 128, GROUP, 8, 4)
-    if scheme == "int8" and block_rows <= 32 and width % 256 == 0:  # sums of fp8 depend on the columns of a block
-        return _Blocks(64, block_rows, 256, 4, 5 if block_rows <= 16 else 4)
-    if block_rows <= 32:
-        return _Blocks(64, block_rows, GROUP, 4, 9 if block_rows <= 16 else 6)
-    return _Blocks(64, block_rows, GROUP, 8 if block_rows == 128 else 4, 4)
+        if rows <= 32:
+            return _Blocks(64, block_rows, GROUP, 4, 5)
+        return _Blocks(128, 32, GROUP, 8, 5) if rows <= 64 else _Blocks(128, 64, GROUP, 8, 4)
+    if rows > 32:
+        return _Blocks(128, 64, GROUP, 8, 3)
+    if block_rows == 32:
+        return _Blocks(64, 32, GROUP, 4, 6)
+    if scheme == "int8" and width % 256 == 0:  # sums of fp8 depend on the columns of a block
+        return _Blocks(64, block_rows, 256, 4, 5 if block_rows == 8 else 4)
+    return _Blocks(64, block_rows, GROUP, 4, 10 if block_rows == 8 else 9)
+
+
+def _stages(scheme: str, blocks: _Blocks, memory: int) -> int:
+    """So many that two programs share a processor's memory, unless it holds no three stages of each."""
+    size = blocks.columns * (2 * blocks.rows + (blocks.out // 2 if scheme == "int4" else blocks.out))
+    return min(blocks.stages, max(memory // 2 // size, min(3, memory // size)))
+
+
+def _splits(programs: int, most: int, processors: int) -> int:
+    """Doubled while there are processors without a program."""
+    splits = 1
+    while 2 * splits <= most and splits * programs < processors:
+        splits *= 2
+    return splits
 
 
 @triton.jit(do_not_specialize=["rows", "num_blocks", "share"])

@@ -109,7 +109,7 @@ class Linear:
         if self.form == "few" and linear.serves(x, self.weight):
             return linear.few_rows(x, self.weight, PARTS)  # type: ignore[no-any-return]
         if self.form == "quantized" and self.bias is None:
-            return quantized.product(x, self.weight, PARTS)  # type: ignore[no-any-return]
+            return quantized.product(x, self.weight, quantized.PARTS)  # type: ignore[no-any-return]
         return self(x)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_product(scheme: str, rows: int, num_out: int, width: int, splits: int) 
     x, weight = random(rows, width), weight_of(scheme, num_out, width)
     arranged = quantized.arrange(weight)
     assert quantized.serves(x, arranged)
-    got = quantized.product(x, arranged, splits)
+    got = quantized.multiply(x, arranged, splits)
     if splits == 1:
         assert got.shape == (rows, num_out)
         assert got.dtype == x.dtype
@@ -85,7 +87,36 @@ def test_a_row_does_not_depend_on_others(scheme: str) -> None:
 
 def test_sums_of_fp8_are_of_the_same_columns() -> None:
     """What tensor cores add up before it is added in float32 decides the last bits."""
-    assert len({quantized._blocks("fp8", rows, 4096).columns for rows in range(1, 129)}) == 1
+    assert len({quantized._blocks("fp8", rows, 4096).columns for rows in range(1, 200)}) == 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_fit(scheme: str) -> None:
+    """Two programs on a processor of an H200; on an A100's and an L40S's at least one with stages to alternate."""
+    for rows, width in itertools.product((1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 600), (4096, 11008, 4224)):
+        blocks = quantized._blocks(scheme, rows, width)
+        assert quantized._ALIGN_OUT % blocks.out == width % blocks.columns == 0
+        assert quantized._SHARE % blocks.columns == 0
+        for memory, least in ((224256, blocks.stages), (158720, 3), (93184, 2)):
+            assert least <= quantized._stages(scheme, blocks, memory) <= blocks.stages
+
+
+def test_parts() -> None:
+    """As many as give every processor something to do, of the 132 there are."""
+    counts = [quantized._splits(programs, 4, 132) for programs in (4, 32, 33, 64, 66, 128, 132, 500)]
+    assert counts == [4, 4, 4, 4, 2, 2, 1, 1]
+    assert quantized._splits(4, 1, 132) == 1
+    x, weight = random(3, 256), weight_of("int8", 64, 256)
+    assert quantized.product(x, quantized.arrange(weight)).shape == (3, 64)
+    assert quantized.product(x, quantized.arrange(weight), quantized.PARTS).shape == (4, 3, 64)
+
+
+def test_shares_do_not_depend_on_the_number_of_rows() -> None:
+    """Of int8, and so neither does the result, which is exact within a share."""
+    x, weight = random(70, 1280), quantized.arrange(weight_of("int8", 64, 1280))
+    together = quantized.multiply(x, weight, 2)
+    for count in (1, 9, 20):
+        assert torch.equal(quantized.multiply(x[:count], weight, 2), together[:, :count])
 
 
 def test_int4_without_zero_points() -> None:
@@ -193,7 +224,8 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], sche
 def test_large(scheme: str, rows: int, num_out: int, width: int) -> None:
     x, weight = random(rows, width), weight_of(scheme, num_out, width)
     rounded = scheme == "fp8" and rows > quantized.MAX_ROWS["fp8"]  # x is rounded to fp8 as well
-    for splits in (1, 2):
-        got = quantized.product(x, quantized.arrange(weight), splits)
-        most = 4e-2 if rounded else PARTS_ERROR[scheme] if got.ndim == 3 else max(1e-3, PARTS_ERROR[scheme])
-        assert relative_error(got if got.ndim == 2 else got.sum(0), wanted(x, weight)) < most
+    for most in (1, 4):
+        got = quantized.product(x, quantized.arrange(weight), most)
+        least = 0 if got.ndim == 3 else 1e-3  # what is rounded to half precision
+        error = 4e-2 if rounded else max(least, PARTS_ERROR[scheme])
+        assert relative_error(got if got.ndim == 2 else got.sum(0), wanted(x, weight)) < error
