@@ -47,17 +47,25 @@ def arrange(weight: QuantizedWeight) -> Arranged:
 
     - groups are of 128, those of a larger one alike;
     - byte j of a group holds its columns j and j + 64, so that the bytes' halves meet two straight runs of x;
-    - scales stand by group in memory: a program copies those of a block of rows.
+    - scales and zero points stand by group in memory: a program copies those of a block of rows; and zero points are
+      words, as one of four bytes is the least that can be copied ahead, and what is added to a register's bytes.
     """
     values, scale = _fill_up(weight.values), _fill_up(weight.scale)
-    zero = None if weight.zero is None else _fill_up(weight.zero)
+    bias = None
+    if weight.zero is not None:
+        bias = (128 - _fill_up(weight.zero))[..., None].repeat(1, 1, 4).view(torch.int32).squeeze(-1)
     if weight.scheme == "int4" and weight.group_size % GROUP == 0:
         codes = unpack(values).view(len(values), -1, 2, GROUP // 2)
         values = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1)
         groups = weight.group_size // GROUP
-        scale = scale.repeat_interleave(groups, 1).t().contiguous().t()
-        zero = None if zero is None else zero.repeat_interleave(groups, 1)
-    return Arranged(weight.scheme, *weight.shape, values, scale, zero)
+        scale = _by_group(scale, groups)
+        bias = None if bias is None else _by_group(bias, groups)
+    return Arranged(weight.scheme, *weight.shape, values, scale, bias)
+
+
+def _by_group(x: Tensor, repeats: int) -> Tensor:
+    """[rows, groups] → [rows, groups · repeats], those of a group together in memory."""
+    return x.repeat_interleave(repeats, 1).t().contiguous().t()
 
 
 def _fill_up(x: Tensor) -> Tensor:
@@ -141,21 +149,21 @@ def multiply(x: Tensor, weight: Arranged, splits: int) -> Tensor:
     # the weight's blocks follow each other slower than the rows': what is read twice is then in the cache
     grid = (-(-rows // blocks.rows), padded // blocks.out, splits)
     if weight.scheme == "int4":
-        zero = weight.scale if weight.zero is None else weight.zero  # without zero points it is not looked at
+        bias = weight.scale if weight.bias is None else weight.bias  # without zero points it is not looked at
         _int4_kernel[grid](
             codes,
             weight.values,
             x_scale,
             weight.scale,
-            zero,
+            bias,
             out,
             rows,
             num_out,
             padded,
             num_blocks,
             share,
-            HAS_ZERO=weight.zero is not None,
-            ZERO=ZERO,
+            HAS_BIAS=weight.bias is not None,
+            BIAS=(128 - ZERO) * 0x01010101,
             IN_REGISTERS=x.device.type == "cuda",
             GROUP=GROUP,
             BLOCK_ROWS=blocks.rows,
@@ -288,15 +296,15 @@ def _int4_kernel(
     weight_ptr,
     x_scale_ptr,
     scale_ptr,
-    zero_ptr,
+    bias_ptr,
     out_ptr,
     rows,
     num_out,
     padded,
     num_groups,
     share,
-    HAS_ZERO: tl.constexpr,
-    ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -319,16 +327,14 @@ def _int4_kernel(
     weight_at = weight_ptr + at_weight + column[None, :]
     x_at = x_ptr + (at_part[:, None].to(tl.int64) * num_groups + first) * GROUP + column[None, :]
     scale_at = first * padded + at_out
-    zero_at = zero_ptr + at_out * num_groups + first
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-    # stages are said here, so that scales are copied ahead as well; zero points, below 4 bytes, cannot be
+    # stages are said here, so that scales and zero points are copied ahead as well
     for _ in tl.range(first, last, num_stages=STAGES):
         packed = tl.load(weight_at)
         x_lower = tl.load(x_at, mask=inside, other=0)
         x_upper = tl.load(x_at + GROUP // 2, mask=inside, other=0)
         scale = tl.load(scale_ptr + scale_at)
-        zero = tl.load(zero_at) if HAS_ZERO else tl.full((BLOCK_OUT,), ZERO, tl.uint8)
-        bias = (128 - zero).to(tl.uint8)
+        bias = tl.load(bias_ptr + scale_at) if HAS_BIAS else tl.full((BLOCK_OUT,), BIAS, tl.int32)
         total = tl.dot(_lower(packed, bias, IN_REGISTERS), tl.trans(x_lower), out_dtype=tl.int32)
         total = tl.dot(_upper(packed, bias, IN_REGISTERS), tl.trans(x_upper), total, out_dtype=tl.int32)
         high, low = tl.split(tl.reshape(total, (BLOCK_OUT, BLOCK_ROWS, 2)))
@@ -336,7 +342,6 @@ def _int4_kernel(
         weight_at += GROUP // 2
         x_at += GROUP
         scale_at += padded
-        zero_at += 1
     acc *= tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
     out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(at_out < num_out)[:, None] & in_rows[None, :])
@@ -347,18 +352,18 @@ def _lower(packed, bias, IN_REGISTERS: tl.constexpr):
     """The codes in the bytes' lower halves less their row's zero point: int8.
 
     Left to itself, the compiler takes a register's bytes apart. They are added to at once, as no sum is above 143, and
-    lose the 128 by their highest bit.
+    lose the 128 by their highest bit. A register's four are of one row, so any of their biases is all of them.
     """
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; and.b32 t, $1, 0x0F0F0F0F; add.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }",
-            "=r,r,r",
+            "=r,r,r,r,r,r",
             [packed, bias[:, None]],
             dtype=tl.int8,
             is_pure=True,
             pack=4,
         )
-    return (((packed & 15) + bias[:, None]) ^ 128).to(tl.int8, bitcast=True)
+    return (((packed & 15) + (bias & 255).to(tl.uint8)[:, None]) ^ 128).to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -367,10 +372,10 @@ def _upper(packed, bias, IN_REGISTERS: tl.constexpr):
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F; add.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }",
-            "=r,r,r",
+            "=r,r,r,r,r,r",
             [packed, bias[:, None]],
             dtype=tl.int8,
             is_pure=True,
             pack=4,
         )
-    return (((packed >> 4) + bias[:, None]) ^ 128).to(tl.int8, bitcast=True)
+    return (((packed >> 4) + (bias & 255).to(tl.uint8)[:, None]) ^ 128).to(tl.int8, bitcast=True)
