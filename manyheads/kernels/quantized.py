@@ -10,7 +10,8 @@ rows of bytes, and here both are multiplied with the same weight.
 - int4: the same, group by group, of codes less their zero points; of a register's eight codes at once.
 - fp8: sums of float32. Tensor cores keep few bits of a long one, so it is carried on outside from block to block.
 
-Many rows of fp8 are rounded to one row of fp8 each, which is twice as fast, and cuBLAS multiplies them.
+Where there are very many, as of a prompt, rows for fp8 are rounded to one row of fp8 each, which is twice as fast, and
+cuBLAS multiplies them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from manyheads.kernels.split import quantize_rows, split_rows
 from manyheads.kernels.widen import GROUP, Arranged, widen
 from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
-MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 128}
-"""What `multiply` takes."""
+MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 512}
+"""What `multiply` takes. Of fp8, what decoding brings: what is left to cuBLAS is rounded coarser."""
 CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 """Of GPUs, from which on Triton multiplies a scheme's codes; T4's tensor cores take bytes, but it does not use them."""
 PARTS = 4
