@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
-from manyheads.kernels.split import quantize_rows, split_rows
+from manyheads.kernels.split import MAX_DIM, SplitRows, quantize_rows, split_rows
 from manyheads.kernels.widen import GROUP, Arranged, widen
 from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
@@ -79,18 +79,18 @@ def _fill_up(x: Tensor) -> Tensor:
     return full
 
 
-def product(x: Tensor, weight: Arranged, most: int = 1) -> Tensor:
+def product(x: Tensor | SplitRows, weight: Arranged, most: int = 1) -> Tensor:
     """x Wᵀ.
 
     Args:
-        x: [T, in] in half precision, the last dimension contiguous.
+        x: [T, in] in half precision, the last dimension contiguous; or split already, where `serves` says so.
         weight: [out, in].
         most: programs that may share a row of the weight where there are too few without.
 
     Returns:
         [T, out] of x's dtype; or, only where `most` is above 1, [splits, T, out] float32 that are to be added up.
     """
-    if serves(x, weight):
+    if isinstance(x, SplitRows) or serves(x, weight):
         blocks = _blocks(weight.scheme, *x.shape)
         programs = -(-x.shape[0] // blocks.rows) * (len(weight.values) // blocks.out)
         return multiply(x, weight, _splits(programs, most, _processors(x.device)))
@@ -134,13 +134,18 @@ def serves(x: Tensor, weight: Arranged) -> bool:
     )
 
 
-def multiply(x: Tensor, weight: Arranged, splits: int) -> Tensor:
+def takes(x: Tensor, weight: Arranged) -> bool:
+    """Whether `multiply` may have its rows split by the kernel that computes them; of x, rows and dtype are asked."""
+    return weight.in_features <= MAX_DIM and serves(x, weight)
+
+
+def multiply(x: Tensor | SplitRows, weight: Arranged, splits: int) -> Tensor:
     """As `product`, for what `serves` says."""
     rows, width = x.shape
     num_out, padded = weight.out_features, len(weight.values)
     blocks = _blocks(weight.scheme, rows, width)
     stages = _stages(weight.scheme, blocks, _shared_memory(x.device))
-    codes, x_scale = split_rows(x, weight.scheme)
+    codes, x_scale, _ = x if isinstance(x, SplitRows) else split_rows(x, weight.scheme)
     if splits == 1:
         out = torch.empty((rows, num_out), dtype=x.dtype, device=x.device)
     else:

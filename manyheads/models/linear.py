@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from manyheads.quantization import integer
 from manyheads.quantization.bitsandbytes import BitsandbytesWeight
 from manyheads.quantization.scheme import Weight
 from manyheads.quantization.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from manyheads.kernels.split import SplitRows
 
 PARTS = 2
 PACK_HINT = 16
@@ -82,9 +85,23 @@ class Linear:
             self.weight = weight
         self.nbytes = weight.numel() * (2 if self.form == "fp16" else weight.itemsize)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def takes(self, x: Tensor) -> str | None:
+        """The scheme that `ops` may split as many rows of input as x has for; None: as they come.
+
+        Args:
+            x: of the input's dtype.
+        """
+        if self.form != "quantized" or not quantized.takes(x, self.weight):
+            return None
+        return self.weight.scheme  # type: ignore[no-any-return]
+
+    def __call__(self, x: Tensor | SplitRows) -> Tensor:
         """[T, in] → [T, out]."""
         y: Tensor
+        if self.form == "quantized":
+            y = quantized.product(x, self.weight)
+            return y if self.bias is None else y.add_(self.bias)
+        assert isinstance(x, Tensor)
         if self.form == "few" and linear.serves(x, self.weight, linear.MAX_ROWS_WHOLE):
             y = linear.few_rows(x, self.weight, 1)
         elif self.form == "fp16":
@@ -97,14 +114,11 @@ class Linear:
         elif self.form in ("integer", "bitsandbytes"):
             y = self.weight(x)
             y = y if self.bias is None else y.add_(self.bias)
-        elif self.form == "quantized":
-            y = quantized.product(x, self.weight)
-            y = y if self.bias is None else y.add_(self.bias)
         else:
             y = F.linear(x, self.weight, self.bias)
         return y
 
-    def parts(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor | SplitRows) -> Tensor:
         """The product where it is added to something next: [T, out], or parts of it, [splits, T, out] float32."""
         if self.form == "few" and linear.serves(x, self.weight):
             return linear.few_rows(x, self.weight, PARTS)  # type: ignore[no-any-return]

@@ -10,6 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from manyheads.kernels import quantized, split
+from manyheads.models import linear, ops
+from manyheads.models.config import ModelConfig
+from manyheads.models.llama import Layer, Llama
 from manyheads.quantization.weight import SCHEMES, QuantizedWeight, pack, quantize
 from tests.kernels import DEVICE, INTERPRETED, relative_error
 
@@ -165,7 +168,7 @@ def test_integers(dim: int) -> None:
     """Two bytes hold what a row's scale says, to half a unit."""
     x = random(4, dim)
     x[2] = 0
-    codes, scale = split.split_rows(x, "int8")
+    codes, scale, _ = split.split_rows(x, "int8")
     whole = 256 * codes[0::2].double() + codes[1::2].double()
     assert ((whole * scale[:, None].double() - x.double()).abs() <= 0.501 * scale[:, None]).all()
     assert whole.abs().amax(1).tolist() == [127 * 257, 127 * 257, 0, 127 * 257]
@@ -173,7 +176,7 @@ def test_integers(dim: int) -> None:
 
 def test_two_parts_in_fp8() -> None:
     x = random(4, 256)
-    codes, scale = split.split_rows(x, "fp8")
+    codes, scale, _ = split.split_rows(x, "fp8")
     whole = (codes[0::2].float() + codes[1::2].float() / 16) * scale[:, None]
     assert relative_error(whole, x) < (0.08 if INTERPRETED else 2e-3)
 
@@ -212,6 +215,71 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], sche
     multiplies = quantized.multiplies.__wrapped__  # past the cache
     assert [scheme for scheme in SCHEMES if multiplies(scheme, torch.device("cuda"))] == schemes.split()
     assert multiplies("fp8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_splits_rows_where_they_are_computed(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first norm's and what attention returns; and computes the same."""
+    hidden, intermediate, rows = 128, 256, 5
+    config = ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=40,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=10.0,
+        rope_scaling=None,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        eos_token_ids=(),
+        dtype=torch.float16,
+    )
+    monkeypatch.setattr(ops, "has_kernels", lambda _: True)
+    monkeypatch.setattr(linear, "has_kernels", lambda _: True)
+    monkeypatch.setattr(linear, "_quantized_form", lambda weight, dtype: "quantized")
+
+    def project(num_out: int, width: int) -> linear.Linear:
+        return linear.Linear(weight_of(scheme, num_out, width), None, torch.float16)
+
+    norm = torch.ones(hidden, device=DEVICE).half()
+    layers = [
+        Layer(
+            input_norm=norm,
+            qkv=project(3 * hidden, hidden),
+            q_norm=None,
+            k_norm=None,
+            o=project(hidden, hidden),
+            post_norm=norm,
+            gate_up=project(2 * intermediate, hidden),
+            down=project(hidden, intermediate),
+        )
+        for _ in range(2)
+    ]
+    model = Llama(config, random(40, hidden), layers, norm, project(40, hidden))
+
+    def attention(layer: int, qkv: torch.Tensor, *norms: None) -> torch.Tensor:
+        return qkv[:, :hidden]
+
+    def forward() -> torch.Tensor:
+        return model.forward(torch.arange(rows, device=DEVICE), attention)
+
+    split_afterwards = []
+    original = quantized.split_rows
+    monkeypatch.setattr(quantized, "split_rows", lambda x, s: (split_afterwards.append(x), original(x, s))[1])
+    hidden_states = forward()
+    assert hidden_states.dtype == torch.float16
+    assert len(split_afterwards) == 3
+    monkeypatch.setattr(linear.Linear, "takes", lambda self, x: None)
+    assert torch.equal(forward(), hidden_states)
+    assert len(split_afterwards) == 3 + 8
 
 
 @pytest.mark.gpu
