@@ -96,9 +96,17 @@ def product(x: Tensor | SplitRows, weight: Arranged, most: int = 1) -> Tensor:
         return multiply(x, weight, _splits(programs, most, _processors(x.device)))
     if weight.scheme == "fp8" and x.is_cuda and multiplies("fp8", x.device) and weight.in_features % 16 == 0:
         codes, scale = quantize_rows(x)
-        wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=torch.bfloat16)
+        dtype = x.dtype if _scales_rows(x.device) else torch.bfloat16
+        wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=dtype)
         return wide[:, : weight.out_features].to(x.dtype).contiguous()
     return F.linear(x, widen(weight, x.dtype))
+
+
+@lru_cache(maxsize=16)
+def _scales_rows(device: torch.device) -> bool:
+    """Whether cuBLAS multiplies fp8 with a scale for each row; if not, what torch has instead returns bfloat16 only."""
+    version = tuple(int(n) for n in (torch.version.cuda or "0").split(".")[:2])
+    return torch.cuda.get_device_capability(device) == (9, 0) and version >= (12, 9)
 
 
 @lru_cache(maxsize=16)

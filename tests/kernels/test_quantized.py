@@ -217,6 +217,21 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], sche
     assert multiplies("fp8", torch.device("cpu"))
 
 
+def test_what_cublas_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 instead of bfloat16, where it knows scales of rows."""
+    for capability, version, known in (
+        ((9, 0), "13.0", True),
+        ((9, 0), "12.9", True),
+        ((9, 0), "12.8", False),
+        ((9, 0), None, False),
+        ((10, 0), "13.0", False),
+        ((8, 9), "12.9", False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert quantized._scales_rows.__wrapped__(torch.device("cuda")) == known
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_model_splits_rows_where_they_are_computed(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the first norm's and what attention returns; and computes the same."""
