@@ -41,7 +41,7 @@ GRAPH_BYTES = 2 * 2**20
 QUANTIZED_BYTES: dict[str, tuple[float, float | None]] = {
     "int8": (1.0, 1.0),
     "fp8": (1.0, 1.0),
-    "int4": (0.54, 1.0),
+    "int4": (0.56, 1.0),
     "bitsandbytes-8bit": (1.0, None),
     "bitsandbytes-4bit": (0.57, None),
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manyheads.attention.cache import LARGEST, SMALLEST
 from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.split import SplitRows, empty_rows, store_row
 
 _HEADS_A_PROGRAM = 8
 _BLOCK = 1024
@@ -32,44 +33,59 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     """
     if out is None:
         out = torch.empty_like(x)
-    rows, dim = x.shape
-    block = triton.next_power_of_2(dim)
-    _rms_norm_kernel[(rows,)](
-        x, x, weight, out, eps, dim, 0, BLOCK=block, PARTS=1, ADD=False, num_warps=_warps(block), **dependent(x.device)
-    )
+    _launch_norm(x, x, weight, eps, out, add=False)
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: str | None = None
+) -> Tensor | SplitRows:
     """Adds x to the residual in place, rounded to its dtype, and norms the sum.
 
     Args:
         x: [T, D], or parts of it that are added up first, [splits, T, D] float32; D up to 16384.
         residual: [T, D]
         weight: [D]
+        scheme: of the weight that is multiplied next, if that is to have its rows split.
 
     Returns:
         [T, D], the norm of the new residual.
     """
-    out = torch.empty_like(residual)
+    out = torch.empty_like(residual) if scheme is None else empty_rows(residual, residual.shape[1], scheme)
+    _launch_norm(x, residual, weight, eps, out, add=True)
+    return out
+
+
+def _launch_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | SplitRows, add: bool) -> None:
     rows, dim = residual.shape
     block = triton.next_power_of_2(dim)
-    parts = x.shape[0] if x.ndim == 3 else 1
     _rms_norm_kernel[(rows,)](
         x,
         residual,
         weight,
-        out,
+        *_codes_and_scale(out),
         eps,
         dim,
         x.stride(0),
         BLOCK=block,
-        PARTS=parts,
-        ADD=True,
+        PARTS=x.shape[0] if x.ndim == 3 else 1,
+        ADD=add,
+        **_split(out),
         num_warps=_warps(block),
         **dependent(x.device),
     )
-    return out
+
+
+def _codes_and_scale(out: Tensor | SplitRows) -> tuple[Tensor, Tensor]:
+    """What a kernel writes; numbers that are not split have no scale, and it is not looked at."""
+    return (out.codes, out.scale) if isinstance(out, SplitRows) else (out, out)
+
+
+def _split(out: Tensor | SplitRows) -> dict[str, bool]:
+    """The kernels' constants for it."""
+    if isinstance(out, SplitRows):
+        return {"SPLIT": True, "FP8": out.codes.dtype == torch.float8_e4m3fn}
+    return {"SPLIT": False, "FP8": False}
 
 
 def rope_store(
@@ -150,19 +166,34 @@ def rope_store(
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | SplitRows:
     """silu(gate) · up.
 
     Args:
         gate_up: [T, 2 · I], gate before up.
+        scheme: as of `add_rms_norm`; I up to 16384.
 
     Returns:
         [T, I]
     """
     rows, width = gate_up.shape
     dim = width // 2
-    out = torch.empty((rows, dim), dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul_kernel[(rows, -(-dim // _BLOCK))](gate_up, out, dim, BLOCK=_BLOCK, num_warps=4, **dependent(out.device))
+    if scheme is None:
+        out: Tensor | SplitRows = torch.empty((rows, dim), dtype=gate_up.dtype, device=gate_up.device)
+        block, warps = _BLOCK, 4
+    else:  # whole rows, for their largest values
+        out = empty_rows(gate_up, dim, scheme)
+        block = triton.next_power_of_2(dim)
+        warps = _warps(block)
+    _silu_mul_kernel[(rows, -(-dim // block))](
+        gate_up,
+        *_codes_and_scale(out),
+        dim,
+        BLOCK=block,
+        **_split(out),
+        num_warps=warps,
+        **dependent(gate_up.device),
+    )
     return out
 
 
@@ -195,17 +226,21 @@ def _rms_norm_kernel(
     residual_ptr,
     weight_ptr,
     out_ptr,
+    split_scale_ptr,
     eps,
     dim,
     stride_part,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     ADD: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FP8: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: one row, all of it in registers, so that x is read once."""
     begin(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64) * dim
+    index = tl.program_id(0).to(tl.int64)
+    row = index * dim
     column = tl.arange(0, BLOCK)
     inside = column < dim
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0)
@@ -220,7 +255,11 @@ def _rms_norm_kernel(
     wide = x.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
-    tl.store(out_ptr + row + column, (wide * scale * weight).to(x.dtype), mask=inside)
+    out = (wide * scale * weight).to(x.dtype)
+    if SPLIT:
+        store_row(out.to(tl.float32), out_ptr, split_scale_ptr, index, dim, column, inside, FP8, 2)
+    else:
+        tl.store(out_ptr + row + column, out, mask=inside)
 
 
 @triton.jit
@@ -323,15 +362,28 @@ def _silu(x):
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, dim, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up_ptr,
+    out_ptr,
+    scale_ptr,
+    dim,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FP8: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: a part of a row, or where it is split all of it."""
     begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < dim
     gate = tl.load(gate_up_ptr + row * 2 * dim + column, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * 2 * dim + dim + column, mask=inside, other=0.0)
-    result = _silu(gate.to(tl.float32)) * up.to(tl.float32)
-    tl.store(out_ptr + row * dim + column, result.to(gate.dtype), mask=inside)
+    result = (_silu(gate.to(tl.float32)) * up.to(tl.float32)).to(gate.dtype)
+    if SPLIT:
+        store_row(result.to(tl.float32), out_ptr, scale_ptr, row, dim, column, inside, FP8, 2)
+    else:
+        tl.store(out_ptr + row * dim + column, result, mask=inside)
 
 
 @triton.jit

@@ -10,7 +10,8 @@ rows of bytes, and here both are multiplied with the same weight.
 - int4: the same, group by group, of codes less their zero points; of a register's eight codes at once.
 - fp8: sums of float32. Tensor cores keep few bits of a long one, so it is carried on outside from block to block.
 
-Many rows of fp8 are rounded to one row of fp8 each, which is twice as fast, and cuBLAS multiplies them.
+Where there are very many, as of a prompt, rows for fp8 are rounded to one row of fp8 each, which is twice as fast, and
+cuBLAS multiplies them.
 """
 
 from __future__ import annotations
@@ -26,60 +27,97 @@ import triton.language as tl
 from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
-from manyheads.kernels.split import quantize_rows, split_rows
-from manyheads.kernels.widen import GROUP, widen
+from manyheads.kernels.split import MAX_DIM, SplitRows, quantize_rows, split_rows
+from manyheads.kernels.widen import GROUP, Arranged, widen
 from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
-MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 128}
-"""What `multiply` takes."""
-_FEW_ROWS = 128
-"""Beyond, there are programs enough without splits."""
-_ALIGN_OUT = 64
+MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 512}
+"""What `multiply` takes. Of fp8, what decoding brings: what is left to cuBLAS is rounded coarser."""
+CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
+"""Of GPUs, from which on Triton multiplies a scheme's codes; T4's tensor cores take bytes, but it does not use them."""
+PARTS = 4
+"""Of a product that is added to something next, at most."""
+_SHARE = 256
+"""Columns that shares are counted in: a divisor of every block, so that they do not depend on the number of rows."""
+_ALIGN_OUT = 128
+"""The same of a weight's rows."""
 
 
-def arrange(weight: QuantizedWeight) -> QuantizedWeight:
-    """The form that the kernels read. Of int4 in groups of 128:
+def arrange(weight: QuantizedWeight) -> Arranged:
+    """The form that the kernels read: rows come in whole blocks; and of int4 in groups of 128, or several times that,
 
+    - groups are of 128, those of a larger one alike;
     - byte j of a group holds its columns j and j + 64, so that the bytes' halves meet two straight runs of x;
-    - scales stand by group in memory: a program copies those of a block of rows.
-
-    Everything else stays as it is.
+    - scales and zero points stand by group in memory: a program copies those of a block of rows; and zero points are
+      words, as one of four bytes is the least that can be copied ahead, and what is added to a register's bytes.
     """
-    if weight.scheme != "int4" or weight.group_size != GROUP:
-        return weight
-    codes = unpack(weight.values).view(weight.out_features, -1, 2, GROUP // 2)
-    values = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1)
-    return QuantizedWeight("int4", values, weight.scale.t().contiguous().t(), weight.zero)
+    values, scale = _fill_up(weight.values), _fill_up(weight.scale)
+    bias = None
+    if weight.zero is not None:
+        bias = (128 - _fill_up(weight.zero))[..., None].repeat(1, 1, 4).view(torch.int32).squeeze(-1)
+    if weight.scheme == "int4" and weight.group_size % GROUP == 0:
+        codes = unpack(values).view(len(values), -1, 2, GROUP // 2)
+        values = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1)
+        groups = weight.group_size // GROUP
+        scale = _by_group(scale, groups)
+        bias = None if bias is None else _by_group(bias, groups)
+    return Arranged(weight.scheme, *weight.shape, values, scale, bias)
 
 
-def product(x: Tensor, weight: QuantizedWeight, splits: int = 1) -> Tensor:
+def _by_group(x: Tensor, repeats: int) -> Tensor:
+    """[rows, groups] → [rows, groups · repeats], those of a group together in memory."""
+    return x.repeat_interleave(repeats, 1).t().contiguous().t()
+
+
+def _fill_up(x: Tensor) -> Tensor:
+    """Rows of zeros at the end, up to whole blocks."""
+    missing = -len(x) % _ALIGN_OUT
+    if missing == 0:
+        return x
+    full = x.new_zeros(len(x) + missing, x.shape[1])
+    full[: len(x)] = x
+    return full
+
+
+def product(x: Tensor | SplitRows, weight: Arranged, most: int = 1) -> Tensor:
     """x Wᵀ.
 
     Args:
-        x: [T, in] in half precision, the last dimension contiguous.
-        weight: [out, in], as `arrange` returns it.
-        splits: programs that may share a row of the weight where rows are few.
+        x: [T, in] in half precision, the last dimension contiguous; or split already, where `serves` says so.
+        weight: [out, in].
+        most: programs that may share a row of the weight where there are too few without.
 
     Returns:
-        [T, out] of x's dtype; or, only where `splits` is above 1, [splits, T, out] float32 that are to be added up.
+        [T, out] of x's dtype; or, only where `most` is above 1, [splits, T, out] float32 that are to be added up.
     """
-    if serves(x, weight):
-        return multiply(x, weight, splits if x.shape[0] <= _FEW_ROWS else 1)
-    if weight.scheme == "fp8" and _multiplies_fp8(x.device) and not any(n % 16 for n in weight.shape):
+    if isinstance(x, SplitRows) or serves(x, weight):
+        blocks = _blocks(weight.scheme, *x.shape)
+        programs = -(-x.shape[0] // blocks.rows) * (len(weight.values) // blocks.out)
+        return multiply(x, weight, _splits(programs, most, _processors(x.device)))
+    if weight.scheme == "fp8" and x.is_cuda and multiplies("fp8", x.device) and weight.in_features % 16 == 0:
         codes, scale = quantize_rows(x)
-        wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=torch.bfloat16)
-        return wide.to(x.dtype)
+        dtype = x.dtype if _scales_rows(x.device) else torch.bfloat16
+        wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=dtype)
+        return wide[:, : weight.out_features].to(x.dtype).contiguous()
     return F.linear(x, widen(weight, x.dtype))
 
 
 @lru_cache(maxsize=16)
-def _multiplies_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _scales_rows(device: torch.device) -> bool:
+    """Whether cuBLAS multiplies fp8 with a scale for each row; if not, what torch has instead returns bfloat16 only."""
+    version = tuple(int(n) for n in (torch.version.cuda or "0").split(".")[:2])
+    return torch.cuda.get_device_capability(device) == (9, 0) and version >= (12, 9)
+
+
+@lru_cache(maxsize=16)
+def multiplies(scheme: str, device: torch.device) -> bool:
+    """Whether `multiply` runs there; Triton's interpreter takes everything."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY[scheme]
 
 
 @lru_cache(maxsize=16)
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program's stages may take."""
+    """Bytes that a processor has for the stages of its programs."""
     if device.type != "cuda":
         return sys.maxsize
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -87,49 +125,59 @@ def _shared_memory(device: torch.device) -> int:
     return int(most) - 2**13  # scales, results
 
 
-def serves(x: Tensor, weight: QuantizedWeight) -> bool:
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """An H200's, for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def serves(x: Tensor, weight: Arranged) -> bool:
     """Whether `multiply` takes this product."""
     return (
         x.shape[0] <= MAX_ROWS[weight.scheme]
         and x.dtype in (torch.float16, torch.bfloat16)
-        and weight.out_features % _ALIGN_OUT == 0
         and weight.in_features % GROUP == 0
         and (weight.scheme != "int4" or weight.group_size == GROUP)
-        and (weight.scheme != "fp8" or x.device.type != "cuda" or _multiplies_fp8(x.device))
+        and multiplies(weight.scheme, x.device)
     )
 
 
-def multiply(x: Tensor, weight: QuantizedWeight, splits: int) -> Tensor:
+def takes(x: Tensor, weight: Arranged) -> bool:
+    """Whether `multiply` may have its rows split by the kernel that computes them; of x, rows and dtype are asked."""
+    return weight.in_features <= MAX_DIM and serves(x, weight)
+
+
+def multiply(x: Tensor | SplitRows, weight: Arranged, splits: int) -> Tensor:
     """As `product`, for what `serves` says."""
     rows, width = x.shape
-    num_out = weight.out_features
-    blocks = _blocks(weight.scheme, rows, num_out, width)
-    stage = blocks.columns * (2 * blocks.rows + (blocks.out // 2 if weight.scheme == "int4" else blocks.out))
-    stages = min(blocks.stages, max(2, _shared_memory(x.device) // stage))
-    codes, x_scale = split_rows(x, weight.scheme)
+    num_out, padded = weight.out_features, len(weight.values)
+    blocks = _blocks(weight.scheme, rows, width)
+    stages = _stages(weight.scheme, blocks, _shared_memory(x.device))
+    codes, x_scale, _ = x if isinstance(x, SplitRows) else split_rows(x, weight.scheme)
     if splits == 1:
         out = torch.empty((rows, num_out), dtype=x.dtype, device=x.device)
     else:
         out = torch.empty((splits, rows, num_out), dtype=torch.float32, device=x.device)
     num_blocks = width // blocks.columns
-    share = -(-num_blocks // splits)
+    share = -(-width // (splits * _SHARE)) * _SHARE // blocks.columns
     # the weight's blocks follow each other slower than the rows': what is read twice is then in the cache
-    grid = (-(-rows // blocks.rows), num_out // blocks.out, splits)
+    grid = (-(-rows // blocks.rows), padded // blocks.out, splits)
     if weight.scheme == "int4":
-        zero = weight.scale if weight.zero is None else weight.zero  # without zero points it is not looked at
+        bias = weight.scale if weight.bias is None else weight.bias  # without zero points it is not looked at
         _int4_kernel[grid](
             codes,
             weight.values,
             x_scale,
             weight.scale,
-            zero,
+            bias,
             out,
             rows,
             num_out,
+            padded,
             num_blocks,
             share,
-            HAS_ZERO=weight.zero is not None,
-            ZERO=ZERO,
+            HAS_BIAS=weight.bias is not None,
+            BIAS=(128 - ZERO) * 0x01010101,
             IN_REGISTERS=x.device.type == "cuda",
             GROUP=GROUP,
             BLOCK_ROWS=blocks.rows,
@@ -161,7 +209,7 @@ def multiply(x: Tensor, weight: QuantizedWeight, splits: int) -> Tensor:
 
 
 class _Blocks(NamedTuple):
-    """What a program multiplies at once, and how."""
+    """What a program multiplies at once, and how; stages are the most."""
 
     out: int
     rows: int
@@ -170,18 +218,38 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-def _blocks(scheme: str, rows: int, num_out: int, width: int) -> _Blocks:
-    """For Hopper: many bytes under way; of many rows, as large a product as registers hold."""
-    block_rows = min(128, max(8, triton.next_power_of_2(rows)))
-    many = rows > _FEW_ROWS and num_out % 128 == 0
+def _blocks(scheme: str, rows: int, width: int) -> _Blocks:
+    """For Hopper, where a program waits for each product of bytes: two on a processor take turns.
+
+    Of few rows, with as many bytes of the weight under way as that leaves room for. From 33 on, what is read from the
+    L2 cache counts, and less is of larger blocks; of fp8, and int4 above 64 rows, they leave registers for one program.
+    """
+    block_rows = max(16 if scheme == "int4" else 8, triton.next_power_of_2(rows))
     if scheme == "int4":  # half the bytes a stage; and a group's sums beside those of all
-        block_rows = min(64, max(16, block_rows))
-        return _Blocks(128, 64, GROUP, 8, 5) if many else _Blocks(64, block_rows, GROUP, 4, 10 - block_rows // 12)
-    if many:
-        return _Blocks(128, 128, GROUP, 8, 4)
-    if block_rows <= 32 and width % 256 == 0:
-        return _Blocks(64, block_rows, 256, 4, 5 if block_rows <= 16 else 4)
-    return _Blocks(64, block_rows, GROUP, 8 if block_rows == 128 else 4, 4)
+        if rows <= 32:
+            return _Blocks(64, block_rows, GROUP, 4, 5)
+        return _Blocks(128, 32, GROUP, 8, 5) if rows <= 64 else _Blocks(128, 64, GROUP, 8, 4)
+    if rows > 32:
+        return _Blocks(128, 64, GROUP, 8, 3)
+    if block_rows == 32:
+        return _Blocks(64, 32, GROUP, 4, 6)
+    if scheme == "int8" and width % 256 == 0:  # sums of fp8 depend on the columns of a block
+        return _Blocks(64, block_rows, 256, 4, 5 if block_rows == 8 else 4)
+    return _Blocks(64, block_rows, GROUP, 4, 10 if block_rows == 8 else 9)
+
+
+def _stages(scheme: str, blocks: _Blocks, memory: int) -> int:
+    """So many that two programs share a processor's memory, unless it holds no three stages of each."""
+    size = blocks.columns * (2 * blocks.rows + (blocks.out // 2 if scheme == "int4" else blocks.out))
+    return min(blocks.stages, max(memory // 2 // size, min(3, memory // size)))
+
+
+def _splits(programs: int, most: int, processors: int) -> int:
+    """Doubled while there are processors without a program."""
+    splits = 1
+    while 2 * splits <= most and splits * programs < processors:
+        splits *= 2
+    return splits
 
 
 @triton.jit(do_not_specialize=["rows", "num_blocks", "share"])
@@ -230,9 +298,10 @@ def _bytes_kernel(
     # 256 times an integer sum is beyond 32 bits
     y = high + low / 16.0 if FP8 else high.to(tl.float32) * 256.0 + low.to(tl.float32)
     in_rows = at_row < rows
+    stored = (at_out < num_out)[:, None] & in_rows[None, :]
     y *= tl.load(scale_ptr + at_out)[:, None] * tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
     out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=in_rows[None, :])
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["rows", "num_groups", "share"])
@@ -241,14 +310,15 @@ def _int4_kernel(
     weight_ptr,
     x_scale_ptr,
     scale_ptr,
-    zero_ptr,
+    bias_ptr,
     out_ptr,
     rows,
     num_out,
+    padded,
     num_groups,
     share,
-    HAS_ZERO: tl.constexpr,
-    ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -270,28 +340,25 @@ def _int4_kernel(
     at_weight = (at_out[:, None].to(tl.int64) * num_groups + first) * (GROUP // 2)
     weight_at = weight_ptr + at_weight + column[None, :]
     x_at = x_ptr + (at_part[:, None].to(tl.int64) * num_groups + first) * GROUP + column[None, :]
-    scale_at = first * num_out + at_out
-    zero_at = zero_ptr + at_out * num_groups + first
+    scale_at = first * padded + at_out
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-    # stages are said here, so that scales are copied ahead as well; zero points, below 4 bytes, cannot be
+    # stages are said here, so that scales and zero points are copied ahead as well
     for _ in tl.range(first, last, num_stages=STAGES):
         packed = tl.load(weight_at)
         x_lower = tl.load(x_at, mask=inside, other=0)
         x_upper = tl.load(x_at + GROUP // 2, mask=inside, other=0)
         scale = tl.load(scale_ptr + scale_at)
-        zero = tl.load(zero_at) if HAS_ZERO else tl.full((BLOCK_OUT,), ZERO, tl.uint8)
-        bias = (128 - zero).to(tl.uint8)
+        bias = tl.load(bias_ptr + scale_at) if HAS_BIAS else tl.full((BLOCK_OUT,), BIAS, tl.int32)
         total = tl.dot(_lower(packed, bias, IN_REGISTERS), tl.trans(x_lower), out_dtype=tl.int32)
         total = tl.dot(_upper(packed, bias, IN_REGISTERS), tl.trans(x_upper), total, out_dtype=tl.int32)
         high, low = tl.split(tl.reshape(total, (BLOCK_OUT, BLOCK_ROWS, 2)))
         acc += (high * 256 + low).to(tl.float32) * scale[:, None]  # of one group, within 32 bits
         weight_at += GROUP // 2
         x_at += GROUP
-        scale_at += num_out
-        zero_at += 1
+        scale_at += padded
     acc *= tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
     out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_rows[None, :])
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(at_out < num_out)[:, None] & in_rows[None, :])
 
 
 @triton.jit
@@ -299,18 +366,18 @@ def _lower(packed, bias, IN_REGISTERS: tl.constexpr):
     """The codes in the bytes' lower halves less their row's zero point: int8.
 
     Left to itself, the compiler takes a register's bytes apart. They are added to at once, as no sum is above 143, and
-    lose the 128 by their highest bit.
+    lose the 128 by their highest bit. A register's four are of one row, so any of their biases is all of them.
     """
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; and.b32 t, $1, 0x0F0F0F0F; add.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }",
-            "=r,r,r",
+            "=r,r,r,r,r,r",
             [packed, bias[:, None]],
             dtype=tl.int8,
             is_pure=True,
             pack=4,
         )
-    return (((packed & 15) + bias[:, None]) ^ 128).to(tl.int8, bitcast=True)
+    return (((packed & 15) + (bias & 255).to(tl.uint8)[:, None]) ^ 128).to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -319,10 +386,10 @@ def _upper(packed, bias, IN_REGISTERS: tl.constexpr):
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F; add.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }",
-            "=r,r,r",
+            "=r,r,r,r,r,r",
             [packed, bias[:, None]],
             dtype=tl.int8,
             is_pure=True,
             pack=4,
         )
-    return (((packed >> 4) + bias[:, None]) ^ 128).to(tl.int8, bitcast=True)
+    return (((packed >> 4) + (bias & 255).to(tl.uint8)[:, None]) ^ 128).to(tl.int8, bitcast=True)

@@ -7,6 +7,8 @@ the first leaves. Of few rows, twice as many cost nothing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
 
+MAX_DIM = 16384
+"""Of a row that a program holds in registers."""
 _MAX = tl.constexpr(127 * 257)
 """The greatest integer, so that 256 · high + low has both bytes between -128 and 127."""
 _FP8_MAX = tl.constexpr(448.0)
@@ -22,32 +26,55 @@ _FP8_STEP = tl.constexpr(16.0)
 _TINY = tl.constexpr(1e-30)
 
 
-def split_rows(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    """Each row as two rows of 8 bits, one below the other.
+class SplitRows(NamedTuple):
+    """Rows of activations [T, D], each as two rows of 8 bits, one below the other.
 
     - int8, int4: x = scale · (256 · high + low), of int8: 16 bits in all, within 2 ** -16 of the row's largest value;
     - fp8: x = scale · (high + low / 16), of float8_e4m3fn: within 2 ** -8 of each value.
+    """
+
+    codes: Tensor
+    """[2 · T, D], each row's high above its low."""
+    scale: Tensor
+    """[T] float32."""
+    dtype: torch.dtype
+    """Of the activations."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, D)"""
+        return len(self.scale), self.codes.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+
+def empty_rows(like: Tensor, dim: int, scheme: str) -> SplitRows:
+    """Rows of so many columns for a weight in a scheme, yet to be written; as many as `like` has, and of its dtype."""
+    rows = like.shape[0]
+    code = torch.float8_e4m3fn if scheme == "fp8" else torch.int8
+    codes = torch.empty((2 * rows, dim), dtype=code, device=like.device)
+    return SplitRows(codes, torch.empty(rows, dtype=torch.float32, device=like.device), like.dtype)
+
+
+def split_rows(x: Tensor, scheme: str) -> SplitRows:
+    """Each row as two.
 
     Args:
-        x: [T, D], D up to 16384, the last dimension contiguous.
+        x: [T, D], the last dimension contiguous.
         scheme: of the weight.
-
-    Returns:
-        [2 · T, D] codes, each row's high above its low; and [T] float32 scales.
     """
-    rows, dim = x.shape
-    is_fp8 = scheme == "fp8"
-    codes = torch.empty((2 * rows, dim), dtype=torch.float8_e4m3fn if is_fp8 else torch.int8, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _launch(x, codes, scale, FP8=is_fp8, PARTS=2)
-    return codes, scale
+    out = empty_rows(x, x.shape[1], scheme)
+    _launch(x, out.codes, out.scale, FP8=scheme == "fp8", PARTS=2)
+    return out
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row to fp8, its largest value at 448.
 
     Args:
-        x: [T, D], D up to 16384, the last dimension contiguous.
+        x: [T, D], the last dimension contiguous.
 
     Returns:
         [T, D] float8_e4m3fn and [T, 1] float32 scales.
@@ -93,6 +120,12 @@ def _split_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < dim
     x = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    store_row(x, codes_ptr, scale_ptr, row, dim, column, inside, FP8, PARTS)
+
+
+@triton.jit
+def store_row(x, codes_ptr, scale_ptr, row, dim, column, inside, FP8: tl.constexpr, PARTS: tl.constexpr):
+    """A row's codes and scale, of float32 numbers that are zero where not `inside`."""
     most = tl.max(tl.abs(x), 0)
     codes_at = codes_ptr + row * PARTS * dim + column
     if FP8:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from manyheads.quantization import integer
 from manyheads.quantization.bitsandbytes import BitsandbytesWeight
 from manyheads.quantization.scheme import Weight
 from manyheads.quantization.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from manyheads.kernels.split import SplitRows
 
 PARTS = 2
 PACK_HINT = 16
@@ -41,7 +44,8 @@ class Linear:
     - `quantized`: on a GPU, by kernels of ours (kernels/quantized.py);
     - `bitsandbytes`: that library's own.
 
-    What is left, such as int4 on a CPU, is widened here once and takes one of the forms above.
+    What is left, such as int4 on a CPU and fp8 on GPUs before Ada, is widened here once and takes one of the forms
+    above.
 
     Args:
         weight: [out, in].
@@ -62,8 +66,11 @@ class Linear:
                 self.weight = torch.ops.quantized.linear_prepack_fp16(weight.values.float(), None)
                 self.scale = weight.scale.flatten()
                 self.nbytes += weight.values.nbytes
+            elif form == "quantized":
+                self.weight = quantized.arrange(weight)
+                self.nbytes = self.weight.nbytes
             else:
-                self.weight = integer.IntegerProduct(weight) if form == "integer" else quantized.arrange(weight)
+                self.weight = integer.IntegerProduct(weight)
         else:
             self._pack(weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight)
         self.nbytes += bias.nbytes if bias is not None else 0
@@ -78,9 +85,23 @@ class Linear:
             self.weight = weight
         self.nbytes = weight.numel() * (2 if self.form == "fp16" else weight.itemsize)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def takes(self, x: Tensor) -> str | None:
+        """The scheme that `ops` may split as many rows of input as x has for; None: as they come.
+
+        Args:
+            x: of the input's dtype.
+        """
+        if self.form != "quantized" or not quantized.takes(x, self.weight):
+            return None
+        return self.weight.scheme  # type: ignore[no-any-return]
+
+    def __call__(self, x: Tensor | SplitRows) -> Tensor:
         """[T, in] → [T, out]."""
         y: Tensor
+        if self.form == "quantized":
+            y = quantized.product(x, self.weight)
+            return y if self.bias is None else y.add_(self.bias)
+        assert isinstance(x, Tensor)
         if self.form == "few" and linear.serves(x, self.weight, linear.MAX_ROWS_WHOLE):
             y = linear.few_rows(x, self.weight, 1)
         elif self.form == "fp16":
@@ -93,19 +114,16 @@ class Linear:
         elif self.form in ("integer", "bitsandbytes"):
             y = self.weight(x)
             y = y if self.bias is None else y.add_(self.bias)
-        elif self.form == "quantized":
-            y = quantized.product(x, self.weight)
-            y = y if self.bias is None else y.add_(self.bias)
         else:
             y = F.linear(x, self.weight, self.bias)
         return y
 
-    def parts(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor | SplitRows) -> Tensor:
         """The product where it is added to something next: [T, out], or parts of it, [splits, T, out] float32."""
         if self.form == "few" and linear.serves(x, self.weight):
             return linear.few_rows(x, self.weight, PARTS)  # type: ignore[no-any-return]
         if self.form == "quantized" and self.bias is None:
-            return quantized.product(x, self.weight, PARTS)  # type: ignore[no-any-return]
+            return quantized.product(x, self.weight, quantized.PARTS)  # type: ignore[no-any-return]
         return self(x)
 
 
@@ -123,7 +141,9 @@ def _form(weight: Tensor, has_bias: bool) -> str:
 def _quantized_form(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
     """None where it is widened once."""
     if weight.device.type != "cpu":
-        return "quantized" if has_kernels(weight.device) else None
+        # what a GPU does not multiply, its kernels widen; but where there is no fp8, Triton does not even convert it
+        served = has_kernels(weight.device) and (weight.scheme != "fp8" or quantized.multiplies("fp8", weight.device))
+        return "quantized" if served else None
     if dtype != torch.float32 or weight.scheme == "int4":
         return None
     if weight.scheme == "int8" and weight.values.numel() >= INTEGER_SIZE and integer.is_exact():

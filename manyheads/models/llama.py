@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from manyheads.attention.base import AttentionBackend
 from manyheads.models import ops
 from manyheads.models.config import ModelConfig, RopeScaling
 from manyheads.models.linear import Linear
+
+if TYPE_CHECKING:
+    from manyheads.kernels.split import SplitRows
 
 POSITION_MARGIN = 64
 """Rotary positions past the longest sequence: nodes of a tree may stick out, and are never kept."""
@@ -58,14 +62,15 @@ class Llama:
         """
         eps = self.config.rms_norm_eps
         residual = F.embedding(tokens, self.embedding)
-        x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        x: Tensor | SplitRows = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
-            x = layer.o.parts(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
-            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = layer.down.parts(ops.silu_mul(layer.gate_up(x)))
-            following = self.layers[i + 1].input_norm if i + 1 < len(self.layers) else self.norm
-            x = ops.add_rms_norm(x, residual, following, eps)
-        return x
+            y = layer.o.parts(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
+            x = ops.add_rms_norm(y, residual, layer.post_norm, eps, layer.gate_up.takes(residual))
+            y = layer.down.parts(ops.silu_mul(layer.gate_up(x), layer.down.takes(residual)))
+            if i + 1 < len(self.layers):
+                following = self.layers[i + 1]
+                x = ops.add_rms_norm(y, residual, following.input_norm, eps, following.qkv.takes(residual))
+        return ops.add_rms_norm(y, residual, self.norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, V] float32."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from manyheads.kernels.split import SplitRows
 
 fused: Any
 linear: Any
@@ -49,17 +52,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Add x to the residual [T, D] in place, and norm the sum. x may be in parts (`Linear.parts`)."""
+@overload
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+@overload
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: str | None) -> Tensor | SplitRows: ...
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: str | None = None
+) -> Tensor | SplitRows:
+    """Add x to the residual [T, D] in place, and norm the sum. x may be in parts (`Linear.parts`).
+
+    Args:
+        scheme: what the product that comes next `takes`.
+    """
     if has_kernels(x.device):
-        return fused.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+        return fused.add_rms_norm(x, residual, weight, eps, scheme)  # type: ignore[no-any-return]
     return rms_norm(residual.add_(x), weight, eps)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up: [T, 2 · I] → [T, I]."""
+def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | SplitRows:
+    """silu(gate) · up: [T, 2 · I] → [T, I]; for the product that comes next as `add_rms_norm`."""
     if has_kernels(gate_up.device):
-        return fused.silu_mul(gate_up)  # type: ignore[no-any-return]
+        return fused.silu_mul(gate_up, scheme)  # type: ignore[no-any-return]
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -183,7 +183,7 @@ def finish(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("quantization", "gigabytes"),
-    [("int8", 6.87), ("fp8", 6.87), ("int4", 3.89), ("bitsandbytes-8bit", 7.0), ("bitsandbytes-4bit", 4.22)],
+    [("int8", 6.87), ("fp8", 6.87), ("int4", 4.04), ("bitsandbytes-8bit", 7.0), ("bitsandbytes-4bit", 4.22)],
 )
 def test_bits_of_weights(quantization: str, gigabytes: float) -> None:
     """6.48 G numbers in layers, 0.13 in the projection, and as many in the embedding, which stays in half precision."""

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from manyheads.attention.cache import CODES, KVCache, quantize
 from manyheads.kernels.fused import add_rms_norm, head_input, rms_norm, rope_store, silu_mul
+from manyheads.kernels.split import split_rows
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDED = TYPES[:2] if INTERPRETED else TYPES  # the interpreter does not round to bfloat16 but cuts it off
@@ -150,6 +151,26 @@ def test_silu_mul(dim: int, dtype: torch.dtype) -> None:
 def test_silu_mul_of_extremes() -> None:
     x = torch.tensor([[-80.0, 1e4, 0.0, 2.0, 2.0, 2.0]], device=DEVICE)
     assert silu_mul(x)[0].tolist() == pytest.approx([0.0, 2e4, 0.0])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", TYPES[1:])
+def test_split_where_they_are_computed(dtype: torch.dtype, scheme: str) -> None:
+    """Bit for bit what splitting afterwards gives; a row of zeros too."""
+    parts, residual, weight = randn(2, 4, 640), randn(4, 640, dtype=dtype, seed=1), randn(640, dtype=dtype, seed=2)
+    gate_up = randn(4, 2 * 640, dtype=dtype, seed=3)
+    parts[:, 2], residual[2], gate_up[2] = 0, 0, 0
+    kept = residual.clone()
+    norm_afterwards = split_rows(add_rms_norm(parts, kept, weight, EPS), scheme)
+    for found, wanted in (
+        (add_rms_norm(parts, residual, weight, EPS, scheme), norm_afterwards),
+        (silu_mul(gate_up, scheme), split_rows(silu_mul(gate_up), scheme)),
+    ):
+        assert found.shape == (4, 640)
+        assert found.dtype == dtype
+        assert torch.equal(found.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
+        assert torch.equal(found.scale, wanted.scale)
+    assert torch.equal(residual, kept)
 
 
 @pytest.mark.parametrize("heads", [1, 4])

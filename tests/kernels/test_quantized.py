@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from manyheads.kernels import quantized, split
-from manyheads.quantization.weight import SCHEMES, QuantizedWeight, quantize
+from manyheads.models import linear, ops
+from manyheads.models.config import ModelConfig
+from manyheads.models.llama import Layer, Llama
+from manyheads.quantization.weight import SCHEMES, QuantizedWeight, pack, quantize
 from tests.kernels import DEVICE, INTERPRETED, relative_error
 
 PARTS_ERROR = {"int8": 6e-5, "int4": 6e-5, "fp8": 0.08 if INTERPRETED else 4e-3}
@@ -30,12 +35,13 @@ def wanted(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("rows", [1, 5, 33])
-@pytest.mark.parametrize(("num_out", "width", "splits"), [(64, 128, 1), (128, 512, 1), (64, 640, 2), (64, 256, 3)])
+@pytest.mark.parametrize(("num_out", "width", "splits"), [(64, 128, 1), (128, 512, 1), (64, 640, 2), (129, 256, 3)])
 def test_product(scheme: str, rows: int, num_out: int, width: int, splits: int) -> None:
-    """Also shares of unequal length, and one that is empty."""
+    """Also shares of unequal length, and one that is empty; and rows that come in no blocks."""
     x, weight = random(rows, width), weight_of(scheme, num_out, width)
-    assert quantized.serves(x, weight)
-    got = quantized.product(x, quantized.arrange(weight), splits)
+    arranged = quantized.arrange(weight)
+    assert quantized.serves(x, arranged)
+    got = quantized.multiply(x, arranged, splits)
     if splits == 1:
         assert got.shape == (rows, num_out)
         assert got.dtype == x.dtype
@@ -49,8 +55,6 @@ def test_product(scheme: str, rows: int, num_out: int, width: int, splits: int) 
 @pytest.mark.parametrize("rows", [70, 130, 300])
 @pytest.mark.parametrize("num_out", [64, 128])
 def test_many_rows(scheme: str, rows: int, num_out: int) -> None:
-    if scheme == "fp8" and rows > quantized.MAX_ROWS["fp8"]:
-        pytest.skip("cuBLAS's")
     x, weight = random(rows, 256), weight_of(scheme, num_out, 256)
     got = quantized.multiply(x, quantized.arrange(weight), 2)
     assert relative_error(got.sum(0), wanted(x, weight)) < PARTS_ERROR[scheme]
@@ -82,11 +86,59 @@ def test_a_row_does_not_depend_on_others(scheme: str) -> None:
         assert relative_error(quantized.multiply(x, weight, 3).sum(0), together.sum(0)) < 1e-6
 
 
+def test_sums_of_fp8_are_of_the_same_columns() -> None:
+    """What tensor cores add up before it is added in float32 decides the last bits."""
+    assert len({quantized._blocks("fp8", rows, 4096).columns for rows in range(1, quantized.MAX_ROWS["fp8"] + 1)}) == 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_fit(scheme: str) -> None:
+    """Two programs on a processor of an H200; on an A100's and an L40S's at least one with stages to alternate."""
+    for rows, width in itertools.product((1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 600), (4096, 11008, 4224)):
+        blocks = quantized._blocks(scheme, rows, width)
+        assert quantized._ALIGN_OUT % blocks.out == width % blocks.columns == 0
+        assert quantized._SHARE % blocks.columns == 0
+        for memory, least in ((224256, blocks.stages), (158720, 3), (93184, 2)):
+            assert least <= quantized._stages(scheme, blocks, memory) <= blocks.stages
+
+
+def test_parts() -> None:
+    """As many as give every processor something to do, of the 132 there are."""
+    counts = [quantized._splits(programs, 4, 132) for programs in (4, 32, 33, 64, 66, 128, 132, 500)]
+    assert counts == [4, 4, 4, 4, 2, 2, 1, 1]
+    assert quantized._splits(4, 1, 132) == 1
+    x, weight = random(3, 256), weight_of("int8", 64, 256)
+    assert quantized.product(x, quantized.arrange(weight)).shape == (3, 64)
+    assert quantized.product(x, quantized.arrange(weight), quantized.PARTS).shape == (4, 3, 64)
+
+
+def test_shares_do_not_depend_on_the_number_of_rows() -> None:
+    """Of int8, and so neither does the result, which is exact within a share."""
+    x, weight = random(70, 1280), quantized.arrange(weight_of("int8", 64, 1280))
+    together = quantized.multiply(x, weight, 2)
+    for count in (1, 9, 20):
+        assert torch.equal(quantized.multiply(x[:count], weight, 2), together[:, :count])
+
+
 def test_int4_without_zero_points() -> None:
     x, weight = random(3, 256), weight_of("int4", 64, 256, symmetric=True)
     got = quantized.multiply(x, quantized.arrange(weight), 2)
     assert relative_error(got.sum(0), wanted(x, weight)) < PARTS_ERROR["int4"]
     assert torch.equal(quantized.widen(quantized.arrange(weight), torch.float32), weight.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("group_size", [256, 512, 64])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_int4_in_other_groups(group_size: int, symmetric: bool) -> None:
+    """Large ones, or one for a whole row, become several that are alike."""
+    codes = torch.randint(0, 16, (70, 512), device=DEVICE)
+    scale = torch.rand(70, 512 // group_size, device=DEVICE) + 0.5
+    zero = None if symmetric else torch.randint(0, 16, scale.shape, device=DEVICE).byte()
+    weight = QuantizedWeight("int4", pack(codes), scale, zero)
+    x, arranged = random(3, 512), quantized.arrange(weight)
+    assert quantized.serves(x, arranged) == (group_size >= 128)
+    assert relative_error(quantized.product(x, arranged), wanted(x, weight)) < 1e-3
+    assert torch.equal(quantized.widen(arranged, torch.float32), weight.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -116,7 +168,7 @@ def test_integers(dim: int) -> None:
     """Two bytes hold what a row's scale says, to half a unit."""
     x = random(4, dim)
     x[2] = 0
-    codes, scale = split.split_rows(x, "int8")
+    codes, scale, _ = split.split_rows(x, "int8")
     whole = 256 * codes[0::2].double() + codes[1::2].double()
     assert ((whole * scale[:, None].double() - x.double()).abs() <= 0.501 * scale[:, None]).all()
     assert whole.abs().amax(1).tolist() == [127 * 257, 127 * 257, 0, 127 * 257]
@@ -124,7 +176,7 @@ def test_integers(dim: int) -> None:
 
 def test_two_parts_in_fp8() -> None:
     x = random(4, 256)
-    codes, scale = split.split_rows(x, "fp8")
+    codes, scale, _ = split.split_rows(x, "fp8")
     whole = (codes[0::2].float() + codes[1::2].float() / 16) * scale[:, None]
     assert relative_error(whole, x) < (0.08 if INTERPRETED else 2e-3)
 
@@ -135,7 +187,7 @@ def test_exact_in_fp8() -> None:
     x[:, 0] = 448
     x *= 1 - 2 * torch.randint(0, 2, (5, 384))
     weight = weight_of("fp8", 64, 384)
-    got = quantized.multiply(x.to(DEVICE).half(), weight, 2)
+    got = quantized.multiply(x.to(DEVICE).half(), quantized.arrange(weight), 2)
     assert relative_error(got.sum(0), wanted(x.to(DEVICE), weight)) < (1e-6 if INTERPRETED else 1e-3)
 
 
@@ -152,8 +204,97 @@ def test_rows_in_fp8() -> None:
 def test_what_does_not_come_in_blocks_is_widened() -> None:
     weight = weight_of("int8", 40, 72)
     x = random(3, 72)
-    assert not quantized.serves(x, weight)
+    assert not quantized.serves(x, quantized.arrange(weight))
     assert relative_error(quantized.product(x, quantized.arrange(weight)), wanted(x, weight)) < 1e-3
+
+
+@pytest.mark.parametrize(("capability", "schemes"), [((7, 5), ""), ((8, 0), "int8 int4"), ((8, 9), "int8 fp8 int4")])
+def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], schemes: str) -> None:
+    """What each can compile."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    multiplies = quantized.multiplies.__wrapped__  # past the cache
+    assert [scheme for scheme in SCHEMES if multiplies(scheme, torch.device("cuda"))] == schemes.split()
+    assert multiplies("fp8", torch.device("cpu"))
+
+
+def test_what_cublas_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 instead of bfloat16, where it knows scales of rows."""
+    for capability, version, known in (
+        ((9, 0), "13.0", True),
+        ((9, 0), "12.9", True),
+        ((9, 0), "12.8", False),
+        ((9, 0), None, False),
+        ((10, 0), "13.0", False),
+        ((8, 9), "12.9", False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert quantized._scales_rows.__wrapped__(torch.device("cuda")) == known
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_splits_rows_where_they_are_computed(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first norm's and what attention returns; and computes the same."""
+    hidden, intermediate, rows = 128, 256, 5
+    config = ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=40,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=10.0,
+        rope_scaling=None,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        eos_token_ids=(),
+        dtype=torch.float16,
+    )
+    monkeypatch.setattr(ops, "has_kernels", lambda _: True)
+    monkeypatch.setattr(linear, "has_kernels", lambda _: True)
+    monkeypatch.setattr(linear, "_quantized_form", lambda weight, dtype: "quantized")
+
+    def project(num_out: int, width: int) -> linear.Linear:
+        return linear.Linear(weight_of(scheme, num_out, width), None, torch.float16)
+
+    norm = torch.ones(hidden, device=DEVICE).half()
+    layers = [
+        Layer(
+            input_norm=norm,
+            qkv=project(3 * hidden, hidden),
+            q_norm=None,
+            k_norm=None,
+            o=project(hidden, hidden),
+            post_norm=norm,
+            gate_up=project(2 * intermediate, hidden),
+            down=project(hidden, intermediate),
+        )
+        for _ in range(2)
+    ]
+    model = Llama(config, random(40, hidden), layers, norm, project(40, hidden))
+
+    def attention(layer: int, qkv: torch.Tensor, *norms: None) -> torch.Tensor:
+        return qkv[:, :hidden]
+
+    def forward() -> torch.Tensor:
+        return model.forward(torch.arange(rows, device=DEVICE), attention)
+
+    split_afterwards = []
+    original = quantized.split_rows
+    monkeypatch.setattr(quantized, "split_rows", lambda x, s: (split_afterwards.append(x), original(x, s))[1])
+    hidden_states = forward()
+    assert hidden_states.dtype == torch.float16
+    assert len(split_afterwards) == 3
+    monkeypatch.setattr(linear.Linear, "takes", lambda self, x: None)
+    assert torch.equal(forward(), hidden_states)
+    assert len(split_afterwards) == 3 + 8
 
 
 @pytest.mark.gpu
@@ -164,7 +305,8 @@ def test_what_does_not_come_in_blocks_is_widened() -> None:
 def test_large(scheme: str, rows: int, num_out: int, width: int) -> None:
     x, weight = random(rows, width), weight_of(scheme, num_out, width)
     rounded = scheme == "fp8" and rows > quantized.MAX_ROWS["fp8"]  # x is rounded to fp8 as well
-    for splits in (1, 2):
-        got = quantized.product(x, quantized.arrange(weight), splits)
-        most = 4e-2 if rounded else PARTS_ERROR[scheme] if got.ndim == 3 else max(1e-3, PARTS_ERROR[scheme])
-        assert relative_error(got if got.ndim == 2 else got.sum(0), wanted(x, weight)) < most
+    for most in (1, 4):
+        got = quantized.product(x, quantized.arrange(weight), most)
+        least = 0 if got.ndim == 3 else 1e-3  # what is rounded to half precision
+        error = 4e-2 if rounded else max(least, PARTS_ERROR[scheme])
+        assert relative_error(got if got.ndim == 2 else got.sum(0), wanted(x, weight)) < error

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from manyheads.models.linear import Linear
 from manyheads.quantization import integer
 from manyheads.quantization.weight import SCHEMES, quantize
 
+META = torch.device("meta")
 needs_integers = pytest.mark.skipif(not integer.is_exact(), reason="this processor has no exact products of bytes")
 
 
@@ -69,3 +72,14 @@ def test_what_the_forms_take() -> None:
     weight = torch.randn(64, 128)
     for scheme in ("int8", "fp8"):
         assert Linear(quantize(weight, scheme)).nbytes <= 2 * weight.numel() + 4 * 64
+
+
+def test_fp8_before_ada_is_widened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton does not even convert it there. The GPU is made up."""
+    monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    for known in (True, False):
+        monkeypatch.setattr(module, "quantized", SimpleNamespace(multiplies=lambda scheme, _, known=known: known))
+        forms = {}
+        for scheme in SCHEMES:
+            forms[scheme] = module._quantized_form(quantize(torch.randn(8, 32), scheme).to(META), torch.float16)
+        assert forms == {"int8": "quantized", "int4": "quantized", "fp8": "quantized" if known else None}
