@@ -18,8 +18,9 @@ LATE = 0.1
 """Seconds: arrivals later than this are no longer the load that was asked for."""
 ANSWERED = 0.9
 """Share of arrivals that a server must answer while they come, not to count as overloaded."""
-CHANCE = 3.0
-"""Standard deviations by which what is under way may grow, for arrivals come in bursts."""
+CHANCE = 4.0
+"""Standard deviations, by Poisson, by which what is under way may grow: arrivals come in bursts, and these are answered
+slower than others."""
 POINTS = 60
 
 
