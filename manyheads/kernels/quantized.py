@@ -5,8 +5,8 @@ them as it is stored; to make float16 numbers of its codes first takes longer th
 int8, where float16 weights come at 3.9). What is made to fit is the activations: `split_rows` writes each row as two
 rows of bytes, and here both are multiplied with the same weight.
 
-- int8: sums of integers, exact. So a row's result depends on nothing but the row, and is as good as its 16 bits: the
-  arithmetic of quantization/integer.py.
+- int8: sums of integers, exact. So a row's result depends on nothing but the row and how many programs share its sums,
+  and is as good as its 16 bits: the arithmetic of quantization/integer.py.
 - int4: the same, group by group, of codes less their zero points; of a register's eight codes at once.
 - fp8: sums of float32. Tensor cores keep few bits of a long one, so it is carried on outside from block to block.
 
