@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py --part first-version   # 5 users, against medusa-llm behind FastAPI
     python benchmarks/cpu.py --part transformers    # 1 user, against transformers and medusa-llm
-    python benchmarks/cpu.py --part load            # 1, 4 and 16 users, speculation against plain decoding
+    python benchmarks/cpu.py --part load            # 1 to 32 users, speculation against plain decoding
 
 All systems run the same float32 weights and take turns within one run, since the machine's speed wanders: compare
 the ratios of neighbouring turns, not figures of different runs. benchmarks/README.md tells what each part does.
@@ -440,7 +440,7 @@ def main() -> None:
     )
     offline = parser.add_argument_group("transformers and load")
     offline.add_argument("--prompts", type=int, default=40, help="prompts (transformers)")
-    offline.add_argument("--load-users", type=int, nargs="+", default=[1, 4, 16])
+    offline.add_argument("--load-users", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     offline.add_argument("--prompts-per-user", type=int, default=3, help="prompts a user and turn (load)")
     parser.add_argument("--new-tokens", type=int, help="tokens of a reply (100 for first-version, else 128)")
     args = parser.parse_args()
