@@ -96,12 +96,12 @@ def test_a_whole_test(capsys: Capture, tmp_path: Path) -> None:
 
 
 def test_rates_until_overload(capsys: Capture, tmp_path: Path) -> None:
-    """The server answers 5 s late, so that within the window no load is kept up with."""
-    argv = ["bench", "rate", "--rates", "20,40", "--hold", "1", "--settle", "0.1", "--drain", "0.5", "--no-limit"]
-    with running(Script(ttft=5.0)) as url:
+    """The server answers 9 s late, so that within the window no load is kept up with."""
+    argv = ["bench", "rate", "--rates", "40,80", "--hold", "2", "--settle", "0.1", "--drain", "0.5", "--no-limit"]
+    with running(Script(ttft=9.0)) as url:
         assert main([*argv, "--url", url, "-o", str(tmp_path)]) == 1
     found = result.load(tmp_path)
-    assert [(level.load, level.overloaded, level.completed) for level in found.levels] == [(20.0, True, 0)]
+    assert [(level.load, level.overloaded, level.completed) for level in found.levels] == [(40.0, True, 0)]
     assert found.levels[0].unfinished > 0
     assert "The load generator" in capsys.readouterr().out
 
