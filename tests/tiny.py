@@ -10,9 +10,41 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from manyheads.models.config import ModelConfig
+
 VOCAB = 16
 HIDDEN = 32
 HEADS = 3
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    """A Llama of two layers, for tests that make its parts themselves.
+
+    Args:
+        changes: of its fields.
+    """
+    some: dict[str, Any] = {
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10.0,
+        "rope_scaling": None,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "eos_token_ids": (),
+        "dtype": torch.float32,
+    }
+    return ModelConfig(**(some | changes))
 
 
 def make_model(**changes: Any) -> LlamaForCausalLM:

@@ -209,8 +209,6 @@ class Planner:
         """Rows of `nodes` nodes on average, out of the four times as many that are best by the running estimate."""
         if nodes <= 1:
             return NO_DRAFT
-        if self._grown.num_nodes == 1:
-            self._regrow()
         reach = next(size for size in REACHES if size >= min(4 * nodes, MAX_NODES))
         tree = Tree(self._grown.choices[:reach])
         return Draft(tree, min(nodes, tree.num_nodes))

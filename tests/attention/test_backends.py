@@ -16,6 +16,7 @@ from manyheads.attention.torch import TorchAttention
 from manyheads.medusa.tree import ROOT, Tree, grow, tree_tensors
 from manyheads.models.config import ModelConfig
 from tests.kernels import INTERPRETED
+from tests.tiny import model_config
 
 torch.set_num_threads(1)
 
@@ -173,27 +174,14 @@ def rotation() -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
-def model_config(heads: int, kv_heads: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=16,
+def config_of(heads: int, kv_heads: int) -> ModelConfig:
+    return model_config(
         hidden_size=heads * DIM,
-        intermediate_size=16,
-        num_layers=2,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=DIM,
         rms_norm_eps=EPS,
-        rope_theta=10.0,
-        rope_scaling=None,
         max_position_embeddings=POSITIONS,
-        tie_word_embeddings=False,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        eos_token_ids=(),
-        dtype=torch.float32,
     )
 
 
@@ -229,7 +217,7 @@ def step(
         start = groups[-1].stop
     q, k, v = (torch.randn(start, h, DIM, generator=random) for h in (heads, kv_heads, kv_heads))
     weights = (torch.randn(DIM, generator=random) + 1, torch.randn(DIM, generator=random) + 1) if norms else None
-    backend = backend_class(cache, model_config(heads, kv_heads), rope or no_rotation())
+    backend = backend_class(cache, config_of(heads, kv_heads), rope or no_rotation())
     return Step(backend, rows, groups, torch.tensor(positions), torch.tensor(slots), before, q, k, v, weights)
 
 

@@ -27,11 +27,11 @@ from manyheads.engine.state import RowState
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import BUILTIN_FOLDER, load_model
 from manyheads.request import EngineRequest
+from tests.tiny import model_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MIB, GIB = 2**20, 2**30
-VICUNA = ModelConfig(
-    architecture="LlamaForCausalLM",
+VICUNA = model_config(
     vocab_size=32000,
     hidden_size=4096,
     intermediate_size=11008,
@@ -39,15 +39,8 @@ VICUNA = ModelConfig(
     num_heads=32,
     num_kv_heads=32,
     head_dim=128,
-    rms_norm_eps=1e-5,
     rope_theta=10000.0,
-    rope_scaling=None,
     max_position_embeddings=2048,
-    tie_word_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
     eos_token_ids=(2,),
     dtype=torch.float16,
 )

@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 
 from manyheads.kernels import quantized, split
 from manyheads.models import linear, ops
-from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Layer, Llama
 from manyheads.quantization.weight import SCHEMES, QuantizedWeight, pack, quantize
 from tests.kernels import DEVICE, INTERPRETED, relative_error
+from tests.tiny import model_config
 
 PARTS_ERROR = {"int8": 6e-5, "int4": 6e-5, "fp8": 0.08 if INTERPRETED else 4e-3}
 """Of what is not rounded to half precision. Triton 3.6's interpreter errs where fp8 is rounded up to a power of two."""
@@ -236,26 +236,8 @@ def test_what_cublas_returns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_splits_rows_where_they_are_computed(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the first norm's and what attention returns; and computes the same."""
     hidden, intermediate, rows = 128, 256, 5
-    config = ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=40,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=64,
-        rms_norm_eps=1e-5,
-        rope_theta=10.0,
-        rope_scaling=None,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        eos_token_ids=(),
-        dtype=torch.float16,
+    config = model_config(
+        vocab_size=40, hidden_size=hidden, intermediate_size=intermediate, head_dim=64, dtype=torch.float16
     )
     monkeypatch.setattr(ops, "has_kernels", lambda _: True)
     monkeypatch.setattr(linear, "has_kernels", lambda _: True)
