@@ -132,7 +132,7 @@ def replies(args: argparse.Namespace, scheme: str, prompts: list[list[int]]) -> 
         dtype=args.dtype,
         quantization=scheme,
         tree_size=args.tree_size,
-        max_num_seqs=16,
+        max_num_seqs=args.max_num_seqs,
     )
     params = SamplingParams(temperature=0.0, max_tokens=args.new_tokens, ignore_eos=True)
     outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
@@ -165,7 +165,9 @@ def main() -> None:
     parser.add_argument("--num-texts", type=int, default=200)
     parser.add_argument("--spec-bench", type=Path, default=SPEC_BENCH)
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--max-prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--tree-size", type=int, default=16)
     parser.add_argument("--part", default="builtin", help="name of this run in the results file")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quantization_quality.json")
@@ -189,7 +191,8 @@ def main() -> None:
         pairs = read_pairs(path, tokenizer, args.num_texts, config.max_position_embeddings)
         print(f"{path.name}: {len(pairs)} texts", flush=True)
         result["perplexity"][path.name] = perplexities(args, dtype, pairs)
-    prompts = [p.token_ids for p in spec_bench(tokenizer, max_prompt_tokens=512, path=args.spec_bench)[: args.prompts]]
+    fitting = spec_bench(tokenizer, max_prompt_tokens=args.max_prompt_tokens, path=args.spec_bench)
+    prompts = [prompt.token_ids for prompt in fitting[: args.prompts]]
     base: list[list[int]] = []
     for scheme in args.schemes:
         found, steps = replies(args, scheme, prompts)

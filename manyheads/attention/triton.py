@@ -56,7 +56,8 @@ class TritonAttention:
         block_m, _ = tile_sizes(max_nodes, -(-tokens // rows), per_kv)
         tiles = max(rows, -(-tokens * per_kv // block_m))  # about as many hold queries
         longest = max(g.max_cached_len + g.max_tokens for g in groups)
-        splits = choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms)
+        quantized = self._layers[0][0].scale is not None
+        splits = choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms, quantized)
         if len(groups) == 1:
             parts = (first.row_start, first.cached_len, first.block_table, first.bits)
         else:

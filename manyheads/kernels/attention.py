@@ -50,7 +50,9 @@ MIN_SPLIT_LEN = 128
 MIN_SHARE = tl.constexpr(64)
 """Positions of a split; the host knows a bound for lengths, and rows may be far shorter."""
 _PER_SM = {16: 4, 32: 2, 64: 2, 128: 1}
-"""Programs that an SM holds, by queries in a tile."""
+"""Programs that an SM holds, by queries in a tile; of a cache of codes twice as many, each of one warp."""
+_FEW_SPLITS = 8
+"""More take longer to combine; they are for rows that leave SMs without a program."""
 
 _LOG2_E = 1.4426950408889634
 _UNIT = tl.constexpr(64.0)
@@ -58,17 +60,20 @@ _UNIT = tl.constexpr(64.0)
 almost as large as values are, and never larger."""
 
 
-def choose_splits(num_programs: int, block_m: int, max_len: int, num_sms: int) -> int:
+def choose_splits(num_programs: int, block_m: int, max_len: int, num_sms: int, quantized: bool = False) -> int:
     """How many programs share a row's length, so that they are done soonest: few waves, each of short programs.
 
     Args:
         num_programs: tiles that hold queries, times kv heads.
         block_m: see `tile_sizes`.
         max_len: positions (cached and in flight) of the longest row; a bound will do.
+        quantized: whether the cache is of codes.
     """
-    slots = num_sms * _PER_SM[block_m]
+    slots = num_sms * _PER_SM[block_m] * (2 if quantized and block_m == 16 else 1)
     best, shortest = 1, float(-(-num_programs // slots))
     for splits in range(2, min(max_len // MIN_SPLIT_LEN, MAX_SPLITS) + 1):
+        if splits > _FEW_SPLITS and num_programs * _FEW_SPLITS >= num_sms:
+            break
         time = -(-num_programs * splits // slots) / splits
         if time < 0.9 * shortest:  # more to combine is not worth less
             best, shortest = splits, time
@@ -140,19 +145,20 @@ def tree_attention(
         return out
     queries_per_kv = num_heads // num_kv_heads
     largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
+    if k_scale is not None and head_dim < 128:
+        largest_m = min(largest_m, 32)  # with tiles of 64, Triton 3.6 multiplies halves of narrower values wrongly
     block_m, num_tiles = tile_sizes(max_nodes, -(-num_tokens // num_rows), queries_per_kv, largest_m)
     split = num_splits > 1
     num_warps = 8 if block_m == 128 else 4
-    if block_m == 16:
-        # bound by memory: blocks so small that four programs fit on an SM, each copying one while it works on another
-        block_n = min(block_n, max(16, 2**13 // (head_dim * k_pages.element_size())))
-        if k_scale is not None and num_stages == 3:
-            num_warps = 2  # each widens all of K; where two hold the operands of FMAs, they run out of registers
+    if block_m == 16 and num_stages == 3:
+        # Bound by memory: small programs, of which others work while one waits for what it copies. One that widens
+        # codes has the longer arithmetic, and copies the next ones meanwhile; of one warp, it waits for no other.
+        block_n, num_warps, num_stages = (64, 2, 2) if k_scale is None else (32, 1, 3)
     partial = out  # without splits it is never touched, but its type is part of what gets compiled
     if split:
         numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)
         partial = torch.empty(numel, dtype=torch.float32, device=q.device) if scratch is None else scratch
-    _attend_kernel[(num_tiles * num_splits, num_kv_heads, num_rows)](
+    _attend_kernel[(num_kv_heads, num_rows, num_tiles * num_splits)](
         q,
         k_pages,
         v_pages,
@@ -188,6 +194,7 @@ def tree_attention(
         BLOCK_N=block_n,
         SPLIT=split,
         QUANTIZED=k_scale is not None,
+        MAX_TREE=MAX_TREE_NODES,
         IN_REGISTERS=q.device.type == "cuda",
         num_warps=num_warps,
         num_stages=num_stages,
@@ -381,16 +388,21 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    MAX_TREE: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: a tile of a row's queries, one kv head, one share of the positions."""
     begin(DEPENDENT)
-    # a prompt's last tiles see the most: they start first, so that no long program is left over at the end
-    tile = tl.num_programs(0) // num_splits - 1 - tl.program_id(0) // num_splits
-    split = tl.program_id(0) % num_splits
-    kv_head = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2) % num_splits
+    # A prompt's last tiles see the most: they start first, so that no long program is left over at the end. Of trees,
+    # most tiles but the first are empty: were they to start first, the others would be spread unevenly.
+    tile = tl.program_id(2) // num_splits
+    num_tiles = tl.num_programs(2) // num_splits
+    if num_tiles * BLOCK_M > MAX_TREE * QUERIES_PER_KV:
+        tile = num_tiles - 1 - tile
 
     first_token = tl.load(row_start + row).to(tl.int64)
     num_nodes = (tl.load(row_start + row + 1).to(tl.int64) - first_token).to(tl.int32)

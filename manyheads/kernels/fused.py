@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manyheads.attention.cache import LARGEST, SMALLEST
 from manyheads.kernels.launch import begin, dependent
-from manyheads.kernels.split import SplitRows, empty_rows, store_row
+from manyheads.kernels.rows import QuantizedRows, empty_rows, store_row
 
 _HEADS_A_PROGRAM = 8
 _BLOCK = 1024
@@ -39,14 +39,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: str | None = None
-) -> Tensor | SplitRows:
+) -> Tensor | QuantizedRows:
     """Adds x to the residual in place, rounded to its dtype, and norms the sum.
 
     Args:
         x: [T, D], or parts of it that are added up first, [splits, T, D] float32; D up to 16384.
         residual: [T, D]
         weight: [D]
-        scheme: of the weight that is multiplied next, if that is to have its rows split.
+        scheme: of the weight that is multiplied next, if that takes `QuantizedRows`.
 
     Returns:
         [T, D], the norm of the new residual.
@@ -56,7 +56,9 @@ def add_rms_norm(
     return out
 
 
-def _launch_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | SplitRows, add: bool) -> None:
+def _launch_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | QuantizedRows, add: bool
+) -> None:
     rows, dim = residual.shape
     block = triton.next_power_of_2(dim)
     _rms_norm_kernel[(rows,)](
@@ -70,22 +72,22 @@ def _launch_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
         BLOCK=block,
         PARTS=x.shape[0] if x.ndim == 3 else 1,
         ADD=add,
-        **_split(out),
+        **_quantize(out),
         num_warps=_warps(block),
         **dependent(x.device),
     )
 
 
-def _codes_and_scale(out: Tensor | SplitRows) -> tuple[Tensor, Tensor]:
-    """What a kernel writes; numbers that are not split have no scale, and it is not looked at."""
-    return (out.codes, out.scale) if isinstance(out, SplitRows) else (out, out)
+def _codes_and_scale(out: Tensor | QuantizedRows) -> tuple[Tensor, Tensor]:
+    """What a kernel writes; numbers that are not codes have no scale, and it is not looked at."""
+    return (out.codes, out.scale) if isinstance(out, QuantizedRows) else (out, out)
 
 
-def _split(out: Tensor | SplitRows) -> dict[str, bool]:
+def _quantize(out: Tensor | QuantizedRows) -> dict[str, bool]:
     """The kernels' constants for it."""
-    if isinstance(out, SplitRows):
-        return {"SPLIT": True, "FP8": out.codes.dtype == torch.float8_e4m3fn}
-    return {"SPLIT": False, "FP8": False}
+    if isinstance(out, QuantizedRows):
+        return {"QUANTIZE": True, "FP8": out.codes.dtype == torch.float8_e4m3fn}
+    return {"QUANTIZE": False, "FP8": False}
 
 
 def rope_store(
@@ -166,7 +168,7 @@ def rope_store(
     return out
 
 
-def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | SplitRows:
+def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | QuantizedRows:
     """silu(gate) · up.
 
     Args:
@@ -179,7 +181,7 @@ def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | SplitRows:
     rows, width = gate_up.shape
     dim = width // 2
     if scheme is None:
-        out: Tensor | SplitRows = torch.empty((rows, dim), dtype=gate_up.dtype, device=gate_up.device)
+        out: Tensor | QuantizedRows = torch.empty((rows, dim), dtype=gate_up.dtype, device=gate_up.device)
         block, warps = _BLOCK, 4
     else:  # whole rows, for their largest values
         out = empty_rows(gate_up, dim, scheme)
@@ -190,7 +192,7 @@ def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | SplitRows:
         *_codes_and_scale(out),
         dim,
         BLOCK=block,
-        **_split(out),
+        **_quantize(out),
         num_warps=warps,
         **dependent(gate_up.device),
     )
@@ -216,8 +218,8 @@ def head_input(hidden: Tensor, block_out: Tensor) -> Tensor:
 
 
 def _warps(block: int) -> int:
-    """At most 32 elements a thread, and no fewer than 4 warps."""
-    return min(16, max(4, block // 512))
+    """16 elements a thread, and no fewer than 4 warps."""
+    return min(32, max(4, block // 512))
 
 
 @triton.jit
@@ -226,14 +228,14 @@ def _rms_norm_kernel(
     residual_ptr,
     weight_ptr,
     out_ptr,
-    split_scale_ptr,
+    code_scale_ptr,
     eps,
     dim,
     stride_part,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     ADD: tl.constexpr,
-    SPLIT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     FP8: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -256,8 +258,8 @@ def _rms_norm_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     out = (wide * scale * weight).to(x.dtype)
-    if SPLIT:
-        store_row(out.to(tl.float32), out_ptr, split_scale_ptr, index, dim, column, inside, FP8, 2)
+    if QUANTIZE:
+        store_row(out.to(tl.float32), out_ptr, code_scale_ptr, index, dim, column, inside, FP8)
     else:
         tl.store(out_ptr + row + column, out, mask=inside)
 
@@ -368,11 +370,11 @@ def _silu_mul_kernel(
     scale_ptr,
     dim,
     BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     FP8: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a part of a row, or where it is split all of it."""
+    """One program: a part of a row, or where it becomes codes all of it."""
     begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -380,8 +382,8 @@ def _silu_mul_kernel(
     gate = tl.load(gate_up_ptr + row * 2 * dim + column, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + row * 2 * dim + dim + column, mask=inside, other=0.0)
     result = (_silu(gate.to(tl.float32)) * up.to(tl.float32)).to(gate.dtype)
-    if SPLIT:
-        store_row(result.to(tl.float32), out_ptr, scale_ptr, row, dim, column, inside, FP8, 2)
+    if QUANTIZE:
+        store_row(result.to(tl.float32), out_ptr, scale_ptr, row, dim, column, inside, FP8)
     else:
         tl.store(out_ptr + row * dim + column, result, mask=inside)
 

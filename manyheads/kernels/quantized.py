@@ -2,16 +2,13 @@
 
 Nothing widens a weight. Tensor cores multiply bytes with bytes, from shared memory, so a weight goes from memory to
 them as it is stored; to make float16 numbers of its codes first takes longer than to read it (on an H200, 2 TB/s of
-int8, where float16 weights come at 3.9). What is made to fit is the activations: `split_rows` writes each row as two
-rows of bytes, and here both are multiplied with the same weight.
+int8, where float16 weights come at 3.9). What is made to fit is the activations, `QuantizedRows`.
 
-- int8: sums of integers, exact. So a row's result depends on nothing but the row and how many programs share its sums,
-  and is as good as its 16 bits: the arithmetic of quantization/integer.py.
+- int8: a row is two rows of bytes, both multiplied with the same weight; sums of integers, exact. So a row's result
+  depends on nothing but the row and how many programs share its sums, and is as good as its 16 bits: the arithmetic of
+  quantization/integer.py.
 - int4: the same, group by group, of codes less their zero points; of a register's eight codes at once.
-- fp8: sums of float32. Tensor cores keep few bits of a long one, so it is carried on outside from block to block.
-
-Where there are very many, as of a prompt, rows for fp8 are rounded to one row of fp8 each, which is twice as fast, and
-cuBLAS multiplies them.
+- fp8: a row is one row of fp8. Where there are many, cuBLAS multiplies them.
 """
 
 from __future__ import annotations
@@ -27,16 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
-from manyheads.kernels.split import MAX_DIM, SplitRows, quantize_rows, split_rows
+from manyheads.kernels.rows import MAX_DIM, PARTS, QuantizedRows, quantize_rows
 from manyheads.kernels.widen import GROUP, Arranged, widen
 from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
-MAX_ROWS = {"int8": sys.maxsize, "int4": sys.maxsize, "fp8": 512}
-"""What `multiply` takes. Of fp8, what decoding brings: what is left to cuBLAS is rounded coarser."""
 CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 """Of GPUs, from which on Triton multiplies a scheme's codes; T4's tensor cores take bytes, but it does not use them."""
-PARTS = 4
-"""Of a product that is added to something next, at most."""
+MAX_SPLITS = {"int8": 2, "int4": 4, "fp8": 2}
+"""Of the sums of a product that is added to something next."""
 _SHARE = 256
 """Columns that shares are counted in: a divisor of every block, so that they do not depend on the number of rows."""
 _ALIGN_OUT = 128
@@ -79,27 +74,39 @@ def _fill_up(x: Tensor) -> Tensor:
     return full
 
 
-def product(x: Tensor | SplitRows, weight: Arranged, most: int = 1) -> Tensor:
+def product(x: Tensor | QuantizedRows, weight: Arranged, *, added: bool = False) -> Tensor:
     """x Wᵀ.
 
     Args:
-        x: [T, in] in half precision, the last dimension contiguous; or split already, where `serves` says so.
+        x: [T, in] in half precision, the last dimension contiguous; or quantized already, where `serves` says so.
         weight: [out, in].
-        most: programs that may share a row of the weight where there are too few without.
+        added: whether it is added to something next, and may come in parts: several programs share a row of the weight
+            where there are too few without.
 
     Returns:
-        [T, out] of x's dtype; or, only where `most` is above 1, [splits, T, out] float32 that are to be added up.
+        [T, out] of x's dtype; or, only where it is added, [splits, T, out] float32 that are to be added up.
     """
-    if isinstance(x, SplitRows) or serves(x, weight):
-        blocks = _blocks(weight.scheme, *x.shape)
-        programs = -(-x.shape[0] // blocks.rows) * (len(weight.values) // blocks.out)
-        return multiply(x, weight, _splits(programs, most, _processors(x.device)))
-    if weight.scheme == "fp8" and x.is_cuda and multiplies("fp8", x.device) and weight.in_features % 16 == 0:
-        codes, scale = quantize_rows(x)
-        dtype = x.dtype if _scales_rows(x.device) else torch.bfloat16
-        wide = torch._scaled_mm(codes, weight.values.t(), scale, weight.scale.t(), out_dtype=dtype)
-        return wide[:, : weight.out_features].to(x.dtype).contiguous()
-    return F.linear(x, widen(weight, x.dtype))
+    if not isinstance(x, QuantizedRows) and not serves(x, weight):
+        return F.linear(x, widen(weight, x.dtype))
+    rows, width = x.shape
+    padded, processors = len(weight.values), _processors(x.device)
+    if weight.scheme == "fp8" and x.device.type == "cuda" and _is_for_cublas(rows, width, padded):
+        codes, scale, dtype = x if isinstance(x, QuantizedRows) else quantize_rows(x, "fp8")
+        out_dtype = dtype if _scales_rows(x.device) else torch.bfloat16
+        y = torch._scaled_mm(
+            codes, weight.values.t(), scale[:, None], weight.scale.t(), out_dtype=out_dtype, use_fast_accum=True
+        )
+        return y[:, : weight.out_features].to(dtype).contiguous()
+    splits = 1
+    if added:
+        programs = _blocks(weight.scheme, rows, width, padded, processors).programs(rows, padded)
+        splits = _splits(programs, MAX_SPLITS[weight.scheme], processors)
+    return multiply(x, weight, splits)
+
+
+def _is_for_cublas(rows: int, width: int, padded: int) -> bool:
+    """Whether cuBLAS is faster with fp8, or the width comes in no blocks."""
+    return width % GROUP != 0 or rows > (256 if padded <= width else 128)
 
 
 @lru_cache(maxsize=16)
@@ -132,28 +139,28 @@ def _processors(device: torch.device) -> int:
 
 
 def serves(x: Tensor, weight: Arranged) -> bool:
-    """Whether `multiply` takes this product."""
+    """Whether this product is made of `QuantizedRows`."""
+    blocks = GROUP if weight.scheme != "fp8" or x.device.type != "cuda" else 16  # cuBLAS asks for these
     return (
-        x.shape[0] <= MAX_ROWS[weight.scheme]
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and weight.in_features % GROUP == 0
+        x.dtype in (torch.float16, torch.bfloat16)
+        and weight.in_features % blocks == 0
         and (weight.scheme != "int4" or weight.group_size == GROUP)
         and multiplies(weight.scheme, x.device)
     )
 
 
 def takes(x: Tensor, weight: Arranged) -> bool:
-    """Whether `multiply` may have its rows split by the kernel that computes them; of x, rows and dtype are asked."""
+    """Whether `product` may have its rows quantized by the kernel that computes them; of x, the dtype is asked."""
     return weight.in_features <= MAX_DIM and serves(x, weight)
 
 
-def multiply(x: Tensor | SplitRows, weight: Arranged, splits: int) -> Tensor:
-    """As `product`, for what `serves` says."""
+def multiply(x: Tensor | QuantizedRows, weight: Arranged, splits: int) -> Tensor:
+    """As `product`, by our kernels; columns come in groups of 128."""
     rows, width = x.shape
     num_out, padded = weight.out_features, len(weight.values)
-    blocks = _blocks(weight.scheme, rows, width)
+    blocks = _blocks(weight.scheme, rows, width, padded, _processors(x.device))
     stages = _stages(weight.scheme, blocks, _shared_memory(x.device))
-    codes, x_scale, _ = x if isinstance(x, SplitRows) else split_rows(x, weight.scheme)
+    codes, x_scale, _ = x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.scheme)
     if splits == 1:
         out = torch.empty((rows, num_out), dtype=x.dtype, device=x.device)
     else:
@@ -197,7 +204,7 @@ def multiply(x: Tensor | SplitRows, weight: Arranged, splits: int) -> Tensor:
             num_out,
             num_blocks,
             share,
-            FP8=weight.scheme == "fp8",
+            PARTS=PARTS[weight.scheme],
             BLOCK_ROWS=blocks.rows,
             BLOCK_OUT=blocks.out,
             BLOCK_IN=blocks.columns,
@@ -217,31 +224,43 @@ class _Blocks(NamedTuple):
     warps: int
     stages: int
 
+    def programs(self, rows: int, padded: int) -> int:
+        return -(-rows // self.rows) * (padded // self.out)
 
-def _blocks(scheme: str, rows: int, width: int) -> _Blocks:
-    """For Hopper, where a program waits for each product of bytes: two on a processor take turns.
 
-    Of few rows, with as many bytes of the weight under way as that leaves room for. From 33 on, what is read from the
-    L2 cache counts, and less is of larger blocks; of fp8, and int4 above 64 rows, they leave registers for one program.
+def _blocks(scheme: str, rows: int, width: int, padded: int, processors: int) -> _Blocks:
+    """For Hopper, where a program waits for each product of bytes: two or more on a processor take turns.
+
+    Of few rows, with as many bytes of the weight under way as there is room for. Of more, what is read from the L2
+    cache counts, and less is of larger blocks; but smaller ones where large ones are too few for the processors.
     """
-    block_rows = max(16 if scheme == "int4" else 8, triton.next_power_of_2(rows))
-    if scheme == "int4":  # half the bytes a stage; and a group's sums beside those of all
-        if rows <= 32:
-            return _Blocks(64, block_rows, GROUP, 4, 5)
-        return _Blocks(128, 32, GROUP, 8, 5) if rows <= 64 else _Blocks(128, 64, GROUP, 8, 4)
-    if rows > 32:
-        return _Blocks(128, 64, GROUP, 8, 3)
-    if block_rows == 32:
-        return _Blocks(64, 32, GROUP, 4, 6)
-    if scheme == "int8" and width % 256 == 0:  # sums of fp8 depend on the columns of a block
-        return _Blocks(64, block_rows, 256, 4, 5 if block_rows == 8 else 4)
-    return _Blocks(64, block_rows, GROUP, 4, 10 if block_rows == 8 else 9)
+    side = max(8, triton.next_power_of_2(rows))
+    if scheme == "int4":
+        if rows > 32:
+            return _Blocks(64, 64, GROUP, 4, 3)
+        large = _Blocks(128, side, GROUP, 4, 5)
+        if side == 16 and large.programs(rows, padded) >= processors:
+            return large
+        return _Blocks(64, side, GROUP, 2 if side == 8 else 4, 5)
+    codes = min(128, PARTS[scheme] * side)
+    side = codes // PARTS[scheme]
+    large, middle = _Blocks(128, side, GROUP, 8, 3), _Blocks(64, side, GROUP, 4, 4)
+    alone = middle.programs(rows, padded) < processors
+    if codes <= 32:
+        return _Blocks(64, side, 256, 4, 5 if alone else 3) if width % 256 == 0 else _Blocks(64, side, GROUP, 4, 5)
+    if codes == 64:
+        return middle._replace(stages=6) if alone else middle
+    for blocks in (large, middle):
+        if blocks.programs(rows, padded) * MAX_SPLITS[scheme] >= 2 * processors:
+            return blocks
+    return _Blocks(64, side // 2, GROUP, 4, 6)
 
 
 def _stages(scheme: str, blocks: _Blocks, memory: int) -> int:
-    """So many that two programs share a processor's memory, unless it holds no three stages of each."""
-    size = blocks.columns * (2 * blocks.rows + (blocks.out // 2 if scheme == "int4" else blocks.out))
-    return min(blocks.stages, max(memory // 2 // size, min(3, memory // size)))
+    """So many that two programs share a processor's memory, or of more than four stages one, if it holds that many."""
+    size = blocks.columns * (PARTS[scheme] * blocks.rows + (blocks.out // 2 if scheme == "int4" else blocks.out))
+    share = memory if blocks.stages > 4 else memory // 2
+    return min(blocks.stages, max(share // size, min(3, memory // size)))
 
 
 def _splits(programs: int, most: int, processors: int) -> int:
@@ -263,7 +282,7 @@ def _bytes_kernel(
     num_out,
     num_blocks,
     share,
-    FP8: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -275,28 +294,28 @@ def _bytes_kernel(
     """
     begin(DEPENDENT)
     at_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    at_part = tl.program_id(0) * 2 * BLOCK_ROWS + tl.arange(0, 2 * BLOCK_ROWS)
+    at_part = tl.program_id(0) * PARTS * BLOCK_ROWS + tl.arange(0, PARTS * BLOCK_ROWS)
     at_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     part = tl.program_id(2)
-    inside = (at_part < 2 * rows)[:, None]
+    inside = (at_part < PARTS * rows)[:, None]
     column = tl.arange(0, BLOCK_IN)
     width = num_blocks * BLOCK_IN
     first = part * share
     last = tl.minimum(first + share, num_blocks)
     weight_at = weight_ptr + at_out[:, None].to(tl.int64) * width + first * BLOCK_IN + column[None, :]
     x_at = x_ptr + at_part[:, None].to(tl.int64) * width + first * BLOCK_IN + column[None, :]
-    acc = tl.zeros((BLOCK_OUT, 2 * BLOCK_ROWS), tl.float32 if FP8 else tl.int32)
+    sums: tl.constexpr = tl.float32 if PARTS == 1 else tl.int32
+    acc = tl.zeros((BLOCK_OUT, PARTS * BLOCK_ROWS), sums)
     for _ in range(first, last):
         weight = tl.load(weight_at)
-        if FP8:  # added outside of the product: see above
-            acc += tl.dot(weight, tl.trans(tl.load(x_at, mask=inside, other=0.0)))
-        else:
-            acc = tl.dot(weight, tl.trans(tl.load(x_at, mask=inside, other=0)), acc, out_dtype=tl.int32)
+        rows_of_codes = tl.load(x_at, mask=inside, other=0.0 if PARTS == 1 else 0)
+        acc = tl.dot(weight, tl.trans(rows_of_codes), acc, out_dtype=sums)
         weight_at += BLOCK_IN
         x_at += BLOCK_IN
-    high, low = tl.split(tl.reshape(acc, (BLOCK_OUT, BLOCK_ROWS, 2)))
-    # 256 times an integer sum is beyond 32 bits
-    y = high + low / 16.0 if FP8 else high.to(tl.float32) * 256.0 + low.to(tl.float32)
+    y = acc
+    if PARTS == 2:
+        high, low = tl.split(tl.reshape(acc, (BLOCK_OUT, BLOCK_ROWS, 2)))
+        y = high.to(tl.float32) * 256.0 + low.to(tl.float32)  # 256 times an integer sum is beyond 32 bits
     in_rows = at_row < rows
     stored = (at_out < num_out)[:, None] & in_rows[None, :]
     y *= tl.load(scale_ptr + at_out)[:, None] * tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]

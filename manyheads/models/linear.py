@@ -15,7 +15,7 @@ from manyheads.quantization.scheme import Weight
 from manyheads.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
-    from manyheads.kernels.split import SplitRows
+    from manyheads.kernels.rows import QuantizedRows
 
 PARTS = 2
 PACK_HINT = 16
@@ -86,7 +86,7 @@ class Linear:
         self.nbytes = weight.numel() * (2 if self.form == "fp16" else weight.itemsize)
 
     def takes(self, x: Tensor) -> str | None:
-        """The scheme that `ops` may split as many rows of input as x has for; None: as they come.
+        """The scheme that `ops` may quantize rows of input for; None: they come as they are.
 
         Args:
             x: of the input's dtype.
@@ -95,7 +95,7 @@ class Linear:
             return None
         return self.weight.scheme  # type: ignore[no-any-return]
 
-    def __call__(self, x: Tensor | SplitRows) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """[T, in] → [T, out]."""
         y: Tensor
         if self.form == "quantized":
@@ -118,12 +118,12 @@ class Linear:
             y = F.linear(x, self.weight, self.bias)
         return y
 
-    def parts(self, x: Tensor | SplitRows) -> Tensor:
+    def parts(self, x: Tensor | QuantizedRows) -> Tensor:
         """The product where it is added to something next: [T, out], or parts of it, [splits, T, out] float32."""
         if self.form == "few" and linear.serves(x, self.weight):
             return linear.few_rows(x, self.weight, PARTS)  # type: ignore[no-any-return]
         if self.form == "quantized" and self.bias is None:
-            return quantized.product(x, self.weight, quantized.PARTS)  # type: ignore[no-any-return]
+            return quantized.product(x, self.weight, added=True)  # type: ignore[no-any-return]
         return self(x)
 
 

@@ -16,7 +16,7 @@ from manyheads.models.config import ModelConfig, RopeScaling
 from manyheads.models.linear import Linear
 
 if TYPE_CHECKING:
-    from manyheads.kernels.split import SplitRows
+    from manyheads.kernels.rows import QuantizedRows
 
 POSITION_MARGIN = 64
 """Rotary positions past the longest sequence: nodes of a tree may stick out, and are never kept."""
@@ -62,7 +62,7 @@ class Llama:
         """
         eps = self.config.rms_norm_eps
         residual = F.embedding(tokens, self.embedding)
-        x: Tensor | SplitRows = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        x: Tensor | QuantizedRows = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
             y = layer.o.parts(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
             x = ops.add_rms_norm(y, residual, layer.post_norm, eps, layer.gate_up.takes(residual))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from manyheads.kernels.split import SplitRows
+    from manyheads.kernels.rows import QuantizedRows
 
 fused: Any
 linear: Any
@@ -57,12 +57,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 @overload
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: str | None) -> Tensor | SplitRows: ...
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: str | None
+) -> Tensor | QuantizedRows: ...
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: str | None = None
-) -> Tensor | SplitRows:
+) -> Tensor | QuantizedRows:
     """Add x to the residual [T, D] in place, and norm the sum. x may be in parts (`Linear.parts`).
 
     Args:
@@ -73,7 +75,7 @@ def add_rms_norm(
     return rms_norm(residual.add_(x), weight, eps)
 
 
-def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | SplitRows:
+def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | QuantizedRows:
     """silu(gate) · up: [T, 2 · I] → [T, I]; for the product that comes next as `add_rms_norm`."""
     if has_kernels(gate_up.device):
         return fused.silu_mul(gate_up, scheme)  # type: ignore[no-any-return]

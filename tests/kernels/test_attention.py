@@ -309,7 +309,8 @@ def test_splits_fill_the_processors() -> None:
     assert choose_splits(8, 16, 100_000, 132) == 32
     assert choose_splits(8, 16, 1024, 132) == 8
     assert choose_splits(8, 16, 100, 132) == 1
-    assert [choose_splits(rows * 32, 16, 8192, 132) for rows in (1, 4, 5, 8, 16)] == [15, 4, 3, 2, 1]
+    assert [choose_splits(rows * 32, 16, 8192, 132) for rows in (1, 4, 5, 8, 16)] == [8, 4, 3, 2, 1]
+    assert [choose_splits(rows * 32, 16, 8192, 132, True) for rows in (1, 4, 8, 16, 64)] == [8, 8, 4, 2, 1]
     assert choose_splits(5 * 32, 64, 8192, 132) == 3  # two waves of thirds, and not one of wholes
     assert choose_splits(12 * 32, 16, 8192, 132) == 4  # three waves of quarters
     assert choose_splits(64 * 32, 16, 100_000, 132) == 1

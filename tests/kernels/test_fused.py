@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from manyheads.attention.cache import CODES, KVCache, quantize
 from manyheads.kernels.fused import add_rms_norm, head_input, rms_norm, rope_store, silu_mul
-from manyheads.kernels.split import split_rows
+from manyheads.kernels.rows import quantize_rows
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDED = TYPES[:2] if INTERPRETED else TYPES  # the interpreter does not round to bfloat16 but cuts it off
@@ -161,10 +161,10 @@ def test_split_where_they_are_computed(dtype: torch.dtype, scheme: str) -> None:
     gate_up = randn(4, 2 * 640, dtype=dtype, seed=3)
     parts[:, 2], residual[2], gate_up[2] = 0, 0, 0
     kept = residual.clone()
-    norm_afterwards = split_rows(add_rms_norm(parts, kept, weight, EPS), scheme)
+    norm_afterwards = quantize_rows(add_rms_norm(parts, kept, weight, EPS), scheme)
     for found, wanted in (
         (add_rms_norm(parts, residual, weight, EPS, scheme), norm_afterwards),
-        (silu_mul(gate_up, scheme), split_rows(silu_mul(gate_up), scheme)),
+        (silu_mul(gate_up, scheme), quantize_rows(silu_mul(gate_up), scheme)),
     ):
         assert found.shape == (4, 640)
         assert found.dtype == dtype
