@@ -36,6 +36,9 @@ class System(Protocol):
     def step_times(self) -> dict[str, Any]:
         """What it knows of its steps since the last call."""
 
+    def costs(self) -> dict[str, Any]:
+        """Steps in milliseconds as it measured them at its start."""
+
     def memory(self) -> dict[str, int]:
         """What it knows of its memory, in bytes by part."""
 
@@ -98,6 +101,14 @@ class Manyheads:
     def memory(self) -> dict[str, int]:
         use = self.engine.ready.memory
         return {name: getattr(use, name) for name in ("weights", "heads", "kv_cache", "graphs", "rest")}
+
+    def costs(self) -> dict[str, Any]:
+        """Of rows alone, and by rows and in-flight tokens."""
+        costs = self.engine.planner.costs
+        if costs is None:
+            return {}
+        plain = {rows: seconds * 1e3 for rows, seconds in costs.plain.items()}
+        return {"plain": plain, "trees": {n: {t: s * 1e3 for t, s in c.items()} for n, c in costs.trees.items()}}
 
     def counters(self) -> dict[str, int]:
         stats = self.engine.stats()
@@ -162,6 +173,9 @@ class Vllm:
         return [list(reply.outputs[0].token_ids) for reply in replies]
 
     def memory(self) -> dict[str, int]:
+        return {}
+
+    def costs(self) -> dict[str, Any]:
         return {}
 
     def counters(self) -> dict[str, int]:
@@ -231,48 +245,57 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=12288)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--tree-size", type=int)
-    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")
     args = parser.parse_args()
     args.start = time.perf_counter()
     system: System = Manyheads(args) if args.system == "manyheads" else Vllm(args)
     ready = time.perf_counter() - args.start
     print(f"ready after {ready:.1f} s", flush=True)
     record: dict[str, Any] = {"ready_s": ready, "system": args.system, "mode": args.mode, "memory": system.memory()}
+    record["costs_ms"] = system.costs()
     print(record["memory"], flush=True)
     for test in args.tests:
         record["rows" if test == "sweep" else test] = TESTS[test](system, args)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def decoding(system: System, asked: list[list[int]], num_tokens: int) -> dict[str, Any]:
-    """Output tokens a second after the last prompt."""
-    start = time.perf_counter()
-    system.generate(asked, 1)
-    prefill = time.perf_counter() - start
-    before = system.counters()
+def decoding(system: System, rounds: list[list[list[int]]], num_tokens: int) -> dict[str, Any]:
+    """Output tokens a second after the last prompt, of all rounds together."""
+    users, prefill, wall, tokens = len(rounds[0]), 0.0, 0.0, 0
+    counters: dict[str, int] = {}
     system.step_times()
-    start = time.perf_counter()
-    replies = system.generate(asked, num_tokens)
-    wall = time.perf_counter() - start
-    tokens = sum(map(len, replies))
+    for asked in rounds:
+        start = time.perf_counter()
+        system.generate(asked, 1)
+        prefill += time.perf_counter() - start
+        before = system.counters()
+        start = time.perf_counter()
+        replies = system.generate(asked, num_tokens)
+        wall += time.perf_counter() - start
+        tokens += sum(map(len, replies))
+        for name, n in system.counters().items():
+            counters[name] = counters.get(name, 0) + n - before.get(name, 0)
     row = {
-        "users": len(asked),
-        "decode_tokens_per_s": (tokens - len(asked)) / (wall - prefill),
+        "users": users,
+        "rounds": len(rounds),
+        "decode_tokens_per_s": (tokens - users * len(rounds)) / (wall - prefill),
         "prefill_s": prefill,
         "wall_s": wall,
         "tokens": tokens,
-        "counters": {name: n - before.get(name, 0) for name, n in system.counters().items()},
+        "counters": counters,
     }
     print(row, flush=True)
     return {**row, "step_times": system.step_times()}
 
 
 def sweep(system: System, args: argparse.Namespace) -> list[dict[str, Any]]:
-    prompts = spec_bench_prompts(args.model, args.prompts, args.tokens_in, max(args.users))
+    """Of few users several rounds, each with other prompts: how many tokens a step gives depends on the text."""
+    prompts = spec_bench_prompts(args.model, args.prompts, args.tokens_in, 480)
     rows = []
     for users in args.users:
-        system.generate(prompts[:users], 16)  # whatever is compiled or captured on the way
-        rows += [decoding(system, prompts[:users], args.tokens_out) for _ in range(args.repeat)]
+        rounds = [prompts[i * users : (i + 1) * users] for i in range(max(1, min(args.rounds, 64 // users)))]
+        system.generate(rounds[0], 16)  # whatever is compiled or captured on the way
+        rows.append(decoding(system, rounds, args.tokens_out))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,9 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    gc.collect()  # an engine that nobody uses any more refers to itself, and holds its memory
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     meter = Meter(device)
     there = limit(config, device)
     model_folder, heads_folder = split_model(config.model, config.heads)

@@ -112,7 +112,7 @@ class Runner:
         self.recorder: Recorder | None = None
         self.graphs: StepGraphs | None = None
         self.prompt_graphs: PromptGraphs | None = None
-        if has_kernels(self.device):
+        if has_kernels(self.device) and model.can_be_captured:
             self.recorder = Recorder()
             self.graphs, self.prompt_graphs = StepGraphs(self, self.recorder), PromptGraphs(self, self.recorder)
 
@@ -219,7 +219,7 @@ class Runner:
         one, none = torch.ones_like(target), torch.zeros_like(target)
         values = torch.stack((one, one, none, target, none), dim=1)
         self._count_output(requests, index, values[:, 3:4], values[:, :1])
-        return [Report(requests, values, width=1, known=set(), logits=raw)]
+        return [Report(requests, self._sent(values), width=1, known=set(), logits=raw)]
 
     def group(
         self, inflight: InFlight, start: int, max_tokens: int, max_cached_len: int, is_chain: bool = False
@@ -275,20 +275,19 @@ class Runner:
             known = {i for i, request in enumerate(requests) if request.has_candidates}
         # rows for which the heads have not spoken yet expect nothing, which says nothing
         said = trees.gains if len(known) == len(requests) else None
-        return Report(requests, values[: len(requests)], width, known, said, logits or {})
+        gains = self._sent(said) if said is not None else None
+        return Report(requests, self._sent(values[: len(requests)]), width, known, gains, logits or {})
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """On its way to the host, at once: what a graph returns lies in memory that the next graph may compute in."""
+        if self.device.type == "cpu":
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
 
     def _pending(self, reports: list[Report]) -> PendingStep:
-        """Send the reports on their way to the host."""
         if self.device.type == "cpu":
             return PendingStep(reports, self.num_ranks)
-
-        def sent(tensor: Tensor) -> Tensor:
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            return host.copy_(tensor, non_blocking=True)
-
-        for report in reports:
-            report.values = sent(report.values)
-            report.gains = sent(report.gains) if report.gains is not None else None
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         return PendingStep(reports, self.num_ranks, copied)

@@ -19,7 +19,8 @@ BURST = 4
 SIZES = (1.25, 2, 3, 4, 8, 16, 32, 64)
 """Nodes a row that are measured; between them, costs are interpolated."""
 MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, {"cpu": 0.5, "cuda": 0.25}
-"""Steps of each kind: at least so many (the first does not count), at most so many, for about so long."""
+"""Steps of each kind: at least so many (the first does not count), at most so many, for about so long. Where that takes
+longer than MAX_SECONDS, two will do."""
 SAME, SAME_TURNS, MAX_SECONDS = 1.1, 3, 3.0
 """A shortest time is believed when so many steps took at most so many times as long; other work on the machine can make
 a few steps last many times too long. After so many seconds it is believed all the same."""
@@ -78,7 +79,7 @@ def measure_costs(
 
 def _enough(kinds: list[list[float]], elapsed: float, turn_seconds: float) -> bool:
     turns = len(kinds[0])
-    if turns < MIN_TURNS or (turns < MAX_TURNS and elapsed < turn_seconds):
+    if turns < (MIN_TURNS if elapsed < MAX_SECONDS else 2) or (turns < MAX_TURNS and elapsed < turn_seconds):
         return False
     shortest = [sorted(times[1:])[:SAME_TURNS] for times in kinds]
     return elapsed > MAX_SECONDS or all(times[-1] <= SAME * times[0] for times in shortest)

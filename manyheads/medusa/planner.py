@@ -162,6 +162,7 @@ class Planner:
         self._chosen: dict[tuple[int, int], Draft] = {}
         self._offsets: dict[int, dict[int, float]] = {}  # rows → nodes that each may bring → seconds
         self._observed: Counter[tuple[int, int]] = Counter()  # rows, nodes that each may bring → steps
+        self._brought: int | None = None  # nodes that each could bring in the step before
         self._gains: list[float] | None = None  # by SIZES, running mean of what the heads expect
         self._outcome = [1.0, 1.0]  # running means: gained, and what was expected of the same steps
         self._hoped: list[float] = []  # by SIZES, gains by the prior
@@ -264,16 +265,20 @@ class Planner:
         Longer contexts make a step dearer than it was at warm-up: what the rows' caches cost to read, and the more, the
         more nodes may look at them. So the difference is kept as an offset for each number of rows and of nodes that a
         row may bring. Those that are not observed drift to the one that is, so that what was given up is tried again.
-        First observations count for more: a choice holds for many steps.
+        First observations count for more: a choice holds for many steps. A step that brings another tree than the one
+        before says nothing, as it also waits for the change.
         """
         if self.costs is None:
+            return
+        seen = draft.tree.num_nodes
+        changed, self._brought = self._brought not in (None, seen), seen
+        if changed:
             return
         if draft.propose:
             padded = self.padded(rows)
             predicted = self.costs.tree_cost(padded, draft.num_tokens(padded))
         else:
             predicted = self.costs.plain_cost(rows)
-        seen = draft.tree.num_nodes
         known = self._offset(rows, seen)
         seconds = min(seconds, 4 * (predicted + known))  # one slow step says little
         self._observed[rows, seen] += 1

@@ -85,6 +85,11 @@ class Linear:
             self.weight = weight
         self.nbytes = weight.numel() * (2 if self.form == "fp16" else weight.itemsize)
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph may hold the product: bitsandbytes waits for the device in the middle of its own."""
+        return self.form != "bitsandbytes"
+
     def takes(self, x: Tensor) -> str | None:
         """The scheme that `ops` may quantize rows of input for; None: they come as they are.
 

@@ -76,6 +76,11 @@ class Llama:
         """[N, hidden] → [N, V] float32."""
         return self.lm_head(hidden).float()
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph may hold a forward pass."""
+        return all(layer.qkv.can_be_captured for layer in self.layers)
+
     def memory_bytes(self) -> int:
         """Bytes of all weights; a vocabulary projection that is the embedding itself counts once."""
         total = self.embedding.nbytes + self.norm.nbytes

@@ -336,6 +336,17 @@ def test_one_slow_step_changes_little() -> None:
     assert made.choose(1).nodes <= before.nodes + 4
 
 
+def test_a_step_that_changes_what_rows_bring_says_nothing() -> None:
+    """It waits for the change; the ones after it do not."""
+    made = planner(1.0, 0.0)
+    wide = made.choose(1)
+    made.observe_cost(1, NO_DRAFT, made.costs.plain_cost(1) if made.costs else 0.0)
+    for extra in (9.0, 0.0, 0.0):
+        assert made.costs
+        made.observe_cost(1, wide, made.costs.tree_cost(1, wide.num_tokens(1)) + extra)
+    assert made._offset(1, wide.tree.num_nodes) == 0.0
+
+
 def test_costs_between_and_past_the_measured_ones() -> None:
     costs = CostTable(plain={1: 1.0, 4: 4.0}, trees={2: {2: 2.0, 10: 10.0}, 4: {4: 40.0, 8: 80.0}})
     assert [costs.plain_cost(rows) for rows in (1, 2, 4, 6)] == pytest.approx([1, 2, 4, 6])

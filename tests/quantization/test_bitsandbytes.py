@@ -34,6 +34,7 @@ def test_products(scheme: str) -> None:
     with torch.inference_mode():
         found = linear(x)
         assert torch.equal(linear.parts(x), found)
+    assert not linear.can_be_captured
     assert 0 < (found - wanted).norm() / wanted.norm() < SCHEMES[scheme]
     bits = 8 if scheme == "bitsandbytes-8bit" else 4
     assert linear.nbytes == 96 * 128 * bits // 8 + 4 * 96 * (1 if bits == 8 else 2) + 4 * 96

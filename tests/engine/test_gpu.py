@@ -1,0 +1,38 @@
+"""The engine on a GPU, where steps are graphs that compute in one pool of memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from manyheads import EngineConfig, SamplingParams
+from manyheads.engine.build import build_engine
+from manyheads.models.loader import BUILTIN_FOLDER
+from manyheads.request import EngineRequest
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_prompt_in_the_same_step_leaves_reports_alone() -> None:
+    """Steps of a fixed size are captured when they are first needed, in memory that prompts' graphs compute in too."""
+    prompts = [[7 + (i * 31 + j) % 900 for j in range(20 + 9 * i)] for i in range(40)]
+    assert replies(BUILTIN_FOLDER, prompts, tree_size=16) == replies(BUILTIN_FOLDER, prompts, tree_size=1)
+
+
+def replies(model: Path, prompts: list[list[int]], tree_size: int) -> list[list[int]]:
+    """Requests come two a step, so that most steps compute prompts too."""
+    settings = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 16}
+    engine = build_engine(EngineConfig(model=str(model), tree_size=tree_size, **settings))
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    waiting = list(enumerate(prompts))[::-1]
+    found: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    while waiting or engine.has_work():
+        for _ in range(min(2, len(waiting))):
+            i, prompt = waiting.pop()
+            engine.add_request(EngineRequest(request_id=str(i), prompt_token_ids=prompt, params=params))
+        for delta in engine.step():
+            found[delta.request_id] += delta.new_token_ids
+        engine.check_integrity()
+    return list(found.values())
