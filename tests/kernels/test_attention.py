@@ -85,7 +85,7 @@ class Batch:
         )
 
     def expected(self) -> Tensor:
-        """Token by token in float64, over the positions that it may see and nothing else."""
+        """Row by row in float64, over the positions that each token may see and nothing else."""
         _, num_heads, dim = self.q.shape
         page_size, per_kv = self.k_pages.shape[1], num_heads // self.k_pages.shape[2]
         k_pages, v_pages = self.k_pages.double(), self.v_pages.double()
@@ -98,10 +98,14 @@ class Batch:
             pages = self.block_table[r, positions // page_size]
             keys = k_pages[pages, positions % page_size].repeat_interleave(per_kv, dim=1)  # [L, H, d]
             values = v_pages[pages, positions % page_size].repeat_interleave(per_kv, dim=1)
+            unseen = torch.ones(row.num_nodes, row.cached + row.num_nodes, dtype=torch.bool)
+            unseen[:, : row.cached] = False
             for i in range(row.num_nodes):
-                seen = [*range(row.cached), *(row.cached + j for j in row.visible(i))]
-                scores = torch.einsum("hd,lhd->hl", self.q[start + i].double(), keys[seen]) / math.sqrt(dim)
-                out[start + i] = torch.einsum("hl,lhd->hd", scores.softmax(1), values[seen])
+                unseen[i, [row.cached + j for j in row.visible(i)]] = False
+            q = self.q[start : start + row.num_nodes].double()
+            scores = torch.einsum("nhd,lhd->hnl", q, keys) / math.sqrt(dim)
+            weights = scores.masked_fill(unseen.to(q.device), -math.inf).softmax(2)
+            out[start : start + row.num_nodes] = torch.einsum("hnl,lhd->nhd", weights, values)
             start += row.num_nodes
         return out
 

@@ -72,7 +72,7 @@ def test_the_choice_has_the_best_rate(seconds: list[float], plain: float, rows: 
     for size in SIZES[1:]:
         tokens = int(rows * size)
         if rows < tokens <= MAX_INFLIGHT:
-            rates[size] = rows * made.expected_tokens(size) / made.costs.tree_cost(rows, tokens + prompt)
+            rates[size] = rows * made.expected_tokens(size, rows) / made.costs.tree_cost(rows, tokens + prompt)
     assert rates[made.choose(rows, prompt).nodes] == pytest.approx(max(rates.values()))
 
 
@@ -334,6 +334,12 @@ def test_one_slow_step_changes_little() -> None:
     before = made.choose(1)
     made.observe_cost(1, before, 1e6)
     assert made.choose(1).nodes <= before.nodes + 4
+
+
+def test_before_any_step_many_rows_expect_what_the_surest_of_them_gain() -> None:
+    made = planner(1.0, 0.1)
+    assert made.expected_tokens(4, 15) == made.expected_tokens(4)
+    assert made.expected_tokens(4, 16) - 1 == pytest.approx(1.1 * (made.expected_tokens(4) - 1))
 
 
 def test_a_step_that_changes_what_rows_bring_says_nothing() -> None:
