@@ -10,6 +10,9 @@ asks for one token is timed first and taken off. Prompts are Spec-Bench's first 
 made for, so that its acceptance means little. `first`: the time to the first token of 2,000 tokens alone. `gaps`: the
 times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.4 s.
 
+`replies`: of 480 greedy replies of 128 tokens, how many are those of another run, which left them in the file that
+--replies names (the first run with that file does).
+
 With --acceptance, candidates are accepted by chance: `manyheads.medusa.planner.DEFAULT_ACCEPTANCE`, which has the shape
 that is published for Vicuna-7B's heads.
 """
@@ -245,6 +248,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=12288)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--tree-size", type=int)
+    parser.add_argument("--replies", type=Path, help="greedy replies to be compared with, or to be written")
     parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")
     args = parser.parse_args()
     args.start = time.perf_counter()
@@ -387,7 +391,18 @@ def gaps(system: System, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-TESTS = {"sweep": sweep, "long": long, "first": first, "gaps": gaps}
+def replies(system: System, args: argparse.Namespace) -> dict[str, Any]:
+    from quantization_quality import agreement
+
+    found = system.generate(spec_bench_prompts(args.model, args.prompts, args.tokens_in, 480), 128)
+    if not args.replies.exists():
+        args.replies.write_text(json.dumps(found))
+    result = agreement(found, json.loads(args.replies.read_text()))
+    print(result, flush=True)
+    return result
+
+
+TESTS = {"sweep": sweep, "long": long, "first": first, "gaps": gaps, "replies": replies}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where the time of a decoding step goes on a GPU: kernels of the step's two graphs, by rows and nodes.
 
-    python benchmarks/gpu_profile.py MODEL OUT.json [--shapes 1x1,1x48,8x12]
+    python benchmarks/gpu_profile.py MODEL OUT.json [--shapes 1x1,1x48,8x12] [--quantization int8]
 
 NOTE: kernels that begin before their predecessors end (manyheads/kernels/launch.py) count the time that they wait, so
 that their times add up to more than the step's.
@@ -82,8 +82,11 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", default="1x1,1x48,8x12,16x6,32x4,64x4,256x1,256x2")
+    parser.add_argument("--quantization")
     args = parser.parse_args()
-    engine = build_engine(EngineConfig(model=str(args.model), max_model_len=2048, tree_size=4))
+    engine = build_engine(
+        EngineConfig(model=str(args.model), max_model_len=2048, tree_size=4, quantization=args.quantization)
+    )
     shapes = [shape.split("x") for shape in args.shapes.split(",")]
     result = {f"{rows}x{nodes}": profile(engine, int(rows), float(nodes)) for rows, nodes in shapes}
     args.out.write_text(json.dumps(result, indent=1) + "\n")

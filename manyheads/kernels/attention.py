@@ -50,7 +50,11 @@ MIN_SPLIT_LEN = 128
 MIN_SHARE = tl.constexpr(64)
 """Positions of a split; the host knows a bound for lengths, and rows may be far shorter."""
 _PER_SM = {16: 4, 32: 2, 64: 2, 128: 1}
-"""Programs that an SM holds, by queries in a tile; of a cache of codes twice as many, each of one warp."""
+"""Programs that an SM holds, by queries in a tile; of a cache of codes, with blocks half as large, twice as many."""
+_FEW_QUERIES = (64, 2)
+"""Positions in a block and warps of tiles of 16 queries. They are bound by memory: small programs, of which others work
+while one waits for what it copies, so that they need two stages. Those that widen codes have the longer arithmetic, and
+copy the next ones meanwhile: three."""
 _FEW_SPLITS = 8
 """More take longer to combine; they are for rows that leave SMs without a program."""
 
@@ -151,9 +155,7 @@ def tree_attention(
     split = num_splits > 1
     num_warps = 8 if block_m == 128 else 4
     if block_m == 16 and num_stages == 3:
-        # Bound by memory: small programs, of which others work while one waits for what it copies. One that widens
-        # codes has the longer arithmetic, and copies the next ones meanwhile; of one warp, it waits for no other.
-        block_n, num_warps, num_stages = (64, 2, 2) if k_scale is None else (32, 1, 3)
+        (block_n, num_warps), num_stages = _FEW_QUERIES, 2 if k_scale is None else 3
     partial = out  # without splits it is never touched, but its type is part of what gets compiled
     if split:
         numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)

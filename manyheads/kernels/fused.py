@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manyheads.attention.cache import LARGEST, SMALLEST
 from manyheads.kernels.launch import begin, dependent
-from manyheads.kernels.rows import QuantizedRows, empty_rows, store_row
+from manyheads.kernels.rows import QuantizedRows, empty_rows, store_row, where_to
 
 _HEADS_A_PROGRAM = 8
 _BLOCK = 1024
@@ -61,33 +61,22 @@ def _launch_norm(
 ) -> None:
     rows, dim = residual.shape
     block = triton.next_power_of_2(dim)
+    pointers, constants = where_to(out)
     _rms_norm_kernel[(rows,)](
         x,
         residual,
         weight,
-        *_codes_and_scale(out),
-        eps,
-        dim,
-        x.stride(0),
+        **pointers,
+        eps=eps,
+        dim=dim,
+        stride_part=x.stride(0),
         BLOCK=block,
         PARTS=x.shape[0] if x.ndim == 3 else 1,
         ADD=add,
-        **_quantize(out),
+        **constants,
         num_warps=_warps(block),
         **dependent(x.device),
     )
-
-
-def _codes_and_scale(out: Tensor | QuantizedRows) -> tuple[Tensor, Tensor]:
-    """What a kernel writes; numbers that are not codes have no scale, and it is not looked at."""
-    return (out.codes, out.scale) if isinstance(out, QuantizedRows) else (out, out)
-
-
-def _quantize(out: Tensor | QuantizedRows) -> dict[str, bool]:
-    """The kernels' constants for it."""
-    if isinstance(out, QuantizedRows):
-        return {"QUANTIZE": True, "FP8": out.codes.dtype == torch.float8_e4m3fn}
-    return {"QUANTIZE": False, "FP8": False}
 
 
 def rope_store(
@@ -187,12 +176,13 @@ def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | QuantizedRo
         out = empty_rows(gate_up, dim, scheme)
         block = triton.next_power_of_2(dim)
         warps = _warps(block)
+    pointers, constants = where_to(out)
     _silu_mul_kernel[(rows, -(-dim // block))](
         gate_up,
-        *_codes_and_scale(out),
-        dim,
+        **pointers,
+        dim=dim,
         BLOCK=block,
-        **_quantize(out),
+        **constants,
         num_warps=warps,
         **dependent(gate_up.device),
     )
@@ -228,7 +218,8 @@ def _rms_norm_kernel(
     residual_ptr,
     weight_ptr,
     out_ptr,
-    code_scale_ptr,
+    scale_ptr,
+    sums_ptr,
     eps,
     dim,
     stride_part,
@@ -237,6 +228,7 @@ def _rms_norm_kernel(
     ADD: tl.constexpr,
     QUANTIZE: tl.constexpr,
     FP8: tl.constexpr,
+    SUMS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: one row, all of it in registers, so that x is read once."""
@@ -258,10 +250,7 @@ def _rms_norm_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     out = (wide * scale * weight).to(x.dtype)
-    if QUANTIZE:
-        store_row(out.to(tl.float32), out_ptr, code_scale_ptr, index, dim, column, inside, FP8)
-    else:
-        tl.store(out_ptr + row + column, out, mask=inside)
+    store_row(out, out_ptr, scale_ptr, sums_ptr, index, dim, QUANTIZE, FP8, SUMS, BLOCK)
 
 
 @triton.jit
@@ -368,10 +357,12 @@ def _silu_mul_kernel(
     gate_up_ptr,
     out_ptr,
     scale_ptr,
+    sums_ptr,
     dim,
     BLOCK: tl.constexpr,
     QUANTIZE: tl.constexpr,
     FP8: tl.constexpr,
+    SUMS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: a part of a row, or where it becomes codes all of it."""
@@ -383,7 +374,7 @@ def _silu_mul_kernel(
     up = tl.load(gate_up_ptr + row * 2 * dim + dim + column, mask=inside, other=0.0)
     result = (_silu(gate.to(tl.float32)) * up.to(tl.float32)).to(gate.dtype)
     if QUANTIZE:
-        store_row(result.to(tl.float32), out_ptr, scale_ptr, row, dim, column, inside, FP8)
+        store_row(result, out_ptr, scale_ptr, sums_ptr, row, dim, QUANTIZE, FP8, SUMS, BLOCK)
     else:
         tl.store(out_ptr + row * dim + column, result, mask=inside)
 

@@ -4,7 +4,8 @@ A decoding step is hundreds of kernels of a few microseconds each; between two o
 kernel launched this way begins before its predecessor is done, and waits inside, before it touches what others write.
 
 Measured on an H200, 7B shape, one row: a step takes 3.85 ms instead of 4.04. To announce the next kernel before waiting
-for the last makes 3.91 of it, and to fetch the next weights into the cache meanwhile 3.96 and more.
+for the last makes 3.91 of it, and to fetch the next weights into the cache meanwhile 3.96 and more. To load a program's
+first block of them before it waits makes a step of 1 to 64 tokens up to 3 % slower (H100, half precision and fp8).
 """
 
 from __future__ import annotations

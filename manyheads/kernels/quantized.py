@@ -7,7 +7,8 @@ int8, where float16 weights come at 3.9). What is made to fit is the activations
 - int8: a row is two rows of bytes, both multiplied with the same weight; sums of integers, exact. So a row's result
   depends on nothing but the row and how many programs share its sums, and is as good as its 16 bits: the arithmetic of
   quantization/integer.py.
-- int4: the same, group by group, of codes less their zero points; of a register's eight codes at once.
+- int4: the same, two groups at once: a register's bytes hold codes of both, and 16 times a code less 8 is what its half
+  of the byte says as it stands there. Zero points are multiplied with the sums of a row's groups, once for all of them.
 - fp8: a row is one row of fp8. Where there are many, cuBLAS multiplies them.
 """
 
@@ -24,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
-from manyheads.kernels.rows import MAX_DIM, PARTS, QuantizedRows, quantize_rows
-from manyheads.kernels.widen import GROUP, Arranged, widen
+from manyheads.kernels.rows import GROUP, MAX_DIM, PARTS, QuantizedRows, quantize_rows
+from manyheads.kernels.widen import Arranged, widen
 from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
 
 CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
@@ -42,26 +43,27 @@ def arrange(weight: QuantizedWeight) -> Arranged:
     """The form that the kernels read: rows come in whole blocks; and of int4 in groups of 128, or several times that,
 
     - groups are of 128, those of a larger one alike;
-    - byte j of a group holds its columns j and j + 64, so that the bytes' halves meet two straight runs of x;
-    - scales and zero points stand by group in memory: a program copies those of a block of rows; and zero points are
-      words, as one of four bytes is the least that can be copied ahead, and what is added to a register's bytes.
+    - groups come in pairs: byte j of a pair holds column j of the first in its lower half and that of the second in its
+      upper half, both less 8, in two's complement. What is missing of the last pair is zero;
+    - scales and zero points stand by group in memory: a program copies those of a block of rows. Behind a last group
+      that is alone there are zeros in memory.
     """
     values, scale = _fill_up(weight.values), _fill_up(weight.scale)
-    bias = None
-    if weight.zero is not None:
-        bias = (128 - _fill_up(weight.zero))[..., None].repeat(1, 1, 4).view(torch.int32).squeeze(-1)
+    zero = None if weight.zero is None else _fill_up(weight.zero).to(torch.int8) - ZERO
     if weight.scheme == "int4" and weight.group_size % GROUP == 0:
-        codes = unpack(values).view(len(values), -1, 2, GROUP // 2)
+        codes = F.pad(unpack(values) ^ ZERO, (0, -weight.in_features % (2 * GROUP)))
+        codes = codes.view(len(values), -1, 2, GROUP)
         values = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1)
         groups = weight.group_size // GROUP
         scale = _by_group(scale, groups)
-        bias = None if bias is None else _by_group(bias, groups)
-    return Arranged(weight.scheme, *weight.shape, values, scale, bias)
+        zero = None if zero is None else _by_group(zero, groups)
+    return Arranged(weight.scheme, *weight.shape, values, scale, zero)
 
 
 def _by_group(x: Tensor, repeats: int) -> Tensor:
-    """[rows, groups] → [rows, groups · repeats], those of a group together in memory."""
-    return x.repeat_interleave(repeats, 1).t().contiguous().t()
+    """[rows, groups] → [rows, groups · repeats], those of a group together in memory, where their number is even."""
+    count = x.shape[1] * repeats
+    return F.pad(x.repeat_interleave(repeats, 1).t(), (0, 0, 0, count % 2)).contiguous()[:count].t()
 
 
 def _fill_up(x: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def product(x: Tensor | QuantizedRows, weight: Arranged, *, added: bool = False)
     rows, width = x.shape
     padded, processors = len(weight.values), _processors(x.device)
     if weight.scheme == "fp8" and x.device.type == "cuda" and _is_for_cublas(rows, width, padded):
-        codes, scale, dtype = x if isinstance(x, QuantizedRows) else quantize_rows(x, "fp8")
+        codes, scale, _, dtype = x if isinstance(x, QuantizedRows) else quantize_rows(x, "fp8")
         out_dtype = dtype if _scales_rows(x.device) else torch.bfloat16
         y = torch._scaled_mm(
             codes, weight.values.t(), scale[:, None], weight.scale.t(), out_dtype=out_dtype, use_fast_accum=True
@@ -160,35 +162,38 @@ def multiply(x: Tensor | QuantizedRows, weight: Arranged, splits: int) -> Tensor
     num_out, padded = weight.out_features, len(weight.values)
     blocks = _blocks(weight.scheme, rows, width, padded, _processors(x.device))
     stages = _stages(weight.scheme, blocks, _shared_memory(x.device))
-    codes, x_scale, _ = x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.scheme)
+    codes, x_scale, sums, _ = x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.scheme)
     if splits == 1:
         out = torch.empty((rows, num_out), dtype=x.dtype, device=x.device)
     else:
         out = torch.empty((splits, rows, num_out), dtype=torch.float32, device=x.device)
-    num_blocks = width // blocks.columns
+    num_blocks = -(-width // blocks.columns)
     share = -(-width // (splits * _SHARE)) * _SHARE // blocks.columns
     # the weight's blocks follow each other slower than the rows': what is read twice is then in the cache
     grid = (-(-rows // blocks.rows), padded // blocks.out, splits)
     if weight.scheme == "int4":
-        bias = weight.scale if weight.bias is None else weight.bias  # without zero points it is not looked at
+        assert sums is not None
         _int4_kernel[grid](
             codes,
             weight.values,
             x_scale,
+            sums,
             weight.scale,
-            bias,
+            weight.scale if weight.zero is None else weight.zero,  # without zero points it is not looked at
             out,
             rows,
             num_out,
             padded,
+            width,
             num_blocks,
             share,
-            HAS_BIAS=weight.bias is not None,
-            BIAS=(128 - ZERO) * 0x01010101,
+            HAS_ZERO=weight.zero is not None,
+            IS_ODD=width % blocks.columns != 0,
             IN_REGISTERS=x.device.type == "cuda",
             GROUP=GROUP,
             BLOCK_ROWS=blocks.rows,
             BLOCK_OUT=blocks.out,
+            GROUPS=max(16, triton.next_power_of_2(2 * share)),
             STAGES=stages,
             num_warps=blocks.warps,
             **dependent(x.device),
@@ -223,43 +228,38 @@ class _Blocks(NamedTuple):
     columns: int
     warps: int
     stages: int
+    alone: bool
+    """Whether there are so few programs that each has a processor for itself."""
 
     def programs(self, rows: int, padded: int) -> int:
         return -(-rows // self.rows) * (padded // self.out)
 
 
 def _blocks(scheme: str, rows: int, width: int, padded: int, processors: int) -> _Blocks:
-    """For Hopper, where a program waits for each product of bytes: two or more on a processor take turns.
+    """For Hopper, by measurement: a program waits for each product of bytes, and two or more on a processor take turns.
 
-    Of few rows, with as many bytes of the weight under way as there is room for. Of more, what is read from the L2
-    cache counts, and less is of larger blocks; but smaller ones where large ones are too few for the processors.
+    Of few rows, with as many bytes of the weight under way as there is room for; of more, what is read from the L2
+    cache counts, and more programs beside each other do more than larger blocks.
     """
-    side = max(8, triton.next_power_of_2(rows))
+    most = 64 if scheme == "int4" else 128 // PARTS[scheme]
+    side = min(most, max(8, triton.next_power_of_2(rows)))
+    programs = -(-rows // side) * (padded // 64)
+    alone, crowded = programs * MAX_SPLITS[scheme] <= processors, programs >= 2 * processors
     if scheme == "int4":
-        if rows > 32:
-            return _Blocks(64, 64, GROUP, 4, 3)
-        large = _Blocks(128, side, GROUP, 4, 5)
-        if side == 16 and large.programs(rows, padded) >= processors:
-            return large
-        return _Blocks(64, side, GROUP, 2 if side == 8 else 4, 5)
-    codes = min(128, PARTS[scheme] * side)
-    side = codes // PARTS[scheme]
-    large, middle = _Blocks(128, side, GROUP, 8, 3), _Blocks(64, side, GROUP, 4, 4)
-    alone = middle.programs(rows, padded) < processors
-    if codes <= 32:
-        return _Blocks(64, side, 256, 4, 5 if alone else 3) if width % 256 == 0 else _Blocks(64, side, GROUP, 4, 5)
-    if codes == 64:
-        return middle._replace(stages=6) if alone else middle
-    for blocks in (large, middle):
-        if blocks.programs(rows, padded) * MAX_SPLITS[scheme] >= 2 * processors:
-            return blocks
-    return _Blocks(64, side // 2, GROUP, 4, 6)
+        return _Blocks(
+            128 if side == 32 and crowded else 64, side, 2 * GROUP, 4, 3 if crowded or side == 64 else 4, alone
+        )
+    codes = PARTS[scheme] * side
+    if width % 256 == 0 and (codes <= 32 or (codes == 64 and not crowded)):
+        return _Blocks(64, side, 256, 4, 4 if alone else 3, alone)
+    stages = 3 if crowded and codes == 128 else 4
+    return _Blocks(64, side, GROUP, 4, 6 if alone else stages, alone)
 
 
 def _stages(scheme: str, blocks: _Blocks, memory: int) -> int:
-    """So many that two programs share a processor's memory, or of more than four stages one, if it holds that many."""
+    """So many that two programs share a processor's memory, unless each has one, if it holds that many."""
     size = blocks.columns * (PARTS[scheme] * blocks.rows + (blocks.out // 2 if scheme == "int4" else blocks.out))
-    share = memory if blocks.stages > 4 else memory // 2
+    share = memory if blocks.alone else memory // 2
     return min(blocks.stages, max(share // size, min(3, memory // size)))
 
 
@@ -292,123 +292,141 @@ def _bytes_kernel(
 
     High and low rows alternate, and tensor cores leave two neighbours' sums in one thread.
     """
-    begin(DEPENDENT)
-    at_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at_part = tl.program_id(0) * PARTS * BLOCK_ROWS + tl.arange(0, PARTS * BLOCK_ROWS)
     at_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    part = tl.program_id(2)
-    inside = (at_part < PARTS * rows)[:, None]
-    column = tl.arange(0, BLOCK_IN)
-    width = num_blocks * BLOCK_IN
-    first = part * share
+    first = tl.program_id(2) * share
     last = tl.minimum(first + share, num_blocks)
-    weight_at = weight_ptr + at_out[:, None].to(tl.int64) * width + first * BLOCK_IN + column[None, :]
-    x_at = x_ptr + at_part[:, None].to(tl.int64) * width + first * BLOCK_IN + column[None, :]
+    width = num_blocks * BLOCK_IN
+    column = first * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    weight_at = weight_ptr + at_out[:, None].to(tl.int64) * width + column[None, :]
+    x_at = x_ptr + at_part[:, None].to(tl.int64) * width + column[None, :]
+    inside = (at_part < PARTS * rows)[:, None]
     sums: tl.constexpr = tl.float32 if PARTS == 1 else tl.int32
+    none: tl.constexpr = 0.0 if PARTS == 1 else 0
     acc = tl.zeros((BLOCK_OUT, PARTS * BLOCK_ROWS), sums)
+    begin(DEPENDENT)
     for _ in range(first, last):
-        weight = tl.load(weight_at)
-        rows_of_codes = tl.load(x_at, mask=inside, other=0.0 if PARTS == 1 else 0)
-        acc = tl.dot(weight, tl.trans(rows_of_codes), acc, out_dtype=sums)
+        acc = tl.dot(tl.load(weight_at), tl.trans(tl.load(x_at, mask=inside, other=none)), acc, out_dtype=sums)
         weight_at += BLOCK_IN
         x_at += BLOCK_IN
-    y = acc
-    if PARTS == 2:
-        high, low = tl.split(tl.reshape(acc, (BLOCK_OUT, BLOCK_ROWS, 2)))
-        y = high.to(tl.float32) * 256.0 + low.to(tl.float32)  # 256 times an integer sum is beyond 32 bits
+    y = _added_up(acc, BLOCK_OUT, BLOCK_ROWS) if PARTS == 2 else acc
+    y *= tl.load(scale_ptr + at_out)[:, None]
+    _store(y, x_scale_ptr, out_ptr, at_out, rows, num_out, BLOCK_ROWS)
+
+
+@triton.jit
+def _added_up(acc, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """256 times the high rows' sums and the low rows': what is beyond 32 bits."""
+    high, low = tl.split(tl.reshape(acc, (BLOCK_OUT, BLOCK_ROWS, 2)))
+    return high.to(tl.float32) * 256.0 + low.to(tl.float32)
+
+
+@triton.jit
+def _store(y, x_scale_ptr, out_ptr, at_out, rows, num_out, BLOCK_ROWS: tl.constexpr):
+    """A block [BLOCK_OUT, BLOCK_ROWS] of a share's result, times the scales of rows."""
+    at_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = at_row < rows
-    stored = (at_out < num_out)[:, None] & in_rows[None, :]
-    y *= tl.load(scale_ptr + at_out)[:, None] * tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
-    out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=stored)
+    y *= tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
+    out_at = out_ptr + (tl.program_id(2).to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(at_out < num_out)[:, None] & in_rows[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "num_groups", "share"])
+@triton.jit(do_not_specialize=["rows", "num_pairs", "share"])
 def _int4_kernel(
     x_ptr,
     weight_ptr,
     x_scale_ptr,
+    sums_ptr,
     scale_ptr,
-    bias_ptr,
+    zero_ptr,
     out_ptr,
     rows,
     num_out,
     padded,
-    num_groups,
+    width,
+    num_pairs,
     share,
-    HAS_BIAS: tl.constexpr,
-    BIAS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    IS_ODD: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """As `_bytes_kernel`; a block is a group, with one scale for each of the weight's rows."""
-    begin(DEPENDENT)
+    """As `_bytes_kernel`; a block is a pair of groups, each with one scale for each of the weight's rows."""
     at_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at_part = tl.program_id(0) * 2 * BLOCK_ROWS + tl.arange(0, 2 * BLOCK_ROWS)
     at_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    part = tl.program_id(2)
-    in_rows = at_row < rows
+    first = tl.program_id(2) * share
+    last = tl.minimum(first + share, num_pairs)
+    column = tl.arange(0, GROUP)
+    weight_at = weight_ptr + (at_out[:, None].to(tl.int64) * num_pairs + first) * GROUP + column[None, :]
+    x_at = x_ptr + at_part[:, None].to(tl.int64) * width + first * 2 * GROUP + column[None, :]
+    scale_at = scale_ptr + 2 * first * padded + at_out
     inside = (at_part < 2 * rows)[:, None]
-    column = tl.arange(0, GROUP // 2)
-    first = part * share
-    last = tl.minimum(first + share, num_groups)
-    at_weight = (at_out[:, None].to(tl.int64) * num_groups + first) * (GROUP // 2)
-    weight_at = weight_ptr + at_weight + column[None, :]
-    x_at = x_ptr + (at_part[:, None].to(tl.int64) * num_groups + first) * GROUP + column[None, :]
-    scale_at = first * padded + at_out
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-    # stages are said here, so that scales and zero points are copied ahead as well
-    for _ in tl.range(first, last, num_stages=STAGES):
+    # what the end needs is read at the beginning; weights, which no kernel writes, before there is anything to wait for
+    if HAS_ZERO:
+        group = 2 * first + tl.arange(0, GROUPS)
+        mine = group < tl.minimum(2 * last, width // GROUP)
+        zero_at = group[None, :] * padded + at_out[:, None]
+        zero = tl.load(zero_ptr + zero_at, mask=mine[None, :], other=0).to(tl.float32)
+        zero *= tl.load(scale_ptr + zero_at, mask=mine[None, :], other=0.0)
+    begin(DEPENDENT)
+    if HAS_ZERO:
+        sums_at = sums_ptr + group[:, None] * rows + at_row[None, :]
+        sums = tl.load(sums_at, mask=mine[:, None] & (at_row < rows)[None, :], other=0.0)
+    # stages are said here, so that scales are copied ahead as well
+    for pair in tl.range(first, last, num_stages=STAGES):
         packed = tl.load(weight_at)
-        x_lower = tl.load(x_at, mask=inside, other=0)
-        x_upper = tl.load(x_at + GROUP // 2, mask=inside, other=0)
-        scale = tl.load(scale_ptr + scale_at)
-        bias = tl.load(bias_ptr + scale_at) if HAS_BIAS else tl.full((BLOCK_OUT,), BIAS, tl.int32)
-        total = tl.dot(_lower(packed, bias, IN_REGISTERS), tl.trans(x_lower), out_dtype=tl.int32)
-        total = tl.dot(_upper(packed, bias, IN_REGISTERS), tl.trans(x_upper), total, out_dtype=tl.int32)
-        high, low = tl.split(tl.reshape(total, (BLOCK_OUT, BLOCK_ROWS, 2)))
-        acc += (high * 256 + low).to(tl.float32) * scale[:, None]  # of one group, within 32 bits
-        weight_at += GROUP // 2
-        x_at += GROUP
-        scale_at += padded
-    acc *= tl.load(x_scale_ptr + at_row, mask=in_rows, other=0.0)[None, :]
-    out_at = out_ptr + (part.to(tl.int64) * rows + at_row[None, :]) * num_out + at_out[:, None]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(at_out < num_out)[:, None] & in_rows[None, :])
+        x = tl.load(x_at, mask=inside, other=0)
+        there = inside
+        if IS_ODD:
+            there = inside & ((2 * pair + 1) * GROUP < width)
+        x_upper = tl.load(x_at + GROUP, mask=there, other=0)
+        scale, scale_upper = tl.load(scale_at), tl.load(scale_at + padded)
+        acc += _group(_lower(packed, IN_REGISTERS), x, BLOCK_OUT, BLOCK_ROWS) * scale[:, None]
+        acc += _group(_upper(packed, IN_REGISTERS), x_upper, BLOCK_OUT, BLOCK_ROWS) * scale_upper[:, None]
+        weight_at += GROUP
+        x_at += 2 * GROUP
+        scale_at += 2 * padded
+    acc *= 0.0625
+    if HAS_ZERO:
+        acc -= tl.dot(zero, sums, input_precision="tf32x3")
+    _store(acc, x_scale_ptr, out_ptr, at_out, rows, num_out, BLOCK_ROWS)
 
 
 @triton.jit
-def _lower(packed, bias, IN_REGISTERS: tl.constexpr):
-    """The codes in the bytes' lower halves less their row's zero point: int8.
+def _group(codes, x, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The sums of one group, which are within 32 bits: 16 times those of codes less 8."""
+    total = tl.dot(codes, tl.trans(x), out_dtype=tl.int32)
+    high, low = tl.split(tl.reshape(total, (BLOCK_OUT, BLOCK_ROWS, 2)))
+    return (high * 256 + low).to(tl.float32)
 
-    Left to itself, the compiler takes a register's bytes apart. They are added to at once, as no sum is above 143, and
-    lose the 128 by their highest bit. A register's four are of one row, so any of their biases is all of them.
-    """
+
+@triton.jit
+def _lower(packed, IN_REGISTERS: tl.constexpr):
+    """16 times what the bytes' lower halves say: int8. Left to itself, the compiler takes a register's bytes apart."""
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $1, 0x0F0F0F0F; add.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }",
-            "=r,r,r,r,r,r",
-            [packed, bias[:, None]],
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r",
+            [packed],
             dtype=tl.int8,
             is_pure=True,
             pack=4,
         )
-    return (((packed & 15) + (bias & 255).to(tl.uint8)[:, None]) ^ 128).to(tl.int8, bitcast=True)
+    return (packed << 4).to(tl.int8, bitcast=True)
 
 
 @triton.jit
-def _upper(packed, bias, IN_REGISTERS: tl.constexpr):
+def _upper(packed, IN_REGISTERS: tl.constexpr):
     """The same of the upper halves."""
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F; add.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }",
-            "=r,r,r,r,r,r",
-            [packed, bias[:, None]],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
         )
-    return (((packed >> 4) + (bias & 255).to(tl.uint8)[:, None]) ^ 128).to(tl.int8, bitcast=True)
+    return (packed & 240).to(tl.int8, bitcast=True)

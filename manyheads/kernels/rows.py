@@ -17,10 +17,13 @@ from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
 
+GROUP = 128
+"""Columns that share a scale in the int4 weights that are multiplied (quantized.py)."""
 PARTS = {"int8": 2, "int4": 2, "fp8": 1}
 """Rows of codes for a row of activations, by the weight's scheme."""
 MAX_DIM = 16384
 """Of a row that a program holds in registers."""
+_GROUP = tl.constexpr(GROUP)
 _MAX = tl.constexpr(127 * 257)
 """The greatest integer, so that 256 · high + low has both bytes between -128 and 127."""
 _FP8_MAX = tl.constexpr(448.0)
@@ -38,6 +41,9 @@ class QuantizedRows(NamedTuple):
     """[parts · T, D], each row's high above its low."""
     scale: Tensor
     """[T] float32."""
+    sums: Tensor | None
+    """[groups, T] float32, for int4: of each group of columns the sum of 256 · high + low, by which zero points are
+    multiplied."""
     dtype: torch.dtype
     """Of the activations."""
 
@@ -56,7 +62,21 @@ def empty_rows(like: Tensor, dim: int, scheme: str) -> QuantizedRows:
     rows = like.shape[0]
     code = torch.float8_e4m3fn if scheme == "fp8" else torch.int8
     codes = torch.empty((PARTS[scheme] * rows, dim), dtype=code, device=like.device)
-    return QuantizedRows(codes, torch.empty(rows, dtype=torch.float32, device=like.device), like.dtype)
+    scale = torch.empty(rows, dtype=torch.float32, device=like.device)
+    sums = scale.new_empty((dim // GROUP, rows)) if scheme == "int4" else None
+    return QuantizedRows(codes, scale, sums, like.dtype)
+
+
+def where_to(out: Tensor | QuantizedRows) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """What a kernel that ends in `store_row` takes: pointers, of which those that it has no use for are any, and
+    constants. A plain tensor is not quantized."""
+    if not isinstance(out, QuantizedRows):
+        return {"out_ptr": out, "scale_ptr": out, "sums_ptr": out}, {"QUANTIZE": False, "FP8": False, "SUMS": False}
+    sums = out.scale if out.sums is None else out.sums
+    return (
+        {"out_ptr": out.codes, "scale_ptr": out.scale, "sums_ptr": sums},
+        {"QUANTIZE": True, "FP8": out.codes.dtype == torch.float8_e4m3fn, "SUMS": out.sums is not None},
+    )
 
 
 def quantize_rows(x: Tensor, scheme: str) -> QuantizedRows:
@@ -69,13 +89,13 @@ def quantize_rows(x: Tensor, scheme: str) -> QuantizedRows:
     out = empty_rows(x, x.shape[1], scheme)
     rows, dim = x.shape
     block = triton.next_power_of_2(dim)
+    pointers, constants = where_to(out)
     _quantize_kernel[(rows,)](
         x,
-        out.codes,
-        out.scale,
-        dim,
-        x.stride(0),
-        FP8=scheme == "fp8",
+        **pointers,
+        dim=dim,
+        stride_x=x.stride(0),
+        **constants,
         BLOCK=block,
         num_warps=min(32, max(4, block // 512)),
         **dependent(x.device),
@@ -85,30 +105,63 @@ def quantize_rows(x: Tensor, scheme: str) -> QuantizedRows:
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, codes_ptr, scale_ptr, dim, stride_x, FP8: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    sums_ptr,
+    dim,
+    stride_x,
+    QUANTIZE: tl.constexpr,
+    FP8: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: a row, all of it in registers."""
     begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < dim
-    x = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
-    store_row(x, codes_ptr, scale_ptr, row, dim, column, inside, FP8)
+    x = tl.load(x_ptr + row * stride_x + column, mask=column < dim, other=0.0)
+    store_row(x, out_ptr, scale_ptr, sums_ptr, row, dim, QUANTIZE, FP8, SUMS, BLOCK)
 
 
 @triton.jit
-def store_row(x, codes_ptr, scale_ptr, row, dim, column, inside, FP8: tl.constexpr):
-    """A row's codes and scale, of float32 numbers that are zero where not `inside`."""
-    most = tl.max(tl.abs(x), 0)
-    if FP8:
-        scale = tl.where(most > 0, tl.maximum(most / _FP8_MAX, _TINY), 1.0)
-        code = tl.minimum(tl.maximum(x * (1.0 / scale), -_FP8_MAX), _FP8_MAX).to(codes_ptr.dtype.element_ty)
-        tl.store(codes_ptr + row * dim + column, code, mask=inside)
+def store_row(
+    x,
+    out_ptr,
+    scale_ptr,
+    sums_ptr,
+    row,
+    dim,
+    QUANTIZE: tl.constexpr,
+    FP8: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What is computed of a row, [BLOCK] numbers that are zero from dim on: as it is, or as codes and a scale.
+
+    The row's number is also the program's, of as many as there are rows.
+    """
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    if QUANTIZE:
+        wide = x.to(tl.float32)
+        most = tl.max(tl.abs(wide), 0)
+        if FP8:
+            scale = tl.where(most > 0, tl.maximum(most / _FP8_MAX, _TINY), 1.0)
+            code = tl.minimum(tl.maximum(wide * (1.0 / scale), -_FP8_MAX), _FP8_MAX).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * dim + column, code, mask=inside)
+        else:
+            scale = tl.where(most > 0, tl.maximum(most / _MAX, _TINY), 1.0)
+            code = tl.floor(tl.fma(wide, 1.0 / scale, 0.5)).to(tl.int32)
+            high = (code + 128) >> 8
+            out_at = out_ptr + row * 2 * dim + column
+            tl.store(out_at, high.to(tl.int8), mask=inside)
+            tl.store(out_at + dim, (code - high * 256).to(tl.int8), mask=inside)
+            if SUMS:
+                group = tl.arange(0, BLOCK // _GROUP)
+                sums = tl.sum(tl.reshape(code, (BLOCK // _GROUP, _GROUP)), 1).to(tl.float32)  # exact: within 24 bits
+                tl.store(sums_ptr + group * tl.num_programs(0) + row, sums, mask=group < dim // _GROUP)
+        tl.store(scale_ptr + row, scale)
     else:
-        scale = tl.where(most > 0, tl.maximum(most / _MAX, _TINY), 1.0)
-        code = tl.floor(tl.fma(x, 1.0 / scale, 0.5)).to(tl.int32)
-        high = (code + 128) >> 8
-        codes_at = codes_ptr + row * 2 * dim + column
-        tl.store(codes_at, high.to(tl.int8), mask=inside)
-        tl.store(codes_at + dim, (code - high * 256).to(tl.int8), mask=inside)
-    tl.store(scale_ptr + row, scale)
+        tl.store(out_ptr + row * dim + column, x, mask=inside)

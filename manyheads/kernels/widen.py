@@ -10,10 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.rows import GROUP
 from manyheads.quantization.weight import ZERO
-
-GROUP = 128
-"""Columns that share a scale in the int4 weights that are multiplied (quantized.py)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +22,11 @@ class Arranged:
     out_features: int
     in_features: int
     values: Tensor
-    """[padded, in] int8 or float8_e4m3fn, or [padded, in / 2] uint8."""
+    """[padded, in] int8 or float8_e4m3fn, or [padded, in / 2] uint8 (of int4 in groups of 128 as `arrange` says)."""
     scale: Tensor
     """[padded, groups] float32."""
-    bias: Tensor | None
-    """[padded, groups] int32, with the strides of `scale`: 128 less the zero point, in each of a word's bytes."""
+    zero: Tensor | None
+    """[padded, groups] int8, with the strides of `scale`: zero points less 8, from -8 to 7; None: 0 everywhere."""
 
     @property
     def group_size(self) -> int:
@@ -36,27 +34,28 @@ class Arranged:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+        return self.values.nbytes + self.scale.nbytes + (self.zero.nbytes if self.zero is not None else 0)
 
 
 def widen(weight: Arranged, dtype: torch.dtype) -> Tensor:
     """What a weight stands for: [out, in], rounded once."""
     num_out, width = weight.out_features, weight.in_features
     out = torch.empty((num_out, width), dtype=dtype, device=weight.values.device)
-    bias = weight.scale if weight.bias is None else weight.bias  # without zero points it is not looked at
+    zero = weight.scale if weight.zero is None else weight.zero  # without zero points it is not looked at
     block = min(1024, triton.next_power_of_2(width))
     _widen_kernel[(num_out, -(-width // block))](
         weight.values,
         weight.scale,
-        bias,
+        zero,
         out,
         width,
+        weight.values.shape[1],
         weight.group_size,
         *weight.scale.stride(),
         INT4=weight.scheme == "int4",
-        HALF_GROUP=GROUP // 2 if weight.group_size == GROUP else 0,
-        HAS_BIAS=weight.bias is not None,
-        ZERO=ZERO,
+        GROUP=GROUP if weight.group_size == GROUP else 0,
+        HAS_ZERO=weight.zero is not None,
+        MIDDLE=ZERO,
         BLOCK=block,
         num_warps=4,
         **dependent(out.device),
@@ -68,16 +67,17 @@ def widen(weight: Arranged, dtype: torch.dtype) -> Tensor:
 def _widen_kernel(
     values_ptr,
     scale_ptr,
-    bias_ptr,
+    zero_ptr,
     out_ptr,
     width,
+    stride_values,
     group_size,
     stride_scale,
     stride_group,
     INT4: tl.constexpr,
-    HALF_GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    MIDDLE: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -90,15 +90,16 @@ def _widen_kernel(
     scale_at = row * stride_scale + group * stride_group
     scale = tl.load(scale_ptr + scale_at, mask=inside, other=0.0)
     if INT4:
-        if HALF_GROUP > 0:  # arranged
-            at = column // (2 * HALF_GROUP) * HALF_GROUP + column % HALF_GROUP
-            upper = column // HALF_GROUP % 2
+        if GROUP > 0:  # arranged: pairs of groups, and codes less 8 in two's complement
+            at = column // (2 * GROUP) * GROUP + column % GROUP
+            upper, flipped = column // GROUP % 2, MIDDLE
         else:
-            at, upper = column // 2, column % 2
-        packed = tl.load(values_ptr + row * (width // 2) + at, mask=inside, other=0)
-        code = ((packed >> (upper * 4).to(tl.uint8)) & 15).to(tl.float32)
-        zero = (128 - (tl.load(bias_ptr + scale_at, mask=inside, other=0) & 255)).to(tl.float32) if HAS_BIAS else ZERO
-        value = (code - zero) * scale
+            at, upper, flipped = column // 2, column % 2, 0
+        packed = tl.load(values_ptr + row * stride_values + at, mask=inside, other=0)
+        code = (((packed >> (upper * 4).to(tl.uint8)) & 15) ^ flipped).to(tl.float32) - MIDDLE
+        if HAS_ZERO:
+            code -= tl.load(zero_ptr + scale_at, mask=inside, other=0).to(tl.float32)
+        value = code * scale
     else:
-        value = tl.load(values_ptr + row * width + column, mask=inside).to(tl.float32) * scale
+        value = tl.load(values_ptr + row * stride_values + column, mask=inside).to(tl.float32) * scale
     tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=inside)
