@@ -10,6 +10,7 @@ asks for one token is timed first and taken off. Prompts are Spec-Bench's first 
 made for, so that its acceptance means little. `first`: the time to the first token of 2,000 tokens alone. `gaps`: the
 times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.4 s.
 
+`profile`: of steps of --shapes, rows × nodes, the time of each kernel (gpu_profile.py); the engine is of no use then.
 `replies`: of 480 greedy replies of 128 tokens, how many are those of another run, which left them in the file that
 --replies names (the first run with that file does).
 
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=12288)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--tree-size", type=int)
+    parser.add_argument("--shapes", default="1x1,1x24,4x8,16x4", help="of the profile")
     parser.add_argument("--replies", type=Path, help="greedy replies to be compared with, or to be written")
     parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")
     args = parser.parse_args()
@@ -402,7 +404,16 @@ def replies(system: System, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-TESTS = {"sweep": sweep, "long": long, "first": first, "gaps": gaps, "replies": replies}
+def profile(system: System, args: argparse.Namespace) -> dict[str, Any]:
+    import gpu_profile
+
+    assert isinstance(system, Manyheads)
+    result = gpu_profile.profiles(system.engine, args.shapes)
+    print({name: round(found["step_ms"], 3) for name, found in result.items()}, flush=True)
+    return result
+
+
+TESTS = {"sweep": sweep, "long": long, "first": first, "gaps": gaps, "replies": replies, "profile": profile}
 
 
 if __name__ == "__main__":

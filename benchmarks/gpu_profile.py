@@ -77,6 +77,12 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     }
 
 
+def profiles(engine: Engine, shapes: str) -> dict[str, Any]:
+    """Of shapes such as 1x1,8x12: rows x nodes."""
+    pairs = [shape.split("x") for shape in shapes.split(",")]
+    return {f"{rows}x{nodes}": profile(engine, int(rows), float(nodes)) for rows, nodes in pairs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -87,8 +93,7 @@ def main() -> None:
     engine = build_engine(
         EngineConfig(model=str(args.model), max_model_len=2048, tree_size=4, quantization=args.quantization)
     )
-    shapes = [shape.split("x") for shape in args.shapes.split(",")]
-    result = {f"{rows}x{nodes}": profile(engine, int(rows), float(nodes)) for rows, nodes in shapes}
+    result = profiles(engine, args.shapes)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, found in result.items():
         print(f"{name:8s} step {found['step_ms']:.3f} ms, its graphs {found['graphs_ms']:.3f}")

@@ -1,28 +1,33 @@
 """Tables of what gpu.py, gpu_memory.py and quantization_quality.py measured of quantization on a GPU:
-results/gpu_quantized/*.json → results/gpu_quantized/README.md.
+FOLDER/*.json → FOLDER/README.md, behind what FOLDER/machine.md says. What is not there has no table.
 
-    python benchmarks/gpu_quantized_report.py
+    python benchmarks/gpu_quantized_report.py benchmarks/results/gpu_quantized
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from common import ROOT
-
-FOLDER = ROOT / "benchmarks/results/gpu_quantized"
 SCHEMES = ("half", "fp8", "int8", "int4")
 GIB = 2**30
 
+Load = Callable[[str], dict[str, Any]]
+"""A record by the name of its file; empty where there is none."""
 
-def load(name: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+
+def load(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return record
 
 
-def rows(name: str) -> dict[int, dict[str, Any]]:
-    return {row["users"]: row for row in load(name)["rows"]}
+def rows(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    return {row["users"]: row for row in record.get("rows", [])}
 
 
 def tokens_per_step(row: dict[str, Any]) -> str:
@@ -41,49 +46,82 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)])
 
 
-def speeds() -> str:
-    found = {scheme: rows(scheme) for scheme in SCHEMES}
-    vllm, users = rows("vllm_fp8"), list(found["half"])
+def speeds(get: Load) -> str:
+    found = {scheme: rows(get(scheme)) for scheme in SCHEMES}
+    vllm, bits, half = rows(get("vllm_fp8")), rows(get("bitsandbytes-8bit")), found["half"]
 
-    def cells(name: str, value: Any, scheme: str) -> list[str]:
-        return [name, *(value(found[scheme][n]) if n in found[scheme] else "" for n in users)]
+    def line(name: str, value: Callable[[dict[str, Any]], str], measured: dict[int, dict[str, Any]]) -> list[str]:
+        return [name, *(value(measured[n]) if n in measured else "" for n in half)]
 
     def speed(row: dict[str, Any]) -> float:
         return float(row["decode_tokens_per_s"])
 
-    lines = [cells(f"{scheme}, tokens/s", lambda row: f"{speed(row):.0f}", scheme) for scheme in SCHEMES]
-    lines.append(["vLLM, fp8, plain", *(f"{speed(vllm[n]):.0f}" for n in users)])
-    half = found["half"]
-    for scheme in SCHEMES[1:]:
-        lines.append(cells(f"{scheme} / half", lambda row: f"{speed(row) / speed(half[row['users']]):.2f}", scheme))
-    lines.append(cells("fp8 / vLLM's fp8", lambda row: f"{speed(row) / speed(vllm[row['users']]):.2f}", "fp8"))
-    lines += [cells(f"{scheme}, tokens a step", tokens_per_step, scheme) for scheme in SCHEMES]
-    lines += [cells(f"{scheme}, usual step, ms (nodes)", usual_step, scheme) for scheme in SCHEMES]
-    return table(["requests at once", *map(str, users)], lines)
+    def ratio(others: dict[int, dict[str, Any]], row: dict[str, Any]) -> str:
+        return f"{speed(row) / speed(others[row['users']]):.2f}"
+
+    lines = [line(f"{scheme}, tokens/s", lambda row: f"{speed(row):.0f}", found[scheme]) for scheme in SCHEMES]
+    for name, measured in (("bitsandbytes in 8 bits", bits), ("vLLM, fp8, plain", vllm)):
+        lines += [line(name, lambda row: f"{speed(row):.0f}", measured)] if measured else []
+    lines += [line(f"{scheme} / half", partial(ratio, half), found[scheme]) for scheme in SCHEMES[1:]]
+    if bits:
+        lines.append(line("bitsandbytes / half", partial(ratio, half), bits))
+    if vllm:
+        lines.append(line("fp8 / vLLM's fp8", partial(ratio, vllm), found["fp8"]))
+    lines += [line(f"{scheme}, tokens a step", tokens_per_step, found[scheme]) for scheme in SCHEMES]
+    lines += [line(f"{scheme}, usual step, ms (nodes)", usual_step, found[scheme]) for scheme in SCHEMES]
+    return table(["requests at once", *map(str, half)], lines)
 
 
-def cache() -> str:
+def cache(get: Load) -> str:
     pairs = {"half": ("half", "half", "half_kv_fp8"), "fp8": ("fp8", "fp8_long", "fp8_kv_fp8")}
     lines = []
     for weights, (at_256, long, other) in pairs.items():
-        plain = rows(at_256)[256]["decode_tokens_per_s"], load(long)["long"]["decode_tokens_per_s"]
-        codes = rows(other)[256]["decode_tokens_per_s"], load(other)["long"]["decode_tokens_per_s"]
-        for what, a, b in zip(("256 at once", "16 × 8,000 tokens"), plain, codes, strict=True):
-            lines.append([weights, what, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}"])
-    return table(["weights", "", "K/V in half precision, tokens/s", "in fp8", "ratio"], lines)
+        for what, plain, codes in (
+            ("256 at once", rows(get(at_256)).get(256), rows(get(other)).get(256)),
+            ("16 × 8,000 tokens", get(long).get("long"), get(other).get("long")),
+        ):
+            if plain and codes:
+                a, b = plain["decode_tokens_per_s"], codes["decode_tokens_per_s"]
+                lines.append([weights, what, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}"])
+    return (lines and table(["weights", "", "K/V in half precision, tokens/s", "in fp8", "ratio"], lines)) or ""
 
 
-def quality() -> str:
-    (found,) = load("perplexity").values()
+def quality(get: Load) -> str:
     lines = [
         [scheme, f"{m['weights_mb'] / 1e3:.2f}", f"{m['perplexity']:.2f}", f"{100 * m['same_choice']:.1f} %"]
+        for found in get("perplexity").values()
         for scheme, m in found.items()
     ]
-    return table(["", "weights, GB", "perplexity", "same most likely token"], lines)
+    return (lines and table(["", "weights, GB", "perplexity", "same most likely token"], lines)) or ""
 
 
-def memory() -> str:
-    found = load("memory")
+def agreement(get: Load) -> str:
+    lines = [
+        [scheme, f"{100 * found['same_replies']:.0f} %", f"{100 * found['same_tokens']:.0f} %"]
+        for scheme in SCHEMES[1:]
+        if (found := get(scheme).get("replies"))
+    ]
+    return (lines and table(["", "the same 128 tokens", "tokens before the first other one"], lines)) or ""
+
+
+def steps(get: Load) -> str:
+    """Of the profile: a step's time, and how much of it the kernels of products and of attention take."""
+    lines = []
+    for scheme in SCHEMES:
+        for shape, found in get(scheme).get("profile", {}).items():
+            kernels = found["kernels"]
+            products = [k["us"] for n, k in kernels.items() if n.startswith(("_bytes", "_int4", "_few_rows", "nvjet"))]
+            attention = sum(k["us"] for n, k in kernels.items() if n.startswith("_attend"))
+            parts = (found["step_ms"], sum(products) / 1e3, attention / 1e3)
+            lines.append([scheme, shape.replace("x", " × "), *(f"{part:.2f}" for part in parts)])
+    head = ["", "rows × nodes", "step, ms", "products, with their wait for inputs, ms", "attention, likewise, ms"]
+    return (lines and table(head, lines)) or ""
+
+
+def memory(get: Load) -> str:
+    if not get("memory"):
+        return ""
+    found = get("memory")
     inside = found["int8"]
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in inside["memory"].items())
     return (
@@ -94,16 +132,22 @@ def memory() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    get = partial(load, folder)
     parts = {
-        "Speed": speeds(),
-        "K/V cache": cache(),
-        "Quality": quality(),
-        "Inside 15 GiB, five heads, five users of 2,048 tokens": memory(),
+        "Speed": speeds(get),
+        "K/V cache": cache(get),
+        "Quality": quality(get),
+        "Greedy replies to 480 prompts, against half precision": agreement(get),
+        "Where a step's time goes": steps(get),
+        "Inside 15 GiB, five heads, five users of 2,048 tokens": memory(get),
     }
-    text = (FOLDER / "machine.md").read_text()
+    text = (folder / "machine.md").read_text()
     for title, part in parts.items():
-        text += f"\n## {title}\n\n{part}\n"
-    (FOLDER / "README.md").write_text(text)
+        text += f"\n## {title}\n\n{part}\n" if part else ""
+    (folder / "README.md").write_text(text)
     print(text)
 
 

@@ -241,8 +241,10 @@ def _blocks(scheme: str, rows: int, width: int, padded: int, processors: int) ->
     Of few rows, with as many bytes of the weight under way as there is room for; of more, what is read from the L2
     cache counts, and more programs beside each other do more than larger blocks.
     """
-    most = 64 if scheme == "int4" else 128 // PARTS[scheme]
-    side = min(most, max(8, triton.next_power_of_2(rows)))
+    # of 8 rows, Triton takes other tensor-core instructions, which add up floating-point numbers in another order: a
+    # row's zero points would come to another sum than among more
+    least, most = (16, 64) if scheme == "int4" else (8, 128 // PARTS[scheme])
+    side = min(most, max(least, triton.next_power_of_2(rows)))
     programs = -(-rows // side) * (padded // 64)
     alone, crowded = programs * MAX_SPLITS[scheme] <= processors, programs >= 2 * processors
     if scheme == "int4":
