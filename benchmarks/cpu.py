@@ -84,11 +84,15 @@ def load_round(url: str, args: argparse.Namespace, seconds: float, parameters: d
     }
 
 
-def export_reference(args: argparse.Namespace, folder: str, tree: Path | None) -> Path:
-    """The model as medusa-llm 0.1 reads it; two heads for its own tree, all for a tree of ours."""
+def export_reference(args: argparse.Namespace, folder: str, tree: Path | None, *options: str) -> Path:
+    """The model as medusa-llm 0.1 reads it; two heads for its own tree, all for a tree of ours.
+
+    Args:
+        options: more of export_heads.py.
+    """
     heads = json.loads((args.heads or args.model / "heads").joinpath("config.json").read_text())["num_heads"]
     command = [args.reference_python, str(ROOT / "benchmarks/first_version/export_heads.py"), str(args.model), folder]
-    command += ["--num-heads", str(heads if tree else 2)]
+    command += ["--num-heads", str(heads if tree else 2), *options]
     command += ["--heads", str(args.heads)] if args.heads else []
     subprocess.run(command, check=True)
     return Path(folder) / "heads"
