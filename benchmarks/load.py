@@ -380,8 +380,12 @@ def draw(plan: Plan, found: dict[tuple[str, str], list[Result]], images: Path) -
     loads = sorted({level.load for one in medians for level in one.levels})
     throughput = plots.by_load(medians, "Throughput by users", "output tokens/s", {"": lambda v: v.output_tokens_per_s})
     latency = plots.by_load(medians, "Median latency by users", "seconds", {"": lambda v: v.e2e and v.e2e.p50})
-    latency.axes.set_yscale("log")
-    drawn = [("throughput", throughput, True), ("latency", latency, False)]
+    speeds = [level.output_tokens_per_s for one in medians for level in one.levels]
+    is_wide = max(speeds) > 100 * min(speeds)  # the slowest would lie on the axis
+    for plot in (latency, *([throughput] if is_wide else [])):
+        plot.axes.set_yscale("log")
+        plot.axes.yaxis.set_major_formatter("{x:g}")
+    drawn = [("throughput", throughput, not is_wide), ("latency", latency, False)]
     memory = plots.Plot("Memory in use on the GPU", "seconds", "GiB")
     for key in plan.systems:
         for one in found.get(("first", key), [])[:1]:
