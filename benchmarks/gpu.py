@@ -153,9 +153,8 @@ class Vllm:
         self._received: dict[str, int] = {}
 
     def _sampling(self, num_tokens: int) -> Any:
-        return self._params(
-            temperature=0.0, max_tokens=num_tokens, min_tokens=num_tokens, ignore_eos=True, detokenize=False
-        )
+        # no min_tokens: it would forbid the end token, and with it the text that our engine writes
+        return self._params(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
 
     def add(self, prompt: list[int], num_tokens: int) -> str:
         name = f"stream-{len(self._received)}"

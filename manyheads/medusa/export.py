@@ -3,7 +3,7 @@
 | format | is | can hold |
 |---|---|---|
 | manyheads | vLLM's layout, where heads may also use the base's projection | everything |
-| vllm | `model.safetensors`, a folder for vLLM's speculative config | own or one shared projection, token_map |
+| vllm | `model.safetensors`, a folder for vLLM's speculative config | own or one shared projection, which may be cut |
 | tgi | `medusa_lm_head.safetensors` | own projections ("V1"), or the base's for one block a head ("V2") |
 | reference | `medusa_lm_head.pt` (medusa-llm v0.1) | own projections; all blocks of a head are one module |
 | reference-full | base and heads in one folder (medusa-llm v1.0) | as reference |
@@ -168,6 +168,15 @@ def fitting(
             )
         projections, token_map = _whole(projections, token_map, vocab_size), None
     shared = projections is not None and len(blocks) > 1 and _one_for_all(projections)
+    if form == "vllm" and token_map is not None and not shared:
+        # vLLM gives heads of their own projections the whole vocabulary's size, whatever the map says
+        if not expand:
+            raise ConfigError(
+                "vLLM reads a token_map only with one projection for all heads, and these have their own; --expand "
+                f"writes a row of zeros for every token that they leave out ({len(token_map)} are in the map)"
+            )
+        assert projections is not None
+        projections, token_map = _whole(projections, token_map, vocab_size), None
     if shared and form not in ("manyheads", "vllm") and not expand:
         raise ConfigError(
             f"these heads share one projection, and every head of the {form} format has its own; {_MANY_COPIES}"

@@ -1,0 +1,263 @@
+"""Do vLLM's own classes take the heads that `manyheads convert --to vllm` writes, and draft the same tokens with them?
+
+1. The built-in heads are exported as they are (one shared projection, a token_map), with a projection of the whole
+   vocabulary for every head, and with such projections that a token_map has cut. vLLM's `MedusaConfig` reads the
+   configuration, its `Medusa` is built from that and loads the file. `load_weights` passes over keys that it does not
+   know and parameters that the file lacks, so both are counted here, and every parameter is compared with the file.
+2. vLLM's `MedusaProposer` drafts four tokens at every place of greedy replies, from the base's hidden states; these
+   are compared with the best candidates of our own reader's heads. They can differ where heads were written out in
+   full: tokens that were left out have logit 0 then, which now and then is the largest.
+3. The same drafts are counted as vLLM accepts them, once for replies in which the end token is said like any other, as
+   our engine does when it is not to stop, and once for replies in which it is forbidden, as vLLM's `min_tokens` does.
+   results/gpu/vllm_medusa.json holds how many vLLM drafted on a GPU for the same prompts.
+
+    pip download --no-deps vllm==0.26.0; unzip vllm-0.26.0-*.whl '*.py' -d FOLDER
+    python benchmarks/vllm_heads.py FOLDER
+
+No GPU and none of vLLM's compiled parts are needed. Its files models/medusa.py, configs/medusa.py,
+vocab_parallel_embedding.py, logits_processor.py and spec_decode/medusa.py run as they are. In place of the rest stand:
+one process instead of a tensor-parallel group, `torch.nn.functional.linear` for its choice of products,
+`torch.nn.Module` for its layers that can be exchanged, and for its default
+weight loader a copy that insists on the shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import BUILTIN, ROOT, SPEC_BENCH, machine, save, table
+from gpu import spec_bench_prompts
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from manyheads import LLM, SamplingParams
+from manyheads.medusa.checkpoint import read_heads
+from manyheads.medusa.export import fitting, write_heads
+from manyheads.models.config import ModelConfig, read_json
+from manyheads.train.base import Base
+from manyheads.train.dataset import pack
+from manyheads.train.heads import TrainedHeads
+from manyheads.train.prompts import Answer
+
+TOKENS_IN, TOKENS_OUT = 128, 256  # gpu.py's
+PACKAGES = (
+    "model_executor",
+    "model_executor.models",
+    "model_executor.layers",
+    "model_executor.layers.quantization",
+    "model_executor.model_loader",
+    "transformers_utils",
+    "transformers_utils.configs",
+    "v1",
+    "v1.sample",
+    "v1.spec_decode",
+)
+
+
+class Layer(nn.Module):
+    """Stands for vLLM's PluggableLayer."""
+
+    @classmethod
+    def register(cls, _name: str) -> Any:
+        return lambda layer: layer
+
+
+def copy_weight(param: Tensor, weight: Tensor) -> None:
+    """Stands for vLLM's default_weight_loader."""
+    assert param.shape == weight.shape, (param.shape, weight.shape)
+    param.data.copy_(weight)
+
+
+def divide(a: int, b: int) -> int:
+    assert a % b == 0
+    return a // b
+
+
+STUBS: dict[str, dict[str, Any]] = {
+    "config": {
+        "VllmConfig": object,
+        "get_current_vllm_config": lambda: types.SimpleNamespace(model_config=None),
+    },
+    "distributed": {
+        "divide": divide,
+        "get_tensor_model_parallel_rank": lambda: 0,
+        "get_tensor_model_parallel_world_size": lambda: 1,
+        "split_tensor_along_last_dim": None,
+        "tensor_model_parallel_all_gather": lambda tensor: tensor,
+        "tensor_model_parallel_all_reduce": lambda tensor: tensor,
+        "tensor_model_parallel_gather": lambda tensor: tensor,
+    },
+    "forward_context": {"set_forward_context": None},
+    "model_executor.custom_op": {"PluggableLayer": Layer},
+    "model_executor.layers.batch_invariant": {"linear_batch_invariant": None},
+    "model_executor.layers.utils": {
+        "dispatch_unquantized_gemm": lambda: lambda _, x, weight, bias: nn.functional.linear(x, weight, bias)
+    },
+    "model_executor.model_loader": {"get_model": None},
+    "model_executor.model_loader.weight_utils": {"default_weight_loader": copy_weight},
+    "model_executor.models.interfaces": {"is_mixture_of_experts": lambda _: False},
+    "model_executor.models.utils": {"maybe_prefix": lambda prefix, name: f"{prefix}.{name}" if prefix else name},
+    "platforms": {
+        "current_platform": types.SimpleNamespace(
+            use_all_gather=lambda: True,
+            is_cpu=lambda: False,
+            is_cuda_alike=lambda: False,
+            is_pin_memory_available=lambda: False,
+            simple_compile_backend="eager",
+            use_sync_weight_loader=lambda: False,
+        )
+    },
+    "v1.sample.metadata": {"SamplingMetadata": object},
+}
+
+
+def vllm_classes(folder: Path) -> tuple[Any, Any, Any]:
+    """vLLM's MedusaConfig, Medusa and MedusaProposer from an unpacked wheel; its packages' own set-up does not run."""
+    for name in ("vllm", *(f"vllm.{name}" for name in PACKAGES)):
+        module = types.ModuleType(name)
+        module.__path__ = [str(folder / name.replace(".", "/"))]
+        sys.modules[name] = module
+    for name, members in STUBS.items():
+        module = sys.modules.setdefault(f"vllm.{name}", types.ModuleType(f"vllm.{name}"))
+        vars(module).update(members)
+    return (
+        importlib.import_module("vllm.transformers_utils.configs.medusa").MedusaConfig,
+        importlib.import_module("vllm.model_executor.models.medusa").Medusa,
+        importlib.import_module("vllm.v1.spec_decode.medusa").MedusaProposer,
+    )
+
+
+def export(out: Path, kind: str) -> Path:
+    """The built-in heads as `manyheads convert --to vllm` writes them.
+
+    Args:
+        kind: `shared` as they are; `own` with a whole projection for every head, each twice the one before, which
+            changes no choice; `own, cut` the same with a token_map, which is written out.
+    """
+    source, options = BUILTIN, ["--base", str(BUILTIN)]
+    if kind != "shared":
+        weights = read_heads(BUILTIN / "heads", ModelConfig.from_folder(BUILTIN))
+        assert weights.projections is not None
+        own = dataclasses.replace(weights, projections=[p * 2**h for h, p in enumerate(weights.projections)])
+        source, vocab_size = out / "own", ModelConfig.from_folder(BUILTIN).vocab_size
+        if kind == "own":
+            own = fitting(own, "reference", vocab_size, None, expand=True)
+        else:
+            options.append("--expand")
+        write_heads(own, source, base=str(BUILTIN), vocab_size=vocab_size)
+    command = [sys.executable, "-m", "manyheads", "convert", str(source), str(out / "vllm"), "--to", "vllm"]
+    subprocess.run([*command, *options], check=True)
+    return out / "vllm"
+
+
+def load(classes: tuple[Any, Any, Any], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """vLLM's proposer with the heads of a folder in float32, and what its reader made of the files."""
+    config_class, model_class, proposer_class = classes
+    config = config_class.from_pretrained(folder)
+    draft = types.SimpleNamespace(hf_config=config)
+    settings = types.SimpleNamespace(speculative_config=types.SimpleNamespace(draft_model_config=draft))
+    model = model_class(vllm_config=settings)
+    state = load_file(folder / "model.safetensors")
+    for param in model.parameters():
+        param.data.fill_(torch.nan)
+    loaded = model.load_weights(state.items())
+    params = dict(model.named_parameters(remove_duplicate=False))
+    params.pop("token_map", None)
+    named = {"lm_heads.0.weight": "lm_head.weight"} if getattr(config, "original_lm_head", False) else {}
+    file = {named.get(key, key): tensor for key, tensor in state.items() if key != "token_map"}
+    if model.token_map is not None:
+        file["token_map"], params["token_map"] = state["token_map"], model.token_map
+    same = [key for key in file.keys() & params.keys() if torch.equal(params[key][: len(file[key])], file[key].float())]
+    declared = read_json(folder / "config.json")
+    fields = ("hidden_size", "vocab_size", "truncated_vocab_size", "num_heads", "num_hidden_layers", "medusa_fc_bias")
+    proposer = proposer_class.__new__(proposer_class)  # its own set-up asks for a device and a whole configuration
+    proposer.model, proposer.num_speculative_tokens = model, config.num_heads
+    return proposer, {
+        "config_as_declared": all(getattr(config, name) == declared[name] for name in fields),
+        "keys": sorted(state),
+        "parameters": len(params),
+        "parameters_loaded": len(loaded | ({"token_map"} if model.token_map is not None else set())),
+        "keys_without_parameter": sorted(file.keys() - params.keys()),
+        "parameters_equal_to_file": len(same),
+        "not_finite": sum(int((~p.isfinite()).any()) for p in model.parameters() if p.is_floating_point()),
+    }
+
+
+def drafted(prompt: int, tokens: list[int], drafts: Tensor) -> int:
+    """How often vLLM drafts for a reply: each time the drafts up to the first wrong one and a token more are kept.
+
+    Args:
+        prompt: tokens of the prompt, the first of `tokens`.
+        drafts: [tokens, heads], from the hidden state of each token.
+    """
+    count, known = 0, prompt + 1
+    while known < len(tokens):
+        right = 0
+        for guess in drafts[known - 2].tolist():
+            if known + right >= len(tokens) or guess != tokens[known + right]:
+                break
+            right += 1
+        count, known = count + 1, known + right + 1
+    return count
+
+
+@torch.no_grad()
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("vllm", type=Path, help="the folder of the unpacked wheel")
+    parser.add_argument("--spec-bench", type=Path, default=SPEC_BENCH)
+    parser.add_argument("--users", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_heads.json")
+    args = parser.parse_args()
+    classes = vllm_classes(args.vllm)
+    version = next(args.vllm.glob("vllm-*.dist-info"), Path("unknown")).name.removesuffix(".dist-info")
+    result: dict[str, Any] = {"machine": machine(), "vllm": version, "read": {}}
+    proposers = []
+    with tempfile.TemporaryDirectory() as name:
+        for title in ("shared", "own", "own, cut"):
+            proposer, found = load(classes, export(Path(name) / title, title))
+            proposers.append(proposer)
+            result["read"][title] = found
+            print(title, json.dumps(found))
+    base = Base.load(BUILTIN, torch.device("cpu"))
+    ours = TrainedHeads.of(read_heads(BUILTIN / "heads", ModelConfig.from_folder(BUILTIN)), base.projection.float())
+    assert ours.token_map is not None
+    prompts = spec_bench_prompts(BUILTIN, args.spec_bench, TOKENS_IN, max(args.users))
+    end = int(read_json(BUILTIN / "config.json")["eos_token_id"])
+    llm = LLM(str(BUILTIN), speculative=False, max_num_seqs=16)
+    recorded = json.loads((ROOT / "benchmarks/results/gpu/vllm_medusa.json").read_text())["rows"]
+    on_gpu = {row["users"]: row["counters"]["vllm:spec_decode_num_drafts"] for row in recorded if "users" in row}
+    result["drafts"] = {"vLLM on a GPU": [on_gpu.get(n) for n in args.users]}
+    compared, equal = 0, [0] * len(proposers)
+    for title, bias in (("end token said", {}), ("end token forbidden", {end: -100.0})):
+        params = SamplingParams(temperature=0.0, max_tokens=TOKENS_OUT, ignore_eos=True, logit_bias=bias)
+        counts = []
+        for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+            reply = list(output.outputs[0].token_ids)
+            hidden = base.hidden(pack([Answer(prompt, reply)], len(prompt) + len(reply))).float()
+            wanted = torch.stack([ours.token_map[ours.logits(h, hidden).argmax(-1)] for h in range(4)], dim=1)
+            found = [proposer.propose(4, hidden, None) for proposer in proposers]
+            compared += wanted.numel()
+            equal = [n + int((drafts == wanted).sum()) for n, drafts in zip(equal, found, strict=True)]
+            counts.append(drafted(len(prompt), [*prompt, *reply], found[0]))
+        result["drafts"][title] = [sum(counts[:n]) for n in args.users]
+    result |= {"users": args.users, "drafted_tokens": compared}
+    result["equal_to_ours"] = dict(zip(result["read"], equal, strict=True))
+    print(f"of {compared} drafted tokens equal to ours: {result['equal_to_ours']}")
+    table(["drafts by requests", *map(str, args.users)], [[key, *row] for key, row in result["drafts"].items()])
+    save(args.out, "vllm", result)
+
+
+if __name__ == "__main__":
+    main()
