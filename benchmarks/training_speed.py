@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import statistics
@@ -237,6 +238,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         results.append(measure(base, settings, data, args.steps, peak))
         print(json.dumps(results[-1]), flush=True)
+        # what `split` put back refers to its owners: heads and optimizer would count in the next peak of memory
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
