@@ -28,6 +28,8 @@ from manyheads.request import (
 from manyheads.server.engine_process import BUILD_ENGINE, Launch
 
 DeltaQueue = asyncio.Queue[RequestDelta]
+MOST_STEPS = 8
+"""That are taken from the engine in one go."""
 
 
 class EngineError(RuntimeError):
@@ -149,20 +151,32 @@ class EngineClient:
         decoder: msgspec.msgpack.Decoder[EngineReady | EngineFailed | StepOutputs] = msgspec.msgpack.Decoder(
             EngineReady | EngineFailed | StepOutputs
         )
+        unread: zmq.Socket[bytes] = zmq.Socket.shadow(outputs.underlying)
         while True:
-            message = decoder.decode(await outputs.recv())
-            if isinstance(message, StepOutputs):
-                self.stats = message.stats or self.stats
-                for delta in message.deltas:
-                    ended = delta.finish_reason is not None
-                    queue = self._queues.pop(delta.request_id, None) if ended else self._queues.get(delta.request_id)
-                    if queue is not None:
-                        queue.put_nowait(delta)
-            elif isinstance(message, EngineReady):
-                if self._ready is not None and not self._ready.done():
-                    self._ready.set_result(message)
-            else:
-                self._fail(message.message, ConfigError if message.refused else EngineError)
+            self._take(decoder.decode(await outputs.recv()))
+            # Steps that have come meanwhile, before any of their readers runs: a server that does not keep up writes
+            # the tokens of several steps at once (`Generation.updates`).
+            for _ in range(MOST_STEPS):
+                try:
+                    message = unread.recv(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._take(decoder.decode(message))
+            await asyncio.sleep(0)  # now the readers, even if more is there
+
+    def _take(self, message: EngineReady | EngineFailed | StepOutputs) -> None:
+        if isinstance(message, StepOutputs):
+            self.stats = message.stats or self.stats
+            for delta in message.deltas:
+                ended = delta.finish_reason is not None
+                queue = self._queues.pop(delta.request_id, None) if ended else self._queues.get(delta.request_id)
+                if queue is not None:
+                    queue.put_nowait(delta)
+        elif isinstance(message, EngineReady):
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(message)
+        else:
+            self._fail(message.message, ConfigError if message.refused else EngineError)
 
     async def _watch(self) -> None:
         assert self._process is not None

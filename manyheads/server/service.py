@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from manyheads.output import SequenceOutput, TextDelta, child_params
 from manyheads.request import EngineReady, EngineRequest, QueueFull, RequestDelta, RequestError, SamplingParams
-from manyheads.server.engine_client import EngineClient, EngineError
+from manyheads.server.engine_client import DeltaQueue, EngineClient, EngineError
 from manyheads.server.errors import ApiError
 from manyheads.server.metrics import Metrics, SequenceTimer
 from manyheads.tokenizer import Tokenizer
@@ -105,24 +105,23 @@ class Generation:
         queue = service.client.submit(requests)
         try:
             while open_:
-                if not queue.empty():
-                    await asyncio.sleep(0)  # a long backlog is not to keep the others waiting
-                delta = await queue.get()
-                if delta.request_id not in open_:
-                    continue
-                i, output, timer = open_[delta.request_id]
-                text = output.push(delta)
-                service.metrics.tokens(timer, len(text.token_ids))
-                if output.finish_reason is not None:
-                    del open_[delta.request_id]
-                    if output.needs_abort:
-                        service.client.abort([delta.request_id])
-                    if delta.error_kind not in ("invalid", "queue_full"):
-                        service.metrics.finish(timer, output.finish_reason)
-                    if output.finish_reason == "error":
-                        self._raise(delta)
-                if text.text or text.token_ids or text.finish_reason:
-                    yield Update(i, output, text)
+                for delta in await _waiting(queue):
+                    await asyncio.sleep(0)  # others come in, and the news that the reader has left
+                    if delta.request_id not in open_:
+                        continue
+                    i, output, timer = open_[delta.request_id]
+                    text = output.push(delta)
+                    service.metrics.tokens(timer, len(text.token_ids))
+                    if output.finish_reason is not None:
+                        del open_[delta.request_id]
+                        if output.needs_abort:
+                            service.client.abort([delta.request_id])
+                        if delta.error_kind not in ("invalid", "queue_full"):
+                            service.metrics.finish(timer, output.finish_reason)
+                        if output.finish_reason == "error":
+                            self._raise(delta)
+                    if text.text or text.token_ids or text.finish_reason:
+                        yield Update(i, output, text)
         finally:
             service.client.abort(open_)
             for _, _, timer in open_.values():
@@ -144,6 +143,17 @@ class Generation:
         if delta.error_kind == "queue_full":
             raise QueueFull(message)
         raise EngineError(message)
+
+
+async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
+    """What has come for a reader, at least one delta: of each request those of several steps as one, if the server did
+    not keep up. So it is text that waits for nobody, and not its readers for a server that writes step by step."""
+    found = {(delta := await queue.get()).request_id: delta}
+    while not queue.empty():
+        delta = queue.get_nowait()
+        before = found.get(delta.request_id)
+        found[delta.request_id] = delta if before is None else before.then(delta)
+    return list(found.values())
 
 
 class Service:
