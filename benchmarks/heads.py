@@ -18,6 +18,7 @@ import torch
 from common import BUILTIN, ROOT, SPEC_BENCH, Prompt, machine, save, spec_bench, table
 
 from manyheads import LLM, SamplingParams
+from manyheads.bench.plots import Plot
 from manyheads.medusa.checkpoint import read_heads
 from manyheads.models.config import ModelConfig
 from manyheads.train.accuracy import accuracy_table, right_ranks, tokens_per_step
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=16, help="of the engine's tree")
     parser.add_argument("--device", default="cpu", help="cuda: replies can differ from plain decoding's by rounding")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "heads.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "heads.svg")
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -83,6 +85,18 @@ def main() -> None:
     for name, part in result["heads"].items():
         print(f"{name}: {part['equal_to_plain']} of {len(prompts)} replies are plain decoding's")
     save(args.out, "spec_bench", result)
+    draw(result["heads"], args.plot)
+
+
+def draw(heads: dict[str, Any], path: Path) -> None:
+    """Tokens a step by nodes, a curve for each set of heads."""
+    plot = Plot("Tokens a step by nodes of the tree", "nodes", "tokens a step")
+    for name, part in heads.items():
+        plot.line(
+            [at["nodes"] for at in part["by_nodes"]], [at["measured"] for at in part["by_nodes"]], name, marker=""
+        )
+    plot.axes.set_xscale("log", base=2)
+    path.write_text(plot.svg(zero=False, whole_x=(1, 2, 4, 8, 16, 32, 64)) + "\n")
 
 
 if __name__ == "__main__":
