@@ -105,8 +105,9 @@ class Generation:
         queue = service.client.submit(requests)
         try:
             while open_:
-                for delta in await _waiting(queue):
-                    await asyncio.sleep(0)  # others come in, and the news that the reader has left
+                for n, delta in enumerate(await _waiting(queue)):
+                    if n > 0:
+                        await asyncio.sleep(0)  # others come in, and the news that the reader has left
                     if delta.request_id not in open_:
                         continue
                     i, output, timer = open_[delta.request_id]
@@ -149,10 +150,13 @@ async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
     """What has come for a reader, at least one delta: of each request those of several steps as one, if the server did
     not keep up. So it is text that waits for nobody, and not its readers for a server that writes step by step."""
     found = {(delta := await queue.get()).request_id: delta}
+    is_behind = not queue.empty()
     while not queue.empty():
         delta = queue.get_nowait()
         before = found.get(delta.request_id)
         found[delta.request_id] = delta if before is None else before.then(delta)
+    if is_behind:  # a task that only waits for what is there already cannot be cancelled
+        await asyncio.sleep(0)
     return list(found.values())
 
 

@@ -1,0 +1,153 @@
+"""How many tokens a second the API server writes to many streams, whatever the engine.
+
+An engine that computes nothing has a token for every stream each 10 ms.
+
+    python benchmarks/streams.py                     # writes results/streams.json
+
+Server, engine and clients share the machine's processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from common import BUILTIN, ROOT, get_json, machine, save, table
+
+from manyheads.config import EngineConfig
+from manyheads.request import EngineReady, EngineRequest, EngineStats, RequestDelta
+
+STEP_SECONDS = 0.01
+PORT = 8017
+TEXT = [300, 301, 302, 303]
+"""Tokens, over and over."""
+
+
+class Engine:
+    """A token for every request at every step."""
+
+    def __init__(self) -> None:
+        self.ready = EngineReady(
+            model="streams",
+            max_model_len=4096,
+            vocab_size=4096,
+            num_heads=0,
+            dtype="float32",
+            device="none",
+            num_blocks=1,
+            block_size=16,
+            eos_token_ids=[0],
+        )
+        self._open: dict[str, EngineRequest] = {}
+        self._done: dict[str, int] = {}
+        self._due = 0.0
+
+    def add_request(self, message: EngineRequest) -> None:
+        self._open[message.request_id], self._done[message.request_id] = message, 0
+
+    def abort(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        return bool(self._open)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self._open))
+
+    def step(self) -> list[RequestDelta]:
+        time.sleep(max(0.0, self._due - time.perf_counter()))
+        self._due = time.perf_counter() + STEP_SECONDS
+        deltas = []
+        for name, request in list(self._open.items()):
+            self._done[name] = count = self._done[name] + 1
+            reason = "length" if count == request.params.max_tokens else None
+            if reason:
+                del self._open[name]
+            token = TEXT[count % len(TEXT)]
+            deltas.append(RequestDelta(request_id=name, new_token_ids=[token], finish_reason=reason, num_steps=count))  # type: ignore[arg-type]
+        return deltas
+
+
+def build(config: EngineConfig, progress: object = None) -> Engine:
+    """For the engine process."""
+    return Engine()
+
+
+async def read(num_tokens: int) -> tuple[int, int]:
+    """One stream: its events and its tokens."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", PORT, limit=2**20)
+    asked = {"prompt": [5], "max_tokens": num_tokens, "stream": True, "stream_options": {"include_usage": True}}
+    body = json.dumps(asked).encode()
+    head = f"Host: here\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    writer.write(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + body)
+    events, last = 0, b""
+    while data := await reader.read(2**16):
+        events += data.count(b"data: ")
+        last = (last + data)[-1000:]
+    writer.close()
+    usage = json.loads(last.split(b"data: ")[-2].split(b"\n")[0])["usage"]
+    return events - 2, usage["completion_tokens"]  # without the usage and the end
+
+
+async def measure(streams: int, num_tokens: int, process: psutil.Process) -> dict[str, Any]:
+    before, start = process.cpu_times(), time.perf_counter()
+    found = await asyncio.gather(*(read(num_tokens) for _ in range(streams)))
+    seconds, after = time.perf_counter() - start, process.cpu_times()
+    events, tokens = (sum(column) for column in zip(*found, strict=True))
+    busy = after.user + after.system - before.user - before.system
+    return {
+        "streams": streams,
+        "asked_per_s": streams / STEP_SECONDS,
+        "tokens_per_s": tokens / seconds,
+        "events_per_s": events / seconds,
+        "tokens_per_event": tokens / events,
+        "server_cpu_us_per_token": busy / tokens * 1e6,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[16, 64, 128, 256])
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--part", default="now", help="name of this run in the results file")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "streams.json")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        from manyheads import cli
+        from manyheads.server import run
+
+        run.serve = functools.partial(run.serve, build="streams:build")
+        sys.exit(cli.main(["serve", str(BUILTIN), "--port", str(PORT)]))
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    )
+    try:
+        while True:
+            try:
+                get_json(f"http://127.0.0.1:{PORT}/health")
+                break
+            except OSError:
+                time.sleep(0.1)
+        process = psutil.Process(server.pid)
+        asyncio.run(measure(8, 50, process))
+        rows = [asyncio.run(measure(streams, args.tokens, process)) for streams in args.streams]
+    finally:
+        server.terminate()
+        server.wait()
+    table(list(rows[0]), [[f"{value:.5g}" for value in row.values()] for row in rows])
+    save(args.out, args.part, {"machine": machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
