@@ -33,6 +33,7 @@ class Watch:
         """(seconds of the monotonic clock, sizes)"""
         self.counters: list[tuple[float, Counters]] = []
         self._gpu = shutil.which("nvidia-smi") if self.pid is not None else None
+        self._visible = visible_gpus(self.pid) if self.pid is not None else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -65,7 +66,7 @@ class Watch:
         if seen is not None:
             self.counters.append((now, seen))
         host = resident(self.pid) if self.pid is not None else None
-        gpu = gpu_bytes(self._gpu) if self._gpu else None
+        gpu = gpu_bytes(self._gpu, self._visible) if self._gpu else None
         if host is not None or gpu is not None:
             self.memory.append((now, Memory(0.0, host, gpu, seen.memory if seen else {})))
 
@@ -100,9 +101,23 @@ def listener(url: str) -> int | None:
     return next((pid for pid in found if pid), None)
 
 
-def gpu_bytes(nvidia_smi: str) -> int | None:
-    """Memory in use on all GPUs, by whatever process; None if it cannot be had."""
+def visible_gpus(pid: int) -> str | None:
+    """The process's CUDA_VISIBLE_DEVICES; None if it may use all GPUs, or cannot be asked."""
+    try:
+        return psutil.Process(pid).environ().get("CUDA_VISIBLE_DEVICES")
+    except psutil.Error:
+        return None
+
+
+def gpu_bytes(nvidia_smi: str, gpus: str | None = None) -> int | None:
+    """Memory in use on these GPUs (None: all), by whatever process; None if it cannot be had.
+
+    Args:
+        gpus: indices or UUIDs, separated by commas.
+    """
     command = [nvidia_smi, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if gpus is not None:
+        command.append(f"--id={gpus}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return sum(int(line) for line in done.stdout.split()) * 2**20

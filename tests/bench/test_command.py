@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from manyheads.bench import prompts, result
 from manyheads.bench.plan import BenchInputError, Job
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.server import Target, clean_url
-from manyheads.bench.watch import listener, resident
+from manyheads.bench.watch import gpu_bytes, listener, resident, visible_gpus
 from manyheads.cli import main, make_parser
 from manyheads.cli.bench import bench_options
 from tests.bench.mock import Script, running
@@ -170,6 +173,19 @@ def test_processes_that_are_gone() -> None:
     assert resident(2**22 + 1) is None
     assert listener("http://example.org") is None
     assert listener("http://127.0.0.1:1") is None
+
+
+def test_the_memory_of_the_servers_own_gpus(tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\ncase \"$*\" in *--id=1*) echo 700;; *) printf '500\\n700\\n';; esac\n")
+    tool.chmod(0o755)
+    others = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    for env, expected in ((others | {"CUDA_VISIBLE_DEVICES": "1"}, 700), (others, 1200)):
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=env) as server:
+            assert gpu_bytes(str(tool), visible_gpus(server.pid)) == expected * 2**20
+            server.communicate(b"\n")
+    assert visible_gpus(2**22 + 1) is None
+    assert gpu_bytes(str(tmp_path / "nothing")) is None
 
 
 def test_requests_are_json() -> None:
