@@ -104,9 +104,10 @@ def listener(url: str) -> int | None:
 def visible_gpus(pid: int) -> str | None:
     """The process's CUDA_VISIBLE_DEVICES; None if it may use all GPUs, or cannot be asked."""
     try:
-        return psutil.Process(pid).environ().get("CUDA_VISIBLE_DEVICES")
+        visible: str | None = psutil.Process(pid).environ().get("CUDA_VISIBLE_DEVICES")
     except psutil.Error:
         return None
+    return visible
 
 
 def gpu_bytes(nvidia_smi: str, gpus: str | None = None) -> int | None:
