@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,10 @@ def read_projection(base: Path) -> Tensor:
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, then put it there: no reader sees a part of it."""
     beside = path.with_name(f".{path.name}.new")
+    beside.touch()
+    mode = stat.S_IMODE(beside.stat().st_mode)
     write(beside)
+    beside.chmod(mode)  # safetensors makes files that their owner alone can read
     os.replace(beside, path)
 
 

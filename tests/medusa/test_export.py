@@ -408,3 +408,9 @@ def test_the_command_offers_every_format() -> None:
 def test_no_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "none")]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_files_are_readable_as_others_are(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    write_heads(make(projection="shared"), tmp_path / "heads", base="base", vocab_size=VOCAB)
+    assert {file.stat().st_mode for file in (tmp_path / "heads").iterdir()} == {(tmp_path / "usual").stat().st_mode}
