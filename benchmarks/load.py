@@ -27,13 +27,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 import torch
 from common import BUILTIN, ROOT, get_json, machine, table, undisturbed
 from cpu import PORTS, export_reference, reference_server
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from manyheads.bench import plots, result
 from manyheads.bench.result import Level, Result
@@ -97,8 +98,6 @@ class Plan:
 
     systems: dict[str, System]
     tests: dict[str, Test]
-    slow: dict[str, Test]
-    """Those of medusa-llm, where they are others: it answers a request in seconds and not in tenths of them."""
     left_out: frozenset[tuple[str, str]]
     """(test, system)"""
     folder: str
@@ -107,6 +106,8 @@ class Plan:
     tries: int
     stays: bool = False
     """A server is started once for all tests, and not for each."""
+    slow: dict[str, Test] = field(default_factory=dict)
+    """Those of medusa-llm, where they are others: it answers a request in seconds and not in tenths of them."""
     export: tuple[str, ...] = ()
     """Options of first_version/export_heads.py."""
 
@@ -128,9 +129,9 @@ class Plan:
 
 SHORT = ("--prompt-tokens", "7")
 ROOMY = ("--memory", "32GiB")
-"""Of a GPU, whichever it is: room for the requests of 256 users."""
+"""Of a GPU, whichever it is: room for about as many short requests as 256 users have."""
 BRIEF = ("--no-limit", "--drain", "2")
-"""The generator is measured with the other test, and nobody waits for the last answers."""
+"""The generator is measured with the sweep, and nobody waits for the last answers."""
 FIRST_GPU = Test(("users", "--users", "5", *SHORT, *BRIEF), loads=5, hold=110, ramp=10)
 """`manyheads bench first`, whose times can be paced."""
 PLANS = {
@@ -165,7 +166,6 @@ PLANS = {
             "first": FIRST_GPU,
             "users": Test(("users", "--users", "1,4,16,64,256", *SHORT, "--drain", "2"), loads=5, hold=8, settle=2),
         },
-        slow={},
         left_out=frozenset({("users", "medusa-llm"), ("users", "medusa-llm-8bit")}),
         folder="load_gpu",
         rounds=(1,),
@@ -384,7 +384,9 @@ def draw(plan: Plan, found: dict[tuple[str, str], list[Result]], images: Path) -
     is_wide = max(speeds) > 100 * min(speeds)  # the slowest would lie on the axis
     for plot in (latency, *([throughput] if is_wide else [])):
         plot.axes.set_yscale("log")
+        plot.axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         plot.axes.yaxis.set_major_formatter("{x:g}")
+        plot.axes.yaxis.set_minor_formatter(NullFormatter())
     drawn = [("throughput", throughput, not is_wide), ("latency", latency, False)]
     memory = plots.Plot("Memory in use on the GPU", "seconds", "GiB")
     for key in plan.systems:
