@@ -33,6 +33,8 @@ class Outcome:
     records: list[Record] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     interrupted: bool = False
+    held: bool = False
+    """Every stage was held as long as it should, whatever came of the last answers."""
 
     def window(self, stage: int) -> tuple[float, float]:
         """The measured part of a stage that began; of an interrupted one it may end before it starts."""
@@ -80,7 +82,7 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
                     if event.kind == "stage" and event.stage == len(outcome.begins):
                         outcome.begins.append(event.at)
                     elif event.kind == "end":
-                        outcome.end = event.at
+                        outcome.end, outcome.held = event.at, event.stage == len(run.stages)
                     elif event.kind == "error":
                         trouble = event.text
                     listen(event)

@@ -65,7 +65,8 @@ class Stages(locust.LoadTestShape):
         index = next((i for i, end in enumerate(ends) if now < end), None)
         if index is None or self.interrupted:
             if self._stage >= 0:
-                emit(Event("end", at=time.perf_counter()))
+                held = len(self._run.stages) if index is None else self._stage
+                emit(Event("end", at=time.perf_counter(), stage=held))
                 self._stage = -1
             return None
         if index != self._stage:

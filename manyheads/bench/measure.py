@@ -120,7 +120,7 @@ class _Bench:
         stage, (start, end) = outcome.run.stages[last], outcome.window(last)
         held = max(end - start, 0.0)
         self.interrupted = f"at {stage.load:g} {UNITS[self.options.kind]}"
-        if held >= stage.seconds:
+        if outcome.held:
             self.interrupted += ", while the last answers were awaited"
             return
         self.interrupted += f", which were held for {held:.3g} of {stage.seconds:g} s"

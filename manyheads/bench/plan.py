@@ -72,6 +72,7 @@ class Event(msgspec.Struct, omit_defaults=True):
     kind: Literal["stage", "progress", "end", "error"]
     at: float = 0.0
     stage: int = 0
+    """Which one begins; at the end, how many were held as long as they should."""
     users: int = 0
     done: int = 0
     failed: int = 0

@@ -64,6 +64,8 @@ class Progress:
                 self.say(self._load)
         elif event.kind == "end":
             self._load = "last answers"
+            if not self._live:
+                self.say(self._load)
         elif event.kind == "progress":
             seconds = event.at - self._last.at
             if self._last.at and seconds > 0:

@@ -96,8 +96,7 @@ def test_while_the_last_answers_are_awaited(tmp_path: Path) -> None:
     argv = ["rate", "--rates", "20", "--hold", "1", "--settle", "0", "--no-limit"]
     with running(Script(ttft=0.01, breaks=("", "stall"))) as url:
         process = start(*argv, "--url", url, "-o", str(tmp_path))
-        wait_for(process, "requests/s: 20")
-        time.sleep(4)
+        wait_for(process, "last answers")
         status, out, err = end(process, signal.SIGINT)
     assert status == 130, err
     assert "at 20 requests/s, while the last answers were awaited" in out
