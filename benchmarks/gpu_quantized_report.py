@@ -1,19 +1,30 @@
-"""Tables of what gpu.py, gpu_memory.py and quantization_quality.py measured of quantization on a GPU:
-FOLDER/*.json → FOLDER/README.md, behind what FOLDER/machine.md says. What is not there has no table.
+"""Tables of what gpu.py, gpu_memory.py and quantization_quality.py measured of quantization on a GPU, or of manyheads
+and vLLM on one machine: FOLDER/*.json → FOLDER/README.md, behind what FOLDER/machine.md says. What is not there has no
+table.
 
     python benchmarks/gpu_quantized_report.py benchmarks/results/gpu_quantized
+    python benchmarks/gpu_quantized_report.py benchmarks/results/gpu_vllm           # and docs/images/gpu-vllm.svg
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gpu_report import plot
+
 SCHEMES = ("half", "fp8", "int8", "int4")
+SYSTEMS = {
+    "manyheads_half": ("manyheads, half precision, Medusa", "C3-"),
+    "manyheads_fp8": ("manyheads, fp8, Medusa", "C1-"),
+    "vllm_plain": ("vLLM, half precision, plain", "C0--"),
+    "vllm_medusa": ("vLLM, half precision, Medusa", "C0-"),
+    "vllm_fp8": ("vLLM, fp8, plain", "C9--"),
+}
 GIB = 2**30
 
 Load = Callable[[str], dict[str, Any]]
@@ -31,8 +42,11 @@ def rows(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def tokens_per_step(row: dict[str, Any]) -> str:
-    """Of a request, its first token aside, which comes with the prompt."""
-    return f"{(row['tokens'] - row['users'] * row['rounds']) / row['counters']['row_steps']:.2f}"
+    """Of a request, its first token aside, which comes with the prompt; of vLLM, what it kept of each draft and one."""
+    counters = row["counters"]
+    if drafts := counters.get("vllm:spec_decode_num_drafts"):
+        return f"{1 + counters['vllm:spec_decode_num_accepted_tokens'] / drafts:.2f}"
+    return f"{(row['tokens'] - row['users'] * row['rounds']) / counters['row_steps']:.2f}"
 
 
 def usual_step(row: dict[str, Any]) -> str:
@@ -46,22 +60,34 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)])
 
 
+def speed(row: dict[str, Any]) -> float:
+    return float(row["decode_tokens_per_s"])
+
+
+def speed_cell(row: dict[str, Any]) -> str:
+    return f"{speed(row):.0f}"
+
+
+def ratio(others: dict[int, dict[str, Any]], row: dict[str, Any]) -> str:
+    return f"{speed(row) / speed(others[row['users']]):.2f}"
+
+
+def cells(
+    users: Iterable[int], name: str, value: Callable[[dict[str, Any]], str], measured: dict[int, dict[str, Any]]
+) -> list[str]:
+    """A line of a table by number of requests."""
+    return [name, *(value(measured[n]) if n in measured else "" for n in users)]
+
+
 def speeds(get: Load) -> str:
     found = {scheme: rows(get(scheme)) for scheme in SCHEMES}
     vllm, bits, half = rows(get("vllm_fp8")), rows(get("bitsandbytes-8bit")), found["half"]
-
-    def line(name: str, value: Callable[[dict[str, Any]], str], measured: dict[int, dict[str, Any]]) -> list[str]:
-        return [name, *(value(measured[n]) if n in measured else "" for n in half)]
-
-    def speed(row: dict[str, Any]) -> float:
-        return float(row["decode_tokens_per_s"])
-
-    def ratio(others: dict[int, dict[str, Any]], row: dict[str, Any]) -> str:
-        return f"{speed(row) / speed(others[row['users']]):.2f}"
-
-    lines = [line(f"{scheme}, tokens/s", lambda row: f"{speed(row):.0f}", found[scheme]) for scheme in SCHEMES]
+    if not half:
+        return ""
+    line = partial(cells, half)
+    lines = [line(f"{scheme}, tokens/s", speed_cell, found[scheme]) for scheme in SCHEMES]
     for name, measured in (("bitsandbytes in 8 bits", bits), ("vLLM, fp8, plain", vllm)):
-        lines += [line(name, lambda row: f"{speed(row):.0f}", measured)] if measured else []
+        lines += [line(name, speed_cell, measured)] if measured else []
     lines += [line(f"{scheme} / half", partial(ratio, half), found[scheme]) for scheme in SCHEMES[1:]]
     if bits:
         lines.append(line("bitsandbytes / half", partial(ratio, half), bits))
@@ -72,8 +98,35 @@ def speeds(get: Load) -> str:
     return table(["requests at once", *map(str, half)], lines)
 
 
+def against_vllm(get: Load) -> str:
+    """Of one machine; draws the plot too."""
+    found = {name: rows(get(name)) for name in SYSTEMS}
+    half, fp8, plain, medusa, vllm_fp8 = found.values()
+    if not half:
+        return ""
+    line = partial(cells, half)
+    better = {n: max(plain[n], medusa[n], key=speed) for n in half}
+    lines = [line(f"{SYSTEMS[name][0]}, tokens/s", speed_cell, measured) for name, measured in found.items()]
+    lines += [
+        line("manyheads / the better of vLLM's, half precision", partial(ratio, better), half),
+        line("manyheads / vLLM, fp8", partial(ratio, vllm_fp8), fp8),
+        line("manyheads, fp8 / half precision", partial(ratio, half), fp8),
+        line("vLLM, Medusa / plain", partial(ratio, plain), medusa),
+    ]
+    for name in ("manyheads_half", "manyheads_fp8", "vllm_medusa"):
+        lines.append(line(f"{SYSTEMS[name][0]}, tokens a step", tokens_per_step, found[name]))
+    for name in ("manyheads_half", "manyheads_fp8"):
+        lines.append(line(f"{SYSTEMS[name][0]}, usual step, ms (nodes)", usual_step, found[name]))
+    ready = "; ".join(f"{title}: {get(name)['ready_s']:.0f} s" for name, (title, _) in SYSTEMS.items())
+    curves = {title: (style, [speed(found[name][n]) for n in half]) for name, (title, style) in SYSTEMS.items()}
+    image = plot("gpu-vllm", list(half), curves, "7B shape, one H200 each, Spec-Bench prompts, greedy")
+    return f"{image}\n{table(['requests at once', *map(str, half)], lines)}\n\nStart to ready: {ready}."
+
+
 def cache(get: Load) -> str:
     pairs = {"half": ("half", "half", "half_kv_fp8"), "fp8": ("fp8", "fp8_long", "fp8_kv_fp8")}
+    if get("long_half"):  # measured alone
+        pairs = {"half": ("long_half", "long_half", "long_half_kv_fp8")}
     lines = []
     for weights, (at_256, long, other) in pairs.items():
         for what, plain, codes in (
@@ -137,7 +190,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     get = partial(load, folder)
     parts = {
-        "Speed": speeds(get),
+        "Speed": speeds(get) or against_vllm(get),
         "K/V cache": cache(get),
         "Quality": quality(get),
         "Greedy replies to 480 prompts, against half precision": agreement(get),

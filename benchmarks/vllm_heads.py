@@ -7,9 +7,9 @@
 2. vLLM's `MedusaProposer` drafts four tokens at every place of greedy replies, from the base's hidden states; these
    are compared with the best candidates of our own reader's heads. They can differ where heads were written out in
    full: tokens that were left out have logit 0 then, which now and then is the largest.
-3. The same drafts are counted as vLLM accepts them, once for replies in which the end token is said like any other, as
-   our engine does when it is not to stop, and once for replies in which it is forbidden, as vLLM's `min_tokens` does.
-   results/gpu/vllm_medusa.json holds how many vLLM drafted on a GPU for the same prompts.
+3. The same drafts are counted as vLLM accepts them. results/gpu_vllm/vllm_medusa.json holds how many vLLM drafted on a
+   GPU for the same prompts, with the model and heads of commit bd074c0; heads that are not those give other counts,
+   and half precision now and then another text.
 
     pip download --no-deps vllm==0.26.0; unzip vllm-0.26.0-*.whl '*.py' -d FOLDER
     python benchmarks/vllm_heads.py FOLDER
@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("vllm", type=Path, help="the folder of the unpacked wheel")
     parser.add_argument("--spec-bench", type=Path, default=SPEC_BENCH)
-    parser.add_argument("--users", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--requests", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_heads.json")
     args = parser.parse_args()
     classes = vllm_classes(args.vllm)
@@ -233,29 +233,28 @@ def main() -> None:
     base = Base.load(BUILTIN, torch.device("cpu"))
     ours = TrainedHeads.of(read_heads(BUILTIN / "heads", ModelConfig.from_folder(BUILTIN)), base.projection.float())
     assert ours.token_map is not None
-    prompts = spec_bench_prompts(BUILTIN, args.spec_bench, TOKENS_IN, max(args.users))
-    end = int(read_json(BUILTIN / "config.json")["eos_token_id"])
+    prompts = spec_bench_prompts(BUILTIN, args.spec_bench, TOKENS_IN, max(args.requests))
     llm = LLM(str(BUILTIN), speculative=False, max_num_seqs=16)
-    recorded = json.loads((ROOT / "benchmarks/results/gpu/vllm_medusa.json").read_text())["rows"]
-    on_gpu = {row["users"]: row["counters"]["vllm:spec_decode_num_drafts"] for row in recorded if "users" in row}
-    result["drafts"] = {"vLLM on a GPU": [on_gpu.get(n) for n in args.users]}
-    compared, equal = 0, [0] * len(proposers)
-    for title, bias in (("end token said", {}), ("end token forbidden", {end: -100.0})):
-        params = SamplingParams(temperature=0.0, max_tokens=TOKENS_OUT, ignore_eos=True, logit_bias=bias)
-        counts = []
-        for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
-            reply = list(output.outputs[0].token_ids)
-            hidden = base.hidden(pack([Answer(prompt, reply)], len(prompt) + len(reply))).float()
-            wanted = torch.stack([ours.token_map[ours.logits(h, hidden).argmax(-1)] for h in range(4)], dim=1)
-            found = [proposer.propose(4, hidden, None) for proposer in proposers]
-            compared += wanted.numel()
-            equal = [n + int((drafts == wanted).sum()) for n, drafts in zip(equal, found, strict=True)]
-            counts.append(drafted(len(prompt), [*prompt, *reply], found[0]))
-        result["drafts"][title] = [sum(counts[:n]) for n in args.users]
-    result |= {"users": args.users, "drafted_tokens": compared}
+    recorded = json.loads((ROOT / "benchmarks/results/gpu_vllm/vllm_medusa.json").read_text())["rows"]
+    on_gpu = {row["users"] * row["rounds"]: row["counters"]["vllm:spec_decode_num_drafts"] for row in recorded}
+    compared, equal, counts = 0, [0] * len(proposers), []
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS_OUT, ignore_eos=True)
+    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+        reply = list(output.outputs[0].token_ids)
+        hidden = base.hidden(pack([Answer(prompt, reply)], len(prompt) + len(reply))).float()
+        wanted = torch.stack([ours.token_map[ours.logits(h, hidden).argmax(-1)] for h in range(4)], dim=1)
+        found = [proposer.propose(4, hidden, None) for proposer in proposers]
+        compared += wanted.numel()
+        equal = [n + int((drafts == wanted).sum()) for n, drafts in zip(equal, found, strict=True)]
+        counts.append(drafted(len(prompt), [*prompt, *reply], found[0]))
+    result["drafts"] = {
+        "vLLM on a GPU": [on_gpu.get(n) for n in args.requests],
+        "here": [sum(counts[:n]) for n in args.requests],
+    }
+    result |= {"requests": args.requests, "drafted_tokens": compared}
     result["equal_to_ours"] = dict(zip(result["read"], equal, strict=True))
     print(f"of {compared} drafted tokens equal to ours: {result['equal_to_ours']}")
-    table(["drafts by requests", *map(str, args.users)], [[key, *row] for key, row in result["drafts"].items()])
+    table(["drafts by requests", *map(str, args.requests)], [[key, *row] for key, row in result["drafts"].items()])
     save(args.out, "vllm", result)
 
 
