@@ -12,10 +12,10 @@ chat: .venv/serve.done         ## the built-in model in this terminal
 
 # a test process for each core: threads that wait must not spin
 test: lint types               ## everything that a change must pass
-	GOMP_SPINCOUNT=1000 $(BIN)/pytest -n auto
+	GOMP_SPINCOUNT=1000 $(BIN)/pytest -n auto --dist worksteal
 
 coverage: .venv/test.done      ## which lines the tests run; takes half as long again
-	GOMP_SPINCOUNT=1000 $(BIN)/pytest --cov=manyheads --cov-report=term:skip-covered
+	GOMP_SPINCOUNT=1000 $(BIN)/pytest -n auto --cov=manyheads --cov-report=term:skip-covered
 
 lint: .venv/test.done
 	$(BIN)/ruff check .
