@@ -4,13 +4,12 @@
 
 The clients take turns (ours, theirs, theirs, ours, …), since a shared machine's speed wanders; medians are compared.
 Both ask for 128 tokens in and 100 out, wait for a settled load before they count, and have one process for the
-requests. The server decodes plainly: with speculation its speed would depend on the clients' different texts. Its
-engine has one thread, so that the clients do not slow it in different ways where cores are few. `--mock` asks a server
-with known delays and two tokens a chunk. guidellm calls our TPOT "inter-token latency".
+requests. The server decodes plainly and without a prefix cache: its speed would depend on the clients' different texts.
+It has the first core to itself, the clients have the others: where cores are few they slow it in different ways.
+`--mock` asks a server with known delays and two tokens a chunk. guidellm calls our TPOT "inter-token latency".
 
-A client that takes more of the processor slows a server on the same machine. So the server's own means are taken from
-its /metrics in each turn, too: how far a client is from them is the client's doing, how far they are from each other is
-what the clients did to the server.
+The server's own means are taken from its /metrics in each turn, too: how far a client is from them is the client's
+doing, how far they are from each other is what the machine and the clients did to the server.
 """
 
 from __future__ import annotations
@@ -117,7 +116,11 @@ def main() -> None:
         if args.mock:
             url = stack.enter_context(running(Script(ttft=0.2, gap=0.02, chunks=50, tokens_per_chunk=2)))
         else:
-            url, _ = stack.enter_context(started("builtin", ["--no-speculative", "--num-threads", "1"]))
+            cores = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {min(cores)})
+            options = ["--no-speculative", "--no-prefix-caching", "--num-threads", "1"]
+            url, _ = stack.enter_context(started("builtin", options))
+            os.sched_setaffinity(0, cores - {min(cores)})
         for users in args.users:
             others: list[float] = []
             server: dict[str, list[list[float]]] = {"manyheads": [], "guidellm": []}
