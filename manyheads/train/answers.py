@@ -37,7 +37,7 @@ def answer_all(
         file: keeps the answers as they come, one JSON line each.
 
     Raises:
-        ConfigError: nothing is left to learn from.
+        ConfigError: no prompt is left or could be answered.
     """
     config = ModelConfig.from_folder(resolve(base))
     longest = min(settings.max_prompt_tokens, config.max_position_embeddings - settings.max_new_tokens)
@@ -50,8 +50,8 @@ def answer_all(
     answers = [answer for answer in known if answer.tokens]
     if len(answers) < len(known):
         progress.say(f"{len(known) - len(answers)} prompts could not be answered: left out")
-    if len(answers) < 2:
-        raise ConfigError(f"{len(answers)} answers are too few to learn from; the data holds {len(prompts)} prompts")
+    if not answers:
+        raise ConfigError(f"there is no answer to any of the {len(prompts)} prompts of the data")
     return answers
 
 

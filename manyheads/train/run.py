@@ -99,7 +99,13 @@ def train(
 
 
 def split(answers: list[Answer], settings: TrainSettings) -> tuple[list[Answer], list[Answer]]:
-    """Answers to learn from, and those to measure with; in an order of the seed's."""
+    """Answers to learn from, and those to measure with; in an order of the seed's.
+
+    Raises:
+        ConfigError: one answer cannot be both.
+    """
+    if len(answers) < 2:
+        raise ConfigError("training needs two answers or more: to learn from, and to measure with")
     order = list(answers)
     random.Random(settings.seed).shuffle(order)
     count = max(1, round(len(order) * settings.held_out))

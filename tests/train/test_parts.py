@@ -28,6 +28,7 @@ from manyheads.train.dataset import Order, ahead, pack
 from manyheads.train.heads import TrainedHeads
 from manyheads.train.loss import chunked, cross_entropy, divergence
 from manyheads.train.prompts import Answer, read_prompts
+from manyheads.train.run import split
 from manyheads.train.trainer import Trainer
 from tests.server.tiny_tokenizer import tiny_tokenizer
 from tests.train.conftest import QUIET, settings
@@ -267,7 +268,10 @@ def test_answers_are_the_same_wherever_a_run_was_broken_off(base: Path, prompts:
     file.write_bytes(b"".join(lines[:3]) + lines[3][:10])
     assert answer_all(str(base), asked, chosen, file, QUIET) == whole
     assert file.read_bytes() == b"".join(lines)
-    with pytest.raises(ConfigError, match="0 answers are too few"):
+    assert answer_all(str(base), asked[2:3], chosen, None, QUIET) == [whole[2]]
+    with pytest.raises(ConfigError, match="two answers or more"):
+        split(whole[:1], chosen)
+    with pytest.raises(ConfigError, match="no answer to any of the 1 prompts"):
         answer_all(str(base), asked[-1:], chosen, None, QUIET)
 
 
