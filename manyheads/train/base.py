@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ def half_precision(device: torch.device) -> contextlib.AbstractContextManager[An
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device, without waiting for what a GPU is doing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar, which --quiet would not reach."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class Base:
@@ -57,7 +72,8 @@ class Base:
             own = ModelConfig.from_folder(folder).dtype
             dtype = torch.bfloat16 if own == torch.float32 else own
         name = register()
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name, local_files_only=True)
+        with _quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name, local_files_only=True)
         return cls(model.to(device=device, dtype=dtype), device, trained)
 
     @property
