@@ -22,7 +22,7 @@ lint: .venv/test.done
 	$(BIN)/ruff format --check .
 
 types: .venv/test.done
-	$(BIN)/mypy -p manyheads
+	$(BIN)/mypy
 
 bench: .venv/bench.done        ## a load test of the built-in model, with its report in bench-report/ (BENCH=... for options)
 	$(BIN)/manyheads bench users --users 1,2,4,8,16 --hold 15 -o bench-report $(BENCH)

@@ -199,7 +199,7 @@ def transformers_system(args: argparse.Namespace) -> tuple[Generate, Any]:
     """transformers' own generate: greedy, with its key/value cache, all else at its defaults."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     pad = model.config.eos_token_id if isinstance(model.config.eos_token_id, int) else 0
 
     def generate(prompt: Prompt) -> dict[str, Any]:

@@ -220,7 +220,8 @@ def spec_bench_prompts(model: Path, file: Path, length: int, count: int) -> list
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    user, assistant, end = (tokenizer.token_to_id(f"<|{name}|>") for name in ("user", "assistant", "end"))
+    vocabulary = tokenizer.get_vocab()
+    user, assistant, end = (vocabulary[f"<|{name}|>"] for name in ("user", "assistant", "end"))
     turns = [json.loads(line)["turns"][0] for line in file.read_text().splitlines()]
     prompts = []
     for i in range(count):

@@ -10,6 +10,7 @@ columns, warps, stages), shares of the columns, microseconds, error.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ def microseconds(run: Callable[[], object], repeats: int = 5) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             run()
-        times = []
+        times: list[float] = []
         for _ in range(repeats + 1):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
@@ -91,7 +92,7 @@ def measure(scheme: str, tokens: int, name: str, weights: list[Arranged], wanted
             y = quantized.multiply(rows, weights[0], splits)
             y = (y if splits == 1 else y.sum(0)).double()
             error = ((y - wanted).norm() / wanted.norm()).item()
-            us = time(lambda x, weight, splits=splits: quantized.multiply(x, weight, splits))
+            us = time(functools.partial(quantized.multiply, splits=splits))
             result["tried"].append([list(blocks)[:5], splits, round(us, 2), error])
         finally:
             quantized._blocks = chosen

@@ -65,7 +65,7 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
             graphs.finish.replay()
         torch.cuda.synchronize()
     for event in profiler.events() or []:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.profiler.DeviceType.CUDA:
             entry = kernels[event.name[:80]]
             entry[0] += 1 / REPLAYS
             entry[1] += event.device_time / REPLAYS

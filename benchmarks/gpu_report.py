@@ -48,7 +48,7 @@ def limit(users: int, steps: dict[str, list[int]], tokens_out: int, *, full: boo
         steps: by tree size, how many steps each prompt takes; of more users, some have the same prompts.
         full: no row ends before the others.
     """
-    counts = {1: [tokens_out - 1] * users}
+    counts: dict[int, list[float]] = {1: [tokens_out - 1] * users}
     for size, taken in steps.items():
         counts[int(size)] = [taken[i % len(taken)] for i in range(users)]
     if full:
@@ -153,7 +153,8 @@ def plot(name: str, users: list[int], curves: dict[str, tuple[str, list[float]]]
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     figure.tight_layout()
-    figure.savefig(ROOT / f"docs/images/{name}.svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same picture from the same figures
+        figure.savefig(ROOT / f"docs/images/{name}.svg", metadata={"Date": None})
     return f"![tokens per second by number of requests](../../../docs/images/{name}.svg)\n"
 
 

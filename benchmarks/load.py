@@ -29,6 +29,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -76,7 +77,8 @@ class Test:
         """The same, longer or shorter."""
 
         durations = {"hold": self.hold, "settle": self.settle, "ramp": self.ramp}
-        return replace(self, **{name: max(1.0, value * pace) for name, value in durations.items() if value})
+        changed: dict[str, Any] = {name: max(1.0, value * pace) for name, value in durations.items() if value}
+        return replace(self, **changed)
 
     @property
     def options(self) -> list[str]:
@@ -321,12 +323,12 @@ FIGURES: dict[str, Callable[[Level], float | None]] = {
     "goodput": lambda v: v.goodput,
     "under way": lambda v: v.in_flight,
     "tokens/s": lambda v: v.output_tokens_per_s,
-    "latency p50 s": lambda v: v.e2e and v.e2e.p50,
-    "p90 s": lambda v: v.e2e and v.e2e.p90,
-    "p99 s": lambda v: v.e2e and v.e2e.p99,
-    "TTFT p50 ms": lambda v: v.ttft and v.ttft.p50 * 1e3,
-    "p99 ms": lambda v: v.ttft and v.ttft.p99 * 1e3,
-    "TPOT p50 ms": lambda v: v.tpot and v.tpot.p50 * 1e3,
+    "latency p50 s": lambda v: v.e2e.p50 if v.e2e else None,
+    "p90 s": lambda v: v.e2e.p90 if v.e2e else None,
+    "p99 s": lambda v: v.e2e.p99 if v.e2e else None,
+    "TTFT p50 ms": lambda v: v.ttft.p50 * 1e3 if v.ttft else None,
+    "p99 ms": lambda v: v.ttft.p99 * 1e3 if v.ttft else None,
+    "TPOT p50 ms": lambda v: v.tpot.p50 * 1e3 if v.tpot else None,
     "tokens/step": lambda v: v.tokens_per_step,
 }
 
@@ -379,7 +381,7 @@ def draw(plan: Plan, found: dict[tuple[str, str], list[Result]], images: Path) -
         return
     loads = sorted({level.load for one in medians for level in one.levels})
     throughput = plots.by_load(medians, "Throughput by users", "output tokens/s", {"": lambda v: v.output_tokens_per_s})
-    latency = plots.by_load(medians, "Median latency by users", "seconds", {"": lambda v: v.e2e and v.e2e.p50})
+    latency = plots.by_load(medians, "Median latency by users", "seconds", {"": lambda v: v.e2e.p50 if v.e2e else None})
     speeds = [level.output_tokens_per_s for one in medians for level in one.levels]
     is_wide = max(speeds) > 100 * min(speeds)  # the slowest would lie on the axis
     for plot in (latency, *([throughput] if is_wide else [])):

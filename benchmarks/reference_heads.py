@@ -24,6 +24,8 @@ from typing import Any
 from common import BUILTIN, ROOT, SPEC_BENCH, Prompt, ReferenceWorker, machine, save, spec_bench, table
 
 from manyheads import LLM, SamplingParams
+from manyheads.medusa.planner import Draft
+from manyheads.medusa.tree import Tree
 
 
 def main() -> None:
@@ -71,12 +73,13 @@ def main() -> None:
 def compare(args: argparse.Namespace, heads: Path, base: Path, prompts: list[Prompt], folder: Path) -> dict[str, Any]:
     """Greedy replies of both systems with these heads."""
     llm = LLM(str(base), heads=str(heads), tree_size=args.nodes, max_num_seqs=1, dtype="float32", tokenizer=BUILTIN)
-    tree = llm.engine.planner.largest(args.nodes)
-    llm.engine.planner.choose = lambda rows, prompt_tokens=0: tree  # type: ignore[method-assign]
+    tree = Tree(llm.engine.planner.draft(args.nodes).tree.choices[: args.nodes])
+    fixed = Draft(tree, tree.num_nodes)
+    llm.engine.planner.choose = lambda rows, prompt_tokens=0: fixed  # type: ignore[method-assign]
     path = folder / "tree.json"
     path.write_text(json.dumps([list(choice) for choice in tree.choices[1:]]))
     worker = ReferenceWorker(args.reference_python, heads, path)
-    raw = []
+    raw: list[dict[str, Any]] = []
     try:
         for prompt in prompts:
             wanted = worker.generate(prompt.token_ids, args.new_tokens)

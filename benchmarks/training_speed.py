@@ -64,7 +64,7 @@ def make_base(args: argparse.Namespace, device: torch.device) -> Base:
     )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register())
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register())  # type: ignore[no-untyped-call]
     return Base(model, device)
 
 

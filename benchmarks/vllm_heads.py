@@ -243,10 +243,10 @@ def main() -> None:
         reply = list(output.outputs[0].token_ids)
         hidden = base.hidden(pack([Answer(prompt, reply)], len(prompt) + len(reply))).float()
         wanted = torch.stack([ours.token_map[ours.logits(h, hidden).argmax(-1)] for h in range(4)], dim=1)
-        found = [proposer.propose(4, hidden, None) for proposer in proposers]
+        offered = [proposer.propose(4, hidden, None) for proposer in proposers]
         compared += wanted.numel()
-        equal = [n + int((drafts == wanted).sum()) for n, drafts in zip(equal, found, strict=True)]
-        counts.append(drafted(len(prompt), [*prompt, *reply], found[0]))
+        equal = [n + int((drafts == wanted).sum()) for n, drafts in zip(equal, offered, strict=True)]
+        counts.append(drafted(len(prompt), [*prompt, *reply], offered[0]))
     result["drafts"] = {
         "vLLM on a GPU": [on_gpu.get(n) for n in args.requests],
         "here": [sum(counts[:n]) for n in args.requests],

@@ -53,7 +53,8 @@ CONFIG = LlamaConfig(
 
 def encode_conversations(talks: list[list[dict[str, str]]], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """(tokens, 1 where the assistant speaks) of each conversation."""
-    special = {role: tokenizer.token_to_id(f"<|{role}|>") for role in ("system", "user", "assistant", "end")}
+    vocabulary = tokenizer.get_vocab()
+    special = {role: vocabulary[f"<|{role}|>"] for role in ("system", "user", "assistant", "end")}
     flat = [message for talk in talks for message in talk]
     encoded = iter(tokenizer.encode_batch([message["content"] for message in flat]))
     result = []
@@ -114,6 +115,7 @@ class Joint(torch.nn.Module):
             wanted = ahead(tokens, mask, NUM_HEADS)[:, :-1].flatten(0, 1)  # [N, 1 + heads], the next token first
             losses = [self._head_loss(h, hidden, wanted[:, h + 1]) for h in range(NUM_HEADS)]
             heads = sum(DISCOUNT**h * value for h, value in enumerate(losses))
+            assert isinstance(heads, Tensor)
         return (loss * weight).sum() / weight.sum().clamp(min=1), heads
 
     def _head_loss(self, h: int, hidden: Tensor, wanted: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ def main() -> None:
     for number, (tokens, masks) in enumerate(epochs):
         model.train()
         losses = []
-        for index in torch.randperm(len(tokens))[: len(tokens) // ROWS * ROWS].to(DEVICE).split(ROWS):
+        for index in torch.randperm(len(tokens))[: len(tokens) // ROWS * ROWS].to(DEVICE).split(ROWS):  # type: ignore[no-untyped-call]
             scale = min((step + 1) / min(150, total / 10), max(0.01, 0.5 * (1 + math.cos(math.pi * step / total))))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -193,7 +195,7 @@ def main() -> None:
         print(log[-1], f"{time.time() - start:.0f} s", flush=True)
     begun = model.heads.weights(torch.float32)
     write_heads(begun, args.out / "heads-begun", base=str(args.out.resolve()), vocab_size=CONFIG.vocab_size)
-    base.half().save_pretrained(args.out)
+    base.half().save_pretrained(args.out)  # type: ignore[no-untyped-call]
     summary = {
         "settings": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
         "parameters": base.num_parameters(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -45,7 +46,8 @@ PROMPTS = [
 def main(folder: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(device).eval()
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -56,7 +58,9 @@ def main(folder: str) -> None:
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=160, eos_token_id=4, pad_token_id=0, **settings
             )
-            print("  -", tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).replace("\n", " / "))
+            answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            assert isinstance(answer, str)
+            print("  -", answer.replace("\n", " / "))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def main() -> None:
         loss = sum(
             torch.nn.functional.cross_entropy(logits[h, 0, : -(2 + h)], ids[0, 2 + h :]) for h in range(args.heads)
         )
-        loss.backward()
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0 or step == args.steps - 1:

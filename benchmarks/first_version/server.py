@@ -102,8 +102,10 @@ def make_app(model: Any, tree: reference.Tree | None, one_at_a_time: bool) -> Fa
         try:
             with guard:
                 reply = reference.Generation("", [], 0)
-                settings = {"temperature": body.temperature, "max_steps": body.max_tokens, "tree": tree}
-                for now in reference.stream(model, prompt_ids, max_new_tokens=body.max_tokens, **settings):
+                most = body.max_tokens
+                for now in reference.stream(
+                    model, prompt_ids, max_new_tokens=most, temperature=body.temperature, max_steps=most, tree=tree
+                ):
                     with counting:
                         tokens += len(now.token_ids) - len(reply.token_ids)
                         steps += 1
