@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--spec-bench", type=Path, default=SPEC_BENCH)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--num-blocks", type=int, default=150, help="pages of 16 tokens")
+    parser.add_argument("--num-blocks", type=int, default=110, help="pages of 16 tokens")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     longest = args.num_blocks * 16 - args.new_tokens
