@@ -25,7 +25,7 @@ from common import BUILTIN, ROOT, SPEC_BENCH, Prompt, ReferenceWorker, machine, 
 
 from manyheads import LLM, SamplingParams
 from manyheads.medusa.planner import Draft
-from manyheads.medusa.tree import Tree
+from manyheads.medusa.tree import grow
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
 def compare(args: argparse.Namespace, heads: Path, base: Path, prompts: list[Prompt], folder: Path) -> dict[str, Any]:
     """Greedy replies of both systems with these heads."""
     llm = LLM(str(base), heads=str(heads), tree_size=args.nodes, max_num_seqs=1, dtype="float32", tokenizer=BUILTIN)
-    tree = Tree(llm.engine.planner.draft(args.nodes).tree.choices[: args.nodes])
+    tree, _ = grow(llm.engine.planner.acceptance.table(), args.nodes)
     fixed = Draft(tree, tree.num_nodes)
     llm.engine.planner.choose = lambda rows, prompt_tokens=0: fixed  # type: ignore[method-assign]
     path = folder / "tree.json"

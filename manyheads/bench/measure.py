@@ -118,11 +118,11 @@ class _Bench:
         """Tell where Ctrl-C ended a run."""
         last = len(outcome.begins) - 1
         stage, (start, end) = outcome.run.stages[last], outcome.window(last)
-        held = max(end - start, 0.0)
         self.interrupted = f"at {stage.load:g} {UNITS[self.options.kind]}"
         if outcome.held:
             self.interrupted += ", while the last answers were awaited"
             return
+        held = max(end - start, 0.0)
         self.interrupted += f", which were held for {held:.3g} of {stage.seconds:g} s"
         if held:
             self.levels[-1].interrupted, self.levels[-1].overloaded = True, False
