@@ -42,9 +42,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyheads.medusa.checkpoint import STATISTICS, HeadWeights, read_heads, split_model
-from manyheads.models.config import ModelConfig, read_json
-from manyheads.models.loader import BUILTIN_FOLDER, read_tensors, tensor_files
+from manyheads.checkpoint import BUILTIN_FOLDER, read_json, read_tensors, tensor_files
+from manyheads.models.config import ModelConfig
+from manyheads.speculation.medusa.checkpoint import STATISTICS, HeadWeights, read_heads, split_model
 
 NOISE = 0.02
 """Standard deviation of the numbers that take no part; that of initial Llama weights."""

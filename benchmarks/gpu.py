@@ -14,8 +14,8 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 `replies`: of 480 greedy replies of 128 tokens, how many are those of another run, which left them in the file that
 --replies names (the first run with that file does).
 
-With --acceptance, candidates are accepted by chance: `manyheads.medusa.planner.DEFAULT_ACCEPTANCE`, which has the shape
-that is published for Vicuna-7B's heads.
+With --acceptance, candidates are accepted by chance: `DEFAULT_ACCEPTANCE`, which has the shape that is published for
+Vicuna-7B's heads.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def accept_by_chance() -> None:
     import torch
 
     from manyheads.engine import graphs, state
-    from manyheads.medusa.planner import DEFAULT_ACCEPTANCE
+    from manyheads.speculation.planner import DEFAULT_ACCEPTANCE
 
     table = torch.tensor(DEFAULT_ACCEPTANCE, device="cuda")  # [depth, rank]
     depths, ranks = table.shape

@@ -19,8 +19,8 @@ from common import BUILTIN, ROOT, SPEC_BENCH, Prompt, machine, save, spec_bench,
 
 from manyheads import LLM, SamplingParams
 from manyheads.bench.plots import Plot
-from manyheads.medusa.checkpoint import read_heads
 from manyheads.models.config import ModelConfig
+from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.train.accuracy import accuracy_table, right_ranks, tokens_per_step
 from manyheads.train.base import Base
 from manyheads.train.dataset import pack

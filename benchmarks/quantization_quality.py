@@ -29,8 +29,8 @@ from transformers import AutoTokenizer
 
 from manyheads import LLM, SamplingParams
 from manyheads.attention.base import Group
-from manyheads.attention.cache import KVCache
 from manyheads.attention.torch import TorchAttention
+from manyheads.kv_cache import KVCache
 from manyheads.models.config import ModelConfig
 from manyheads.models.linear import Linear
 from manyheads.models.llama import Llama
@@ -70,8 +70,8 @@ def score(model: Llama, tokens: list[int], start: int) -> tuple[Tensor, Tensor]:
     """Log-probability of each token from `start` on, and the most likely one in its place: [n] both, on the CPU."""
     config, n, device = model.config, len(tokens), model.device
     pages = -(-n // PAGE)
-    cache = KVCache.zeros(config, pages, PAGE, model.dtype, device)
-    attention = TorchAttention(cache, config, model.rope)
+    cache = KVCache.zeros(config.kv_shape, pages, PAGE, model.dtype, device)
+    attention = TorchAttention(cache, config.num_heads, config.rms_norm_eps, model.rope)
     chain = Group(
         start=0,
         stop=n,

@@ -24,8 +24,8 @@ from typing import Any
 from common import BUILTIN, ROOT, SPEC_BENCH, Prompt, ReferenceWorker, machine, save, spec_bench, table
 
 from manyheads import LLM, SamplingParams
-from manyheads.medusa.planner import Draft
-from manyheads.medusa.tree import grow
+from manyheads.speculation.planner import Draft
+from manyheads.speculation.tree import grow
 
 
 def main() -> None:

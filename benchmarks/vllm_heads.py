@@ -41,9 +41,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from manyheads import LLM, SamplingParams
-from manyheads.medusa.checkpoint import read_heads
-from manyheads.medusa.export import fitting, write_heads
-from manyheads.models.config import ModelConfig, read_json
+from manyheads.checkpoint import read_json
+from manyheads.models.config import ModelConfig
+from manyheads.speculation.medusa.checkpoint import read_heads
+from manyheads.speculation.medusa.export import fitting, write_heads
 from manyheads.train.base import Base
 from manyheads.train.dataset import pack
 from manyheads.train.heads import TrainedHeads

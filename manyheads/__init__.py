@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manyheads.config import ConfigError, EngineConfig
-    from manyheads.llm import LLM
+    from manyheads.frontend.llm import LLM
     from manyheads.request import CompletionOutput, RequestError, RequestOutput, SamplingParams
 
 _HOMES = {
-    "LLM": "llm",
+    "LLM": "frontend.llm",
     "CompletionOutput": "request",
     "ConfigError": "config",
     "EngineConfig": "config",

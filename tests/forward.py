@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import Group
-from manyheads.attention.cache import KVCache
 from manyheads.attention.torch import TorchAttention
-from manyheads.medusa.tree import TreeTensors
+from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
+from manyheads.speculation.tree import TreeTensors
 
 
 @torch.inference_mode()
@@ -17,8 +17,8 @@ def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None)
     """[T] → [T, hidden]; the tokens are a chain if no tree says otherwise."""
     config, n = model.config, len(tokens)
     pages = -(-n // 16)
-    cache = KVCache.zeros(config, pages, 16, model.dtype, torch.device("cpu"))
-    attention = TorchAttention(cache, config, model.rope)
+    cache = KVCache.zeros(config.kv_shape, pages, 16, model.dtype, torch.device("cpu"))
+    attention = TorchAttention(cache, config.num_heads, config.rms_norm_eps, model.rope)
     group = Group(
         start=0,
         stop=n,

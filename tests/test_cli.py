@@ -16,7 +16,7 @@ import pytest
 from manyheads import LLM, EngineConfig
 from manyheads.cli import main
 from manyheads.cli.parser import engine_config, make_parser
-from manyheads.models.loader import CheckpointError
+from manyheads.config import CheckpointError
 from manyheads.server.engine_client import EngineError
 from tests.server.fake_engine import TEXT, FakeEngine
 from tests.server.tiny_tokenizer import tiny_tokenizer
@@ -178,7 +178,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         return LLM(engine=engine, tokenizer=tiny_tokenizer(), **settings)
 
     monkeypatch.setattr("manyheads.cli.generate.LLM", make)
-    monkeypatch.setattr("manyheads.llm.LLM", make)
+    monkeypatch.setattr("manyheads.frontend.llm.LLM", make)
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, data: str | bytes) -> None:

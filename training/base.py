@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from manyheads.medusa.export import write_heads
+from manyheads.speculation.medusa.export import write_heads
 from manyheads.train.dataset import ahead
 from manyheads.train.heads import TrainedHeads
 

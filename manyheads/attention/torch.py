@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.attention.base import Group
-from manyheads.attention.cache import KVCache, Plane
-from manyheads.models.config import ModelConfig
+from manyheads.kv_cache import KVCache, Plane
 from manyheads.models.ops import rms_norm
 
 
@@ -36,15 +35,16 @@ class TorchAttention:
 
     Args:
         cache: of all layers.
-        config: of the model.
+        num_heads: of queries.
+        eps: of the norms of queries and keys, where there are such.
         rope: cos and signed sin, [positions, 1, head_dim].
     """
 
-    def __init__(self, cache: KVCache, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> None:
         self.cache, self.rope = cache, rope
         self.block_size, self.num_kv_heads, self.head_dim = cache.data.shape[3:]
-        self.num_heads, self.eps = config.num_heads, config.rms_norm_eps
-        self.queries_per_kv = config.num_heads // config.num_kv_heads
+        self.num_heads, self.eps = num_heads, eps
+        self.queries_per_kv = num_heads // self.num_kv_heads
         self._layers = cache.layers()
         self._parts: list[_Part] = []
         self._slots = torch.empty(0, dtype=torch.int64, device=cache.device)

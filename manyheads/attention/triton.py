@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import Group
-from manyheads.attention.cache import KVCache
 from manyheads.kernels.attention import choose_splits, tile_sizes, tree_attention
 from manyheads.kernels.fused import rope_store
-from manyheads.models.config import ModelConfig
+from manyheads.kv_cache import KVCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +33,9 @@ class TritonAttention:
     Args: as `TorchAttention`'s.
     """
 
-    def __init__(self, cache: KVCache, config: ModelConfig, rope: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> None:
         self.cache, self.rope, self.device = cache, rope, cache.device
-        self.num_heads, self.num_kv_heads, self.eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
+        self.num_heads, self.num_kv_heads, self.eps = num_heads, cache.data.shape[4], eps
         self._layers = cache.layers()
         on_gpu = self.device.type == "cuda"  # else Triton's interpreter
         self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1

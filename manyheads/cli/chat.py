@@ -103,7 +103,7 @@ def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
 
 
 def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
-    from manyheads.llm import LLM
+    from manyheads.frontend.llm import LLM
 
     config = engine_config(args)
     settings = {name: getattr(config, name) for name in config.__dataclass_fields__}

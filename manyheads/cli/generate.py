@@ -14,8 +14,8 @@ import msgspec
 
 from manyheads.cli.parser import engine_config, sampling_params
 from manyheads.config import ConfigError
+from manyheads.frontend.llm import LLM, Job
 from manyheads.interrupt import between_steps
-from manyheads.llm import LLM, Job
 from manyheads.request import RequestError, SamplingParams
 
 

@@ -10,7 +10,7 @@ from manyheads.config import BUILTIN, ConfigError
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Print what a checkpoint is; 1 if something is wrong with it."""
-    from manyheads.medusa.inspect import inspect_heads
+    from manyheads.speculation.medusa.inspect import inspect_heads
 
     report = inspect_heads(args.heads, args.base)
     width = max(map(len, report.facts))
@@ -23,10 +23,10 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Read heads of any format and write them in another."""
-    from manyheads.medusa.checkpoint import STATISTICS, locate_heads, read_heads, vocab_size
-    from manyheads.medusa.export import read_projection, write_full, write_heads
+    from manyheads.checkpoint import resolve
     from manyheads.models.config import ModelConfig
-    from manyheads.models.loader import resolve
+    from manyheads.speculation.medusa.checkpoint import STATISTICS, locate_heads, read_heads, vocab_size
+    from manyheads.speculation.medusa.export import read_projection, write_full, write_heads
 
     folder, named = locate_heads(args.heads)
     out = Path(args.out)

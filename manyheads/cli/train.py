@@ -38,10 +38,10 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_tree(args: argparse.Namespace) -> int:
     """Measure heads on answers of their base, and write what the planner starts from beside them."""
-    from manyheads.medusa.checkpoint import STATISTICS, locate_heads, read_heads
+    from manyheads.checkpoint import resolve
+    from manyheads.frontend.tokenizer import Tokenizer
     from manyheads.models.config import ModelConfig
-    from manyheads.models.loader import resolve
-    from manyheads.tokenizer import Tokenizer
+    from manyheads.speculation.medusa.checkpoint import STATISTICS, locate_heads, read_heads
     from manyheads.train.accuracy import right_ranks, tokens_per_step, write_statistics
     from manyheads.train.answers import answer_all
     from manyheads.train.base import Base, find_device

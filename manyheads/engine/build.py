@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from manyheads.attention.cache import CODES
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.engine import Engine
@@ -18,15 +17,16 @@ from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limi
 from manyheads.engine.runner import NUM_RANKS, Runner
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.warmup import measure_costs
-from manyheads.medusa.checkpoint import HeadWeights, read_heads, split_model
-from manyheads.medusa.heads import MedusaHeads
-from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, MIN_GAIN, Planner
-from manyheads.medusa.tree import MAX_NODES
+from manyheads.kv_cache import CODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
 from manyheads.models.ops import shortfalls
 from manyheads.quantization.formats import read_format
 from manyheads.request import EngineReady, MemoryUse
+from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads, split_model
+from manyheads.speculation.medusa.heads import MedusaHeads
+from manyheads.speculation.planner import DEFAULT_ACCEPTANCE, MIN_GAIN, Planner
+from manyheads.speculation.tree import MAX_NODES
 
 
 def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> Engine:

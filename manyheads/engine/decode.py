@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.attention.cache import KVCache
 from manyheads.engine.state import RowState
-from manyheads.medusa.planner import SIZES
-from manyheads.medusa.tree import TreeTensors
-from manyheads.medusa.verify import Verdict, agrees, longest_path
+from manyheads.kv_cache import KVCache
 from manyheads.models.ops import has_kernels
+from manyheads.speculation.planner import SIZES
+from manyheads.speculation.tree import TreeTensors
+from manyheads.speculation.verify import Verdict, agrees, longest_path
 
 
 @dataclass(frozen=True, eq=False)

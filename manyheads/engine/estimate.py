@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 
-from manyheads.attention.cache import KVCache
 from manyheads.config import ConfigError
 from manyheads.engine import prompt_graphs
 from manyheads.engine.graphs import ROWS, TREE_ROWS, padded_rows
 from manyheads.engine.memory import Limit
 from manyheads.engine.runner import NUM_RANKS
-from manyheads.medusa.checkpoint import HeadWeights
-from manyheads.medusa.planner import MAX_INFLIGHT, SIZES
-from manyheads.medusa.tree import MAX_NODES
+from manyheads.kv_cache import KVCache
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import POSITION_MARGIN
 from manyheads.models.loader import parameter_shapes
 from manyheads.models.ops import has_kernels
 from manyheads.sizes import format_size
+from manyheads.speculation.medusa.checkpoint import HeadWeights
+from manyheads.speculation.planner import MAX_INFLIGHT, SIZES
+from manyheads.speculation.tree import MAX_NODES
 
 LIBRARY_BYTES = 96 * 2**20
 """On a GPU: cuBLAS's workspaces on two streams (32 MiB each), and scratch of attention that splits long prefixes."""
@@ -100,7 +100,7 @@ class Shape:
     tree_size: int | None = None
     quantization: str | None = None
     kv_dtype: torch.dtype | None = None
-    """Of K/V, one of `attention.cache.CODES`; None is that of activations."""
+    """Of K/V, one of `kv_cache.CODES`; None is that of activations."""
 
     @property
     def num_drawn(self) -> int:
@@ -118,7 +118,7 @@ class Shape:
         return self._page_bytes(self.kv_dtype or self.dtype)
 
     def _page_bytes(self, dtype: torch.dtype) -> int:
-        return KVCache.zeros(self.model, 1, self.block_size, dtype, torch.device("meta")).nbytes
+        return KVCache.zeros(self.model.kv_shape, 1, self.block_size, dtype, torch.device("meta")).nbytes
 
     @property
     def page_cost(self) -> int:

@@ -21,9 +21,9 @@ from manyheads.engine.decode import Trees, expand, gain_sizes, settle
 from manyheads.engine.memory import taken_bytes
 from manyheads.engine.sampler import draw, edits_logits, node_block
 from manyheads.engine.step import Request
-from manyheads.medusa.planner import NO_DRAFT, Draft, Planner
-from manyheads.medusa.tree import Tree, TreeTensors, tree_tensors
 from manyheads.models import ops
+from manyheads.speculation.planner import NO_DRAFT, Draft, Planner
+from manyheads.speculation.tree import Tree, TreeTensors, tree_tensors
 
 if TYPE_CHECKING:
     from manyheads.engine.runner import Runner

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Group
-from manyheads.attention.cache import KVCache
 from manyheads.attention.torch import TorchAttention
 from manyheads.engine.decode import InFlight, Trees, advance, chain, expand, gain_sizes, last_token, settle, verify
 from manyheads.engine.graphs import Recorder, StepGraphs
@@ -21,12 +20,13 @@ from manyheads.engine.prompt_graphs import PromptGraphs
 from manyheads.engine.sampler import NodeBlock, draw, node_block
 from manyheads.engine.state import RowState, has_penalties
 from manyheads.engine.step import Chunk, Request, RowResult, StepPlan, StepResult
-from manyheads.medusa.heads import MedusaHeads
-from manyheads.medusa.tree import ROOT, tree_tensors
-from manyheads.medusa.verify import Verdict, agrees, typical
+from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
 from manyheads.models.ops import has_kernels
 from manyheads.request import TokenLogprobs
+from manyheads.speculation.medusa.heads import MedusaHeads
+from manyheads.speculation.tree import ROOT, tree_tensors
+from manyheads.speculation.verify import Verdict, agrees, typical
 
 NUM_RANKS = 10
 """Candidates kept of each head."""
@@ -86,7 +86,7 @@ class Runner:
         num_rows: most requests at once.
         max_len: longest sequence, in tokens.
         num_blocks, block_size: shape of the K/V cache; page 0 is the dummy page.
-        kv_dtype: of the K/V cache, one of `attention.cache.CODES` or the model's; None is the model's.
+        kv_dtype: of the K/V cache, one of `kv_cache.CODES` or the model's; None is the model's.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Runner:
         config = model.config
         self.num_ranks = min(NUM_RANKS, heads.num_tokens if heads else config.vocab_size)
         self.max_len = max_len
-        self.cache = KVCache.zeros(config, num_blocks, block_size, kv_dtype or model.dtype, self.device)
+        self.cache = KVCache.zeros(config.kv_shape, num_blocks, block_size, kv_dtype or model.dtype, self.device)
         self.attention = _attention(self.cache, model)
         num_heads = heads.num_heads if heads else 0
         self.state = RowState(num_rows, max_len, block_size, num_heads, self.num_ranks, config.vocab_size, self.device)
@@ -309,8 +309,8 @@ def _attention(cache: KVCache, model: Llama) -> AttentionBackend:
     if has_kernels(cache.device):
         from manyheads.attention.triton import TritonAttention
 
-        return TritonAttention(cache, model.config, model.rope)
-    return TorchAttention(cache, model.config, model.rope)
+        return TritonAttention(cache, model.config.num_heads, model.config.rms_norm_eps, model.rope)
+    return TorchAttention(cache, model.config.num_heads, model.config.rms_norm_eps, model.rope)
 
 
 def _count_hits(result: StepResult, tokens: list[int], candidates: list[int], num_ranks: int) -> None:

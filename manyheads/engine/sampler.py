@@ -15,7 +15,7 @@ from torch import Tensor
 from manyheads.engine.decode import Trees
 from manyheads.engine.state import RowState, has_penalties
 from manyheads.engine.step import Request
-from manyheads.medusa.tree import TreeTensors
+from manyheads.speculation.tree import TreeTensors
 
 _MASK32 = 0xFFFFFFFF
 

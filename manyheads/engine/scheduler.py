@@ -6,8 +6,8 @@ from collections import deque
 
 from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.step import Chunk, Request, StepPlan
-from manyheads.medusa.planner import Planner
 from manyheads.request import QueueFull
+from manyheads.speculation.planner import Planner
 
 
 class Unsettled(Exception):

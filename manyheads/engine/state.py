@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from manyheads.engine.step import Request
-from manyheads.medusa.tree import MAX_NODES
 from manyheads.models.ops import has_kernels
+from manyheads.speculation.tree import MAX_NODES
 
 
 class RowState:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from manyheads.engine.block_manager import BlockTable
-from manyheads.medusa.planner import NO_DRAFT, Draft
 from manyheads.request import EngineRequest, SamplingParams, TokenLogprobs
+from manyheads.speculation.planner import NO_DRAFT, Draft
 
 
 @dataclass(eq=False)

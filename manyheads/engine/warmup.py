@@ -9,8 +9,8 @@ from manyheads.engine.block_manager import DUMMY_BLOCK, BlockTable
 from manyheads.engine.graphs import TREE_ROWS, padded_rows
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Request, StepPlan
-from manyheads.medusa.planner import CostTable, Planner
 from manyheads.request import SamplingParams
+from manyheads.speculation.planner import CostTable, Planner
 
 CONTEXT = 192
 """Cached tokens of each row while measuring."""

@@ -133,7 +133,7 @@ def tree_attention(
             very different lengths are better given to two calls.
         num_splits: programs that share a row's positions; above 1, their results meet in scratch.
         k_scale, v_scale: [pages, page size, KV] float32, any strides; both or neither: the cache is of codes, to be
-            multiplied with these (`attention.cache`).
+            multiplied with these (`kv_cache`).
         out: [T, H, d], written to and returned.
         scratch: float32, contiguous, at least `scratch_numel` elements.
 

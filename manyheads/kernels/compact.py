@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.attention.cache import KVCache, as_bytes
 from manyheads.kernels.launch import begin, dependent
+from manyheads.kv_cache import KVCache, as_bytes
 
 _BLOCK = 1024
 

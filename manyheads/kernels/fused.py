@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.attention.cache import LARGEST, SMALLEST
 from manyheads.kernels.launch import begin, dependent
 from manyheads.kernels.rows import QuantizedRows, empty_rows, store_row, where_to
+from manyheads.kv_cache import LARGEST, SMALLEST
 
 _HEADS_A_PROGRAM = 8
 _BLOCK = 1024
@@ -105,7 +105,7 @@ def rope_store(
         num_heads: H.
         q_weight, k_weight: [d], both or neither: per-head RMS norms before the rotation (Qwen3).
         k_scale, v_scale: [pages, page size, KV] float32, the last dimension contiguous; both or neither: the cache is
-            of codes (`attention.cache`), and these are written beside them.
+            of codes (`kv_cache`), and these are written beside them.
 
     Returns:
         [T, H, d], the rotated q.

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.attention.cache import KVCache
 from manyheads.engine.decode import Trees
 from manyheads.engine.state import RowState
 from manyheads.kernels.compact import compact
 from manyheads.kernels.launch import begin, dependent
+from manyheads.kv_cache import KVCache
 
 
 def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from manyheads.engine.decode import InFlight, Trees
 from manyheads.engine.state import RowState
 from manyheads.kernels.launch import begin, dependent
-from manyheads.medusa.tree import TreeTensors
+from manyheads.speculation.tree import TreeTensors
 
 _CHUNK = 4096
 """Values that a program reads at once."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from manyheads.checkpoint import read_json
 from manyheads.config import ConfigError
+from manyheads.kv_cache import KVShape
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """What a token keeps of K/V."""
+        return KVShape(self.num_layers, self.num_kv_heads, self.head_dim)
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -140,16 +146,3 @@ def _rope(raw: dict[str, Any], folder: Path) -> tuple[float, RopeScaling | None]
         raise ConfigError(f"{folder / 'config.json'}: rope scaling {kind!r} needs a factor")
     known = RopeScaling.__dataclass_fields__.keys() - {"kind"}
     return theta, RopeScaling(kind=kind, **{key: parameters[key] for key in known if key in parameters})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConfigError saying what is wrong with it."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    return value

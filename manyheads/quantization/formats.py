@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.checkpoint import read_json
 from manyheads.config import CheckpointError, ConfigError
-from manyheads.models.config import read_json
 from manyheads.quantization.weight import QuantizedWeight
 
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import TokenLogprobs
-from manyheads.tokenizer import Tokenizer
 
 LEAST = -9999.0
 """Stands for minus infinity, which JSON does not have."""

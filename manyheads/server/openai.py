@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from manyheads.output import SequenceOutput, TextDelta
+from manyheads.frontend.output import SequenceOutput, TextDelta
 from manyheads.request import FinishReason
 from manyheads.server.logprobs import ChatLogprobs, CompletionLogprobs
 from manyheads.server.schemas import ChatRequest, CompletionRequest

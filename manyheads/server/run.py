@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady
 from manyheads.server.app import create_app
 from manyheads.server.engine_client import EngineClient, EngineError
@@ -22,7 +23,6 @@ from manyheads.server.engine_process import BUILD_ENGINE
 from manyheads.server.limits import MAX_BODY_BYTES
 from manyheads.server.service import Service
 from manyheads.sizes import format_size
-from manyheads.tokenizer import Tokenizer
 
 DRAIN_SECONDS = 2.0
 """How long running requests may go on after Ctrl-C; then they are aborted, each with an answer."""
@@ -147,7 +147,7 @@ async def _start(client: EngineClient, config: EngineConfig, options: ServerConf
     tokenizer: asyncio.Future[Tokenizer] = loop.create_future()
 
     def load() -> None:
-        from manyheads.llm import tokenizer_folder
+        from manyheads.frontend.llm import tokenizer_folder
 
         try:
             result = Tokenizer.load(tokenizer_folder(config), options.chat_template)

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from manyheads.output import SequenceOutput, TextDelta, child_params
+from manyheads.frontend.output import SequenceOutput, TextDelta, child_params
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady, EngineRequest, QueueFull, RequestDelta, RequestError, SamplingParams
 from manyheads.server.engine_client import DeltaQueue, EngineClient, EngineError
 from manyheads.server.errors import ApiError
 from manyheads.server.metrics import Metrics, SequenceTimer
-from manyheads.tokenizer import Tokenizer
 
 T = TypeVar("T")
 INLINE_CHARACTERS = 4000

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from manyheads.checkpoint import resolve
 from manyheads.config import ConfigError
-from manyheads.llm import LLM
+from manyheads.frontend.llm import LLM
 from manyheads.models.config import ModelConfig
-from manyheads.models.loader import resolve
 from manyheads.request import SamplingParams
 from manyheads.train.progress import Progress
 from manyheads.train.prompts import Answer

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.config import ConfigError
-from manyheads.medusa.checkpoint import HeadWeights
+from manyheads.speculation.medusa.checkpoint import HeadWeights
 
 
 class TrainedHeads(nn.Module):

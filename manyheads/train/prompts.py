@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from manyheads.config import ConfigError
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import RequestError
-from manyheads.tokenizer import Tokenizer
 
 ROLES = {"human": "user", "gpt": "assistant"}
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from manyheads.checkpoint import read_json, resolve
 from manyheads.config import BUILTIN, ConfigError
-from manyheads.medusa.checkpoint import HeadWeights, locate_heads, read_heads
-from manyheads.medusa.export import replace, write_heads, write_json
-from manyheads.models.config import ModelConfig, read_json
-from manyheads.models.loader import resolve
-from manyheads.tokenizer import Tokenizer
+from manyheads.frontend.tokenizer import Tokenizer
+from manyheads.models.config import ModelConfig
+from manyheads.speculation.medusa.checkpoint import HeadWeights, locate_heads, read_heads
+from manyheads.speculation.medusa.export import replace, write_heads, write_json
 from manyheads.train.accuracy import accuracy_table, right_ranks, write_statistics
 from manyheads.train.answers import answer_all, append_answers
 from manyheads.train.base import Base, find_device

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from manyheads.config import ConfigError
-from manyheads.medusa.export import replace
+from manyheads.speculation.medusa.export import replace
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Group
-from manyheads.attention.cache import CODES, KVCache, quantize
 from manyheads.attention.torch import TorchAttention
-from manyheads.medusa.tree import ROOT, Tree, grow, tree_tensors
-from manyheads.models.config import ModelConfig
+from manyheads.kv_cache import CODES, KVCache, quantize
+from manyheads.speculation.tree import ROOT, Tree, grow, tree_tensors
 from tests.kernels import INTERPRETED
-from tests.tiny import model_config
 
 torch.set_num_threads(1)
 
@@ -174,17 +172,6 @@ def rotation() -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
-def config_of(heads: int, kv_heads: int) -> ModelConfig:
-    return model_config(
-        hidden_size=heads * DIM,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=DIM,
-        rms_norm_eps=EPS,
-        max_position_embeddings=POSITIONS,
-    )
-
-
 def step(
     rows: list[Rows],
     heads: int = 4,
@@ -217,7 +204,7 @@ def step(
         start = groups[-1].stop
     q, k, v = (torch.randn(start, h, DIM, generator=random) for h in (heads, kv_heads, kv_heads))
     weights = (torch.randn(DIM, generator=random) + 1, torch.randn(DIM, generator=random) + 1) if norms else None
-    backend = backend_class(cache, config_of(heads, kv_heads), rope or no_rotation())
+    backend = backend_class(cache, heads, EPS, rope or no_rotation())
     return Step(backend, rows, groups, torch.tensor(positions), torch.tensor(slots), before, q, k, v, weights)
 
 

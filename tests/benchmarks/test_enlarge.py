@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from manyheads import LLM, SamplingParams
-from manyheads.medusa.checkpoint import read_heads
-from manyheads.medusa.heads import MedusaHeads
+from manyheads.checkpoint import BUILTIN_FOLDER, tensor_files
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
-from manyheads.models.loader import BUILTIN_FOLDER, load_model, tensor_files
-from manyheads.tokenizer import Tokenizer
+from manyheads.models.loader import load_model
+from manyheads.speculation.medusa.checkpoint import read_heads
+from manyheads.speculation.medusa.heads import MedusaHeads
 from tests.forward import hidden_states
 
 torch.set_num_threads(1)

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyheads.attention.cache import CODES, KVCache
 from manyheads.engine.decode import Trees, advance, chain, expand, last_token, verify
 from manyheads.engine.state import RowState
-from manyheads.medusa.tree import ROOT, Choice, Tree, tree_tensors
-from manyheads.medusa.verify import Verdict
+from manyheads.kv_cache import CODES, KVCache
+from manyheads.speculation.tree import ROOT, Choice, Tree, tree_tensors
+from manyheads.speculation.verify import Verdict
 from tests.kernels import DEVICE
 
 CPU = torch.device("cpu")

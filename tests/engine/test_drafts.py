@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
-from manyheads.medusa.planner import NO_DRAFT, CostTable, Draft
 from manyheads.request import EngineRequest
+from manyheads.speculation.planner import NO_DRAFT, CostTable, Draft
 from tests.tiny import VOCAB
 
 
@@ -19,7 +19,7 @@ def test_a_step_before_the_heads_have_spoken_says_nothing_of_them(
     folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside prompts trees do not pay here, so the first trees after one have no candidates yet."""
-    monkeypatch.setattr("manyheads.medusa.planner.REGROW_EVERY", 2)  # what was learnt shows at once
+    monkeypatch.setattr("manyheads.speculation.planner.REGROW_EVERY", 2)  # what was learnt shows at once
     config = EngineConfig(model=str(folder), dtype="float32", num_threads=1, max_num_seqs=8, max_num_batched_tokens=16)
     engine = build_engine(config)
     planner = engine.planner

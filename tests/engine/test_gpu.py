@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from manyheads import EngineConfig, SamplingParams
+from manyheads.checkpoint import BUILTIN_FOLDER
 from manyheads.engine.build import build_engine
-from manyheads.models.loader import BUILTIN_FOLDER
 from manyheads.request import EngineRequest
 
 

@@ -18,8 +18,8 @@ from manyheads.engine import decode, state
 from manyheads.engine.graphs import ROWS, TREE_ROWS, Recorder, StepGraphs, padded_rows
 from manyheads.engine.prompt_graphs import PromptGraphs
 from manyheads.engine.runner import Runner
-from manyheads.medusa.planner import Planner
 from manyheads.models import ops
+from manyheads.speculation.planner import Planner
 from tests.engine.test_exactness import engine, prompts, run
 from tests.kernels import INTERPRETED
 

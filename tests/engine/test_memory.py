@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
-from manyheads.attention.cache import CODES
+from manyheads.checkpoint import BUILTIN_FOLDER
 from manyheads.config import ConfigError
 from manyheads.engine import memory
 from manyheads.engine.build import _kv_dtype, build_engine
@@ -24,8 +24,9 @@ from manyheads.engine.estimate import HeadsShape, Shape, weights_bytes
 from manyheads.engine.memory import Limit, base_bytes
 from manyheads.engine.runner import Runner
 from manyheads.engine.state import RowState
+from manyheads.kv_cache import CODES
 from manyheads.models.config import ModelConfig
-from manyheads.models.loader import BUILTIN_FOLDER, load_model
+from manyheads.models.loader import load_model
 from manyheads.request import EngineRequest
 from tests.tiny import model_config
 

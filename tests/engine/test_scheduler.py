@@ -16,8 +16,6 @@ from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.engine import Engine
 from manyheads.engine.scheduler import Scheduler, Unsettled
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
-from manyheads.medusa.planner import SIZES, Draft, Planner
-from manyheads.medusa.tree import Choice, Tree
 from manyheads.request import (
     EngineReady,
     EngineRequest,
@@ -27,6 +25,8 @@ from manyheads.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from manyheads.speculation.planner import SIZES, Draft, Planner
+from manyheads.speculation.tree import Choice, Tree
 
 VOCAB, EOS = 7, 0
 HEADS, RANKS = 3, 3

@@ -11,7 +11,7 @@ import torch
 
 from manyheads.engine import warmup
 from manyheads.engine.step import StepPlan
-from manyheads.medusa.planner import DEFAULT_ACCEPTANCE, CostTable, Planner
+from manyheads.speculation.planner import DEFAULT_ACCEPTANCE, CostTable, Planner
 
 
 class Clock:

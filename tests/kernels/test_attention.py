@@ -11,8 +11,8 @@ from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
 
 pytest.importorskip("triton")
 
-from manyheads.attention.cache import CODES, quantize
 from manyheads.kernels.attention import choose_splits, scratch_numel, tile_sizes, tree_attention
+from manyheads.kv_cache import CODES, quantize
 
 KV_DTYPES = ["auto", *CODES]
 TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # whose tl.dot multiplies bfloat16's bits

@@ -9,9 +9,9 @@ from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
 
 pytest.importorskip("triton")
 
-from manyheads.attention.cache import CODES, KVCache, quantize
 from manyheads.kernels.fused import add_rms_norm, head_input, rms_norm, rope_store, silu_mul
 from manyheads.kernels.rows import quantize_rows
+from manyheads.kv_cache import CODES, KVCache, quantize
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDED = TYPES[:2] if INTERPRETED else TYPES  # the interpreter does not round to bfloat16 but cuts it off

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyheads.attention.cache import KVCache
 from manyheads.engine import decode
 from manyheads.engine.decode import Trees
 from manyheads.engine.state import RowState
-from manyheads.medusa.tree import ROOT, Choice, Tree, TreeTensors, tree_tensors
+from manyheads.kv_cache import KVCache
+from manyheads.speculation.tree import ROOT, Choice, Tree, TreeTensors, tree_tensors
 from tests.kernels import DEVICE
 
 pytest.importorskip("triton")

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from manyheads.config import ConfigError
-from manyheads.medusa.tree import TreeTensors
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
 from manyheads.models.loader import load_model
+from manyheads.speculation.tree import TreeTensors
 from tests.forward import logits
 
 torch.set_num_threads(1)

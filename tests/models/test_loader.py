@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from manyheads.config import BUILTIN, ConfigError
+from manyheads.checkpoint import BUILTIN_FOLDER, read_tensors, resolve, tensor_files
+from manyheads.config import BUILTIN, CheckpointError, ConfigError
 from manyheads.models.config import ModelConfig
-from manyheads.models.loader import BUILTIN_FOLDER, CheckpointError, load_model, read_tensors, resolve, tensor_files
+from manyheads.models.loader import load_model
 from tests.forward import logits
 
 torch.set_num_threads(1)

@@ -8,13 +8,13 @@ import sys
 from unittest.mock import patch
 
 from manyheads.cli import main
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.server import run
-from manyheads.tokenizer import Tokenizer
 from tests.server.tiny_tokenizer import tiny_tokenizer
 
 if __name__ == "__main__":
     if "FAKE_TOKENIZER" in os.environ:  # loading a real one takes seconds
-        patch("manyheads.llm.tokenizer_folder").start()
+        patch("manyheads.frontend.llm.tokenizer_folder").start()
         patch.object(Tokenizer, "load", lambda *_: tiny_tokenizer()).start()
     run.serve = functools.partial(run.serve, build="tests.server.fake_engine:build")
     sys.exit(main(["serve", *sys.argv[1:]]))

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from manyheads import ConfigError
-from manyheads.medusa.checkpoint import HeadWeights
-from manyheads.medusa.heads import MedusaHeads
-from manyheads.medusa.tree import grow
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.speculation.medusa.checkpoint import HeadWeights
+from manyheads.speculation.medusa.heads import MedusaHeads
+from manyheads.speculation.tree import grow
 from manyheads.train.accuracy import NUM_RANKS, accuracy_table, right_ranks, tokens_per_step
 from manyheads.train.answers import answer_all
 from manyheads.train.attention import packed_attention
@@ -300,7 +300,8 @@ def test_weights_of_heads_that_own_nothing_say_so() -> None:
 
 def test_serving_imports_no_training() -> None:
     code = (
-        "import sys, manyheads.server.app, manyheads.server.engine_process, manyheads.engine.build, manyheads.llm;"
+        "import sys, manyheads.server.app, manyheads.server.engine_process, manyheads.engine.build;"
+        "import manyheads.frontend.llm;"
         "sys.exit(any(name.startswith('manyheads.train') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

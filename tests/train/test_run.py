@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from manyheads import LLM, ConfigError, SamplingParams
 from manyheads.cli import main
-from manyheads.medusa.checkpoint import read_heads
 from manyheads.models.config import ModelConfig
+from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.train import trainer
 from manyheads.train.run import train
 from tests.train.conftest import QUIET, settings

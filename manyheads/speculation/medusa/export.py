@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyheads.config import ConfigError
-from manyheads.medusa.checkpoint import HEAD_FILES, STATISTICS, HeadWeights
-from manyheads.models.config import read_json
-from manyheads.models.loader import IGNORED_PREFIXES, CheckpointError, read_tensors, tensor_files
+from manyheads.checkpoint import read_json, read_tensors, tensor_files
+from manyheads.config import CheckpointError, ConfigError
+from manyheads.models.loader import IGNORED_PREFIXES
+from manyheads.speculation.medusa.checkpoint import HEAD_FILES, STATISTICS, HeadWeights
 
 FORMATS = ("manyheads", "reference", "reference-full", "tgi", "vllm")
 State = dict[str, Tensor]

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyheads.config import ConfigError
-from manyheads.medusa.checkpoint import HeadWeights, read_heads, split_model
-from manyheads.models.loader import CheckpointError
+from manyheads.config import CheckpointError, ConfigError
+from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads, split_model
 
 HIDDEN, VOCAB, HEADS, LAYERS = 4, 11, 3, 2
 CONFIG: Any = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)

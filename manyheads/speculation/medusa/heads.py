@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyheads.medusa.checkpoint import HeadWeights
 from manyheads.models import ops
 from manyheads.models.linear import Linear
 from manyheads.models.llama import Llama
 from manyheads.quantization.scheme import compress, compress_vocabulary
+from manyheads.speculation.medusa.checkpoint import HeadWeights
 
 
 class MedusaHeads:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.medusa.tree import TreeTensors
+from manyheads.speculation.tree import TreeTensors
 
 
 @dataclass(frozen=True, eq=False)

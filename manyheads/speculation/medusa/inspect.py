@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from manyheads.config import ConfigError
-from manyheads.medusa.checkpoint import STATISTICS, HeadWeights, locate_heads, read_heads, vocab_size
-from manyheads.models.config import ModelConfig, read_json
-from manyheads.models.loader import CheckpointError, resolve
+from manyheads.checkpoint import read_json, resolve
+from manyheads.config import CheckpointError, ConfigError
+from manyheads.models.config import ModelConfig
+from manyheads.speculation.medusa.checkpoint import STATISTICS, HeadWeights, locate_heads, read_heads, vocab_size
 
 
 @dataclass

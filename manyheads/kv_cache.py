@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.models.config import ModelConfig
-
 CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Largest codes. Nothing rounds to int8's -128."""
@@ -28,6 +26,15 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.int8:
         codes = codes.add_(0.5).floor_()
     return codes.to(dtype), scale
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a token keeps of K/V: so many layers of so many heads of so many numbers, keys and values each."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +74,11 @@ class KVCache:
     """[layers, 2, pages, page size, kv_heads] float32, to multiply codes with; None: data are no codes."""
 
     @classmethod
-    def zeros(
-        cls, model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
+    def zeros(cls, kept: KVShape, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """An empty cache in the model's type, or of codes in one of `CODES`."""
-        shape = (model.num_layers, 2, num_pages, page_size, model.num_kv_heads)
+        shape = (kept.num_layers, 2, num_pages, page_size, kept.num_kv_heads)
         scale = torch.zeros(shape, dtype=torch.float32, device=device) if dtype in LARGEST else None
-        return cls(torch.zeros((*shape, model.head_dim), dtype=dtype, device=device), scale)
+        return cls(torch.zeros((*shape, kept.head_dim), dtype=dtype, device=device), scale)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from manyheads.frontend.tokenizer import Detokenizer, Tokenizer
 from manyheads.request import (
     CompletionOutput,
     ErrorKind,
@@ -14,7 +15,6 @@ from manyheads.request import (
     SamplingParams,
     TokenLogprobs,
 )
-from manyheads.tokenizer import Detokenizer, Tokenizer
 
 
 class TextDelta(msgspec.Struct, kw_only=True):

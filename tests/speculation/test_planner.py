@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.medusa.planner import (
+from manyheads.speculation.planner import (
     DEFAULT_ACCEPTANCE,
     GAINS_WINDOW,
     MAX_INFLIGHT,
@@ -22,7 +22,7 @@ from manyheads.medusa.planner import (
     Draft,
     Planner,
 )
-from manyheads.medusa.tree import MAX_NODES, Tree
+from manyheads.speculation.tree import MAX_NODES, Tree
 
 
 def planner(fixed: float, per_token: float, rows: int = 1) -> Planner:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from manyheads.config import BUILTIN, ConfigError, EngineConfig
-from manyheads.output import SequenceOutput, child_params
+from manyheads.frontend.output import SequenceOutput, child_params
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import (
     EngineRequest,
     QueueFull,
@@ -19,7 +20,6 @@ from manyheads.request import (
     RequestOutput,
     SamplingParams,
 )
-from manyheads.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from manyheads.engine.engine import Engine
@@ -281,7 +281,7 @@ class Job:
 
 def tokenizer_folder(config: EngineConfig) -> Path:
     """The local folder with the tokenizer of a model: the base model's."""
-    from manyheads.medusa.checkpoint import split_model
+    from manyheads.speculation.medusa.checkpoint import split_model
 
     return split_model(config.model, config.heads)[0]
 

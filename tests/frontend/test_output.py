@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.output import SequenceOutput, StopScanner, child_params
+from manyheads.frontend.output import SequenceOutput, StopScanner, child_params
 from manyheads.request import RequestDelta, SamplingParams, TokenLogprobs
 from tests.server.tiny_tokenizer import tiny_tokenizer
 

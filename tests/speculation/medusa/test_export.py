@@ -18,10 +18,10 @@ from manyheads import LLM, SamplingParams
 from manyheads.cli import main
 from manyheads.cli.heads_options import FORMATS as OFFERED
 from manyheads.config import ConfigError
-from manyheads.medusa.checkpoint import HeadWeights, read_heads
-from manyheads.medusa.export import FORMATS, read_projection, write_heads
-from manyheads.medusa.inspect import inspect_heads
 from manyheads.models.config import ModelConfig
+from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads
+from manyheads.speculation.medusa.export import FORMATS, read_projection, write_heads
+from manyheads.speculation.medusa.inspect import inspect_heads
 from tests.server.tiny_tokenizer import tiny_tokenizer
 from tests.tiny import HEADS, HIDDEN, VOCAB, save_model
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from manyheads.medusa.tree import MAX_NODES, ROOT, Tree, grow
+from manyheads.speculation.tree import MAX_NODES, ROOT, Tree, grow
 
 SIZES = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Nodes a row, on average over a step's rows, that are considered."""

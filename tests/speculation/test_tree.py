@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.medusa.tree import MAX_NODES, ROOT, Choice, Tree, grow, tree_tensors
+from manyheads.speculation.tree import MAX_NODES, ROOT, Choice, Tree, grow, tree_tensors
 
 CPU = torch.device("cpu")
 RANKS = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3)

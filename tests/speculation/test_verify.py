@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from manyheads.medusa.tree import ROOT, Tree, grow, tree_tensors
-from manyheads.medusa.verify import Verdict, agrees, longest_path, typical
+from manyheads.speculation.tree import ROOT, Tree, grow, tree_tensors
+from manyheads.speculation.verify import Verdict, agrees, longest_path, typical
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.models.config import ModelConfig, read_json
-from manyheads.models.loader import CheckpointError, read_tensors, resolve, tensor_files
+from manyheads.checkpoint import read_json, read_tensors, resolve, tensor_files
+from manyheads.config import CheckpointError
+from manyheads.models.config import ModelConfig
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 STATISTICS = "tree_statistics.json"

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyheads.medusa.checkpoint import HeadWeights
-from manyheads.medusa.heads import MedusaHeads
 from manyheads.models.linear import Linear
+from manyheads.speculation.medusa.checkpoint import HeadWeights
+from manyheads.speculation.medusa.heads import MedusaHeads
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,104 @@
+"""Finding and reading the files of a checkpoint, whatever is in it: a model, Medusa heads, a drafter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from manyheads.config import BUILTIN, CheckpointError, ConfigError
+
+BUILTIN_FOLDER = Path(__file__).resolve().parent / "builtin" / "model"
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.pt", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+
+
+def resolve(model: str) -> Path:
+    """The folder of a model: `builtin`, a local folder, or a hub id that is downloaded (or found in the cache).
+
+    Raises:
+        ConfigError: saying what to do.
+    """
+    if model == BUILTIN:
+        return BUILTIN_FOLDER
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ConfigError(f"{model!r} is no folder; give a local folder, a hub id (name/model) or {BUILTIN!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=["original/*", "consolidated*"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{model!r} is no local folder and could not be had from the hub ({reason}). Check the name and the "
+            f"network; for a gated model log in with `hf auth login`; or use the built-in model: {BUILTIN!r}"
+        ) from error
+    return Path(files)
+
+
+def tensor_files(folder: Path, stem: str = "model", pickle_stem: str = "pytorch_model") -> list[Path]:
+    """The files of a checkpoint: single or sharded, safetensors before pickles.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
+    for name in (f"{stem}.safetensors", f"{pickle_stem}.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index} has no weight_map")
+            shards = sorted({str(shard) for shard in weight_map.values()})
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise CheckpointError(f"{index} names {missing[0]}, which is not there")
+            return [folder / shard for shard in shards]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise CheckpointError(f"{folder} holds no weights ({stem}.safetensors or {pickle_stem}.bin, single or sharded)")
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (key, tensor) of a safetensors or pickle file; code in a pickle is refused, not run.
+
+    Raises:
+        CheckpointError: the file is damaged or holds something else than tensors.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    yield key, file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as plain tensors ({reason}); nothing in it was run") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
+        raise CheckpointError(f"{path} holds no plain dictionary of tensors")
+    yield from state.items()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ConfigError saying what is wrong with it."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return value
