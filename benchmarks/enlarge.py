@@ -43,7 +43,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from manyheads.checkpoint import BUILTIN_FOLDER, read_json, read_tensors, tensor_files
-from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import STATISTICS, HeadWeights, read_heads, split_model
 
 NOISE = 0.02
@@ -111,7 +111,7 @@ class Enlarger:
 
     def __init__(self, source: Path, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         self.source, self.shape, self.dtype, self.device = source, shape, dtype, device
-        self.small = small = ModelConfig.from_folder(source)
+        self.small = small = read_config(source)
         self.copies = find_copies(small.hidden_size, shape.hidden_size)
         self.noise = torch.Generator(device).manual_seed(seed)
         if small.architecture != "LlamaForCausalLM" or small.qkv_bias or small.o_bias or small.mlp_bias:

@@ -108,7 +108,7 @@ class Manyheads:
 
     def costs(self) -> dict[str, Any]:
         """Of rows alone, and by rows and in-flight tokens."""
-        costs = self.engine.planner.costs
+        costs = self.engine.planner._costs
         if costs is None:
             return {}
         plain = {rows: seconds * 1e3 for rows, seconds in costs.plain.items()}
@@ -193,26 +193,27 @@ def accept_by_chance() -> None:
     """A target that continues each node with the candidate that DEFAULT_ACCEPTANCE draws, or with none of them."""
     import torch
 
-    from manyheads.engine import graphs, state
-    from manyheads.speculation.planner import DEFAULT_ACCEPTANCE
+    from manyheads.engine import recorded
+    from manyheads.ops.triton import TritonOps
+    from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 
     table = torch.tensor(DEFAULT_ACCEPTANCE, device="cuda")  # [depth, rank]
     depths, ranks = table.shape
     weights = torch.cat((table, 1 - table.sum(1, keepdim=True)), dim=1)
 
-    def draw(logits: Any, block: Any, rows: Any) -> tuple[Any, dict[int, Any]]:
-        depth = block.depth.clamp(max=depths - 1)
+    def draw(logits: Any, nodes: Any, state: Any) -> tuple[Any, dict[int, Any]]:
+        depth = nodes.depth.clamp(max=depths - 1)
         rank = torch.multinomial(weights[depth], 1)[:, 0]
         column = 1 + depth * ranks + rank.clamp(max=ranks - 1)
-        hit = (rank < ranks) & (block.depth < depths)
-        return torch.where(hit, rows.drafts[block.rows[block.row], column], 0), {}
+        hit = (rank < ranks) & (nodes.depth < depths)
+        return torch.where(hit, state.drafts[nodes.rows[nodes.row], column], 0), {}
 
-    def propose(self: Any, index: Any, candidates: Any, chances: Any) -> None:
-        known(self, index, candidates, table.expand_as(chances).contiguous())
+    def propose(self: Any, state: Any, index: Any, candidates: Any, chances: Any) -> None:
+        known(self, state, index, candidates, table.flatten().expand_as(chances).contiguous())
 
-    known = state.RowState.propose
-    state.RowState.propose = propose  # type: ignore[method-assign]
-    graphs.draw = draw  # type: ignore[assignment]
+    known = TritonOps.propose
+    TritonOps.propose = propose  # type: ignore[method-assign]
+    recorded.draw = draw
 
 
 def spec_bench_prompts(model: Path, file: Path, length: int, count: int) -> list[list[int]]:

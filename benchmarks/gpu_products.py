@@ -21,10 +21,14 @@ import torch
 
 from manyheads.kernels import quantized
 from manyheads.kernels.quantized import _Blocks
-from manyheads.kernels.rows import GROUP, PARTS, QuantizedRows, quantize_rows
+from manyheads.kernels.rows import GROUP, QuantizedRows, quantize_rows
 from manyheads.kernels.widen import Arranged
-from manyheads.quantization.weight import quantize
+from manyheads.quantization.base import CodedScheme
+from manyheads.quantization.fp8 import FP8
+from manyheads.quantization.int4 import INT4
+from manyheads.quantization.int8 import INT8
 
+SCHEMES = {scheme.name: scheme for scheme in (FP8, INT8, INT4)}
 SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
 ADDED = ("o", "down")
 """What may come in parts."""
@@ -32,14 +36,14 @@ CACHE_BYTES = 2**27
 """More than any GPU's L2 cache."""
 
 
-def candidates(scheme: str, tokens: int, added: bool) -> Iterator[tuple[_Blocks, int]]:
+def candidates(scheme: CodedScheme, tokens: int, added: bool) -> Iterator[tuple[_Blocks, int]]:
     """Blocks that fit into shared memory, and into how many shares the columns are split."""
-    codes = min(128, PARTS[scheme] * max(16, 2 ** (tokens - 1).bit_length()))
-    columns = (2 * GROUP,) if scheme == "int4" else (GROUP, 2 * GROUP)
+    codes = min(128, scheme.parts * max(16, 2 ** (tokens - 1).bit_length()))
+    columns = (2 * GROUP,) if scheme.bits == 4 else (GROUP, 2 * GROUP)
     for out, column, warps, stages, splits in itertools.product((64, 128), columns, (4, 8), (3, 4, 6), (1, 2, 4)):
-        weight_bytes = column * (out // 2 if scheme == "int4" else out)
+        weight_bytes = column * out * scheme.bits // 8
         if (added or splits == 1) and (weight_bytes + column * codes) * stages < 220_000:
-            yield _Blocks(out, codes // PARTS[scheme], column, warps, stages, True), splits
+            yield _Blocks(out, codes // scheme.parts, column, warps, stages, True), splits
 
 
 def microseconds(run: Callable[[], object], repeats: int = 5) -> float:
@@ -63,7 +67,9 @@ def microseconds(run: Callable[[], object], repeats: int = 5) -> float:
     return sorted(times[1:])[repeats // 2]
 
 
-def measure(scheme: str, tokens: int, name: str, weights: list[Arranged], wanted: torch.Tensor) -> dict[str, Any]:
+def measure(
+    scheme: CodedScheme, tokens: int, name: str, weights: list[Arranged], wanted: torch.Tensor
+) -> dict[str, Any]:
     """One matrix, one number of tokens.
 
     Args:
@@ -71,7 +77,7 @@ def measure(scheme: str, tokens: int, name: str, weights: list[Arranged], wanted
     """
     x = torch.randn(tokens, weights[0].in_features, device="cuda").half()
     rows = quantize_rows(x, scheme)
-    known = rows.codes.double() * rows.scale[:, None] if scheme == "fp8" else x.double()
+    known = rows.codes.double() * rows.scale[:, None] if scheme.is_float else x.double()
     wanted = known @ wanted.T
     chosen = quantized._blocks
 
@@ -80,7 +86,7 @@ def measure(scheme: str, tokens: int, name: str, weights: list[Arranged], wanted
 
     now = time(lambda x, weight: quantized.product(x, weight, added=name in ADDED))
     result: dict[str, Any] = {"chosen": now, "weight_mb": weights[0].nbytes / 1e6, "tried": []}
-    if scheme == "fp8":
+    if scheme.is_float:
         result["cublas"] = time(
             lambda x, weight: torch._scaled_mm(
                 x.codes, weight.values.t(), x.scale[:, None], weight.scale.t(), out_dtype=torch.float16
@@ -103,15 +109,15 @@ def measure(scheme: str, tokens: int, name: str, weights: list[Arranged], wanted
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--schemes", type=lambda text: text.split(","), default=["fp8", "int8", "int4"])
+    parser.add_argument("--schemes", type=lambda text: text.split(","), default=list(SCHEMES))
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[16, 32, 64, 128])
     args = parser.parse_args()
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "products": {}}
-    for scheme, (name, shape) in itertools.product(args.schemes, SHAPES.items()):
-        first = quantize(torch.randn(shape, device="cuda"), scheme)
+    for scheme, (name, shape) in itertools.product([SCHEMES[given] for given in args.schemes], SHAPES.items()):
+        first = scheme.quantize(torch.randn(shape, device="cuda"))
         weights = [quantized.arrange(first)]
         while sum(weight.nbytes for weight in weights) < CACHE_BYTES:
-            weights.append(quantized.arrange(quantize(torch.randn(shape, device="cuda"), scheme)))
+            weights.append(quantized.arrange(scheme.quantize(torch.randn(shape, device="cuda"))))
         for tokens in args.tokens:
             found = measure(scheme, tokens, name, weights, first.dequantize(torch.float64))
             record["products"][f"{scheme} {tokens} {name}"] = found

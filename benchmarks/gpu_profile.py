@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_profile.py MODEL OUT.json [--shapes 1x1,1x48,8x12] [--quantization int8]
 
-NOTE: kernels that begin before their predecessors end (manyheads/kernels/launch.py) count the time that they wait, so
-that their times add up to more than the step's.
+NOTE: kernels that begin before their predecessors end (manyheads/kernels/dependent.py) count the time that they wait,
+so that their times add up to more than the step's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from manyheads.config import EngineConfig
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
+from manyheads.engine.state import admit
 from manyheads.engine.step import StepPlan
 from manyheads.engine.warmup import _dummy
 
@@ -32,14 +33,14 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     """Milliseconds of a step, of its graphs, and microseconds of each kernel a step."""
     runner = engine.runner
     assert isinstance(runner, Runner)
-    assert runner.graphs is not None
-    requests = [_dummy(i, CONTEXT, runner.block_size) for i in range(rows)]
+    recorded = runner.recorded
+    assert recorded is not None
+    requests = [_dummy(i, CONTEXT, runner.state.page_size) for i in range(rows)]
     # pages of their own, as far as they go: all on one, rows would read their caches from the GPU's
     pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
     for request in requests:
-        request.table.num_synced = 0
-        request.table.blocks = [next(pages) for _ in request.table.blocks]
-    runner.state.admit(requests)
+        request.table.pages = [next(pages) for _ in request.table.pages]
+    admit(runner.state, runner.drafter, requests)
     plan = StepPlan(chunks=[], decoding=requests, draft=engine.planner.draft(nodes))
 
     def burst() -> float:
@@ -50,7 +51,7 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
         return (time.perf_counter() - start) / BURST
 
     step = min(burst() for _ in range(6))
-    graphs = runner.graphs._graphs[runner.graphs._key(rows, plan.draft)]
+    graphs = recorded._steps[recorded._key(rows, plan.draft)]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(REPLAYS):

@@ -19,7 +19,7 @@ from common import BUILTIN, ROOT, SPEC_BENCH, Prompt, machine, save, spec_bench,
 
 from manyheads import LLM, SamplingParams
 from manyheads.bench.plots import Plot
-from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.train.accuracy import accuracy_table, right_ranks, tokens_per_step
 from manyheads.train.base import Base
@@ -60,7 +60,7 @@ def main() -> None:
     for given in args.heads:
         name, folder = given.split("=", 1)
         found = replies(heads=folder, tree_size=args.nodes)
-        weights = read_heads(Path(folder), ModelConfig.from_folder(args.model))
+        weights = read_heads(Path(folder), read_config(args.model))
         heads = TrainedHeads.of(weights, base.projection.detach().float().cpu()).to(base.device)
         data = pack([Answer(p, list(o.token_ids)) for p, o in zip(ids, plain, strict=True)], 1024)
         ranks = right_ranks(base, heads, data)

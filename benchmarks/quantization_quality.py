@@ -31,11 +31,11 @@ from manyheads import LLM, SamplingParams
 from manyheads.attention.base import Group
 from manyheads.attention.torch import TorchAttention
 from manyheads.kv_cache import KVCache
-from manyheads.models.config import ModelConfig
 from manyheads.models.linear import Linear
 from manyheads.models.llama import Llama
 from manyheads.models.loader import load_model
-from manyheads.quantization.weight import quantize
+from manyheads.models.registry import read_config
+from manyheads.quantization.int4 import INT4
 
 SCHEMES = ("none", "int8", "fp8", "int4")
 VOCABULARY_TOO = "int4, vocabulary too"
@@ -78,7 +78,7 @@ def score(model: Llama, tokens: list[int], start: int) -> tuple[Tensor, Tensor]:
         row_start=torch.tensor([0, n], dtype=torch.int32, device=device),
         bits=torch.zeros(n, dtype=torch.int64, device=device),
         cached_len=torch.zeros(1, dtype=torch.int64, device=device),
-        block_table=torch.arange(pages, device=device)[None],
+        page_table=torch.arange(pages, device=device)[None],
         max_tokens=n,
         max_cached_len=0,
         is_chain=True,
@@ -92,15 +92,15 @@ def score(model: Llama, tokens: list[int], start: int) -> tuple[Tensor, Tensor]:
 
 
 def load(args: argparse.Namespace, dtype: torch.dtype, scheme: str) -> Llama:
-    config = ModelConfig.from_folder(args.model)
+    config = read_config(args.model)
     device = torch.device(args.device)
     if scheme != VOCABULARY_TOO:
-        return load_model(args.model, config, dtype, device, None, None if scheme == "none" else scheme)
+        return load_model(args.model, config, dtype, device, None, scheme)
     weight = load_model(args.model, config, dtype, device).embedding  # before it is used in the place of lm_head
     if not config.tie_word_embeddings:
         raise SystemExit(f"{VOCABULARY_TOO}: written for tied embeddings")
-    model = load_model(args.model, config, dtype, device, None, "int4")
-    model.lm_head = Linear(quantize(weight, "int4"), None, dtype)
+    model = load_model(args.model, config, dtype, device, None, INT4.name)
+    model.lm_head = Linear(INT4.quantize(weight), None, dtype, model.ops)
     return model
 
 
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quantization_quality.json")
     args = parser.parse_args()
 
-    config = ModelConfig.from_folder(args.model)
+    config = read_config(args.model)
     auto = torch.float32 if args.device == "cpu" else config.dtype
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)

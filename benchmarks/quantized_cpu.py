@@ -3,8 +3,8 @@
     python benchmarks/quantized_cpu.py
 
 For shapes of the built-in model and of a 7B one, 1 to 64 rows: a half-precision weight in its packed form against int8
-in both of its forms (models/linear.py), in turns; microseconds, of the best turn, which other work on the machine
-disturbed least, and the median.
+in both of its forms (ops/products.py, ops/integer.py), in turns; microseconds, of the best turn, which other work on
+the machine disturbed least, and the median.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from typing import Any
 import torch
 from common import ROOT, machine, save, table
 
-from manyheads.models import linear
-from manyheads.models.linear import Linear
-from manyheads.quantization import integer
-from manyheads.quantization.weight import quantize
+from manyheads.ops import integer
+from manyheads.ops.base import Product
+from manyheads.ops.products import CodesProduct
+from manyheads.ops.torch import TorchOps
+from manyheads.quantization.int8 import INT8, Int8Weight
 
 SHAPES = ((640, 384), (2048, 384), (384, 1024), (4096, 384), (2048, 2048), (4096, 2048), (4096, 4096), (11008, 4096))
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def forms(out: int, into: int) -> dict[str, Linear]:
+def forms(out: int, into: int) -> dict[str, Product]:
     """The same random weight in each form."""
+    if not integer.is_exact():
+        raise SystemExit("this machine has no exact products of integers")
     weight = torch.randn(out, into).half().float()
-    quantized = quantize(weight, "int8")
-    found = {"half": Linear(weight)}
-    chosen = linear.INTEGER_SIZE
-    for name, size in (("codes", 2**60), ("integer", 0)):
-        linear.INTEGER_SIZE = size
-        found[name] = Linear(quantized)
-        if found[name].form != name:
-            raise SystemExit(f"this machine has no form {name!r}; exact integer products: {integer.is_exact()}")
-    linear.INTEGER_SIZE = chosen
-    return found
+    quantized = INT8.quantize(weight)
+    assert isinstance(quantized, Int8Weight)
+    return {
+        "half": TorchOps().product(weight, None, torch.float32),
+        "codes": CodesProduct(quantized, None),
+        "integer": integer.IntegerProduct(quantized, None),
+    }
 
 
-def measure(product: Linear, x: torch.Tensor, seconds: float) -> float:
+def measure(product: Product, x: torch.Tensor, seconds: float) -> float:
     """Seconds a call."""
     count, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds or count < 2:
@@ -80,7 +80,7 @@ def main() -> None:
         ratio = f"{times['half'] / times['integer']:.2f}"
         lines.append([f"{r['out']} × {r['in']}", r["rows"], *(f"{t:.0f}" for t in times.values()), ratio])
     table(["weight", "rows", "half", "int8, codes", "int8, integer", "half / integer"], lines)
-    save(args.out, "products", {"machine": machine(), "integer_from": linear.INTEGER_SIZE, "products": result})
+    save(args.out, "products", {"machine": machine(), "integer_from": integer.LEAST_SIZE, "products": result})
 
 
 if __name__ == "__main__":

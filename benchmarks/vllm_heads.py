@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from manyheads import LLM, SamplingParams
 from manyheads.checkpoint import read_json
-from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.speculation.medusa.export import fitting, write_heads
 from manyheads.train.base import Base
@@ -147,10 +147,10 @@ def export(out: Path, kind: str) -> Path:
     """
     source, options = BUILTIN, ["--base", str(BUILTIN)]
     if kind != "shared":
-        weights = read_heads(BUILTIN / "heads", ModelConfig.from_folder(BUILTIN))
+        weights = read_heads(BUILTIN / "heads", read_config(BUILTIN))
         assert weights.projections is not None
         own = dataclasses.replace(weights, projections=[p * 2**h for h, p in enumerate(weights.projections)])
-        source, vocab_size = out / "own", ModelConfig.from_folder(BUILTIN).vocab_size
+        source, vocab_size = out / "own", read_config(BUILTIN).vocab_size
         if kind == "own":
             own = fitting(own, "reference", vocab_size, None, expand=True)
         else:
@@ -232,7 +232,7 @@ def main() -> None:
             result["read"][title] = found
             print(title, json.dumps(found))
     base = Base.load(BUILTIN, torch.device("cpu"))
-    ours = TrainedHeads.of(read_heads(BUILTIN / "heads", ModelConfig.from_folder(BUILTIN)), base.projection.float())
+    ours = TrainedHeads.of(read_heads(BUILTIN / "heads", read_config(BUILTIN)), base.projection.float())
     assert ours.token_map is not None
     prompts = spec_bench_prompts(BUILTIN, args.spec_bench, TOKENS_IN, max(args.requests))
     llm = LLM(str(BUILTIN), speculative=False, max_num_seqs=16)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 BUILTIN = "builtin"
 QUANTIZATIONS = ("int8", "fp8", "int4", "bitsandbytes-8bit", "bitsandbytes-4bit")
 """What weights can be quantized to (docs/quantization.md)."""
+DRAFTERS = ("medusa", "ngram")
+"""What may guess tokens (docs/heads.md): heads of the model, or what followed the same words earlier in the text."""
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 
 
@@ -29,8 +31,10 @@ class EngineConfig:
     """A hub id, a local folder, or `builtin`."""
     heads: str | None = None
     """Medusa heads: a hub id or a local folder; None takes the heads that come with the model, if any."""
+    drafter: str | None = None
+    """What guesses tokens: one of `DRAFTERS`; None takes the heads that come with the model, if any."""
     speculative: bool = True
-    """False serves the model without its heads, as a plain engine."""
+    """False serves the model without a drafter, as a plain engine."""
     dtype: str = "auto"
     """`auto` (float32 on a CPU, the checkpoint's own on a GPU), `float32`, `bfloat16` or `float16`."""
     quantization: str | None = None
@@ -78,6 +82,10 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share}")
         if self.tree_size is not None and not 1 <= self.tree_size <= 64:
             raise ConfigError(f"tree_size must be between 1 and 64, not {self.tree_size}")
+        if self.drafter not in (None, *DRAFTERS):
+            raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}, not {self.drafter!r}")
+        if self.drafter == "ngram" and self.heads is not None:
+            raise ConfigError("drafter=ngram needs no heads; leave heads out, or drafter")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:

@@ -82,10 +82,12 @@ class KVCache:
 
     @property
     def device(self) -> torch.device:
+        """Where it is."""
         return self.data.device
 
     @property
     def nbytes(self) -> int:
+        """Bytes of entries and scales."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def layers(self) -> list[tuple[Plane, Plane]]:

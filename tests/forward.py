@@ -7,9 +7,9 @@ from torch import Tensor
 
 from manyheads.attention.base import Group
 from manyheads.attention.torch import TorchAttention
+from manyheads.batch import TreeTensors
 from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
-from manyheads.speculation.tree import TreeTensors
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None)
         row_start=torch.tensor([0, n], dtype=torch.int32),
         bits=tree.bits if tree else torch.zeros(n, dtype=torch.int64),
         cached_len=torch.tensor([0]),
-        block_table=torch.arange(pages)[None],
+        page_table=torch.arange(pages)[None],
         max_tokens=n,
         max_cached_len=0,
         is_chain=tree is None,

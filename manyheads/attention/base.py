@@ -14,20 +14,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """R rows of trees, or one row that is a chain: tokens `start … stop - 1` of the flat batch."""
+    """R rows that are trees, or R rows that are chains: tokens `start … stop - 1` of the flat batch."""
 
     start: int
     stop: int
     row_start: Tensor  # [R + 1] int32, row r's tokens are row_start[r] … row_start[r + 1] - 1 of the group's
     bits: Tensor  # [stop - start] int64, bit j: the row's token j is this one or above it; 0 is a chain
     cached_len: Tensor  # [R] int64, on the device
-    block_table: Tensor  # [R, max_blocks] int64, on the device; as wide for every group
+    page_table: Tensor  # [R, max_pages] int64, on the device; as wide for every group
     max_tokens: int  # bounds that the host knows: tokens of a row,
     max_cached_len: int  # and its cached ones
     is_chain: bool = False
 
     @property
     def num_rows(self) -> int:
+        """How many rows stand in it."""
         return self.cached_len.shape[0]
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from manyheads.attention.base import Group
 from manyheads.kv_cache import KVCache, Plane
-from manyheads.models.ops import rms_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +27,15 @@ class _Part:
     mask: Tensor | None  # [R, 1, n · query heads per kv head, L], 0 or -inf; None where all is visible
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, its statistics in float32 (Zhang and Sennrich 2019)."""
+    if x.dtype != torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # F.rms_norm on a CPU is a dozen operations, which for few rows costs twice as much
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+
+
 class TorchAttention:
     """Gathers each row's pages and calls scaled_dot_product_attention on rectangles of rows.
 
@@ -42,7 +50,7 @@ class TorchAttention:
 
     def __init__(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> None:
         self.cache, self.rope = cache, rope
-        self.block_size, self.num_kv_heads, self.head_dim = cache.data.shape[3:]
+        self.page_size, self.num_kv_heads, self.head_dim = cache.data.shape[3:]
         self.num_heads, self.eps = num_heads, eps
         self.queries_per_kv = num_heads // self.num_kv_heads
         self._layers = cache.layers()
@@ -58,9 +66,12 @@ class TorchAttention:
     def _split(self, group: Group) -> list[_Part]:
         """Rows of about one length, and of all of their tokens, stand together: the rest would be padding.
 
-        Rows come sorted by the length of their caches.
+        Rows of trees come sorted by the length of their caches.
         """
         lengths, starts = group.cached_len.tolist(), group.row_start.tolist()
+        if group.is_chain:  # long, and each of another length: a rectangle of its own for each that brings tokens
+            rows = [r for r in range(len(lengths)) if starts[r] < starts[r + 1]]
+            return [self._part(group, r, [lengths[r]], starts[r : r + 2]) for r in rows]
         parts: list[_Part] = []
         end = len(lengths)
         while end > 0:
@@ -76,8 +87,8 @@ class TorchAttention:
         counts = [stop - start for start, stop in pairwise(starts)]
         num_rows, tokens = len(counts), max(counts)
         longest = max(length + count for length, count in zip(lengths, counts, strict=True))
-        num_pages = -(-longest // self.block_size)
-        pages = group.block_table[rows, :num_pages].reshape(-1)
+        num_pages = -(-longest // self.page_size)
+        pages = group.page_table[rows, :num_pages].reshape(-1)
         device = pages.device
         start, stop = group.start + starts[0], group.start + starts[-1]
         bits = group.bits[starts[0] : starts[-1]]
@@ -98,10 +109,10 @@ class TorchAttention:
                 mask = None
                 if tokens > 1:
                     mask = F.pad(self._mask(~branches), (longest - tokens, 0))
-                span = (first * self.block_size, first * self.block_size + longest)
+                span = (first * self.page_size, first * self.page_size + longest)
                 return _Part(start, stop, 1, tokens, place, pages, span, mask)
         # position of each slot relative to the first in-flight token: [R, 1, L]
-        slots = torch.arange(num_pages * self.block_size, device=device)
+        slots = torch.arange(num_pages * self.page_size, device=device)
         relative = (slots - group.cached_len[rows, None])[:, None]
         if tokens == 1:
             hidden = relative > 0

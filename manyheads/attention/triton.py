@@ -21,7 +21,7 @@ class _Call:
     tokens: slice
     row_start: Tensor  # [R + 1] int32, from the call's first token on
     cached_len: Tensor  # [R] int64
-    block_table: Tensor  # [R, max_blocks] int64
+    page_table: Tensor  # [R, max_pages] int64
     mask: Tensor  # [tokens] int64
     max_nodes: int
     num_splits: int
@@ -58,13 +58,13 @@ class TritonAttention:
         quantized = self._layers[0][0].scale is not None
         splits = choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms, quantized)
         if len(groups) == 1:
-            parts = (first.row_start, first.cached_len, first.block_table, first.bits)
+            parts = (first.row_start, first.cached_len, first.page_table, first.bits)
         else:
             starts = torch.tensor([*(g.start - first.start for g in groups), last.stop - first.start])
             parts = (
                 starts.to(torch.int32).to(self.device, non_blocking=True),
                 torch.cat([g.cached_len for g in groups]),
-                torch.cat([g.block_table for g in groups]),
+                torch.cat([g.page_table for g in groups]),
                 torch.cat([g.bits for g in groups]),
             )
         return _Call(slice(first.start, last.stop), *parts, max_nodes, splits)
@@ -95,7 +95,7 @@ class TritonAttention:
                 values.data,
                 call.row_start,
                 call.cached_len,
-                call.block_table,
+                call.page_table,
                 call.mask,
                 max_nodes=call.max_nodes,
                 num_splits=call.num_splits,

@@ -24,7 +24,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 def run_convert(args: argparse.Namespace) -> int:
     """Read heads of any format and write them in another."""
     from manyheads.checkpoint import resolve
-    from manyheads.models.config import ModelConfig
+    from manyheads.models.registry import read_config
     from manyheads.speculation.medusa.checkpoint import STATISTICS, locate_heads, read_heads, vocab_size
     from manyheads.speculation.medusa.export import read_projection, write_full, write_heads
 
@@ -36,7 +36,7 @@ def run_convert(args: argparse.Namespace) -> int:
     if base is not None and base != BUILTIN and Path(base).is_dir():
         base = str(Path(base).resolve())
     local = base is not None and (base == BUILTIN or Path(base).is_dir())
-    config = ModelConfig.from_folder(resolve(base)) if base is not None and local else None
+    config = read_config(resolve(base)) if base is not None and local else None
     weights = read_heads(folder, config)
     statistics = folder / STATISTICS
     if args.to == "reference-full":

@@ -40,7 +40,7 @@ def run_tree(args: argparse.Namespace) -> int:
     """Measure heads on answers of their base, and write what the planner starts from beside them."""
     from manyheads.checkpoint import resolve
     from manyheads.frontend.tokenizer import Tokenizer
-    from manyheads.models.config import ModelConfig
+    from manyheads.models.registry import read_config
     from manyheads.speculation.medusa.checkpoint import STATISTICS, locate_heads, read_heads
     from manyheads.train.accuracy import right_ranks, tokens_per_step, write_statistics
     from manyheads.train.answers import answer_all
@@ -55,7 +55,7 @@ def run_tree(args: argparse.Namespace) -> int:
     if name is None:
         raise ConfigError(f"{folder} does not name its base model; give --base")
     base = resolve(name)
-    config = ModelConfig.from_folder(base)
+    config = read_config(base)
     weights = read_heads(folder, config)
     progress = Progress(args.quiet)
     settings = TrainSettings(

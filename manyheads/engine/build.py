@@ -9,28 +9,33 @@ from pathlib import Path
 
 import torch
 
+from manyheads.batch import MAX_NODES
 from manyheads.config import ConfigError, EngineConfig
-from manyheads.engine.block_manager import BlockManager
 from manyheads.engine.engine import Engine
-from manyheads.engine.estimate import HeadsShape, Parts, Shape
+from manyheads.engine.estimate import Parts, Shape
 from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limit
-from manyheads.engine.runner import NUM_RANKS, Runner
+from manyheads.engine.page_manager import PageManager
+from manyheads.engine.runner import Runner
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.warmup import measure_costs
 from manyheads.kv_cache import CODES
 from manyheads.models.config import ModelConfig
+from manyheads.models.llama import Llama
 from manyheads.models.loader import load_model
-from manyheads.models.ops import shortfalls
+from manyheads.models.registry import read_config
+from manyheads.ops import ops_for, shortfalls
+from manyheads.quantization.base import Scheme
 from manyheads.quantization.formats import read_format
+from manyheads.quantization.schemes import find
 from manyheads.request import EngineReady, MemoryUse
-from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads, split_model
-from manyheads.speculation.medusa.heads import MedusaHeads
-from manyheads.speculation.planner import DEFAULT_ACCEPTANCE, MIN_GAIN, Planner
-from manyheads.speculation.tree import MAX_NODES
+from manyheads.speculation.drafter import Drafter, DrafterSource
+from manyheads.speculation.kinds import find_drafter
+from manyheads.speculation.medusa.checkpoint import split_model
+from manyheads.speculation.planner import MIN_GAIN, Planner
 
 
 def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> Engine:
-    """Load the model and its heads, make the cache, measure what steps cost.
+    """Load the model and its drafter, make the cache, measure what steps cost.
 
     Args:
         config: what to serve, and how.
@@ -49,78 +54,95 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     meter = Meter(device)
     there = limit(config, device)
     model_folder, heads_folder = split_model(config.model, config.heads)
-    model_config = ModelConfig.from_folder(model_folder)
-    dtype = _dtype(config.dtype, device, model_config.dtype)
-    for line in shortfalls(device):
-        progress(line)
-    if config.dtype == "auto" and dtype != model_config.dtype and device.type == "cuda":
-        progress(f"{device} has no {str(model_config.dtype).removeprefix('torch.')}: float16 instead")
-    quantization = None if config.quantization == "none" else config.quantization
-    layout = read_format(model_folder)
-    scheme = quantization or (layout.scheme if layout is not None else None)
-    weights: HeadWeights | None = None
-    if heads_folder is not None and config.speculative:
-        weights = read_heads(heads_folder, model_config)
-    shape = _shape(config, model_config, weights, dtype, device, scheme)
+    model_config = read_config(model_folder)
+    source = find_drafter(config, heads_folder, model_config)
+    shape = _shape(config, model_config, source, device, _scheme(config, model_folder))
+    _announce(config, shape, progress)
     _require(config, shape, there, shape.parts())  # before gigabytes are loaded in vain
     if there is not None and config.memory_bytes is not None:
         enforce(there, device)
-    progress(f"loading {model_folder.name}" + (f" in {scheme}" if scheme else ""))
-    if scheme == "int4" and device.type == "cpu":
-        progress("int4 saves neither time nor memory on a CPU: its weights are widened as they are loaded")
-    model = load_model(model_folder, model_config, dtype, device, progress, quantization)
-    heads: MedusaHeads | None = None
-    prior: list[list[float]] = []
-    if weights is not None:
-        heads = MedusaHeads(weights, model, dtype, device, quantization)
-        prior = _prior(weights.accuracy, heads.num_heads, min(NUM_RANKS, heads.num_tokens))
-    meter.loaded(model.memory_bytes(), heads.memory_bytes() if heads else 0)
+    model, drafter = _load(config, shape, source, model_folder, progress)
+    meter.loaded(model.memory_bytes(), drafter.memory_bytes() if drafter else 0)
 
-    num_rows = shape.max_num_seqs
-    num_blocks = _num_blocks(config, shape, there, meter)
-    max_model_len = _max_model_len(shape, num_blocks)
+    num_pages = _num_pages(config, shape, there, meter)
     runner = Runner(
         model,
-        heads,
-        num_rows=num_rows,
-        max_len=max_model_len,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
+        drafter,
+        num_rows=shape.max_num_seqs,
+        max_len=_max_model_len(shape, num_pages),
+        num_pages=num_pages,
+        page_size=config.block_size,
         kv_dtype=shape.kv_dtype,
     )
-    planner = Planner(prior, config.tree_size, MIN_GAIN if device.type == "cpu" else 1.04)
-    if runner.prompt_graphs is not None:
-        runner.prompt_graphs.capture()
-    if heads is not None and config.tree_size is None:
-        planner.costs = measure_costs(runner, planner, num_rows, max_model_len, progress)
     scheduler = Scheduler(
-        BlockManager(num_blocks, config.block_size, config.prefix_caching),
-        planner,
-        max_num_seqs=num_rows,
+        PageManager(num_pages, config.block_size, config.prefix_caching),
+        _planner(config, runner, progress),
+        max_num_seqs=shape.max_num_seqs,
         max_num_batched_tokens=shape.max_num_batched_tokens,
         max_queue=config.max_queue,
     )
 
     def memory() -> MemoryUse:
-        graphs = runner.recorder.memory_bytes if runner.recorder is not None else 0
-        return meter.look(runner.cache.nbytes, (num_blocks - 1) * config.block_size, graphs)
+        return meter.look(runner.cache.nbytes, (num_pages - 1) * config.block_size, runner.graph_bytes)
 
     ready = EngineReady(
-        model=_model_name(config.model, model_folder),
-        max_model_len=max_model_len,
+        model=model_folder.name if Path(config.model).exists() else config.model,
+        max_model_len=runner.state.max_len,
         vocab_size=model_config.vocab_size,
-        num_heads=heads.num_heads if heads else 0,
-        dtype=str(dtype).removeprefix("torch."),
-        quantization=scheme,
+        num_heads=shape.drafter.max_depth if shape.drafter else 0,
+        dtype=str(shape.dtype).removeprefix("torch."),
+        quantization=shape.scheme.name if shape.scheme else None,
         kv_cache_dtype=config.kv_cache_dtype,
         device=str(device),
-        num_blocks=num_blocks - 1,
+        num_blocks=num_pages - 1,
         block_size=config.block_size,
         eos_token_ids=list(model_config.eos_token_ids),
         wanted_model_len=shape.max_model_len,
         memory=memory(),
     )
     return Engine(runner, scheduler, ready, config.seed, memory)
+
+
+def _scheme(config: EngineConfig, model_folder: Path) -> Scheme | None:
+    """What weights are rounded to: as the configuration says, else as the checkpoint is."""
+    layout = read_format(model_folder)
+    return find(config.quantization) or (layout.scheme if layout is not None else None)
+
+
+def _announce(config: EngineConfig, shape: Shape, progress: Callable[[str], None]) -> None:
+    """Say what this machine does not get of what there is."""
+    device, checkpoint = shape.device, shape.model.dtype
+    for line in shortfalls(device):
+        progress(line)
+    if config.dtype == "auto" and shape.dtype != checkpoint and device.type == "cuda":
+        progress(f"{device} has no {str(checkpoint).removeprefix('torch.')}: float16 instead")
+
+
+def _load(
+    config: EngineConfig, shape: Shape, source: DrafterSource | None, folder: Path, progress: Callable[[str], None]
+) -> tuple[Llama, Drafter | None]:
+    """The model and its drafter, on the device."""
+    scheme, device = shape.scheme, shape.device
+    progress(f"loading {folder.name}" + (f" in {scheme}" if scheme else ""))
+    if scheme is not None and scheme.note_on_cpu and device.type == "cpu":
+        progress(scheme.note_on_cpu)
+    model = load_model(folder, shape.model, shape.dtype, device, progress, config.quantization, shape.ops)
+    return model, source.build(model, shape.dtype, device, config.quantization) if source is not None else None
+
+
+def _planner(config: EngineConfig, runner: Runner, progress: Callable[[str], None]) -> Planner:
+    """A planner that knows what steps cost here, if it is to choose; and steps are recorded where they can be."""
+    drafter = runner.drafter
+    min_gain = MIN_GAIN if runner.device.type == "cpu" else 1.04
+    if drafter is None:
+        planner = Planner([], config.tree_size, min_gain)
+    else:
+        planner = Planner(drafter.prior, config.tree_size, min_gain, drafter.passes_per_depth)
+    if runner.recorded is not None:
+        runner.recorded.record_chunks()
+    if drafter is not None and config.tree_size is None:
+        measure_costs(runner, planner, progress)
+    return planner
 
 
 def _device(name: str) -> torch.device:
@@ -152,20 +174,12 @@ def _kv_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return CODES.get(name)
 
 
-def _prior(accuracy: list[list[float]] | None, num_heads: int, ranks: int) -> list[list[float]]:
-    """Acceptance by [depth][rank] to start from, as wide as a row's candidates."""
-    table = accuracy or DEFAULT_ACCEPTANCE
-    table = [*table, *[table[-1]] * num_heads][:num_heads]
-    return [[*row, *[0.0] * ranks][:ranks] for row in table]
-
-
 def _shape(
     config: EngineConfig,
     model: ModelConfig,
-    heads: HeadWeights | None,
-    dtype: torch.dtype,
+    source: DrafterSource | None,
     device: torch.device,
-    scheme: str | None,
+    scheme: Scheme | None,
 ) -> Shape:
     longest = config.max_model_len or model.max_position_embeddings
     if longest > model.max_position_embeddings:
@@ -174,20 +188,21 @@ def _shape(
     on_cpu = device.type == "cpu"
     return Shape(
         model=model,
-        heads=HeadsShape.of(heads, model.vocab_size) if heads is not None else None,
-        dtype=dtype,
+        drafter=source.shape if source is not None else None,
+        dtype=_dtype(config.dtype, device, model.dtype),
         device=device,
+        ops=ops_for(device),
         max_num_seqs=config.max_num_seqs or (64 if on_cpu else 256),
         max_num_batched_tokens=config.max_num_batched_tokens or (1024 if on_cpu else 2048),
         max_model_len=longest,
-        block_size=config.block_size,
+        page_size=config.block_size,
         tree_size=config.tree_size,
-        quantization=scheme,
+        scheme=scheme,
         kv_dtype=_kv_dtype(config.kv_cache_dtype, device),
     )
 
 
-def _asked_blocks(config: EngineConfig, shape: Shape) -> tuple[int, str] | None:
+def _asked_pages(config: EngineConfig, shape: Shape) -> tuple[int, str] | None:
     """Pages of the K/V cache that a setting asks for, the dummy page included, and which setting."""
     if config.num_blocks is not None:
         return config.num_blocks + 1, "num_blocks"
@@ -207,32 +222,28 @@ def _require(config: EngineConfig, shape: Shape, there: Limit | None, parts: Par
     Raises:
         ConfigError: it does not.
     """
-    asked = _asked_blocks(config, shape)
+    asked = _asked_pages(config, shape)
     if there is not None and (asked is None or config.memory_bytes is not None):
         shape.require(there, parts, *(asked or (2,)))
 
 
-def _num_blocks(config: EngineConfig, shape: Shape, there: Limit | None, meter: Meter) -> int:
+def _num_pages(config: EngineConfig, shape: Shape, there: Limit | None, meter: Meter) -> int:
     """Pages of the K/V cache, the dummy page included, now that the weights are loaded and known."""
     parts = replace(shape.parts(), weights=meter.weights, heads=meter.heads)
     if there is not None:
         there = replace(there, base=max(there.base, meter.rest))
     _require(config, shape, there, parts)
-    if (asked := _asked_blocks(config, shape)) is not None:
+    if (asked := _asked_pages(config, shape)) is not None:
         return asked[0]
-    enough = shape.max_num_seqs * -(-(shape.max_model_len + MAX_NODES) // shape.block_size) + 1
+    enough = shape.max_num_seqs * -(-(shape.max_model_len + MAX_NODES) // shape.page_size) + 1
     if there is not None:
-        return min(enough, shape.blocks_within(there, parts))
+        return min(enough, shape.pages_within(there, parts))
     return max(2, min(enough, available_bytes() // 4 // shape.page_bytes))
 
 
-def _max_model_len(shape: Shape, num_blocks: int) -> int:
+def _max_model_len(shape: Shape, num_pages: int) -> int:
     """What the K/V cache holds, if that is less than what was asked for."""
-    fits = (num_blocks - 1) * shape.block_size
+    fits = (num_pages - 1) * shape.page_size
     if fits < 2:
-        raise ConfigError("the K/V cache holds less than 2 tokens; give it more blocks")
+        raise ConfigError("the K/V cache holds less than 2 tokens; give it more pages")
     return min(shape.max_model_len, fits)
-
-
-def _model_name(model: str, folder: Path) -> str:
-    return folder.name if Path(model).exists() else model

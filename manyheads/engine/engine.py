@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from manyheads.engine.scheduler import Scheduler, Unsettled
+from manyheads.engine.scheduler import Scheduler, StepsUnread
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
 from manyheads.request import (
     EngineReady,
@@ -68,7 +68,7 @@ class Engine:
         seed: int | None = None,
         memory: Callable[[], MemoryUse] = MemoryUse,
     ) -> None:
-        fits = scheduler.blocks.num_usable * scheduler.blocks.block_size
+        fits = scheduler.pages.num_usable * scheduler.pages.page_size
         if ready.max_model_len > fits:
             raise ValueError(f"max_model_len={ready.max_model_len}, but the pages hold {fits} tokens")
         self.runner = runner
@@ -128,6 +128,7 @@ class Engine:
             self._pending.append(self._finish(request, [], "abort"))
 
     def has_work(self) -> bool:
+        """Whether a step has anything to run or to say."""
         return bool(self._requests or self._pending or self._unread)
 
     def step(self) -> list[RequestDelta]:
@@ -140,13 +141,13 @@ class Engine:
         deltas, self._pending = self._pending, []
         try:
             plan = self.scheduler.schedule()
-        except Unsettled:
-            deltas += self._settle()
+        except StepsUnread:
+            deltas += self._read_unread()
             plan = self.scheduler.schedule()
         launched = self._launch(plan) if plan is not None else None
-        deltas += self._settle()
+        deltas += self._read_unread()
         self._unread = launched
-        return deltas if self.runner.overlaps else deltas + self._settle()
+        return deltas if self.runner.overlaps else deltas + self._read_unread()
 
     def _launch(self, plan: StepPlan) -> _Launched:
         launched = _Launched(plan, self.runner.launch(plan), time.perf_counter())
@@ -160,7 +161,7 @@ class Engine:
             request.has_candidates = plan.draft.propose
         return launched
 
-    def _settle(self) -> list[RequestDelta]:
+    def _read_unread(self) -> list[RequestDelta]:
         """Read the step that is unread, if any."""
         launched, self._unread = self._unread, None
         if launched is None:
@@ -171,12 +172,13 @@ class Engine:
         return self._postprocess(launched.plan, result, seconds)
 
     def stats(self) -> EngineStats:
-        blocks, count = self.scheduler.blocks, self._count
+        """A snapshot; counters count from the start of the engine."""
+        pages, count = self.scheduler.pages, self._count
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
-            num_blocks=blocks.num_usable,
-            num_free_blocks=blocks.num_available,
+            num_blocks=pages.num_usable,
+            num_free_blocks=pages.num_available,
             prefix_queries=self.scheduler.prefix_queries,
             prefix_hits=self.scheduler.prefix_hits,
             preemptions=self.scheduler.num_preemptions,
@@ -216,7 +218,7 @@ class Engine:
             if self._requests.get(row.request.request_id) is row.request
         ]
         for chunk in plan.chunks:
-            if chunk.request.row is not None:
+            if chunk.request.held_row is not None:
                 self._register(chunk.request)
         return deltas
 
@@ -258,7 +260,7 @@ class Engine:
         return self._finish(request, tokens, reason, row, stop_token)
 
     def _register(self, request: Request) -> None:
-        self.scheduler.blocks.register(request.table, request.tokens, min(request.cached_len, len(request.tokens)))
+        self.scheduler.pages.register(request.table, request.tokens, min(request.cached_len, len(request.tokens)))
 
     def _finish(
         self,
@@ -268,7 +270,7 @@ class Engine:
         row: RowResult | None = None,
         stop_token: int | None = None,
     ) -> RequestDelta:
-        if request.row is not None:
+        if request.held_row is not None:
             self._register(request)
         self.scheduler.remove(request)
         del self._requests[request.request_id]

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.engine.decode import Trees
-from manyheads.engine.state import RowState, has_penalties
+from manyheads.batch import RowState, Trees, TreeTensors
+from manyheads.engine.state import has_penalties
 from manyheads.engine.step import Request
-from manyheads.speculation.tree import TreeTensors
 
 _MASK32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False)
-class NodeBlock:
+class Nodes:
     """R rows that draw at T nodes, as the sampler sees them. There may be more (dummy) rows than requests."""
 
     requests: list[Request]
@@ -35,15 +34,15 @@ class NodeBlock:
     tree: TreeTensors
 
 
-def node_block(requests: list[Request], trees: Trees, state: RowState) -> NodeBlock:
-    """What the sampler needs to know of decoding rows."""
+def nodes_of(requests: list[Request], trees: Trees, state: RowState, max_depth: int) -> Nodes:
+    """What the sampler needs to know of decoding rows whose trees are so deep at most."""
     index = trees.inflight.index
-    return NodeBlock(
+    return Nodes(
         requests=requests,
         rows=index,
         row=trees.row,
         depth=trees.tree.depth[trees.node],
-        max_depth=trees.tree.max_depth,
+        max_depth=max_depth,
         first=state.cached_len[index] + 1,
         node_tokens=trees.node_tokens,
         place=trees.place,
@@ -51,40 +50,56 @@ def node_block(requests: list[Request], trees: Trees, state: RowState) -> NodeBl
     )
 
 
-def draw(logits: Tensor, block: NodeBlock, state: RowState) -> tuple[Tensor, dict[int, Tensor]]:
+def last_nodes(requests: list[Request], index: Tensor, root: TreeTensors, state: RowState) -> Nodes:
+    """The same for rows whose prompts are computed, in order: each draws at its last token."""
+    order = torch.arange(len(requests), device=index.device)
+    return Nodes(
+        requests=requests,
+        rows=index,
+        row=order,
+        depth=torch.zeros_like(order),
+        max_depth=0,
+        first=state.cached_len[index],
+        node_tokens=state.drafts[index, :1],
+        place=order[:, None],
+        tree=root,
+    )
+
+
+def draw(logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[int, Tensor]]:
     """Draw the target's token at every node.
 
     Args:
         logits: [T, V] float32, overwritten for rows whose parameters change them.
 
     Returns:
-        [T] int64 tokens, and for each request with typical acceptance (by its number in the block) the distributions of
+        [T] int64 tokens, and for each request with typical acceptance (by its place among them) the distributions of
         its tree's nodes, [n, V].
     """
-    for i, request in enumerate(block.requests):
+    for i, request in enumerate(nodes.requests):
         if edits_logits(request):
-            edited = logits[block.place[i]]
-            _edit_logits(edited, block, i, request, state)
+            edited = logits[nodes.place[i]]
+            _edit_logits(edited, nodes, i, request, state)
             # nodes that the row did not bring write to its root, and must write what the root does
-            absent = (block.place[i] == block.place[i, 0])[:, None]
-            logits[block.place[i]] = torch.where(absent, edited[:1], edited)
+            absent = (nodes.place[i] == nodes.place[i, 0])[:, None]
+            logits[nodes.place[i]] = torch.where(absent, edited[:1], edited)
     target = logits.argmax(dim=-1)
-    params = [request.params for request in block.requests]
+    params = [request.params for request in nodes.requests]
     if all(p.greedy for p in params):
         return target, {}
-    temperature = state.temperature[block.rows][block.row, None]  # [T, 1]
+    temperature = state.temperature[nodes.rows][nodes.row, None]  # [T, 1]
     chosen = logits / torch.where(temperature > 0, temperature, 1.0)
     if any(not p.greedy and (p.top_p < 1 or p.min_p > 0 or 0 < p.top_k < state.vocab_size) for p in params):
-        chosen = _filter(chosen, *(x[block.rows][block.row] for x in (state.top_k, state.top_p, state.min_p)))
+        chosen = _filter(chosen, *(x[nodes.rows][nodes.row] for x in (state.top_k, state.top_p, state.min_p)))
     typical = {
-        i: torch.softmax(chosen[block.place[i]], dim=-1)
+        i: torch.softmax(chosen[nodes.place[i]], dim=-1)
         for i, p in enumerate(params)
         if not p.greedy and p.acceptance == "typical"
     }
     # nodes of one depth share a draw of noise
-    positions = block.first[:, None] + torch.arange(block.max_depth + 1, device=logits.device)
-    noise = gumbel(state.seed[block.rows], positions, logits.shape[-1])  # [R, D + 1, V]
-    sampled = (chosen + noise[block.row, block.depth]).argmax(dim=-1)
+    positions = nodes.first[:, None] + torch.arange(nodes.max_depth + 1, device=logits.device)
+    noise = gumbel(state.seed[nodes.rows], positions, logits.shape[-1])  # [R, D + 1, V]
+    sampled = (chosen + noise[nodes.row, nodes.depth]).argmax(dim=-1)
     return torch.where(temperature[:, 0] > 0, sampled, target), typical
 
 
@@ -121,23 +136,21 @@ def edits_logits(request: Request) -> bool:
     return has_penalties(request) or bool(request.params.logit_bias) or early_stop
 
 
-def _edit_logits(logits: Tensor, block: NodeBlock, i: int, request: Request, state: RowState) -> None:
+def _edit_logits(logits: Tensor, nodes: Nodes, i: int, request: Request, state: RowState) -> None:
     """Penalties, bias and the stop tokens that come too early, in place on one row's [n, V] logits."""
     params = request.params
     row = request.row
-    assert row is not None
     if has_penalties(request):
-        assert state.prompt_seen is not None
-        assert state.output_count is not None
+        prompt_seen, output_count = state.count_tokens()
         # a node's count: the row's output so far, and the nodes on the way from the root (which is output already)
-        below = block.tree.ancestors.clone()
+        below = nodes.tree.ancestors.clone()
         below[:, 0] = False
-        num_nodes = block.tree.num_nodes
-        count = state.output_count[row].repeat(num_nodes, 1)
-        tokens = block.node_tokens[i].expand(num_nodes, -1)
+        num_nodes = nodes.tree.num_nodes
+        count = output_count[row].repeat(num_nodes, 1)
+        tokens = nodes.node_tokens[i].expand(num_nodes, -1)
         count.scatter_add_(1, tokens, below.to(count.dtype))
         if params.repetition_penalty != 1.0:
-            seen = state.prompt_seen[row] | (count > 0)
+            seen = prompt_seen[row] | (count > 0)
             penalty = params.repetition_penalty
             logits.copy_(torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits))
         logits -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
@@ -145,7 +158,7 @@ def _edit_logits(logits: Tensor, block: NodeBlock, i: int, request: Request, sta
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[:, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if request.num_output < params.min_tokens and request.stop_ids:
-        early = block.first[i] + block.tree.depth < state.min_len[row]  # [n]
+        early = nodes.first[i] + nodes.tree.depth < state.min_len[row]  # [n]
         stops = torch.tensor(sorted(request.stop_ids), device=logits.device)
         logits[:, stops] = torch.where(early[:, None], float("-inf"), logits[:, stops])
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 
-from manyheads.engine.block_manager import BlockManager
+from manyheads.engine.page_manager import PageManager
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.request import QueueFull
 from manyheads.speculation.planner import Planner
 
 
-class Unsettled(Exception):
+class StepsUnread(Exception):
     """Pages ran out while steps are unread: what they gained must be known before someone is preempted for it."""
 
 
@@ -28,14 +28,14 @@ class Scheduler:
 
     def __init__(
         self,
-        blocks: BlockManager,
+        pages: PageManager,
         planner: Planner,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_queue: int,
     ) -> None:
-        self.blocks = blocks
+        self.pages = pages
         self.planner = planner
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_queue = max_queue
@@ -58,7 +58,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a finished or aborted request and take its pages and its row back."""
-        if request.row is None:
+        if request.held_row is None:
             self.waiting.remove(request)
             return
         self.running.remove(request)
@@ -68,20 +68,20 @@ class Scheduler:
         """Plan the next step; None when nobody can run.
 
         Raises:
-            Unsettled: call again when nothing is unread.
+            StepsUnread: call again when nothing is unread.
         """
         decoding = [request for request in self.running if request.decoding]
         prompt_tokens = sum(request.num_uncomputed for request in self.running if not request.decoding)
         prompt_tokens = min(prompt_tokens, self.max_num_batched_tokens)
         draft = self.planner.choose(max(len(decoding), 1), prompt_tokens)
-        while draft.propose and self._missing_blocks(draft.tree.num_nodes) > self.blocks.num_available:
+        while draft.propose and self._missing_pages(draft.tree.num_nodes) > self.pages.num_available:
             draft = self.planner.smaller(draft)
         plan = StepPlan(chunks=[], decoding=[], draft=draft)
         preemptions = self.num_preemptions
         # who decodes waits for the prompts of its step
         budget = self.max_num_batched_tokens // 2 if decoding else self.max_num_batched_tokens
         for request in list(self.running):
-            if request.row is None:
+            if request.held_row is None:
                 continue  # preempted for an older one in this very loop
             if request.decoding:
                 self._plan_decoding(plan, request)
@@ -93,11 +93,11 @@ class Scheduler:
             return None
         return plan
 
-    def _missing_blocks(self, num_nodes: int) -> int:
+    def _missing_pages(self, num_nodes: int) -> int:
         """Pages to be taken if each decoding row brought a tree of so many nodes, beside the chunks of the others."""
         chunk = self.max_num_batched_tokens
         wanted = ((r, num_nodes if r.decoding else min(r.num_uncomputed, chunk)) for r in self.running)
-        return sum(max(0, self.blocks.blocks_for(r.max_cached_len + n) - len(r.table.blocks)) for r, n in wanted)
+        return sum(max(0, self.pages.pages_for(r.max_cached_len + n) - len(r.table.pages)) for r, n in wanted)
 
     def _plan_decoding(self, plan: StepPlan, request: Request) -> None:
         room = request.max_len - len(request.tokens) - request.unread
@@ -108,8 +108,8 @@ class Scheduler:
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
         num_tokens = min(request.num_uncomputed, budget)
-        if not self.blocks.reserve(request.table, request.cached_len + num_tokens):
-            held = (len(request.table.blocks) + self.blocks.num_available) * self.blocks.block_size
+        if not self.pages.reserve(request.table, request.cached_len + num_tokens):
+            held = (len(request.table.pages) + self.pages.num_available) * self.pages.page_size
             num_tokens = max(1, min(num_tokens, held - request.cached_len))
             if not self._reserve_or_preempt(request, request.cached_len + num_tokens):
                 return 0
@@ -118,14 +118,14 @@ class Scheduler:
 
     def _reserve_or_preempt(self, request: Request, num_tokens: int) -> bool:
         """Reserve, at the cost of younger requests; False if the request itself had to give way."""
-        if self.blocks.reserve(request.table, num_tokens):
+        if self.pages.reserve(request.table, num_tokens):
             return True
         if any(other.unread for other in self.running):
-            raise Unsettled
+            raise StepsUnread
         # first, what trees reserved and did not use; older rows are in the plan already and need all they hold
         for other in self.running[self.running.index(request) :]:
-            self.blocks.trim(other.table, other.cached_len + 1)
-        while not self.blocks.reserve(request.table, num_tokens):
+            self.pages.trim(other.table, other.cached_len + 1)
+        while not self.pages.reserve(request.table, num_tokens):
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is request:
@@ -142,21 +142,20 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
-        assert request.row is not None
-        self.blocks.free(request.table)
+        self.pages.free(request.table)
         self._free_rows.append(request.row)
-        request.row = None
+        request.held_row = None
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         while self.waiting and self._free_rows and budget > 0:
             request = self.waiting[0]
-            request.cached_len = self.blocks.share_prefix(request.table, request.tokens)
+            request.cached_len = self.pages.share_prefix(request.table, request.tokens)
             num_tokens = min(request.num_uncomputed, budget)
             # leave a page for each running row, or it would be preempted in the next step already
-            spare = self.blocks.num_available - len(self.running)
-            wanted = self.blocks.blocks_for(request.cached_len + num_tokens) - len(request.table.blocks)
-            if wanted > spare or not self.blocks.reserve(request.table, request.cached_len + num_tokens):
-                self.blocks.free(request.table)
+            spare = self.pages.num_available - len(self.running)
+            wanted = self.pages.pages_for(request.cached_len + num_tokens) - len(request.table.pages)
+            if wanted > spare or not self.pages.reserve(request.table, request.cached_len + num_tokens):
+                self.pages.free(request.table)
                 request.cached_len = 0
                 return
             self.waiting.popleft()
@@ -164,7 +163,7 @@ class Scheduler:
                 request.num_cached_prompt_tokens = request.cached_len
                 self.prefix_queries += request.prompt_len
                 self.prefix_hits += request.cached_len
-            request.row = self._free_rows.pop()
+            request.held_row = self._free_rows.pop()
             self.running.append(request)
             plan.admitted.append(request)
             plan.chunks.append(Chunk(request, num_tokens, num_tokens == request.num_uncomputed))
@@ -176,16 +175,16 @@ class Scheduler:
         Raises:
             RuntimeError: saying what is wrong.
         """
-        self.blocks.check_integrity([request.table for request in self.running])
-        rows = [request.row for request in self.running]
+        self.pages.check_integrity([request.table for request in self.running])
+        rows = [request.held_row for request in self.running]
         if None in rows or len(set(rows)) != len(rows) or set(rows) & set(self._free_rows):
             raise RuntimeError(f"rows {rows} of running requests and free rows {self._free_rows} overlap")
         for request in self.waiting:
-            if request.row is not None or request.table.blocks or request.cached_len:
+            if request.held_row is not None or request.table.pages or request.cached_len:
                 raise RuntimeError(f"waiting request {request.request_id} holds a row or pages")
         for request in self.running:
             last = len(request.tokens) - (request.unread == 0)
             if not 0 <= request.cached_len <= last < request.max_len + (request.unread > 0):
                 raise RuntimeError(f"request {request.request_id}: lengths out of order")
-            if len(request.table.blocks) * self.blocks.block_size < request.cached_len:
+            if len(request.table.pages) * self.pages.page_size < request.cached_len:
                 raise RuntimeError(f"request {request.request_id}: fewer pages than cached tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from manyheads.engine.block_manager import BlockTable
+from manyheads.engine.page_manager import PageTable
 from manyheads.request import EngineRequest, SamplingParams, TokenLogprobs
 from manyheads.speculation.planner import NO_DRAFT, Draft
 
@@ -26,14 +26,14 @@ class Request:
     stop_ids: frozenset[int]
     """Tokens that end it: stop_token_ids, and eos unless ignored."""
     seed: int
-    table: BlockTable = field(default_factory=BlockTable)
-    row: int | None = None
-    """Its slot in the runner's device state while it runs."""
+    table: PageTable = field(default_factory=PageTable)
+    held_row: int | None = None
+    """Its slot of the row state (`batch.RowState`) while it runs; None while it waits."""
     cached_len: int = 0
     unread: int = 0
     """Most tokens that it may still gain from steps that were launched and not read yet."""
     has_candidates: bool = False
-    """Whether the heads have proposed for its next tree."""
+    """Whether the drafter has proposed for its next tree."""
     num_cached_prompt_tokens: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
@@ -42,6 +42,12 @@ class Request:
     def from_message(
         cls, message: EngineRequest, max_len: int, eos_token_ids: tuple[int, ...], default_seed: int
     ) -> Request:
+        """A request as it begins, with no row yet.
+
+        Args:
+            max_len: longest it may get, prompt included, in tokens.
+            default_seed: where the parameters bring none.
+        """
         params = message.params
         eos = () if params.ignore_eos else eos_token_ids
         return cls(
@@ -55,7 +61,15 @@ class Request:
         )
 
     @property
+    def row(self) -> int:
+        """Its slot of the row state. Raises RuntimeError: it holds none, and nothing may be written for it."""
+        if self.held_row is None:
+            raise RuntimeError(f"request {self.request_id} is to run, but holds no row")
+        return self.held_row
+
+    @property
     def num_output(self) -> int:
+        """Tokens that it gained."""
         return len(self.tokens) - self.prompt_len
 
     @property
@@ -66,6 +80,7 @@ class Request:
 
     @property
     def decoding(self) -> bool:
+        """Whether its next step draws from a tree, and computes no known tokens."""
         return self.unread > 0 or (self.num_uncomputed == 1 and self.num_output > 0)
 
     @property
@@ -97,10 +112,12 @@ class StepPlan:
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Tokens of all chunks."""
         return sum(chunk.num_inflight for chunk in self.chunks)
 
     @property
     def num_inflight(self) -> int:
+        """Tokens that the forward pass is over."""
         return self.num_prompt_tokens + self.draft.num_tokens(len(self.decoding))
 
 
@@ -120,11 +137,13 @@ class RowResult:
 
 @dataclass(frozen=True)
 class StepResult:
+    """What the host learns from a step."""
+
     rows: list[RowResult]
     hits: list[list[int]]
-    """[depth][rank]: accepted prefixes whose next token was the head's candidate of this rank."""
+    """[depth][rank]: accepted prefixes whose next token was the candidate of this rank."""
     trials: list[int]
     """[depth]: accepted prefixes of this depth whose next token is known."""
     gains: list[float] = field(default_factory=list)
-    """Tokens that the heads expected a row to gain beside its own, had the rows brought so many nodes each on average:
-    one entry for each of `medusa.planner.SIZES`. Empty where no trees were drafted."""
+    """Tokens that the drafter expected a row to gain beside its own, had the rows brought so many nodes each on
+    average: one entry for each of `speculation.planner.SIZES`. Empty where no trees were drafted."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
-from manyheads.engine.block_manager import DUMMY_BLOCK, BlockTable
-from manyheads.engine.graphs import TREE_ROWS, padded_rows
+from manyheads.batch import MAX_NODES
+from manyheads.engine.page_manager import DUMMY_PAGE, PageTable
+from manyheads.engine.recorded import TREE_ROWS, padded_rows
 from manyheads.engine.runner import Runner
+from manyheads.engine.state import admit, sync_pages
 from manyheads.engine.step import Request, StepPlan
 from manyheads.request import SamplingParams
-from manyheads.speculation.planner import CostTable, Planner
+from manyheads.speculation.costs import CostTable
+from manyheads.speculation.planner import NO_DRAFT, Draft, Planner
 
 CONTEXT = 192
 """Cached tokens of each row while measuring."""
@@ -26,55 +30,75 @@ SAME, SAME_TURNS, MAX_SECONDS = 1.1, 3, 3.0
 a few steps last many times too long. After so many seconds it is believed all the same."""
 
 
-def measure_costs(
-    runner: Runner,
-    planner: Planner,
-    max_rows: int,
-    max_len: int,
-    progress: Callable[[str], None],
-) -> CostTable:
-    """Time steps over a grid of rows and nodes; all rows read and write the dummy page.
+def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], None]) -> None:
+    """Time steps over a grid of rows and drafts, and let the planner choose by what they took.
 
-    `read` ends with results on the host, so a host clock times the device too.
-
-    Returns:
-        Seconds, the shortest of a few runs.
+    All rows read and write the dummy page. `read` ends with results on the host, so a host clock times the device too.
+    The shortest of a few times counts.
     """
     costs = CostTable()
-    burst = BURST if runner.overlaps else 1
-    context = min(CONTEXT, max_len // 2)
-    rows = [r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256) if r <= max_rows]
-    turn_seconds = TURN_SECONDS[runner.device.type]
-    if runner.graphs is not None:
+    state, padded = runner.state, None
+    context = min(CONTEXT, state.max_len // 2)
+    if runner.recorded is not None:
         progress("capturing steps")
-        runner.graphs.capture(planner)
-        planner.padded = lambda rows: padded_rows(rows, max_rows, TREE_ROWS)
-    for num_rows in rows:
-        requests = [_dummy(i, context, runner.block_size) for i in range(num_rows)]
-        for request in requests:
-            request.table.num_synced = 0
-        runner.state.admit(requests)
-
+        runner.recorded.record_steps(planner)
+        padded = partial(padded_rows, most=state.num_rows, sizes=TREE_ROWS)
+    for num_rows in [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows <= state.num_rows]:
+        requests = [_dummy(i, context, state.page_size) for i in range(num_rows)]
+        admit(state, runner.drafter, requests)
+        sync_pages(state, requests)
         progress(f"measuring steps of {num_rows} row{'s' if num_rows > 1 else ''}")
-        plain = StepPlan(chunks=[], decoding=requests)
-        drafts = [draft for draft in planner.drafts(num_rows) if draft.nodes in SIZES]
-        plans = {d.num_tokens(num_rows): StepPlan(chunks=[], decoding=requests, draft=d) for d in drafts}
-        # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
-        seconds: dict[int, list[float]] = {0: [], **{num_inflight: [] for num_inflight in plans}}
-        start = time.perf_counter()
-        while not _enough(list(seconds.values()), time.perf_counter() - start, turn_seconds):
-            for num_inflight, plan in ((0, plain), *plans.items()):
-                runner.state.cached_len[:num_rows] = context
-                began = time.perf_counter()
-                for step in [runner.launch(plan) for _ in range(burst)]:
-                    step.read()
-                seconds[num_inflight].append((time.perf_counter() - began) / burst)
-        shortest = {num_inflight: min(times[1:]) for num_inflight, times in seconds.items()}
-        costs.plain[num_rows] = shortest.pop(0)
-        costs.trees[num_rows] = shortest
-    runner.state.cached_len.zero_()
-    runner.state.block_table.zero_()
-    return costs
+        drafts = _measured_drafts(planner.drafts(num_rows))
+        plans = [StepPlan(chunks=[], decoding=requests, draft=draft) for draft in (NO_DRAFT, *drafts)]
+        plain, *seconds = _time(runner, plans, context)
+        costs.plain[num_rows] = plain
+        costs.trees[num_rows], costs.passes[num_rows] = _apart(drafts, seconds, num_rows)
+    state.cached_len.zero_()
+    state.page_table.zero_()
+    planner.measured(costs, padded)
+
+
+def _measured_drafts(drafts: list[Draft]) -> list[Draft]:
+    """One of each size, the deepest; and where depth costs passes, behind them the shallowest of the size whose two are
+    the most passes apart."""
+    sizes = {draft.nodes: [other for other in drafts if other.nodes == draft.nodes] for draft in drafts}
+    ends = [(min(alike, key=_passes), max(alike, key=_passes)) for nodes, alike in sizes.items() if nodes in SIZES]
+    apart = max(ends, key=lambda pair: pair[1].passes - pair[0].passes, default=None)
+    shallow = [apart[0]] if apart is not None and apart[0].passes < apart[1].passes else []
+    return [*(deep for _, deep in ends), *shallow]
+
+
+def _passes(draft: Draft) -> int:
+    return draft.passes
+
+
+def _apart(drafts: list[Draft], seconds: list[float], num_rows: int) -> tuple[dict[int, float], float]:
+    """Seconds of steps by in-flight tokens without passes, and of a pass."""
+    one_pass = 0.0
+    deepest: dict[float, tuple[Draft, float]] = {}  # by nodes
+    for draft, took in zip(drafts, seconds, strict=True):
+        deep, longer = deepest.setdefault(draft.nodes, (draft, took))
+        if draft is not deep:
+            one_pass = max(0.0, longer - took) / (deep.passes - draft.passes)
+    without = {draft.num_tokens(num_rows): took - draft.passes * one_pass for draft, took in deepest.values()}
+    return without, one_pass
+
+
+def _time(runner: Runner, plans: list[StepPlan], context: int) -> list[float]:
+    """The shortest time of each step, in seconds."""
+    burst = BURST if runner.overlaps else 1
+    turn_seconds = TURN_SECONDS[runner.device.type]
+    # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
+    times: list[list[float]] = [[] for _ in plans]
+    start = time.perf_counter()
+    while not _enough(times, time.perf_counter() - start, turn_seconds):
+        for plan, taken in zip(plans, times, strict=True):
+            runner.state.cached_len[: len(plan.decoding)] = context
+            began = time.perf_counter()
+            for step in [runner.launch(plan) for _ in range(burst)]:
+                step.read()
+            taken.append((time.perf_counter() - began) / burst)
+    return [min(taken[1:]) for taken in times]
 
 
 def _enough(kinds: list[list[float]], elapsed: float, turn_seconds: float) -> bool:
@@ -85,8 +109,8 @@ def _enough(kinds: list[list[float]], elapsed: float, turn_seconds: float) -> bo
     return elapsed > MAX_SECONDS or all(times[-1] <= SAME * times[0] for times in shortest)
 
 
-def _dummy(row: int, context: int, block_size: int) -> Request:
-    blocks = [DUMMY_BLOCK] * (-(-(context + 64) // block_size))
+def _dummy(row: int, context: int, page_size: int) -> Request:
+    pages = [DUMMY_PAGE] * (-(-(context + MAX_NODES) // page_size))
     return Request(
         request_id=f"warm-up {row}",
         params=SamplingParams(temperature=0.0),
@@ -95,8 +119,8 @@ def _dummy(row: int, context: int, block_size: int) -> Request:
         max_len=context + 65,
         stop_ids=frozenset(),
         seed=0,
-        table=BlockTable(blocks=blocks),
-        row=row,
+        table=PageTable(pages=pages),
+        held_row=row,
         cached_len=context,
         has_candidates=True,
     )

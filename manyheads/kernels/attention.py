@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.dependent import begin, dependent
 
 # A register's four codes to two registers of float16: of two pairs, the lower codes and the upper ones; else in order.
 # In float16, 0x6400 is 1024, and what its last byte holds is added: codes of int8 plus 128 are put there.
@@ -107,7 +107,7 @@ def tree_attention(
     v_pages: Tensor,
     row_start: Tensor,
     cached_len: Tensor,
-    block_table: Tensor,
+    page_table: Tensor,
     mask: Tensor,
     *,
     max_nodes: int,
@@ -126,7 +126,7 @@ def tree_attention(
         k_pages, v_pages: [pages, page size, KV, d], one layer of the cache; any strides, the last dimension contiguous.
         row_start: [R + 1] int32; tokens row_start[r] … row_start[r + 1] - 1 are row r's. Rows may be empty.
         cached_len: [R] int64, positions.
-        block_table: [R, B] int64, page ids; covers cached_len + nodes positions.
+        page_table: [R, B] int64, page ids; covers cached_len + nodes positions.
         mask: [T] int64; bit j: node j of the row is visible (itself included, at most 64 nodes). 0 in all of a row's
             tokens: the row is a chain of any length.
         max_nodes: tokens of the longest row, or more. Programs past a row's nodes end at once, but are started: rows of
@@ -168,7 +168,7 @@ def tree_attention(
         partial,
         row_start,
         cached_len,
-        block_table,
+        page_table,
         mask,
         q if k_scale is None else k_scale,  # without codes they are never read
         q if v_scale is None else v_scale,
@@ -187,7 +187,7 @@ def tree_attention(
         v_pages.stride(2),
         *(k_scale.stride() if k_scale is not None else (0, 0, 0)),
         *(v_scale.stride() if v_scale is not None else (0, 0, 0)),
-        block_table.stride(0),
+        page_table.stride(0),
         NUM_HEADS=num_heads,
         QUERIES_PER_KV=queries_per_kv,
         HEAD_DIM=head_dim,
@@ -348,7 +348,7 @@ def _halves(pair, dtype: tl.constexpr, IN_REGISTERS: tl.constexpr):
 # Values that change from step to step must not be specialized on, or serving would stop to compile.
 @triton.jit(
     do_not_specialize=["num_tokens", "num_splits"],
-    do_not_specialize_on_alignment=["row_start", "cached_len", "block_table", "token_mask"],
+    do_not_specialize_on_alignment=["row_start", "cached_len", "page_table", "token_mask"],
 )
 def _attend_kernel(
     q_ptr,
@@ -358,7 +358,7 @@ def _attend_kernel(
     partial_ptr,
     row_start,
     cached_len,
-    block_table,
+    page_table,
     token_mask,
     k_scale_ptr,
     v_scale_ptr,
@@ -442,7 +442,7 @@ def _attend_kernel(
     v_base = v_ptr + kv_head * stride_v_head
     k_scale_base = k_scale_ptr + kv_head * stride_k_scale_head
     v_scale_base = v_scale_ptr + kv_head * stride_v_scale_head
-    table = block_table + row * stride_table
+    table = page_table + row * stride_table
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_M,), tl.float32)
     # Tensor cores want a value's positions side by side. What turns V's rows on the way to them turns 16 bits at least,

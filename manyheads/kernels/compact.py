@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.dependent import begin, dependent
 from manyheads.kv_cache import KVCache, as_bytes
 
 _BLOCK = 1024

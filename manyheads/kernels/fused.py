@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.dependent import begin, dependent
 from manyheads.kernels.rows import QuantizedRows, empty_rows, store_row, where_to
 from manyheads.kv_cache import LARGEST, SMALLEST
+from manyheads.quantization.base import CodedScheme
 
 _HEADS_A_PROGRAM = 8
 _BLOCK = 1024
@@ -38,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: str | None = None
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: CodedScheme | None = None
 ) -> Tensor | QuantizedRows:
     """Adds x to the residual in place, rounded to its dtype, and norms the sum.
 
@@ -46,7 +47,7 @@ def add_rms_norm(
         x: [T, D], or parts of it that are added up first, [splits, T, D] float32; D up to 16384.
         residual: [T, D]
         weight: [D]
-        scheme: of the weight that is multiplied next, if that takes `QuantizedRows`.
+        scheme: that of the weight that is multiplied next, if it takes `QuantizedRows`.
 
     Returns:
         [T, D], the norm of the new residual.
@@ -157,12 +158,12 @@ def rope_store(
     return out
 
 
-def silu_mul(gate_up: Tensor, scheme: str | None = None) -> Tensor | QuantizedRows:
+def silu_mul(gate_up: Tensor, scheme: CodedScheme | None = None) -> Tensor | QuantizedRows:
     """silu(gate) · up.
 
     Args:
         gate_up: [T, 2 · I], gate before up.
-        scheme: as of `add_rms_norm`; I up to 16384.
+        scheme: as `add_rms_norm` has it; with one, I is at most 16384.
 
     Returns:
         [T, I]
@@ -208,7 +209,7 @@ def head_input(hidden: Tensor, block_out: Tensor) -> Tensor:
 
 
 def _warps(block: int) -> int:
-    """16 elements a thread, and no fewer than 4 warps."""
+    """A thread has 16 elements, and a program no fewer than 4 warps."""
     return min(32, max(4, block // 512))
 
 

@@ -14,19 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.dependent import begin, dependent
 
 MAX_ROWS = 128
-"""Beyond, arithmetic begins to count, and cuBLAS is faster."""
+"""Beyond so many rows arithmetic begins to count, and cuBLAS is faster."""
 MAX_ROWS_WHOLE = 32
-"""The same for products that are not split."""
+"""The same holds from here on for products that are not split."""
 _BLOCK_OUT, _BLOCK_IN = 64, 128
 _STAGES = 4
 
 
 @lru_cache(maxsize=16)
 def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether it is a GPU from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def serves(x: Tensor, weight: Tensor, most: int = MAX_ROWS) -> bool:

@@ -6,7 +6,7 @@ int8, where float16 weights come at 3.9). What is made to fit is the activations
 
 - int8: a row is two rows of bytes, both multiplied with the same weight; sums of integers, exact. So a row's result
   depends on nothing but the row and how many programs share its sums, and is as good as its 16 bits: the arithmetic of
-  quantization/integer.py.
+  ops/integer.py.
 - int4: the same, two groups at once: a register's bytes hold codes of both, and 16 times a code less 8 is what its half
   of the byte says as it stands there. Zero points are multiplied with the sums of a row's groups, once for all of them.
 - fp8: a row is one row of fp8. Where there are many, cuBLAS multiplies them.
@@ -24,23 +24,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launch import begin, dependent
-from manyheads.kernels.rows import GROUP, MAX_DIM, PARTS, QuantizedRows, quantize_rows
+from manyheads.kernels.dependent import begin, dependent
+from manyheads.kernels.rows import GROUP, MAX_DIM, QuantizedRows, quantize_rows
 from manyheads.kernels.widen import Arranged, widen
-from manyheads.quantization.weight import ZERO, QuantizedWeight, unpack
+from manyheads.quantization.base import CodedScheme, CodedWeight
+from manyheads.quantization.int4 import ZERO, unpack
 
-CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
-"""Of GPUs, from which on Triton multiplies a scheme's codes; T4's tensor cores take bytes, but it does not use them."""
-MAX_SPLITS = {"int8": 2, "int4": 4, "fp8": 2}
-"""Of the sums of a product that is added to something next."""
 _SHARE = 256
 """Columns that shares are counted in: a divisor of every block, so that they do not depend on the number of rows."""
 _ALIGN_OUT = 128
-"""The same of a weight's rows."""
+"""A weight's rows are filled up to a multiple of this, which every block divides."""
 
 
-def arrange(weight: QuantizedWeight) -> Arranged:
-    """The form that the kernels read: rows come in whole blocks; and of int4 in groups of 128, or several times that,
+def arrange(weight: CodedWeight) -> Arranged:
+    """The form that the kernels read: rows come in whole blocks; and in 4 bits, of groups of 128 or several times that,
 
     - groups are of 128, those of a larger one alike;
     - groups come in pairs: byte j of a pair holds column j of the first in its lower half and that of the second in its
@@ -50,7 +47,7 @@ def arrange(weight: QuantizedWeight) -> Arranged:
     """
     values, scale = _fill_up(weight.values), _fill_up(weight.scale)
     zero = None if weight.zero is None else _fill_up(weight.zero).to(torch.int8) - ZERO
-    if weight.scheme == "int4" and weight.group_size % GROUP == 0:
+    if weight.scheme.bits == 4 and weight.group_size % GROUP == 0:
         codes = F.pad(unpack(values) ^ ZERO, (0, -weight.in_features % (2 * GROUP)))
         codes = codes.view(len(values), -1, 2, GROUP)
         values = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1)
@@ -92,8 +89,8 @@ def product(x: Tensor | QuantizedRows, weight: Arranged, *, added: bool = False)
         return F.linear(x, widen(weight, x.dtype))
     rows, width = x.shape
     padded, processors = len(weight.values), _processors(x.device)
-    if weight.scheme == "fp8" and x.device.type == "cuda" and _is_for_cublas(rows, width, padded):
-        codes, scale, _, dtype = x if isinstance(x, QuantizedRows) else quantize_rows(x, "fp8")
+    if weight.scheme.is_float and x.device.type == "cuda" and _is_for_cublas(rows, width, padded):
+        codes, scale, _, dtype = x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.scheme)
         out_dtype = dtype if _scales_rows(x.device) else torch.bfloat16
         y = torch._scaled_mm(
             codes, weight.values.t(), scale[:, None], weight.scale.t(), out_dtype=out_dtype, use_fast_accum=True
@@ -102,7 +99,7 @@ def product(x: Tensor | QuantizedRows, weight: Arranged, *, added: bool = False)
     splits = 1
     if added:
         programs = _blocks(weight.scheme, rows, width, padded, processors).programs(rows, padded)
-        splits = _splits(programs, MAX_SPLITS[weight.scheme], processors)
+        splits = _splits(programs, weight.scheme.max_splits, processors)
     return multiply(x, weight, splits)
 
 
@@ -119,9 +116,9 @@ def _scales_rows(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=16)
-def multiplies(scheme: str, device: torch.device) -> bool:
+def multiplies(scheme: CodedScheme, device: torch.device) -> bool:
     """Whether `multiply` runs there; Triton's interpreter takes everything."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY[scheme]
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= scheme.capability
 
 
 @lru_cache(maxsize=16)
@@ -136,17 +133,17 @@ def _shared_memory(device: torch.device) -> int:
 
 @lru_cache(maxsize=16)
 def _processors(device: torch.device) -> int:
-    """An H200's, for the interpreter."""
+    """How many processors the GPU has; for the interpreter, as many as an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def serves(x: Tensor, weight: Arranged) -> bool:
     """Whether this product is made of `QuantizedRows`."""
-    blocks = GROUP if weight.scheme != "fp8" or x.device.type != "cuda" else 16  # cuBLAS asks for these
+    blocks = GROUP if not weight.scheme.is_float or x.device.type != "cuda" else 16  # cuBLAS asks for these
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and weight.in_features % blocks == 0
-        and (weight.scheme != "int4" or weight.group_size == GROUP)
+        and (weight.scheme.bits != 4 or weight.group_size == GROUP)
         and multiplies(weight.scheme, x.device)
     )
 
@@ -157,7 +154,11 @@ def takes(x: Tensor, weight: Arranged) -> bool:
 
 
 def multiply(x: Tensor | QuantizedRows, weight: Arranged, splits: int) -> Tensor:
-    """As `product`, by our kernels; columns come in groups of 128."""
+    """As `product`, by our kernels, for columns that come in groups of 128.
+
+    Args:
+        splits: programs that share a row of the weight.
+    """
     rows, width = x.shape
     num_out, padded = weight.out_features, len(weight.values)
     blocks = _blocks(weight.scheme, rows, width, padded, _processors(x.device))
@@ -171,7 +172,7 @@ def multiply(x: Tensor | QuantizedRows, weight: Arranged, splits: int) -> Tensor
     share = -(-width // (splits * _SHARE)) * _SHARE // blocks.columns
     # the weight's blocks follow each other slower than the rows': what is read twice is then in the cache
     grid = (-(-rows // blocks.rows), padded // blocks.out, splits)
-    if weight.scheme == "int4":
+    if weight.scheme.bits == 4:
         assert sums is not None
         _int4_kernel[grid](
             codes,
@@ -209,7 +210,7 @@ def multiply(x: Tensor | QuantizedRows, weight: Arranged, splits: int) -> Tensor
             num_out,
             num_blocks,
             share,
-            PARTS=PARTS[weight.scheme],
+            PARTS=weight.scheme.parts,
             BLOCK_ROWS=blocks.rows,
             BLOCK_OUT=blocks.out,
             BLOCK_IN=blocks.columns,
@@ -235,7 +236,7 @@ class _Blocks(NamedTuple):
         return -(-rows // self.rows) * (padded // self.out)
 
 
-def _blocks(scheme: str, rows: int, width: int, padded: int, processors: int) -> _Blocks:
+def _blocks(scheme: CodedScheme, rows: int, width: int, padded: int, processors: int) -> _Blocks:
     """For Hopper, by measurement: a program waits for each product of bytes, and two or more on a processor take turns.
 
     Of few rows, with as many bytes of the weight under way as there is room for; of more, what is read from the L2
@@ -243,24 +244,24 @@ def _blocks(scheme: str, rows: int, width: int, padded: int, processors: int) ->
     """
     # of 8 rows, Triton takes other tensor-core instructions, which add up floating-point numbers in another order: a
     # row's zero points would come to another sum than among more
-    least, most = (16, 64) if scheme == "int4" else (8, 128 // PARTS[scheme])
+    least, most = (16, 64) if scheme.bits == 4 else (8, 128 // scheme.parts)
     side = min(most, max(least, triton.next_power_of_2(rows)))
     programs = -(-rows // side) * (padded // 64)
-    alone, crowded = programs * MAX_SPLITS[scheme] <= processors, programs >= 2 * processors
-    if scheme == "int4":
+    alone, crowded = programs * scheme.max_splits <= processors, programs >= 2 * processors
+    if scheme.bits == 4:
         return _Blocks(
             128 if side == 32 and crowded else 64, side, 2 * GROUP, 4, 3 if crowded or side == 64 else 4, alone
         )
-    codes = PARTS[scheme] * side
+    codes = scheme.parts * side
     if width % 256 == 0 and (codes <= 32 or (codes == 64 and not crowded)):
         return _Blocks(64, side, 256, 4, 4 if alone else 3, alone)
     stages = 3 if crowded and codes == 128 else 4
     return _Blocks(64, side, GROUP, 4, 6 if alone else stages, alone)
 
 
-def _stages(scheme: str, blocks: _Blocks, memory: int) -> int:
+def _stages(scheme: CodedScheme, blocks: _Blocks, memory: int) -> int:
     """So many that two programs share a processor's memory, unless each has one, if it holds that many."""
-    size = blocks.columns * (PARTS[scheme] * blocks.rows + (blocks.out // 2 if scheme == "int4" else blocks.out))
+    size = blocks.columns * (scheme.parts * blocks.rows + blocks.out * scheme.bits // 8)
     share = memory if blocks.alone else memory // 2
     return min(blocks.stages, max(share // size, min(3, memory // size)))
 

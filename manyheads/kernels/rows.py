@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.dependent import begin, dependent
+from manyheads.quantization.base import CodedScheme
 
 GROUP = 128
-"""Columns that share a scale in the int4 weights that are multiplied (quantized.py)."""
-PARTS = {"int8": 2, "int4": 2, "fp8": 1}
-"""Rows of codes for a row of activations, by the weight's scheme."""
+"""So many columns share a scale in the weights of 4 bits that are multiplied (quantized.py)."""
 MAX_DIM = 16384
-"""Of a row that a program holds in registers."""
+"""A program holds rows of up to so many columns in registers."""
 _GROUP = tl.constexpr(GROUP)
 _MAX = tl.constexpr(127 * 257)
 """The greatest integer, so that 256 · high + low has both bytes between -128 and 127."""
@@ -31,21 +30,22 @@ _TINY = tl.constexpr(1e-30)
 
 
 class QuantizedRows(NamedTuple):
-    """Rows of activations [T, D] in 8 bits.
+    """Rows of activations [T, D] in 8 bits, for weights in a scheme.
 
-    - int8, int4: x = scale · (256 · high + low), of int8: 16 bits in all, within 2 ** -16 of the row's largest value;
-    - fp8: x = scale · code, of float8_e4m3fn, the row's largest value at 448.
+    - Of two parts (int8, int4): x = scale · (256 · high + low), both int8: 16 bits in all, within 2 ** -16 of the row's
+      largest value;
+    - of one (fp8): x = scale · code, of float8_e4m3fn, the row's largest value at 448.
     """
 
     codes: Tensor
-    """[parts · T, D], each row's high above its low."""
+    """[parts · T, D]; of two parts, each row's high stands above its low."""
     scale: Tensor
     """[T] float32."""
     sums: Tensor | None
-    """[groups, T] float32, for int4: of each group of columns the sum of 256 · high + low, by which zero points are
-    multiplied."""
+    """[groups, T] float32, for weights in 4 bits: of each group of columns the sum of 256 · high + low, by which zero
+    points are multiplied."""
     dtype: torch.dtype
-    """Of the activations."""
+    """The activations' own type."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,16 +54,16 @@ class QuantizedRows(NamedTuple):
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors are."""
         return self.codes.device
 
 
-def empty_rows(like: Tensor, dim: int, scheme: str) -> QuantizedRows:
+def empty_rows(like: Tensor, dim: int, scheme: CodedScheme) -> QuantizedRows:
     """Rows of so many columns for a weight in a scheme, yet to be written; as many as `like` has, and of its dtype."""
     rows = like.shape[0]
-    code = torch.float8_e4m3fn if scheme == "fp8" else torch.int8
-    codes = torch.empty((PARTS[scheme] * rows, dim), dtype=code, device=like.device)
+    codes = torch.empty((scheme.parts * rows, dim), dtype=scheme.row_dtype, device=like.device)
     scale = torch.empty(rows, dtype=torch.float32, device=like.device)
-    sums = scale.new_empty((dim // GROUP, rows)) if scheme == "int4" else None
+    sums = scale.new_empty((dim // GROUP, rows)) if scheme.bits == 4 else None
     return QuantizedRows(codes, scale, sums, like.dtype)
 
 
@@ -75,12 +75,12 @@ def where_to(out: Tensor | QuantizedRows) -> tuple[dict[str, Tensor], dict[str, 
     sums = out.scale if out.sums is None else out.sums
     return (
         {"out_ptr": out.codes, "scale_ptr": out.scale, "sums_ptr": sums},
-        {"QUANTIZE": True, "FP8": out.codes.dtype == torch.float8_e4m3fn, "SUMS": out.sums is not None},
+        {"QUANTIZE": True, "FP8": out.codes.is_floating_point(), "SUMS": out.sums is not None},
     )
 
 
-def quantize_rows(x: Tensor, scheme: str) -> QuantizedRows:
-    """For the product with a weight.
+def quantize_rows(x: Tensor, scheme: CodedScheme) -> QuantizedRows:
+    """Rows for the product with a weight.
 
     Args:
         x: [T, D], the last dimension contiguous.

@@ -7,15 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.engine.decode import Trees
-from manyheads.engine.state import RowState
+from manyheads.batch import Outcome, RowState, Trees
 from manyheads.kernels.compact import compact
-from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.dependent import begin, dependent
 from manyheads.kv_cache import KVCache
 
 
-def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
-    """As `engine.decode.settle`.
+def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> Outcome:
+    """As `Ops.settle`, where the target's own tokens are accepted.
 
     Args:
         target: [T] int64, contiguous.
@@ -27,8 +26,8 @@ def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> tup
     def longs(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device=index.device)
 
-    report = longs(num_rows, 3 + 2 * width + num_candidates)
-    last, accepted, ranks = longs(num_rows), longs(num_rows), longs(num_rows, width)
+    values = longs(num_rows, 3 + 2 * width + num_candidates)
+    last, accepted, places = longs(num_rows), longs(num_rows), longs(num_rows, width)
     _settle_kernel[(num_rows,)](
         index,
         state.cached_len,
@@ -40,12 +39,12 @@ def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> tup
         trees.inflight.row_start,
         trees.node_tokens,
         trees.taken,
-        trees.rank,
+        trees.offset,
         target,
-        report,
+        values,
         last,
         accepted,
-        ranks,
+        places,
         num_nodes,
         num_candidates,
         state.num_rows,
@@ -58,18 +57,18 @@ def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> tup
         **dependent(index.device),
     )
     if num_nodes > 1:
-        compact(cache, trees.row_slots, ranks, accepted)
-    return report, last
+        compact(cache, trees.row_slots, places, accepted)
+    return Outcome(values, last)
 
 
 def propose(state: RowState, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
-    """As `RowState.propose`; the dummy row keeps what it has.
+    """As `Ops.propose`; the dummy row keeps what it has.
 
     Args:
         index: [R] int64, contiguous.
-        candidates, chances: [R, H, K] int64 and float32, contiguous.
+        candidates, chances: [R, C] int64 and float32, contiguous.
     """
-    count = candidates.shape[1] * candidates.shape[2]
+    count = candidates.shape[1]
     _propose_kernel[(index.shape[0],)](
         index,
         candidates,
@@ -100,12 +99,12 @@ def _settle_kernel(
     row_start,
     node_tokens,
     taken,
-    ranks,
+    offsets,
     target,
     report,
     last_places,
     num_accepted,
-    path_ranks,
+    path_offsets,
     num_nodes,
     num_candidates,
     dummy,
@@ -136,8 +135,8 @@ def _settle_kernel(
     may = tl.load(taken + of_row + node, mask=inside, other=0) != 0
     # what a row did not bring stands at its root, and is never looked at
     parent_may = tl.load(taken + of_row + parent, mask=inside, other=0) != 0
-    parent_rank = tl.load(ranks + of_row + parent, mask=inside & parent_may, other=0)
-    wanted = tl.load(target + first + parent_rank, mask=inside, other=-2)
+    parent_offset = tl.load(offsets + of_row + parent, mask=inside & parent_may, other=0)
+    wanted = tl.load(target + first + parent_offset, mask=inside, other=-2)
     held = tl.sum(tl.where(may & (token == wanted), tl.full((BLOCK,), 1, tl.int64) << node, 0), 0) | 1
     reached = inside & ((above & ~held) == 0)
     best = tl.max(tl.where(reached, depth * 64 + 63 - node, 0), 0)  # the deepest, of equals the first
@@ -145,9 +144,9 @@ def _settle_kernel(
     accepted = best // 64 + 1
 
     path = tl.load(paths + last * WIDTH + step, mask=on_path, other=0)
-    rank = tl.load(ranks + of_row + path, mask=on_path, other=0)  # all on the path were brought
-    emitted = tl.load(target + first + rank, mask=on_path, other=0)
-    last_place = first + tl.sum(tl.where(step == accepted - 1, rank, 0), 0)
+    offset = tl.load(offsets + of_row + path, mask=on_path, other=0)  # all on the path were brought
+    emitted = tl.load(target + first + offset, mask=on_path, other=0)
+    last_place = first + tl.sum(tl.where(step == accepted - 1, offset, 0), 0)
     newest = tl.sum(tl.where(step == accepted - 1, emitted, 0), 0)
     known = tl.load(drafts + slot_row * stride_drafts + 1 + candidate, mask=candidate < num_candidates, other=0)
     tl.store(out, accepted)
@@ -158,7 +157,7 @@ def _settle_kernel(
     tl.store(out + 3 + 2 * WIDTH + candidate, known, mask=candidate < num_candidates)
     tl.store(last_places + row, last_place)
     tl.store(num_accepted + row, accepted)
-    tl.store(path_ranks + row * WIDTH + step, rank, mask=on_path)
+    tl.store(path_offsets + row * WIDTH + step, offset, mask=on_path)
     if slot_row != dummy:
         tl.store(cached_len + slot_row, tl.load(cached_len + slot_row) + accepted)
         tl.store(drafts + slot_row * stride_drafts, newest)

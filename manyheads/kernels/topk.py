@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.dependent import begin, dependent
 
 _LOG_BLOCK = 10
 """2^10 columns a program: one warp's, whose maximum of 32-bit integers is a single instruction."""

@@ -1,6 +1,6 @@
 """Decoding rows' trees, from their drafts to the step's tokens: two kernels and a sort, or one kernel for roots alone.
 
-What `engine.decode.expand` says in torch; see there for what is brought. The chosen nodes are those that do not come
+What `TorchOps.expand` says in torch; see there for what is brought. The chosen nodes are those that do not come
 after the last of them in the (stable) sort, so each row finds its own, and its place among all tokens, by comparing.
 """
 
@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.engine.decode import InFlight, Trees
-from manyheads.engine.state import RowState
-from manyheads.kernels.launch import begin, dependent
-from manyheads.speculation.tree import TreeTensors
+from manyheads.batch import InFlight, RowState, Trees, TreeTensors
+from manyheads.kernels.dependent import begin, dependent
 
 _CHUNK = 4096
 """Values that a program reads at once."""
@@ -23,7 +21,7 @@ _ROOTS = 128
 
 
 def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, sizes: Tensor | None = None) -> Trees:
-    """As `engine.decode.expand`.
+    """As `Ops.expand`.
 
     Args:
         index: [R] int64, contiguous.
@@ -51,7 +49,7 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, s
             index,
             state.cached_len,
             state.drafts,
-            state.block_table,
+            state.page_table,
             inflight.row_start,
             inflight.tokens,
             inflight.position,
@@ -62,8 +60,8 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, s
             taken,
             num_rows,
             state.drafts.stride(0),
-            state.block_table.stride(0),
-            PAGE_SIZE=state.block_size,
+            state.page_table.stride(0),
+            PAGE_SIZE=state.page_size,
             BLOCK=_ROOTS,
             num_warps=4,
             **dependent(index.device),
@@ -94,7 +92,7 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, s
         tree=tree,
         node_tokens=longs(num_rows, num_nodes),
         taken=taken,
-        rank=longs(num_rows, num_nodes),
+        offset=longs(num_rows, num_nodes),
         row=row,
         node=node,
         row_slots=longs(num_rows, num_nodes),
@@ -104,7 +102,7 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, s
         index,
         state.cached_len,
         state.drafts,
-        state.block_table,
+        state.page_table,
         tree.column,
         tree.depth,
         tree.bits,
@@ -122,14 +120,14 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, s
         node,
         trees.node_tokens,
         taken,
-        trees.rank,
+        trees.offset,
         trees.row_slots,
         num_rows,
         num_nodes,
         num_tokens,
         state.drafts.stride(0),
-        state.block_table.stride(0),
-        PAGE_SIZE=state.block_size,
+        state.page_table.stride(0),
+        PAGE_SIZE=state.page_size,
         BLOCK=block,
         CHUNK=_CHUNK,
         num_warps=4,
@@ -139,9 +137,9 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, s
 
 
 @triton.jit
-def _slots(block_table, row, position, inside, stride_table, PAGE_SIZE: tl.constexpr):
+def _slots(page_table, row, position, inside, stride_table, PAGE_SIZE: tl.constexpr):
     """Cache slots of positions of a row, or of one position of each row."""
-    page = tl.load(block_table + row * stride_table + position // PAGE_SIZE, mask=inside, other=0)
+    page = tl.load(page_table + row * stride_table + position // PAGE_SIZE, mask=inside, other=0)
     return page * PAGE_SIZE + position % PAGE_SIZE
 
 
@@ -150,7 +148,7 @@ def _roots_kernel(
     index,
     cached_len,
     drafts,
-    block_table,
+    page_table,
     row_start,
     tokens,
     positions,
@@ -176,7 +174,7 @@ def _roots_kernel(
     tl.store(row_start + at, at, mask=at <= num_rows)
     tl.store(tokens + at, token, mask=inside)
     tl.store(positions + at, cached, mask=inside)
-    tl.store(slots + at, _slots(block_table, row, cached, inside, stride_table, PAGE_SIZE), mask=inside)
+    tl.store(slots + at, _slots(page_table, row, cached, inside, stride_table, PAGE_SIZE), mask=inside)
     tl.store(bits + at, tl.full((BLOCK,), 1, tl.int64), mask=inside)
     tl.store(rows + at, at.to(tl.int64), mask=inside)
     tl.store(nodes + at, tl.zeros((BLOCK,), tl.int64), mask=inside)
@@ -220,7 +218,7 @@ def _bring_kernel(
     index,
     cached_len,
     drafts,
-    block_table,
+    page_table,
     column,
     depths,
     tree_bits,
@@ -238,7 +236,7 @@ def _bring_kernel(
     nodes,
     node_tokens,
     taken,
-    ranks,
+    offsets,
     row_slots,
     num_rows,
     num_nodes,
@@ -253,14 +251,14 @@ def _bring_kernel(
     """One program: a row's tokens; behind the rows, one of the gains."""
     begin(DEPENDENT)
     program = tl.program_id(0)
-    offset = tl.arange(0, CHUNK)
+    lane = tl.arange(0, CHUNK)
     node = tl.arange(0, BLOCK)
     inside = node < num_nodes
     if program >= num_rows:
         size = tl.load(sizes + program - num_rows).to(tl.int32)
         gained = tl.zeros((CHUNK,), tl.float32)
         for start in range(num_rows, size, CHUNK):  # roots stand first
-            gained += tl.load(ordered + start + offset, mask=start + offset < size, other=0.0)
+            gained += tl.load(ordered + start + lane, mask=start + lane < size, other=0.0)
         tl.store(gains + program - num_rows, tl.sum(gained, 0))
         return
 
@@ -271,14 +269,14 @@ def _bring_kernel(
     # how many the rows before bring
     before = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, first, CHUNK):
-        flat = start + offset
+        flat = start + lane
         value = tl.load(values + flat, mask=flat < first, other=-1.0)
         before += ((value > least) | ((value == least) & (flat <= latest))).to(tl.int32)
     begins = tl.sum(before, 0)
 
     value = tl.load(values + first + node, mask=inside, other=-1.0)
     chosen = (value > least) | ((value == least) & (first + node <= latest))
-    rank = tl.cumsum(chosen.to(tl.int64), 0) - 1
+    offset = tl.cumsum(chosen.to(tl.int64), 0) - 1
     tl.store(row_start + row, begins)
     if program == num_rows - 1:
         tl.store(row_start + num_rows, num_tokens)
@@ -292,17 +290,17 @@ def _bring_kernel(
     of_row = row * num_nodes + node
     tl.store(node_tokens + of_row, token, mask=inside)
     tl.store(taken + of_row, chosen & (value > 0), mask=inside)  # a node without a chance only fills the step up
-    tl.store(ranks + of_row, rank, mask=inside)
-    slot = _slots(block_table, slot_row, cached + node, inside, stride_table, PAGE_SIZE)
+    tl.store(offsets + of_row, offset, mask=inside)
+    slot = _slots(page_table, slot_row, cached + node, inside, stride_table, PAGE_SIZE)
     tl.store(row_slots + of_row, slot, mask=inside)
 
-    at = begins + rank
+    at = begins + offset
     tl.store(tokens + at, token, mask=chosen)
     tl.store(positions + at, cached + depth, mask=chosen)
-    slot = _slots(block_table, slot_row, cached + rank, chosen, stride_table, PAGE_SIZE)
+    slot = _slots(page_table, slot_row, cached + offset, chosen, stride_table, PAGE_SIZE)
     tl.store(slots + at, slot, mask=chosen)
     # all above a chosen node are chosen; the sum of different bits sets each of them
-    bit = tl.full((BLOCK,), 1, tl.int64) << rank
+    bit = tl.full((BLOCK,), 1, tl.int64) << offset
     on_path = ((above[:, None] >> node[None, :].to(tl.int64)) & 1) != 0
     tl.store(bits + at, tl.sum(tl.where(on_path, bit[None, :], 0), 1), mask=chosen)
     tl.store(rows + at, tl.zeros((BLOCK,), tl.int64) + row, mask=chosen)

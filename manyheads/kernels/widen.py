@@ -9,16 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.launch import begin, dependent
+from manyheads.kernels.dependent import begin, dependent
 from manyheads.kernels.rows import GROUP
-from manyheads.quantization.weight import ZERO
+from manyheads.quantization.base import CodedScheme
+from manyheads.quantization.int4 import ZERO
 
 
 @dataclass(frozen=True, eq=False)
 class Arranged:
-    """A `QuantizedWeight` in the form that `quantized.arrange` gives it, with rows of zeros at its end (`padded`)."""
+    """A `CodedWeight` in the form that `quantized.arrange` gives it, with rows of zeros at its end (`padded`)."""
 
-    scheme: str
+    scheme: CodedScheme
     out_features: int
     in_features: int
     values: Tensor
@@ -30,15 +31,17 @@ class Arranged:
 
     @property
     def group_size(self) -> int:
+        """Columns that share a scale."""
         return self.in_features // self.scale.shape[1]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors."""
         return self.values.nbytes + self.scale.nbytes + (self.zero.nbytes if self.zero is not None else 0)
 
 
 def widen(weight: Arranged, dtype: torch.dtype) -> Tensor:
-    """What a weight stands for: [out, in], rounded once."""
+    """The weight that it stands for: [out, in], rounded once."""
     num_out, width = weight.out_features, weight.in_features
     out = torch.empty((num_out, width), dtype=dtype, device=weight.values.device)
     zero = weight.scale if weight.zero is None else weight.zero  # without zero points it is not looked at
@@ -52,7 +55,7 @@ def widen(weight: Arranged, dtype: torch.dtype) -> Tensor:
         weight.values.shape[1],
         weight.group_size,
         *weight.scale.stride(),
-        INT4=weight.scheme == "int4",
+        INT4=weight.scheme.bits == 4,
         GROUP=GROUP if weight.group_size == GROUP else 0,
         HAS_ZERO=weight.zero is not None,
         MIDDLE=ZERO,

@@ -14,22 +14,6 @@ from manyheads.kv_cache import KVShape
 
 
 @dataclass(frozen=True)
-class Traits:
-    """What an architecture does beyond Llama's common shape; None means that config.json says."""
-
-    qkv_bias: bool | None = None
-    qk_norm: bool = False
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Traits(),
-    "MistralForCausalLM": Traits(qkv_bias=False),
-    "Qwen2ForCausalLM": Traits(qkv_bias=True),
-    "Qwen3ForCausalLM": Traits(qk_norm=True),
-}
-
-
-@dataclass(frozen=True)
 class RopeScaling:
     """Rotary embedding for longer contexts: `linear`, or `llama3` (Llama 3.1, section "Positional embedding")."""
 
@@ -45,6 +29,7 @@ class ModelConfig:
     """Shape of a Llama-like model."""
 
     architecture: str
+    """Which family it is of (`registry.FAMILIES`)."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -71,30 +56,32 @@ class ModelConfig:
         return KVShape(self.num_layers, self.num_kv_heads, self.head_dim)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read config.json and generation_config.json.
+    def read(
+        cls, raw: dict[str, Any], folder: Path, *, qkv_bias: bool | None = None, qk_norm: bool = False
+    ) -> ModelConfig:
+        """Read what config.json says, and generation_config.json beside it.
+
+        Args:
+            raw: what config.json holds.
+            folder: where it is.
+            qkv_bias: whether q, k and v have biases; None: config.json's `attention_bias` says so, of the projection
+                of attention's output as well.
+            qk_norm: whether queries and keys are normed.
 
         Raises:
             ConfigError: naming the file and the key that is missing or not supported.
         """
-        raw = read_json(folder / "config.json")
-        architecture = (raw.get("architectures") or ["?"])[0]
-        traits = ARCHITECTURES.get(architecture)
-        if traits is None:
-            raise ConfigError(
-                f"{folder / 'config.json'}: architecture {architecture} is not supported; "
-                f"supported are {', '.join(ARCHITECTURES)}"
-            )
+        path = folder / "config.json"
         if raw.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"{folder / 'config.json'}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
+            raise ConfigError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
 
         def need(key: str) -> int:
             value = raw.get(key)
             if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{folder / 'config.json'}: {key} must be a positive integer, not {value!r}")
+                raise ConfigError(f"{path}: {key} must be a positive integer, not {value!r}")
             return value
 
-        theta, scaling = _rope(raw, folder)
+        theta, scaling = _rope(raw, path)
         num_heads, hidden_size = need("num_attention_heads"), need("hidden_size")
         longest = need("max_position_embeddings")
         window = raw.get("sliding_window")
@@ -102,14 +89,8 @@ class ModelConfig:
             # within its window a sliding model is a plain one
             longest = min(longest, int(window))
         attention_bias = bool(raw.get("attention_bias", False))
-        generation = folder / "generation_config.json"
-        eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
-        dtype_name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-        dtype = getattr(torch, dtype_name.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConfigError(f"{folder / 'config.json'}: dtype {dtype_name!r} is no floating-point type of torch")
         return cls(
-            architecture=architecture,
+            architecture=raw["architectures"][0],
             vocab_size=need("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=need("intermediate_size"),
@@ -122,16 +103,30 @@ class ModelConfig:
             rope_scaling=scaling,
             max_position_embeddings=longest,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias if traits.qkv_bias is None else traits.qkv_bias,
-            o_bias=attention_bias and traits.qkv_bias is None,
+            qkv_bias=attention_bias if qkv_bias is None else qkv_bias,
+            o_bias=attention_bias and qkv_bias is None,
             mlp_bias=bool(raw.get("mlp_bias", False)),
-            qk_norm=traits.qk_norm,
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-            dtype=dtype,
+            qk_norm=qk_norm,
+            eos_token_ids=_eos_token_ids(raw, folder),
+            dtype=_dtype(raw, path),
         )
 
 
-def _rope(raw: dict[str, Any], folder: Path) -> tuple[float, RopeScaling | None]:
+def _eos_token_ids(raw: dict[str, Any], folder: Path) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+
+
+def _dtype(raw: dict[str, Any], path: Path) -> torch.dtype:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"{path}: dtype {name!r} is no floating-point type of torch")
+    return dtype
+
+
+def _rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     """Base and scaling, spelled as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) does."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
@@ -139,10 +134,8 @@ def _rope(raw: dict[str, Any], folder: Path) -> tuple[float, RopeScaling | None]
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
-        raise ConfigError(
-            f"{folder / 'config.json'}: rope scaling {kind!r} is not supported, only default, linear and llama3"
-        )
+        raise ConfigError(f"{path}: rope scaling {kind!r} is not supported, only default, linear and llama3")
     if not isinstance(parameters.get("factor"), (int, float)):
-        raise ConfigError(f"{folder / 'config.json'}: rope scaling {kind!r} needs a factor")
+        raise ConfigError(f"{path}: rope scaling {kind!r} needs a factor")
     known = RopeScaling.__dataclass_fields__.keys() - {"kind"}
     return theta, RopeScaling(kind=kind, **{key: parameters[key] for key in known if key in parameters})

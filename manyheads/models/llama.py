@@ -1,4 +1,4 @@
-"""Llama-shaped models: Llama, Vicuna, Mistral, Qwen2 and Qwen3 differ in biases and in norms of queries and keys."""
+"""Llama-shaped models: the parameters that their checkpoints hold, and the forward pass."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend
-from manyheads.models import ops
 from manyheads.models.config import ModelConfig, RopeScaling
-from manyheads.models.linear import Linear
+from manyheads.models.linear import Linear, Split
+from manyheads.models.parameters import Packed, Parameters, Plain
+from manyheads.ops.base import Ops
 
 if TYPE_CHECKING:
     from manyheads.kernels.rows import QuantizedRows
@@ -24,14 +25,43 @@ POSITION_MARGIN = 64
 
 @dataclass(frozen=True, eq=False)
 class Layer:
+    """A layer's weights: of attention, then of the gated feed-forward part."""
+
     input_norm: Tensor  # [hidden]
     qkv: Linear  # hidden → (heads + 2 · kv_heads) · head_dim
-    q_norm: Tensor | None  # [head_dim]
-    k_norm: Tensor | None  # [head_dim]
     o: Linear  # heads · head_dim → hidden
     post_norm: Tensor  # [hidden]
     gate_up: Linear  # hidden → 2 · intermediate
     down: Linear  # intermediate → hidden
+    q_norm: Tensor | None = None  # [head_dim]
+    k_norm: Tensor | None = None  # [head_dim]
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """What a checkpoint of such a model holds, by the fields of `Layer`."""
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * dim, config.num_kv_heads * dim
+
+    def layer(at: str) -> dict[str, Plain | Packed]:
+        attention, mlp = f"{at}self_attn.", f"{at}mlp."
+        norms = {"q_norm": Plain(f"{attention}q_norm", (dim,)), "k_norm": Plain(f"{attention}k_norm", (dim,))}
+        return {
+            "input_norm": Plain(f"{at}input_layernorm", (hidden,)),
+            "qkv": Packed(attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, hidden, config.qkv_bias),
+            **(norms if config.qk_norm else {}),
+            "o": Packed(attention, {"o_proj": hidden}, q, config.o_bias, Split.INPUTS),
+            "post_norm": Plain(f"{at}post_attention_layernorm", (hidden,)),
+            "gate_up": Packed(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
+            "down": Packed(mlp, {"down_proj": hidden}, inner, config.mlp_bias, Split.INPUTS),
+        }
+
+    return Parameters(
+        embedding=Plain("embed_tokens", (config.vocab_size, hidden)),
+        layers=[layer(f"layers.{i}.") for i in range(config.num_layers)],
+        norm=Plain("norm", (hidden,)),
+        lm_head=Packed("", {"lm_head": config.vocab_size}, hidden),
+        is_tied=config.tie_word_embeddings,
+    )
 
 
 class Llama:
@@ -39,13 +69,15 @@ class Llama:
 
     Args:
         embedding: [V, hidden].
+        norm: [hidden], the final one's weight.
         lm_head: hidden → V.
+        ops: of the device that all of it is on.
     """
 
     def __init__(
-        self, config: ModelConfig, embedding: Tensor, layers: list[Layer], norm: Tensor, lm_head: Linear
+        self, config: ModelConfig, embedding: Tensor, layers: list[Layer], norm: Tensor, lm_head: Linear, ops: Ops
     ) -> None:
-        self.config = config
+        self.config, self.ops = config, ops
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
         self.rope = _rope_table(config, self.device, self.dtype)
@@ -60,17 +92,18 @@ class Llama:
         Returns:
             [T, hidden]
         """
-        eps = self.config.rms_norm_eps
+        ops, eps = self.ops, self.config.rms_norm_eps
         residual = F.embedding(tokens, self.embedding)
         x: Tensor | QuantizedRows = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
-            y = layer.o.parts(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
+            y = layer.o(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
             x = ops.add_rms_norm(y, residual, layer.post_norm, eps, layer.gate_up.takes(residual))
-            y = layer.down.parts(ops.silu_mul(layer.gate_up(x), layer.down.takes(residual)))
+            y = layer.down(ops.silu_mul(layer.gate_up(x), layer.down.takes(residual)))
             if i + 1 < len(self.layers):
                 following = self.layers[i + 1]
                 x = ops.add_rms_norm(y, residual, following.input_norm, eps, following.qkv.takes(residual))
-        return ops.add_rms_norm(y, residual, self.norm, eps)
+        hidden: Tensor = ops.add_rms_norm(y, residual, self.norm, eps)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, V] float32."""
@@ -79,12 +112,12 @@ class Llama:
     @property
     def can_be_captured(self) -> bool:
         """Whether a CUDA graph may hold a forward pass."""
-        return all(layer.qkv.can_be_captured for layer in self.layers)
+        return all(layer.qkv.product.can_be_captured for layer in self.layers)
 
     def memory_bytes(self) -> int:
         """Bytes of all weights; a vocabulary projection that is the embedding itself counts once."""
         total = self.embedding.nbytes + self.norm.nbytes
-        total += 0 if self.lm_head.weight is self.embedding else self.lm_head.nbytes
+        total += 0 if self.lm_head.product.plain is self.embedding else self.lm_head.nbytes
         for layer in self.layers:
             linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
             norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)

@@ -7,6 +7,7 @@ the columns in order from the lowest bits on, offset so that codes are not negat
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor
 
 from manyheads.config import CheckpointError, ConfigError
-from manyheads.quantization.formats import Format, Parts, expect
-from manyheads.quantization.weight import QuantizedWeight, unpack
+from manyheads.quantization.base import CodedWeight
+from manyheads.quantization.fp8 import FP8, Fp8Weight
+from manyheads.quantization.int4 import INT4, Int4Weight, unpack
+from manyheads.quantization.int8 import INT8, Int8Weight
+from manyheads.quantization.parts import Format, Parts, expect
 
 _UNUSED = frozenset({"input_scale", "input_zero_point"})
 
 
 def compressed_tensors(path: Path, config: dict[str, Any]) -> Format:
-    """Raises ConfigError for what is not supported."""
+    """The format of llm-compressor's checkpoints. Raises ConfigError for what is not supported."""
     layout = expect(path, config, "format", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
     expect(path, config, "quantization_status", "compressed", "frozen")
     for key in ("kv_cache_scheme", "transform_config"):
@@ -49,8 +53,8 @@ def compressed_tensors(path: Path, config: dict[str, Any]) -> Format:
     expect(path, weights, "num_bits", 8)
     expect(path, weights, "symmetric", True)
     expect(path, weights, "strategy", "tensor", "channel")
-    scheme = "int8" if kind == "int" else "fp8"
-    return Format(f"compressed-tensors {layout}", scheme, _UNUSED | {"weight", "weight_scale"}, _READ[scheme])
+    scheme, convert = (INT8, _int8) if kind == "int" else (FP8, _fp8)
+    return Format(f"compressed-tensors {layout}", scheme, _UNUSED | {"weight", "weight_scale"}, convert)
 
 
 def fp8(path: Path, config: dict[str, Any]) -> Format:
@@ -62,30 +66,23 @@ def fp8(path: Path, config: dict[str, Any]) -> Format:
         )
     expect(path, config, "activation_scheme", "dynamic", "static")
     leaves = {"weight", "weight_scale", "weight_scale_inv", "activation_scale"}
-    return Format("fp8", "fp8", _UNUSED | leaves, _READ["fp8"])
+    return Format("fp8", FP8, _UNUSED | leaves, _fp8)
 
 
-def _eight(scheme: str, dtype: torch.dtype, parts: Parts, out: int, into: int) -> QuantizedWeight:
-    values = parts.take("weight", (dtype,), (out, into))
+def _eight(form: type[CodedWeight], parts: Parts, out: int, into: int) -> CodedWeight:
+    values = parts.take("weight", (form.dtype,), (out, into))
     # both names mean a factor: "inv" is seen from the float weight
     names = [leaf for leaf in ("weight_scale", "weight_scale_inv") if leaf in parts.tensors]
     if len(names) == 2:
         raise CheckpointError(f"{parts.where}: both weight_scale and weight_scale_inv are there")
     scale = parts.scale(names[0] if names else "weight_scale", (out, 1), (out,), (1,), (), (1, 1))
-    if dtype == torch.float8_e4m3fn and not torch.isfinite(values.float()).all():
+    if form.dtype.is_floating_point and not torch.isfinite(values.float()).all():
         raise CheckpointError(f"{parts.where}.weight holds values that are not finite")
-    return QuantizedWeight(scheme, values, scale.reshape(-1, 1).expand(out, 1).contiguous())
+    return form(values, scale.reshape(-1, 1).expand(out, 1).contiguous())
 
 
-def _int8(parts: Parts, out: int, into: int) -> QuantizedWeight:
-    return _eight("int8", torch.int8, parts, out, into)
-
-
-def _fp8(parts: Parts, out: int, into: int) -> QuantizedWeight:
-    return _eight("fp8", torch.float8_e4m3fn, parts, out, into)
-
-
-_READ = {"int8": _int8, "fp8": _fp8}
+_int8 = partial(_eight, Int8Weight)
+_fp8 = partial(_eight, Fp8Weight)
 
 
 def _packed(path: Path, weights: dict[str, Any], bits: int) -> Format:
@@ -95,7 +92,7 @@ def _packed(path: Path, weights: dict[str, Any], bits: int) -> Format:
     if strategy == "group" and (not isinstance(size, int) or size < 2 or size % 2):
         raise ConfigError(f"{path}: group_size={size!r} in quantization_config must be an even number")
 
-    def convert(parts: Parts, out: int, into: int) -> QuantizedWeight:
+    def convert(parts: Parts, out: int, into: int) -> CodedWeight:
         shape = parts.take("weight_shape", (torch.int64, torch.int32), (2,))
         if shape.tolist() != [out, into]:
             raise CheckpointError(f"{parts.where}.weight_shape says {shape.tolist()}, not {[out, into]}")
@@ -106,12 +103,12 @@ def _packed(path: Path, weights: dict[str, Any], bits: int) -> Format:
         packed = parts.take("weight_packed", (torch.int32,), (out, into // per_word)).contiguous().view(torch.uint8)
         scale = parts.scale("weight_scale", (out, groups), *([(out,)] if groups == 1 else [])).reshape(out, groups)
         if bits == 8:
-            return QuantizedWeight("int8", (packed ^ 0x80).view(torch.int8), scale)
+            return Int8Weight((packed ^ 0x80).view(torch.int8), scale)
         zero: Tensor | None = None
         if not symmetric:
             words = parts.take("weight_zero_point", (torch.int32,), (-(-out // 8), groups))
             zero = unpack(words.T.contiguous().view(torch.uint8))[:, :out].T.contiguous()
-        return QuantizedWeight("int4", packed, scale, zero)
+        return Int4Weight(packed, scale, zero)
 
     leaves = _UNUSED | {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}
-    return Format("compressed-tensors pack-quantized", "int4" if bits == 4 else "int8", leaves, convert)
+    return Format("compressed-tensors pack-quantized", INT4 if bits == 4 else INT8, leaves, convert)

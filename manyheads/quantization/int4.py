@@ -1,92 +1,96 @@
-"""AWQ and GPTQ checkpoints: weights [in, out] in 4 bits, eight to an int32; zero points and scales per group of inputs.
-
-| | qweight | qzeros [groups, out / 8] |
-|---|---|---|
-| AWQ, gemm | [in, out / 8]: along the outputs, in the order 0 2 4 6 1 3 5 7 | the same order |
-| GPTQ | [in / 8, out]: along the inputs, in order | in order; less 1 in format `gptq`, as they are in `gptq_v2` |
-
-Both have `scales` [groups, out].
-"""
+"""Weights in 4 bits: groups of columns between a least and a greatest number, with a scale and a zero point each."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from manyheads.config import CheckpointError, ConfigError
-from manyheads.quantization.formats import Format, Parts, expect
-from manyheads.quantization.weight import QuantizedWeight, pack, unpack
+from manyheads.config import ConfigError
+from manyheads.quantization.base import CodedScheme, CodedWeight, in_pieces, used_scale
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Column of eight that each nibble of a word holds, the lowest first."""
-
-
-def awq(path: Path, config: dict[str, Any]) -> Format:
-    """Raises ConfigError for what is not supported."""
-    expect(path, config, "bits", 4)
-    expect(path, config, "version", "gemm", "GEMM")
-    expect(path, config, "zero_point", True)
-    size = _group_size(path, config)
-
-    def convert(parts: Parts, out: int, into: int) -> QuantizedWeight:
-        groups = _groups(parts, out, into, size)
-        codes = _awq_columns(parts.take("qweight", (torch.int32,), (into, out // 8)))
-        zeros = _awq_columns(parts.take("qzeros", (torch.int32,), (groups, out // 8)))
-        scale = parts.scale("scales", (groups, out))
-        return QuantizedWeight("int4", pack(codes.T.contiguous()), scale.T.contiguous(), zeros.T.contiguous())
-
-    return Format("AWQ", "int4", frozenset({"qweight", "qzeros", "scales"}), convert)
+GROUP_SIZES = (128, 64, 32)
+"""Columns that share a scale; the first that divides the number of columns is taken."""
+ZERO = 8
+"""The code that stands for 0 where a weight has no zero points of its own."""
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
-def gptq(path: Path, config: dict[str, Any]) -> Format:
-    """Raises ConfigError for what is not supported."""
-    expect(path, config, "bits", 4)
-    form = expect(path, config, "checkpoint_format", "gptq", "gptq_v2")
-    expect(path, config, "dynamic", None, {})
-    expect(path, config, "pack_dtype", "int32")
-    size = _group_size(path, config)
-    # taken off whole words in `gptq`, where zero points of 0 borrow from their neighbours, and put back likewise
-    offset = 0x11111111 if form == "gptq" else 0
+@dataclass(frozen=True, eq=False)
+class Int4Weight(CodedWeight):
+    """The codes are from 0 to 15, two to a byte, the even column's in the low half; zero points are codes too."""
 
-    def convert(parts: Parts, out: int, into: int) -> QuantizedWeight:
-        groups = _groups(parts, out, into, size)
-        if "g_idx" in parts.tensors:
-            order = parts.take("g_idx", (torch.int32, torch.int64), (into,))
-            if not torch.equal(order.long(), torch.arange(into, device=order.device) // (into // groups)):
-                raise CheckpointError(
-                    f"{parts.where}.g_idx: columns in another order (desc_act) are not supported; "
-                    "take a checkpoint that was made with desc_act=false"
-                )
-        words = parts.take("qweight", (torch.int32,), (into // 8, out))
-        zeros = unpack((parts.take("qzeros", (torch.int32,), (groups, out // 8)) + offset).view(torch.uint8))
-        scale = parts.scale("scales", (groups, out))
-        # eight inputs to a word of one output: transposed, the bytes are as they should be
-        values = words.T.contiguous().view(torch.uint8)
-        return QuantizedWeight("int4", values, scale.T.contiguous(), zeros.T.contiguous())
+    dtype = torch.uint8
+    middle = ZERO
 
-    return Format("GPTQ", "int4", frozenset({"qweight", "qzeros", "scales", "g_idx"}), convert)
+    def _has_groups_that_fit(self) -> bool:
+        fits = self.zero is None or (self.zero.shape == self.scale.shape and self.zero.dtype == torch.uint8)
+        return fits and self.group_size % 2 == 0
+
+    @property
+    def scheme(self) -> CodedScheme:
+        return INT4
+
+    @property
+    def in_features(self) -> int:
+        return self.values.shape[1] * 2
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        codes = unpack(self.values).float().view(self.shape[0], -1, self.group_size)
+        codes -= ZERO if self.zero is None else self.zero[..., None]
+        return codes.mul_(self.scale[..., None]).view(self.shape).to(dtype)
 
 
-def _awq_columns(words: Tensor) -> Tensor:
-    """[n, out / 8] int32 → [n, out] uint8."""
-    nibbles = unpack(words.contiguous().view(torch.uint8)).view(len(words), -1, 8)
-    columns = torch.empty_like(nibbles)
-    columns[..., list(AWQ_ORDER)] = nibbles
-    return columns.flatten(1)
+def pack(codes: Tensor) -> Tensor:
+    """[..., n] codes from 0 to 15, of any integer type → [..., n / 2] uint8, the even ones in the low half."""
+    codes = codes.to(torch.uint8)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def _group_size(path: Path, config: dict[str, Any]) -> int:
-    size = config.get("group_size", 128)
-    if not isinstance(size, int) or size == 0 or size < -1 or (size > 0 and size % 2):
-        raise ConfigError(f"{path}: group_size={size!r} in quantization_config must be even, or -1 for all inputs")
-    return size
+def unpack(packed: Tensor) -> Tensor:
+    """[..., n / 2] uint8 → [..., n] uint8 codes from 0 to 15."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def _groups(parts: Parts, out: int, into: int, size: int) -> int:
-    size = into if size == -1 else size
-    if into % size or into % 8 or out % 8:
-        raise CheckpointError(f"{parts.where}: {into} inputs and {out} outputs come in no groups of {size} and 8")
-    return into // size
+def _rounded(weight: Tensor) -> Int4Weight:
+    """Each group's range is narrowed where that lowers the squared error."""
+    size = next((size for size in GROUP_SIZES if weight.shape[1] % size == 0), None)
+    if size is None:
+        raise ConfigError(
+            f"int4 needs weights whose columns come in groups of {', '.join(map(str, GROUP_SIZES))}; "
+            f"one has {weight.shape[1]} columns. Take int8 or fp8"
+        )
+    groups = weight.reshape(len(weight), -1, size)
+    low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)
+    best: tuple[Tensor, Tensor] | None = None
+    least = torch.full_like(low, torch.inf)
+    for shrink in _SHRINK:
+        scale = used_scale((high - low) * (shrink / 15))
+        zero = (-low * shrink / scale).round_().clamp_(0, 15)
+        codes = (groups / scale).round_().add_(zero).clamp_(0, 15)
+        error = ((codes - zero).mul_(scale) - groups).square_().sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = (
+            (scale, zero) if best is None else (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
+        )
+    assert best is not None
+    scale, zero = best
+    codes = (groups / scale).round_().add_(zero).clamp_(0, 15)
+    return Int4Weight(pack(codes.flatten(1)), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8))
+
+
+INT4 = CodedScheme(
+    name="int4",
+    quantize=partial(in_pieces, _rounded),
+    vocabulary="int8",  # which it can bear less than the layers can
+    number_bytes=0.56,
+    note_on_cpu="int4 saves neither time nor memory on a CPU: its weights are widened as they are loaded",
+    bits=4,
+    row_dtype=torch.int8,
+    parts=2,
+    max_splits=4,
+    capability=(8, 0),
+)

@@ -1,20 +1,18 @@
 """Speculation trees: what a row brings to a step, and how trees grow from measured acceptance.
 
 A node is named by its *choice*: the ranks of the candidates on the way from the root, as in the Medusa paper (Cai et
-al. 2024, section 2.1.2 and appendix C). `()` is the root, the last accepted token; `(0, 2)` is the third candidate of
-the second head below the best candidate of the first.
+al. 2024, section 2.1.2 and appendix C). `()` is the root, the last accepted token; `(0, 2)` is the third candidate for
+the second token below the best candidate for the first.
 """
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import torch
-from torch import Tensor
 
-MAX_NODES = 64
+from manyheads.batch import TreeTensors
 
 Choice = tuple[int, ...]
 
@@ -42,10 +40,12 @@ class Tree:
 
     @property
     def num_nodes(self) -> int:
+        """How many nodes there are, the root included."""
         return len(self.choices)
 
     @property
     def max_depth(self) -> int:
+        """Depth of the deepest node; 0 for a root alone."""
         return max(len(choice) for choice in self.choices)
 
     @property
@@ -57,47 +57,20 @@ class Tree:
 ROOT = Tree(((),))
 
 
-@dataclass(frozen=True, eq=False)
-class TreeTensors:
-    """A tree as tensors on a device; n nodes, depths 0…D."""
+def tree_tensors(tree: Tree, columns: list[int], device: torch.device) -> TreeTensors:
+    """The tensors of a tree.
 
-    parent: Tensor  # [n] int64, the root is its own parent
-    depth: Tensor  # [n] int64
-    column: Tensor  # [n] int64, index into a row's draft: its last token, then its [heads · ranks] candidates
-    bits: Tensor  # [n] int64, bit j of entry i: j is i or above it
-    path: Tensor  # [n, D + 1] int64, the nodes from the root down to node i by depth, padded with i itself
-
-    @property
-    def num_nodes(self) -> int:
-        return self.depth.shape[0]
-
-    @property
-    def max_depth(self) -> int:
-        return self.path.shape[1] - 1
-
-    @cached_property
-    def order(self) -> Tensor:
-        """[n] int64: 0, 1, 2, …"""
-        return torch.arange(self.num_nodes, device=self.depth.device)
-
-    @cached_property
-    def ancestors(self) -> Tensor:
-        """[n, n] bool, entry (i, j): j is i or above it."""
-        return (self.bits[:, None] >> self.order) & 1 != 0
-
-
-@lru_cache(maxsize=512)
-def tree_tensors(tree: Tree, num_ranks: int, device: torch.device) -> TreeTensors:
-    """The tensors of `tree` where a row holds `num_ranks` candidates of each head."""
+    Args:
+        columns: for each node, the column of a row's draft that it holds (`Drafter.columns`).
+    """
     index = {choice: i for i, choice in enumerate(tree.choices)}
     paths = [[index[choice[:d]] for d in range(len(choice) + 1)] for choice in tree.choices]
     bits = [sum(1 << j for j in path) for path in paths]
     width = tree.max_depth + 1
-    column = [0, *(1 + (len(choice) - 1) * num_ranks + choice[-1] for choice in tree.choices[1:])]
     tables = (
         [index[choice[:-1]] for choice in tree.choices],
         [len(choice) for choice in tree.choices],
-        column,
+        columns,
         [b - (1 << 64) if b >> 63 else b for b in bits],  # bit 63 is the sign
         [path + [i] * (width - len(path)) for i, path in enumerate(paths)],
     )

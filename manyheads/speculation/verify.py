@@ -1,37 +1,42 @@
-"""Verification: which of a tree's nodes the target model agrees with. Pure functions, batch first."""
+"""The rules by which a tree's nodes are accepted.
+
+| rule | a node is accepted if | promise |
+|---|---|---|
+| greedy | it holds the target's argmax at its parent | the text is that of plain greedy decoding |
+| exact | it holds the target's own sample at its parent | the text has the model's distribution, whatever the tree |
+| typical | `p > min(ε, α · exp(−H))` at its parent | none: Medusa's own lossy rule |
+
+The first two are one: the target draws a token at every node, and the walk goes down while a child holds what was drawn
+(the first line of the walk *is* plain decoding; the tree only saves forward passes). The walk itself, and what follows
+from it for a row, is an operation of the device: `Ops.settle`.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from manyheads.speculation.tree import TreeTensors
+from manyheads.batch import RowState, Trees, TreeTensors
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """The accepted path of each of R rows that share a tree of depth D."""
-
-    last: Tensor  # [R] int64, the deepest accepted node
-    num_accepted: Tensor  # [R] int64, nodes on the path, root included: what is kept of the K/V
-    path: Tensor  # [R, D + 1] int64, the nodes of the path by depth, padded with the last one
-    emitted: Tensor  # [R, D + 1] int64, the tokens that the row gains: num_accepted of them hold
-
-
-def agrees(tokens: Tensor, target: Tensor, tree: TreeTensors) -> Tensor:
-    """Greedy and exact acceptance: [R, n] bool, whether each node holds what the target drew at its parent.
-
-    Greedy: the target draws its argmax, so the text is that of plain greedy decoding. Exact: the target draws its own
-    sample at every node, and a walk goes down while a child holds it, so the text has the model's distribution
-    whatever the tree (the first line of the walk *is* plain sampling; the tree only saves forward passes).
+def accepted_nodes(state: RowState, trees: Trees, target: Tensor, distributions: dict[int, Tensor]) -> Tensor | None:
+    """[R, n] bool, which nodes each row accepts, each node on its own; None where no row has a lossy rule.
 
     Args:
-        tokens: [R, n] int64, the tree's tokens.
-        target: [R, n] int64, the token that the target model continues each node with.
+        target: [T] int64, the token that the target model drew after each token of the step.
+        distributions: by row, for rows with typical acceptance: [n, V] float32, the target's distribution after each
+            node, at the row's temperature.
     """
-    return tokens == target[:, tree.parent]
+    if not distributions:
+        return None
+    tree = trees.tree
+    accepted = trees.node_tokens == target[trees.place][:, tree.parent]
+    for i, distribution in distributions.items():
+        row, index = slice(i, i + 1), trees.inflight.index[i : i + 1]
+        accepted[row] = typical(
+            trees.node_tokens[row], distribution[None], tree, state.epsilon[index], state.alpha[index]
+        )
+    return accepted
 
 
 def typical(tokens: Tensor, probabilities: Tensor, tree: TreeTensors, epsilon: Tensor, alpha: Tensor) -> Tensor:
@@ -47,31 +52,3 @@ def typical(tokens: Tensor, probabilities: Tensor, tree: TreeTensors, epsilon: T
     # a node is accepted if  p > min(ε, α · exp(−H))  after its parent
     threshold = torch.minimum(epsilon[:, None], alpha[:, None] * torch.exp(-entropy[:, tree.parent]))
     return p > threshold
-
-
-def longest_path(
-    tokens: Tensor, target: Tensor, accepted: Tensor, tree: TreeTensors, *, lossy: bool = False
-) -> Verdict:
-    """The longest path from the root whose every node is accepted; of equals, the earlier (more probable) node's.
-
-    Args:
-        tokens: [R, n] int64.
-        target: [R, n] int64; the one at the end of the path is the row's next root.
-        accepted: [R, n] bool, each node on its own; the root counts as accepted whatever it says.
-        lossy: whether a node may be accepted though the target drew something else at its parent.
-    """
-    if tree.max_depth == 0:  # a root alone: all of the below would say so, at the price of a dozen operations
-        nothing = torch.zeros_like(target[:, 0])
-        return Verdict(last=nothing, num_accepted=nothing + 1, path=nothing[:, None], emitted=target)
-    # a node is reached if all of its ancestors (itself included) were accepted
-    held = (accepted.to(torch.int64) << tree.order).sum(dim=1) | 1  # [R], a bit for each node; the root's is set
-    reached = (tree.bits & ~held[:, None]) == 0  # [R, n]
-    last = torch.where(reached, tree.depth, -1).argmax(dim=1)  # argmax takes the first of equals
-    path = tree.path[last]  # [R, D + 1]
-    num_accepted = tree.depth[last] + 1
-    emitted = target.gather(1, path)
-    if lossy:
-        below = tokens.gather(1, torch.cat((path[:, 1:], path[:, -1:]), dim=1))  # token at depth d + 1 of the path
-        above_end = torch.arange(path.shape[1], device=tokens.device) < (num_accepted - 1)[:, None]
-        emitted = torch.where(above_end, below, emitted)
-    return Verdict(last=last, num_accepted=num_accepted, path=path, emitted=emitted)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.batch import MAX_NODES
 from manyheads.speculation.medusa.checkpoint import STATISTICS
 from manyheads.speculation.medusa.export import write_json
-from manyheads.speculation.tree import MAX_NODES, grow
+from manyheads.speculation.tree import grow
 from manyheads.train.base import Base, half_precision, send
 from manyheads.train.dataset import Batch
 from manyheads.train.heads import TrainedHeads

@@ -14,7 +14,7 @@ import torch
 from manyheads.checkpoint import resolve
 from manyheads.config import ConfigError
 from manyheads.frontend.llm import LLM
-from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.request import SamplingParams
 from manyheads.train.progress import Progress
 from manyheads.train.prompts import Answer
@@ -39,7 +39,7 @@ def answer_all(
     Raises:
         ConfigError: no prompt is left or could be answered.
     """
-    config = ModelConfig.from_folder(resolve(base))
+    config = read_config(resolve(base))
     longest = min(settings.max_prompt_tokens, config.max_position_embeddings - settings.max_new_tokens)
     asked = [prompt for prompt in prompts if prompt.tokens or 0 < len(prompt.prompt) <= longest]
     if len(asked) < len(prompts):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.train.attention import register
 from manyheads.train.dataset import Batch
 
@@ -69,7 +69,7 @@ class Base:
 
         dtype = torch.float32
         if device.type == "cuda" and not trained:
-            own = ModelConfig.from_folder(folder).dtype
+            own = read_config(folder).dtype
             dtype = torch.bfloat16 if own == torch.float32 else own
         name = register()
         with _quiet():

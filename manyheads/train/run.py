@@ -19,6 +19,7 @@ from manyheads.checkpoint import read_json, resolve
 from manyheads.config import BUILTIN, ConfigError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import HeadWeights, locate_heads, read_heads
 from manyheads.speculation.medusa.export import replace, write_heads, write_json
 from manyheads.train.accuracy import accuracy_table, right_ranks, write_statistics
@@ -64,7 +65,7 @@ def train(
     """
     progress = progress or Progress()
     folder = resolve(base)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     prompts = list(read_prompts(files, Tokenizer.load(folder, chat_template)))
     work = out / WORK
     _begin(work, settings, folder, prompts, resume)

@@ -13,8 +13,9 @@ from torch import Tensor
 from manyheads.attention.base import AttentionBackend, Group
 from manyheads.attention.torch import TorchAttention
 from manyheads.kv_cache import CODES, KVCache, quantize
-from manyheads.speculation.tree import ROOT, Tree, grow, tree_tensors
+from manyheads.speculation.tree import ROOT, Tree, grow
 from tests.kernels import INTERPRETED
+from tests.trees import medusa_tensors
 
 torch.set_num_threads(1)
 
@@ -65,14 +66,14 @@ class Rows:
         return max(tree.num_nodes for tree in self.trees)
 
     def group(self, start: int, table: Tensor, max_tokens: int | None = None, max_cached: int | None = None) -> Group:
-        known = [] if self.is_chain else [tree_tensors(tree, 4, CPU).bits for tree in self.trees]
+        known = [] if self.is_chain else [medusa_tensors(tree, 4, CPU).bits for tree in self.trees]
         return Group(
             start=start,
             stop=start + self.num_tokens,
             row_start=torch.tensor(self.starts, dtype=torch.int32),
             bits=torch.cat(known) if known else torch.zeros(self.num_tokens, dtype=torch.int64),
             cached_len=torch.tensor(self.cached),
-            block_table=table,
+            page_table=table,
             max_tokens=max_tokens or self.max_nodes,
             max_cached_len=max_cached or max(self.cached),
             is_chain=self.is_chain,
@@ -134,7 +135,7 @@ class Step:
         for part, group in zip(self.rows, self.groups, strict=True):
             for r, (tree, length) in enumerate(zip(part.trees, part.cached, strict=True)):
                 prefix = [
-                    int(group.block_table[r, i // block_size]) * block_size + i % block_size for i in range(length)
+                    int(group.page_table[r, i // block_size]) * block_size + i % block_size for i in range(length)
                 ]
                 for i, choice in enumerate(tree.choices):
                     above = [j for j, other in enumerate(tree.choices) if choice[: len(other)] == other]
@@ -321,7 +322,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     together = made.run()
     starts = made.rows[0].starts
     for r, (tree, cached) in enumerate(zip(made.rows[0].trees, made.rows[0].cached, strict=True)):
-        table = made.groups[0].block_table[r : r + 1]
+        table = made.groups[0].page_table[r : r + 1]
         alone = part(made, Rows([tree], [cached]), table, starts[r], starts[r + 1])
         close(alone.run(), together[starts[r] : starts[r + 1]])
 
@@ -335,7 +336,7 @@ def part(made: Step, rows: Rows, table: Tensor, first: int, end: int, **bounds: 
 
 def test_bounds_above_the_longest_row_change_nothing() -> None:
     made = step([Rows([BRANCHES, ROOT], [3, 5])], slack=12)
-    wide = part(made, made.rows[0], made.groups[0].block_table, 0, 7, max_cached=20, max_tokens=32)
+    wide = part(made, made.rows[0], made.groups[0].page_table, 0, 7, max_cached=20, max_tokens=32)
     close(wide.run(), made.expected())
 
 
@@ -343,7 +344,7 @@ def test_bounds_above_a_single_row_change_nothing() -> None:
     """Its pages may lie side by side; what is past its last token is not seen."""
     for rows in (same(ROOT, [5]), same(BRANCHES, [5]), same(NINE, [0]), chain(3, 5)):
         made = step([rows], block_size=16)
-        table, cached = made.groups[0].block_table, rows.cached[0]
+        table, cached = made.groups[0].page_table, rows.cached[0]
         table[:] = 1 + torch.arange(table.shape[1])
         slots = 16 + torch.arange(cached, cached + rows.num_tokens)
         bounded = rows.group(0, table, max_tokens=9, max_cached=30)
@@ -356,7 +357,7 @@ def test_steps_build_on_one_another() -> None:
     whole = step([chain(10, 0)], rope=rotation())
     wanted = whole.run()
     parts = step([chain(10, 0)], rope=rotation())
-    table, done = parts.groups[0].block_table, []
+    table, done = parts.groups[0].page_table, []
     for first, end in ((0, 6), (6, 9), (9, 10)):
         done.append(part(parts, chain(end - first, first), table, first, end).run(layer=0))
     close(torch.cat(done), wanted)

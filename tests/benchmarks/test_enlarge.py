@@ -15,9 +15,9 @@ import torch
 from manyheads import LLM, SamplingParams
 from manyheads.checkpoint import BUILTIN_FOLDER, tensor_files
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
 from manyheads.models.loader import load_model
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.speculation.medusa.heads import MedusaHeads
 from tests.forward import hidden_states
@@ -73,7 +73,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def load(folder: Path) -> tuple[Llama, MedusaHeads]:
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     model = load_model(folder, config, torch.float32, CPU)
     return model, MedusaHeads(read_heads(folder / "heads", config), model, torch.float32, CPU)
 

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.request import EngineRequest
-from manyheads.speculation.planner import NO_DRAFT, CostTable, Draft
+from manyheads.speculation.costs import CostTable
+from manyheads.speculation.planner import NO_DRAFT, Draft
 from tests.tiny import VOCAB
 
 
@@ -23,7 +24,7 @@ def test_a_step_before_the_heads_have_spoken_says_nothing_of_them(
     config = EngineConfig(model=str(folder), dtype="float32", num_threads=1, max_num_seqs=8, max_num_batched_tokens=16)
     engine = build_engine(config)
     planner = engine.planner
-    planner.costs = CostTable(plain=dict.fromkeys((1, 2, 4, 8), 1.0), trees={r: {r: 1.0} for r in (1, 2, 4, 8)})
+    planner.measured(CostTable(plain=dict.fromkeys((1, 2, 4, 8), 1.0), trees={r: {r: 1.0} for r in (1, 2, 4, 8)}))
     choose = planner.choose
 
     def no_trees_beside_prompts(rows: int, prompt_tokens: int = 0) -> Draft:

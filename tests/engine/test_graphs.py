@@ -1,38 +1,43 @@
-"""Steps by graph without a GPU: a recorded step is a function that is called again and writes into the same tensors."""
+"""Recorded steps without a GPU: a recording is a function that is called again and writes into the same tensors."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from manyheads import SamplingParams
-from manyheads.engine import decode, state
-from manyheads.engine.graphs import ROWS, TREE_ROWS, Recorder, StepGraphs, padded_rows
-from manyheads.engine.prompt_graphs import PromptGraphs
+from manyheads.engine.engine import Engine
+from manyheads.engine.graphs import Recorded, Recorder
+from manyheads.engine.recorded import ROWS, TREE_ROWS, RecordedSteps, padded_rows
 from manyheads.engine.runner import Runner
-from manyheads.models import ops
-from manyheads.speculation.planner import Planner
+from manyheads.engine.step_run import StepRun
+from manyheads.ops.torch import TorchOps
+from manyheads.speculation.planner import Draft, Planner
+from manyheads.speculation.tree import Tree
 from tests.engine.test_exactness import engine, prompts, run
 from tests.kernels import INTERPRETED
 
+T = TypeVar("T")
 
-class Recorded:
-    """What a CUDA graph is to `StepGraphs`."""
 
-    def __init__(self, function: Callable[[], Any], result: Any) -> None:
-        self.function, self.result = function, result
+class Again(Recorded[T]):
+    """What a CUDA graph is to `RecordedSteps`."""
 
-    def replay(self) -> None:
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.function, self.result = function, function()
+
+    def replay(self) -> T:
         for old, new in zip(tensors(self.result), tensors(self.function()), strict=True):
             old.copy_(new)
+        return self.result
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -49,33 +54,61 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 class StandIn(Recorder):
     def __init__(self) -> None:
+        self._device = torch.device("cpu")
         self.memory_bytes = 0
 
     def aside(self) -> contextlib.nullcontext[None]:  # type: ignore[override]
         return contextlib.nullcontext()
 
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Any]:
-        result = function()
-        return Recorded(function, result), result
+    def record(self, function: Callable[[], T]) -> Recorded[T]:
+        return Again(function)
+
+
+def record(served: Engine, ops: TorchOps | None = None) -> RecordedSteps:
+    """Let an engine's steps be recorded.
+
+    Args:
+        ops: what the step does on the device beside the model; None leaves it as it is.
+    """
+    runner = served.runner
+    assert isinstance(runner, Runner)
+    if ops is not None:
+        runner.run = StepRun(runner.model, runner.drafter, ops, runner.state, runner.cache)
+    runner.recorded = RecordedSteps(runner.run, StandIn())
+    return runner.recorded
 
 
 def test_memory_of_graphs_is_what_capturing_took(
     folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = engine(folder, 1).runner
-    assert isinstance(runner, Runner)
+    served = engine(folder, 1)
     looks = iter((1000, 1300, 1300, 1350, 1350, 1400))
     monkeypatch.setattr("manyheads.engine.graphs.taken_bytes", lambda _: next(looks))
-    recorder = StandIn()
-    graphs = StepGraphs(runner, recorder)
-    assert recorder.memory_bytes == 0
-    graphs.capture(Planner([[0.5, 0.3]] * 3))
+    recorded = record(served)
+    recorder, runner = recorded.recorder, served.runner
+    assert isinstance(runner, Runner)
+    assert recorder.memory_bytes == runner.graph_bytes == 0
+    recorded.record_steps(Planner([[0.5, 0.3]] * 3))
     assert recorder.memory_bytes == 300
-    assert len(graphs._graphs) > 4
-    graphs._make([(2, 64, 128)])
+    assert len(recorded._steps) > 4
+    wide = Draft(Tree(((), *((rank,) for rank in range(63)))), 64)
+    recorded._make_steps([(recorded._key(2, wide), wide)])
     assert recorder.memory_bytes == 350
-    PromptGraphs(runner, recorder).capture()
-    assert recorder.memory_bytes == 400
+    assert (2, 64, 128, 0) in recorded._steps
+    recorded.record_chunks()
+    assert recorder.memory_bytes == runner.graph_bytes == 400
+
+
+def test_drafts_of_other_depths_are_other_steps(folder: Path, reference: LlamaForCausalLM) -> None:
+    """Where a drafter runs passes for each depth, so many of them are in the recording."""
+    recorded = record(engine(folder, 1))
+    planner = Planner([[0.5, 0.3]] * 3, passes_per_depth=1)
+    recorded.record_steps(planner)
+    for rows in (1, 2, 4):
+        drafts = planner.drafts(rows)
+        assert {draft.passes for draft in drafts} == {1, 2, 3}
+        for draft in drafts:
+            assert recorded._steps[recorded._key(rows, draft)].rows.depth == draft.tree.max_depth
 
 
 @pytest.mark.parametrize("tree_size", [1, 2, 4, 16])
@@ -94,22 +127,64 @@ def test_text_is_that_of_steps_without_graphs(folder: Path, reference: LlamaForC
     ]
     wanted = run(engine(folder, tree_size, num_blocks=24), jobs, rate=0.4)
     served = engine(folder, tree_size, num_blocks=24)
-    runner = served.runner
-    assert isinstance(runner, Runner)
-    runner.graphs, runner.prompt_graphs = StepGraphs(runner, StandIn()), PromptGraphs(runner, StandIn())
+    recorded = record(served)
     assert run(served, jobs, rate=0.4) == wanted
-    assert len(runner.graphs._graphs) > 2
-    assert len(runner.prompt_graphs._graphs) > 1
+    assert len(recorded._steps) > 2
+    assert len(recorded._chunks) > 1
     assert served.stats().preemptions > 0
+
+
+def test_trees_that_grow_anew_are_replayed_with_their_own_ancestors(
+    folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Penalties look at what stands above a node: a step that was recorded for another tree knows this one's."""
+    penalties: dict[str, Any] = {"repetition_penalty": 1.5, "presence_penalty": 0.7, "frequency_penalty": 0.4}
+    jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=40, **penalties)) for prompt in prompts(8, shared=9)]
+    wanted = run(engine(folder, 1), jobs)
+    served = engine(folder, 16)
+    recorded = record(served)
+    trees: set[Tree] = set()
+    draft, turn = served.planner.draft, iter(range(10**6))
+
+    def restless(nodes: float, depth: int | None = None) -> Draft:
+        """Another tree at each step, of as many nodes."""
+        made = draft(nodes, depth)
+        choices = ((), *((rank,) for rank in range(8)), *((0,) * d for d in range(2, 4)))
+        choices = (*choices, *((next_rank, 0) for next_rank in range(1, 8)))
+        rest = [(a, b) for a in range(8) for b in range(1, 8)]
+        shift = next(turn) % len(rest)
+        choices = (*choices, *(rest[shift:] + rest[:shift]))[: made.tree.num_nodes]
+        trees.add(Tree(choices))
+        return Draft(Tree(choices), made.nodes)
+
+    monkeypatch.setattr(served.planner, "draft", restless)
+    monkeypatch.setattr(served.planner, "choose", lambda rows, prompt_tokens=0: served.planner.draft(16))
+    assert run(served, jobs) == wanted
+    assert len(trees) > 20
+    assert len({key[1] for key in recorded._steps if key[1] > 1}) <= 4  # few recordings, each for many trees
+    assert served.stats().accepted_tokens > 0
+
+
+def kernels() -> TorchOps:
+    """A step's own operations by kernels, and the model's as on a CPU."""
+    from manyheads.ops.triton import TritonOps
+
+    class Kernels(TritonOps):
+        attention = TorchOps.attention  # type: ignore[assignment]
+        rms_norm = TorchOps.rms_norm
+        add_rms_norm = TorchOps.add_rms_norm
+        silu_mul = TorchOps.silu_mul
+        head_input = TorchOps.head_input
+
+    return Kernels()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the engine's tests are on the CPU")
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("tree_size", [1, 4])
 def test_text_is_the_same_with_kernels(folder: Path, tree_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trees, verdicts and candidates as on a GPU, in steps with and without a graph; the model as on a CPU."""
+    """Trees, what is kept and candidates as on a GPU, in steps with and without a graph; the model as on a CPU."""
     pytest.importorskip("triton")
-    topk = importlib.import_module("manyheads.kernels.topk")
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0, "top_p": 0.9},
@@ -122,16 +197,24 @@ def test_text_is_the_same_with_kernels(folder: Path, tree_size: int, monkeypatch
         for i, prompt in enumerate(prompts(7, shared=9))
     ]
     wanted = run(engine(folder, tree_size, num_blocks=24), jobs, rate=0.4)
-    for module in (decode, state):
-        monkeypatch.setattr(module, "has_kernels", lambda device: True)
-    monkeypatch.setattr(ops, "argmax", topk.argmax)
-    monkeypatch.setattr(ops, "best", topk.topk)
+    ops = kernels()
+    used: set[str] = set()
+    for name in ("expand", "settle", "compact", "propose", "argmax", "best"):
+        monkeypatch.setattr(ops, name, counted(used, name, getattr(ops, name)))
     served = engine(folder, tree_size, num_blocks=24)
-    runner = served.runner
-    assert isinstance(runner, Runner)
-    runner.graphs, runner.prompt_graphs = StepGraphs(runner, StandIn()), PromptGraphs(runner, StandIn())
+    recorded = record(served, ops)
+    monkeypatch.setattr("manyheads.models.ops.best", ops.best)
     assert run(served, jobs, rate=0.4) == wanted
-    assert runner.graphs._graphs
+    assert recorded._steps
+    assert used == {"expand", "settle", "argmax", *(() if tree_size == 1 else ("compact", "propose", "best"))}
+
+
+def counted(used: set[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any) -> Any:
+        used.add(name)
+        return function(*args)
+
+    return called
 
 
 def test_padding() -> None:

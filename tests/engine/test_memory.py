@@ -15,19 +15,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
+from manyheads.batch import RowState
 from manyheads.checkpoint import BUILTIN_FOLDER
 from manyheads.config import ConfigError
 from manyheads.engine import memory
 from manyheads.engine.build import _kv_dtype, build_engine
 from manyheads.engine.engine import Engine
-from manyheads.engine.estimate import HeadsShape, Shape, weights_bytes
+from manyheads.engine.estimate import Shape
 from manyheads.engine.memory import Limit, base_bytes
 from manyheads.engine.runner import Runner
-from manyheads.engine.state import RowState
 from manyheads.kv_cache import CODES
-from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.models.registry import read_config
+from manyheads.models.size import weights_bytes
+from manyheads.ops import ops_for
+from manyheads.quantization.schemes import SCHEMES
 from manyheads.request import EngineRequest
+from manyheads.speculation.drafter import DrafterShape
 from tests.tiny import model_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -45,17 +49,23 @@ VICUNA = model_config(
     eos_token_ids=(2,),
     dtype=torch.float16,
 )
+HEADS = DrafterShape(
+    max_depth=5,
+    num_candidates=5 * 10,
+    layer_weights=5 * (4096 + 1) * 4096,
+    vocabulary_weights=5 * 32000 * 4096,
+    row_logits=5 * 32000,
+)
 T4 = Shape(
     model=VICUNA,
-    heads=HeadsShape(
-        num_heads=5, block_weights=5 * (4096 + 1) * 4096, projection_weights=5 * 32000 * 4096, num_tokens=32000
-    ),
+    drafter=HEADS,
     dtype=torch.float16,
     device=GPU,
+    ops=ops_for(GPU),
     max_num_seqs=8,
     max_num_batched_tokens=512,
     max_model_len=2048,
-    block_size=16,
+    page_size=16,
     quantization="int8",
 )
 FIFTEEN = Limit(15 * GIB, memory.CONTEXT_BYTES, "a memory of 15.0 GiB")
@@ -69,7 +79,7 @@ def test_a_7b_model_in_8_bits_with_five_users_fits_a_t4() -> None:
     assert parts.weights == pytest.approx(6.9e9, rel=0.01)
     assert parts.heads == pytest.approx(0.74e9, rel=0.01)
     assert T4.page_bytes == T4.page_cost == 16 * MIB // 2
-    tokens = T4.blocks_within(FIFTEEN, parts) * T4.block_size
+    tokens = T4.pages_within(FIFTEEN, parts) * T4.page_size
     assert 5 * 2048 < tokens < 7 * 2048
     T4.require(FIFTEEN, parts, 5 * 2048 // 16 + 1)
 
@@ -99,11 +109,11 @@ def test_what_grows_with_what() -> None:
     assert replace(T4, max_model_len=1024).parts().state < parts.state
     assert replace(T4, tree_size=4).parts().scratch < parts.scratch
     assert replace(T4, tree_size=4).parts().graphs < parts.graphs
-    plain = replace(T4, heads=None).parts()
+    plain = replace(T4, drafter=None).parts()
     assert plain.heads == 0
     assert plain.graphs < replace(T4, tree_size=4).parts().graphs
     assert replace(T4, dtype=torch.float32).parts().scratch > parts.scratch
-    on_cpu = replace(T4, device=CPU)
+    on_cpu = replace(T4, device=CPU, ops=ops_for(CPU))
     assert on_cpu.parts().graphs == 0
     assert on_cpu.page_bytes < on_cpu.page_cost < on_cpu.page_bytes * 1.1
 
@@ -111,13 +121,13 @@ def test_what_grows_with_what() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_known_before_they_are_loaded(dtype: torch.dtype) -> None:
     """The built-in model is tied, and holds float16 numbers: in float32 its products have packed copies."""
-    config = ModelConfig.from_folder(BUILTIN_FOLDER)
+    config = read_config(BUILTIN_FOLDER)
     assert weights_bytes(config, dtype, CPU) == load_model(BUILTIN_FOLDER, config, dtype, CPU).memory_bytes()
 
 
 def test_weights_that_are_not_known_count_as_few(folder: Path, reference: LlamaForCausalLM) -> None:
     """A checkpoint in float32 could hold float16 numbers: nothing is refused that might fit."""
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     loaded = load_model(folder, config, torch.float32, CPU).memory_bytes()
     assert loaded == sum(p.numel() * 4 for p in reference.parameters())
     assert loaded / 2 <= weights_bytes(config, torch.float32, CPU) < loaded
@@ -126,11 +136,37 @@ def test_weights_that_are_not_known_count_as_few(folder: Path, reference: LlamaF
 
 def test_state_is_that_of_the_rows() -> None:
     shape = replace(T4, model=replace(VICUNA, vocab_size=50, max_position_embeddings=10), max_model_len=10)
-    state = RowState(8, 10, 16, 5, 10, 50, CPU)
+    state = RowState(8, 10, 16, 5 * 10, 50, CPU)
     own = [t for t in vars(state).values() if isinstance(t, Tensor) and t._base is None]
     penalties = 9 * 50 * 5
     rope = 2 * 74 * 128 * 2
     assert shape.parts().state == sum(t.nbytes for t in own) + penalties + rope
+    assert state.nbytes == sum(t.nbytes for t in own)
+    state.count_tokens()
+    assert shape.parts().state == state.nbytes + rope
+
+
+@pytest.mark.parametrize(
+    "drafter", [None, HEADS, DrafterShape(2, 7, row_state={"text": ((99,), torch.int32)})], ids=str
+)
+def test_state_is_what_a_device_would_keep(drafter: DrafterShape | None) -> None:
+    """With what a drafter keeps of each row, and whether or not it has candidates; rotations beside it."""
+    shape = replace(T4, drafter=drafter)
+    candidates, kept = (drafter.num_candidates, drafter.row_state) if drafter else (0, None)
+    state = RowState(T4.max_num_seqs, T4.max_model_len, T4.page_size, candidates, VICUNA.vocab_size, CPU, kept)
+    state.count_tokens()
+    rope = 2 * (2048 + 64) * 128 * 2
+    assert shape.parts().state == state.nbytes + rope
+    extra = 9 * 99 * 4 if kept else 0
+    plain = RowState(T4.max_num_seqs, T4.max_model_len, T4.page_size, candidates, VICUNA.vocab_size, CPU)
+    plain.count_tokens()
+    assert state.nbytes == plain.nbytes + extra
+
+
+def test_a_drafters_layers_are_in_every_page() -> None:
+    attending = replace(T4, drafter=replace(HEADS, kv_layers=2))
+    assert attending.page_bytes == T4.page_bytes * 34 // 32
+    assert attending.pages_within(FIFTEEN, T4.parts()) < T4.pages_within(FIFTEEN, T4.parts())
 
 
 class Live(TorchDispatchMode):
@@ -181,12 +217,13 @@ def finish(engine: Engine) -> None:
 )
 def test_bits_of_weights(quantization: str, gigabytes: float) -> None:
     """6.48 G numbers in layers, 0.13 in the projection, and as many in the embedding, which stays in half precision."""
-    assert weights_bytes(VICUNA, torch.float16, GPU, quantization) == pytest.approx(gigabytes * 1e9, rel=0.01)
+    scheme = SCHEMES[quantization]
+    assert weights_bytes(VICUNA, torch.float16, GPU, scheme) == pytest.approx(gigabytes * 1e9, rel=0.01)
     tied = replace(VICUNA, tie_word_embeddings=True)
-    same = weights_bytes(VICUNA, torch.float16, GPU, quantization)
-    if quantization.startswith("bitsandbytes"):
+    same = weights_bytes(VICUNA, torch.float16, GPU, scheme)
+    if scheme.vocabulary is None:
         same -= 2 * 32000 * 4096  # the projection is the embedding
-    assert weights_bytes(tied, torch.float16, GPU, quantization) == same
+    assert weights_bytes(tied, torch.float16, GPU, scheme) == same
 
 
 def test_fewer_bits_are_recommended_where_there_is_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +238,8 @@ def test_a_cache_in_8_bits_holds_twice_as_many_tokens() -> None:
     for kv_dtype in CODES.values():
         short = replace(T4, kv_dtype=kv_dtype)
         assert short.page_bytes == short.page_cost == T4.page_bytes // 2 + scales
-        assert short.blocks_within(FIFTEEN, short.parts()) > 1.9 * T4.blocks_within(FIFTEEN, T4.parts())
-        on_cpu = replace(short, device=CPU)  # gathers codes, and widens them
+        assert short.pages_within(FIFTEEN, short.parts()) > 1.9 * T4.pages_within(FIFTEEN, T4.parts())
+        on_cpu = replace(short, device=CPU, ops=ops_for(CPU))  # gathers codes, and widens them
         assert on_cpu.page_cost - on_cpu.page_bytes == 2 * (short.page_bytes + T4.page_bytes) // 32
 
 

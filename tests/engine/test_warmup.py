@@ -9,32 +9,42 @@ from typing import Any
 import pytest
 import torch
 
+from manyheads.batch import RowState
 from manyheads.engine import warmup
 from manyheads.engine.step import StepPlan
-from manyheads.speculation.planner import DEFAULT_ACCEPTANCE, CostTable, Planner
+from manyheads.speculation.costs import CostTable
+from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
+from manyheads.speculation.planner import NO_DRAFT, Planner
 
 
 class Clock:
-    """Steps take 1 ms and 0.1 ms a token; each of the disturbed ones takes longer than the one before."""
+    """Steps take 1 ms and 0.1 ms a token, and so much for each pass of the drafter; each of the disturbed ones takes
+    longer than the one before."""
 
-    def __init__(self, disturbed: int, seconds: float = 1e-3) -> None:
-        self.now, self.seconds = 0.0, seconds
+    def __init__(self, disturbed: int, seconds: float = 1e-3, one_pass: float = 0.0) -> None:
+        self.now, self.seconds, self.one_pass = 0.0, seconds, one_pass
         self.delays = itertools.chain((0.002 * (n + 1) for n in range(disturbed)), itertools.repeat(0.0))
 
     def launch(self, plan: StepPlan) -> Any:
         tokens = plan.draft.num_tokens(len(plan.decoding))
-        self.now += self.seconds + 1e-4 * tokens + next(self.delays)
+        self.now += self.seconds + 1e-4 * tokens + self.one_pass * plan.draft.passes + next(self.delays)
         return SimpleNamespace(read=lambda: None)
 
 
-def measure(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> CostTable:
+def measure(clock: Clock, monkeypatch: pytest.MonkeyPatch, planner: Planner | None = None) -> CostTable:
+    """Let the planner learn what its steps cost on rows of a state that is left as it was."""
     monkeypatch.setattr(warmup.time, "perf_counter", lambda: clock.now)
-    lengths = torch.zeros(4, dtype=torch.int32)
-    state = SimpleNamespace(admit=lambda requests: None, cached_len=lengths, block_table=lengths.clone())
+    state = RowState(4, 1024, 16, 40, 100, torch.device("cpu"))
     runner: Any = SimpleNamespace(
-        launch=clock.launch, overlaps=False, graphs=None, device=torch.device("cpu"), block_size=16, state=state
+        launch=clock.launch, overlaps=False, recorded=None, drafter=None, device=torch.device("cpu"), state=state
     )
-    return warmup.measure_costs(runner, Planner(DEFAULT_ACCEPTANCE), 4, 1024, lambda text: None)
+    planner = planner or Planner(DEFAULT_ACCEPTANCE)
+    assert planner.choose(1) is NO_DRAFT  # it does not know yet
+    warmup.measure_costs(runner, planner, lambda text: None)
+    assert not state.cached_len.any()
+    assert not state.page_table.any()
+    assert planner._costs is not None
+    return planner._costs
 
 
 @pytest.mark.parametrize("disturbed", [0, 10, 40])
@@ -54,3 +64,39 @@ def test_slow_steps_are_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs.plain[4] == pytest.approx(0.5 + 4e-4)
     kinds = sum(1 + len(trees) for trees in costs.trees.values())
     assert clock.now == pytest.approx(2 * 0.5 * kinds, rel=0.05)
+
+
+@pytest.mark.parametrize("disturbed", [0, 10])
+@pytest.mark.parametrize("per_depth", [1, 2])
+@pytest.mark.parametrize("one_pass", [2e-4, 5e-3])
+def test_passes_are_told_from_tokens(
+    one_pass: float, per_depth: int, disturbed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = Planner(DEFAULT_ACCEPTANCE, passes_per_depth=per_depth)
+    costs = measure(Clock(disturbed, one_pass=one_pass), monkeypatch, planner)
+    for rows in (1, 2, 4):
+        assert costs.plain[rows] == pytest.approx(1e-3 + 1e-4 * rows)
+        assert costs.passes[rows] == pytest.approx(one_pass)
+        assert costs.trees[rows] == {n: pytest.approx(1e-3 + 1e-4 * n) for n in costs.trees[rows]}
+        assert max(costs.trees[rows]) == 64 * rows
+        for draft in planner.drafts(rows):
+            tokens = max(draft.num_tokens(rows), min(costs.trees[rows]))
+            wanted = 1e-3 + 1e-4 * tokens + one_pass * draft.passes
+            assert costs.tree_cost(rows, tokens, draft.passes) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("ranks", [[7, 4, 5, 2], [8, 1, 9], [2, 2], [1, 1, 1, 1], [9]], ids=str)
+def test_passes_are_told_from_tokens_whatever_the_drafter(ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only deep trees have nodes enough for the largest size, smaller ones say what a pass takes."""
+    prior = [[0.5 / (rank + 1) for rank in range(count)] for count in ranks]
+    planner = Planner(prior, passes_per_depth=1)
+    costs = measure(Clock(0, one_pass=2e-3), monkeypatch, planner)
+    for draft in planner.drafts(1):
+        wanted = 1e-3 + 1e-4 * draft.num_tokens(1) + 2e-3 * draft.passes
+        if draft.num_tokens(1) <= max(costs.trees[1]):
+            assert costs.tree_cost(1, draft.num_tokens(1), draft.passes) == pytest.approx(wanted)
+
+
+def test_a_drafter_without_passes_is_charged_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = measure(Clock(0), monkeypatch)
+    assert not any(costs.passes.values())

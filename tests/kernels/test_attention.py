@@ -59,7 +59,7 @@ class Batch:
     v_pages: Tensor
     row_start: Tensor
     cached_len: Tensor
-    block_table: Tensor
+    page_table: Tensor
     mask: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
@@ -75,7 +75,7 @@ class Batch:
             self.v_pages,
             self.row_start,
             self.cached_len,
-            self.block_table,
+            self.page_table,
             self.mask,
             max_nodes=max_nodes or self.max_nodes,
             num_splits=num_splits,
@@ -95,7 +95,7 @@ class Batch:
         start = 0
         for r, row in enumerate(self.rows):
             positions = torch.arange(row.cached + row.num_nodes, device=self.q.device)
-            pages = self.block_table[r, positions // page_size]
+            pages = self.page_table[r, positions // page_size]
             keys = k_pages[pages, positions % page_size].repeat_interleave(per_kv, dim=1)  # [L, H, d]
             values = v_pages[pages, positions % page_size].repeat_interleave(per_kv, dim=1)
             unseen = torch.ones(row.num_nodes, row.cached + row.num_nodes, dtype=torch.bool)
@@ -155,7 +155,7 @@ def batch(
         v_pages=layers[1, 1],
         row_start=row_start.to(DEVICE),
         cached_len=torch.tensor([row.cached for row in rows]).to(DEVICE),
-        block_table=table.to(DEVICE),
+        page_table=table.to(DEVICE),
         mask=torch.tensor([m for row in rows for m in row.masks()], dtype=torch.int64).to(DEVICE),
         k_scale=scale[0],
         v_scale=scale[1],
@@ -254,7 +254,7 @@ def test_dummy_rows_are_finite(num_splits: int) -> None:
     """Rows that pad a captured graph: nothing cached, all on the dummy page."""
     made = batch([tree(40, 5), chain(0, 5)])
     made.k_pages[0], made.v_pages[0] = 0, 0
-    made.block_table[1] = 0
+    made.page_table[1] = 0
     out = made.run(num_splits)
     assert out.isfinite().all()
     assert not out[5:].any()
@@ -342,11 +342,11 @@ class TestOnGpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = first.run(num_splits)
-        used = second.block_table.shape[1]
+        used = second.page_table.shape[1]
         first.q.copy_(second.q)
         first.k_pages.fill_(float("nan"))[: len(second.k_pages)] = second.k_pages[: len(first.k_pages)]
         first.v_pages.fill_(float("nan"))[: len(second.v_pages)] = second.v_pages[: len(first.v_pages)]
-        first.block_table[:, :used] = second.block_table[:, : first.block_table.shape[1]]
+        first.page_table[:, :used] = second.page_table[:, : first.page_table.shape[1]]
         first.mask.copy_(second.mask)
         first.cached_len.copy_(second.cached_len)
         graph.replay()
@@ -360,7 +360,7 @@ class TestOnGpu:
         k_pages = torch.zeros((num_pages, *small.k_pages.shape[1:]), dtype=torch.float16, device=DEVICE)
         v_pages = torch.zeros_like(k_pages)
         k_pages[-len(small.k_pages) :], v_pages[-len(small.k_pages) :] = small.k_pages, small.v_pages
-        table = small.block_table + num_pages - len(small.k_pages)
+        table = small.page_table + num_pages - len(small.k_pages)
         out = tree_attention(
             small.q,
             k_pages,

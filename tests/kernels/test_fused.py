@@ -12,6 +12,9 @@ pytest.importorskip("triton")
 from manyheads.kernels.fused import add_rms_norm, head_input, rms_norm, rope_store, silu_mul
 from manyheads.kernels.rows import quantize_rows
 from manyheads.kv_cache import CODES, KVCache, quantize
+from manyheads.quantization.base import CodedScheme
+from manyheads.quantization.fp8 import FP8
+from manyheads.quantization.int8 import INT8
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDED = TYPES[:2] if INTERPRETED else TYPES  # the interpreter does not round to bfloat16 but cuts it off
@@ -153,9 +156,9 @@ def test_silu_mul_of_extremes() -> None:
     assert silu_mul(x)[0].tolist() == pytest.approx([0.0, 2e4, 0.0])
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", [INT8, FP8], ids=str)
 @pytest.mark.parametrize("dtype", TYPES[1:])
-def test_split_where_they_are_computed(dtype: torch.dtype, scheme: str) -> None:
+def test_split_where_they_are_computed(dtype: torch.dtype, scheme: CodedScheme) -> None:
     """Bit for bit what splitting afterwards gives; a row of zeros too."""
     parts, residual, weight = randn(2, 4, 640), randn(4, 640, dtype=dtype, seed=1), randn(640, dtype=dtype, seed=2)
     gate_up = randn(4, 2 * 640, dtype=dtype, seed=3)

@@ -11,37 +11,42 @@ pytest.importorskip("triton")
 
 from manyheads.kernels import quantized
 from manyheads.kernels.rows import quantize_rows
-from manyheads.models import linear, ops
+from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Layer, Llama
-from manyheads.quantization.weight import SCHEMES, QuantizedWeight, pack, quantize
+from manyheads.ops.triton import TritonOps
+from manyheads.quantization.base import CodedScheme, CodedWeight
+from manyheads.quantization.fp8 import FP8
+from manyheads.quantization.int4 import INT4, Int4Weight, pack
+from manyheads.quantization.int8 import INT8
 from tests.kernels import DEVICE, INTERPRETED, relative_error
 from tests.tiny import model_config
 
-ERROR = {"int8": 6e-5, "int4": 6e-5, "fp8": 1e-6 if INTERPRETED else 1e-2}
+SCHEMES = (INT8, FP8, INT4)
+ERROR = {INT8: 6e-5, INT4: 6e-5, FP8: 1e-6 if INTERPRETED else 1e-2}
 """Of what is not rounded to half precision. Tensor cores keep few bits of sums of fp8."""
 
 
-def weight_of(scheme: str, num_out: int, width: int, *, symmetric: bool = False) -> QuantizedWeight:
-    weight = quantize(torch.randn(num_out, width, device=DEVICE) / width**0.5, scheme)
-    return QuantizedWeight(scheme, weight.values, weight.scale) if symmetric else weight
+def weight_of(scheme: CodedScheme, num_out: int, width: int, *, symmetric: bool = False) -> CodedWeight:
+    weight = scheme.quantize(torch.randn(num_out, width, device=DEVICE) / width**0.5)
+    return type(weight)(weight.values, weight.scale) if symmetric else weight
 
 
 def random(rows: int, width: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.randn(rows, width, device=DEVICE).to(dtype)
 
 
-def wanted(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+def wanted(x: torch.Tensor, weight: CodedWeight) -> torch.Tensor:
     """Of x, or with fp8 of what x is rounded to."""
-    if weight.scheme == "fp8":
-        codes, scale, *_ = quantize_rows(x, "fp8")
+    if weight.scheme is FP8:
+        codes, scale, *_ = quantize_rows(x, FP8)
         x = codes.double() * scale[:, None].double()
     return x.double() @ weight.dequantize(torch.float64).T
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 33])
 @pytest.mark.parametrize(("num_out", "width", "splits"), [(64, 128, 1), (128, 512, 1), (64, 640, 2), (129, 256, 3)])
-def test_product(scheme: str, rows: int, num_out: int, width: int, splits: int) -> None:
+def test_product(scheme: CodedScheme, rows: int, num_out: int, width: int, splits: int) -> None:
     """Also shares of unequal length, and one that is empty; and rows that come in no blocks."""
     x, weight = random(rows, width), weight_of(scheme, num_out, width)
     arranged = quantized.arrange(weight)
@@ -56,17 +61,17 @@ def test_product(scheme: str, rows: int, num_out: int, width: int, splits: int) 
         assert relative_error(got.sum(0), wanted(x, weight)) < ERROR[scheme]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("rows", [70, 130, 300])
 @pytest.mark.parametrize("num_out", [64, 128])
-def test_many_rows(scheme: str, rows: int, num_out: int) -> None:
+def test_many_rows(scheme: CodedScheme, rows: int, num_out: int) -> None:
     x, weight = random(rows, 256), weight_of(scheme, num_out, 256)
     got = quantized.multiply(x, quantized.arrange(weight), 2)
     assert relative_error(got.sum(0), wanted(x, weight)) < ERROR[scheme]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_of_any_size(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rows_of_any_size(scheme: CodedScheme) -> None:
     """Each row has a scale of its own; rows may be zero, strided and bfloat16."""
     size = torch.tensor([1.0, 0.0, 1e4, 1e-4, 1e30, 1e-24], device=DEVICE)[:, None]
     wide = (torch.randn(6, 512, device=DEVICE) * size).bfloat16()
@@ -78,28 +83,28 @@ def test_rows_of_any_size(scheme: str) -> None:
     assert not got[1].any()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_row_does_not_depend_on_others(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_row_does_not_depend_on_others(scheme: CodedScheme) -> None:
     """Bit for bit; and with int8 on how the columns are shared only as far as float32 is rounded."""
-    if scheme == "fp8" and INTERPRETED:
+    if scheme is FP8 and INTERPRETED:
         pytest.skip("numpy adds up in an order of its own")
-    symmetric = scheme == "int4" and INTERPRETED  # zero points are multiplied as floating-point numbers
+    symmetric = scheme is INT4 and INTERPRETED  # zero points are multiplied as floating-point numbers
     x, weight = random(40, 512), quantized.arrange(weight_of(scheme, 64, 512, symmetric=symmetric))
     together = quantized.multiply(x, weight, 2)
     for row in (0, 17, 39):
         assert torch.equal(quantized.multiply(x[row : row + 1], weight, 2)[:, 0], together[:, row])
-    if scheme == "int8":
+    if scheme is INT8:
         assert relative_error(quantized.multiply(x, weight, 3).sum(0), together.sum(0)) < 1e-6
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_blocks_fit(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_blocks_fit(scheme: CodedScheme) -> None:
     """Two programs on a processor of an H200; on an A100's and an L40S's at least one with stages to alternate."""
     counts, widths, padded = (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 600), (4096, 11008, 4224), (4096, 32000)
     for rows, width, num_out in itertools.product(counts, widths, padded):
         blocks = quantized._blocks(scheme, rows, width, num_out, 132)
         assert quantized._ALIGN_OUT % blocks.out == 0
-        assert scheme == "int4" or width % blocks.columns == 0
+        assert scheme is INT4 or width % blocks.columns == 0
         assert quantized._SHARE % blocks.columns == 0
         for memory, least in ((224256, blocks.stages), (158720, 3), (93184, 2)):
             assert least <= quantized._stages(scheme, blocks, memory) <= blocks.stages
@@ -110,23 +115,23 @@ def test_parts() -> None:
     counts = [quantized._splits(programs, 4, 132) for programs in (4, 32, 33, 64, 66, 128, 132, 500)]
     assert counts == [4, 4, 4, 4, 2, 2, 1, 1]
     assert quantized._splits(4, 1, 132) == 1
-    x, weight = random(3, 256), weight_of("int8", 64, 256)
+    x, weight = random(3, 256), weight_of(INT8, 64, 256)
     assert quantized.product(x, quantized.arrange(weight)).shape == (3, 64)
     assert quantized.product(x, quantized.arrange(weight), added=True).shape == (2, 3, 64)
 
 
 def test_shares_do_not_depend_on_the_number_of_rows() -> None:
     """Of int8, and so neither does the result, which is exact within a share."""
-    x, weight = random(70, 1280), quantized.arrange(weight_of("int8", 64, 1280))
+    x, weight = random(70, 1280), quantized.arrange(weight_of(INT8, 64, 1280))
     together = quantized.multiply(x, weight, 2)
     for count in (1, 9, 20):
         assert torch.equal(quantized.multiply(x[:count], weight, 2), together[:, :count])
 
 
 def test_int4_without_zero_points() -> None:
-    x, weight = random(3, 256), weight_of("int4", 64, 256, symmetric=True)
+    x, weight = random(3, 256), weight_of(INT4, 64, 256, symmetric=True)
     got = quantized.multiply(x, quantized.arrange(weight), 2)
-    assert relative_error(got.sum(0), wanted(x, weight)) < ERROR["int4"]
+    assert relative_error(got.sum(0), wanted(x, weight)) < ERROR[INT4]
     assert torch.equal(quantized.widen(quantized.arrange(weight), torch.float32), weight.dequantize(torch.float32))
 
 
@@ -137,30 +142,30 @@ def test_int4_in_other_groups(group_size: int, symmetric: bool) -> None:
     codes = torch.randint(0, 16, (70, 512), device=DEVICE)
     scale = torch.rand(70, 512 // group_size, device=DEVICE) + 0.5
     zero = None if symmetric else torch.randint(0, 16, scale.shape, device=DEVICE).byte()
-    weight = QuantizedWeight("int4", pack(codes), scale, zero)
+    weight = Int4Weight(pack(codes), scale, zero)
     x, arranged = random(3, 512), quantized.arrange(weight)
     assert quantized.serves(x, arranged) == (group_size >= 128)
     assert relative_error(quantized.product(x, arranged), wanted(x, weight)) < 1e-3
     assert torch.equal(quantized.widen(arranged, torch.float32), weight.dequantize(torch.float32))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_greatest_sums(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", [INT8, INT4], ids=str)
+def test_greatest_sums(scheme: CodedScheme) -> None:
     """Where 256 times a sum is beyond 32 bits, and a group's at its greatest."""
     width = 11008
-    weight = quantize(torch.ones(64, width, device=DEVICE), scheme)
-    if scheme == "int4":
+    weight = scheme.quantize(torch.ones(64, width, device=DEVICE))
+    if scheme is INT4:
         weight.values.zero_()
-        weight = QuantizedWeight("int4", weight.values, weight.scale, torch.full_like(weight.scale, 15).byte())
+        weight = Int4Weight(weight.values, weight.scale, torch.full_like(weight.scale, 15).byte())
     x = torch.ones(2, width, device=DEVICE).half()
     x[1] = -1
     got = quantized.multiply(x, quantized.arrange(weight), 1)
     assert relative_error(got, wanted(x, weight)) < 1e-3
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("width", [64, 384, 1088])
-def test_widened(scheme: str, width: int) -> None:
+def test_widened(scheme: CodedScheme, width: int) -> None:
     weight = weight_of(scheme, 5, width)
     for dtype in (torch.float32, torch.float16):
         assert torch.equal(quantized.widen(quantized.arrange(weight), dtype), weight.dequantize(dtype))
@@ -171,7 +176,7 @@ def test_integers(dim: int) -> None:
     """Two bytes hold what a row's scale says, to half a unit."""
     x = random(4, dim)
     x[2] = 0
-    codes, scale, *_ = quantize_rows(x, "int8")
+    codes, scale, *_ = quantize_rows(x, INT8)
     whole = 256 * codes[0::2].double() + codes[1::2].double()
     assert ((whole * scale[:, None].double() - x.double()).abs() <= 0.501 * scale[:, None]).all()
     assert whole.abs().amax(1).tolist() == [127 * 257, 127 * 257, 0, 127 * 257]
@@ -179,7 +184,7 @@ def test_integers(dim: int) -> None:
 
 def test_rows_in_fp8() -> None:
     x = torch.randn(4, 200, device=DEVICE).half() * torch.tensor([[1e-3], [1.0], [50.0], [0.0]], device=DEVICE).half()
-    codes, scale, *_ = quantize_rows(x, "fp8")
+    codes, scale, *_ = quantize_rows(x, FP8)
     back = codes.float() * scale[:, None]
     for row in range(3):
         assert relative_error(back[row], x[row]) < (0.1 if INTERPRETED else 0.04)  # the interpreter cuts off
@@ -188,7 +193,7 @@ def test_rows_in_fp8() -> None:
 
 
 def test_what_does_not_come_in_blocks_is_widened() -> None:
-    weight = weight_of("int8", 40, 72)
+    weight = weight_of(INT8, 40, 72)
     x = random(3, 72)
     assert not quantized.serves(x, quantized.arrange(weight))
     assert relative_error(quantized.product(x, quantized.arrange(weight)), wanted(x, weight)) < 1e-3
@@ -199,8 +204,8 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], sche
     """What each can compile."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     multiplies = quantized.multiplies.__wrapped__  # past the cache
-    assert [scheme for scheme in SCHEMES if multiplies(scheme, torch.device("cuda"))] == schemes.split()
-    assert multiplies("fp8", torch.device("cpu"))
+    assert [scheme.name for scheme in SCHEMES if multiplies(scheme, torch.device("cuda"))] == schemes.split()
+    assert multiplies(FP8, torch.device("cpu"))
 
 
 def test_what_cublas_returns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,19 +223,17 @@ def test_what_cublas_returns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quantized._scales_rows.__wrapped__(torch.device("cuda")) == known
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_model_quantizes_rows_where_they_are_computed(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_model_quantizes_rows_where_they_are_computed(scheme: CodedScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the first norm's and what attention returns; and computes the same."""
     hidden, intermediate, rows = 128, 256, 5
     config = model_config(
         vocab_size=40, hidden_size=hidden, intermediate_size=intermediate, head_dim=64, dtype=torch.float16
     )
-    monkeypatch.setattr(ops, "has_kernels", lambda _: True)
-    monkeypatch.setattr(linear, "has_kernels", lambda _: True)
-    monkeypatch.setattr(linear, "_quantized_form", lambda weight, dtype: "quantized")
+    ops = TritonOps()
 
-    def project(num_out: int, width: int) -> linear.Linear:
-        return linear.Linear(weight_of(scheme, num_out, width), None, torch.float16)
+    def project(num_out: int, width: int, split: Split = Split.OUTPUTS) -> Linear:
+        return Linear(weight_of(scheme, num_out, width), None, torch.float16, ops, split)
 
     norm = torch.ones(hidden, device=DEVICE).half()
     layers = [
@@ -239,14 +242,14 @@ def test_a_model_quantizes_rows_where_they_are_computed(scheme: str, monkeypatch
             qkv=project(3 * hidden, hidden),
             q_norm=None,
             k_norm=None,
-            o=project(hidden, hidden),
+            o=project(hidden, hidden, Split.INPUTS),
             post_norm=norm,
             gate_up=project(2 * intermediate, hidden),
-            down=project(hidden, intermediate),
+            down=project(hidden, intermediate, Split.INPUTS),
         )
         for _ in range(2)
     ]
-    model = Llama(config, random(40, hidden), layers, norm, project(40, hidden))
+    model = Llama(config, random(40, hidden), layers, norm, project(40, hidden), ops)
 
     def attention(layer: int, qkv: torch.Tensor, *norms: None) -> torch.Tensor:
         return qkv[:, :hidden]
@@ -260,17 +263,17 @@ def test_a_model_quantizes_rows_where_they_are_computed(scheme: str, monkeypatch
     hidden_states = forward()
     assert hidden_states.dtype == torch.float16
     assert len(afterwards) == 3
-    monkeypatch.setattr(linear.Linear, "takes", lambda self, x: None)
+    monkeypatch.setattr(Linear, "takes", lambda self, x: None)
     assert torch.equal(forward(), hidden_states)
     assert len(afterwards) == 3 + 8
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 64, 128, 129, 600])
 @pytest.mark.parametrize(("num_out", "width"), [(4096, 4096), (4096, 11008), (4160, 4096)])
-def test_large(scheme: str, rows: int, num_out: int, width: int) -> None:
+def test_large(scheme: CodedScheme, rows: int, num_out: int, width: int) -> None:
     x, weight = random(rows, width), weight_of(scheme, num_out, width)
     for added in (False, True):
         got = quantized.product(x, quantized.arrange(weight), added=added)

@@ -1,4 +1,4 @@
-"""Trees by kernels against trees by torch, which tests/engine/test_decode.py holds against plain Python."""
+"""Trees by kernels against trees by torch, which tests/ops holds against plain Python."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyheads.engine import decode
-from manyheads.engine.decode import Trees
-from manyheads.engine.state import RowState
+from manyheads.batch import Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
-from manyheads.speculation.tree import ROOT, Choice, Tree, TreeTensors, tree_tensors
+from manyheads.ops.torch import TorchOps
+from manyheads.speculation.tree import ROOT, Choice, Tree
 from tests.kernels import DEVICE
+from tests.trees import medusa_tensors
 
 pytest.importorskip("triton")
 
@@ -21,6 +21,7 @@ from manyheads.kernels.settle import propose, settle
 from manyheads.kernels.trees import expand
 
 CPU = torch.device("cpu")
+OPS = TorchOps()
 HEADS, RANKS, VOCAB = 4, 5, 3
 """Few tokens, so that paths are accepted."""
 
@@ -28,25 +29,25 @@ HEADS, RANKS, VOCAB = 4, 5, 3
 class Rows:
     """The same rows on the CPU, for torch, and on the device, for the kernels."""
 
-    def __init__(self, num_rows: int, seed: int, levels: int = 0, block_size: int = 3, max_len: int = 40) -> None:
+    def __init__(self, num_rows: int, seed: int, levels: int = 0, page_size: int = 3, max_len: int = 40) -> None:
         """levels: so many different chances there are, 0 among them; 0 is any."""
         self.random = torch.Generator().manual_seed(seed)
         self.levels = levels
         self.reference, self.state = (
-            RowState(num_rows, max_len, block_size, HEADS, RANKS, VOCAB, device) for device in (CPU, DEVICE)
+            RowState(num_rows, max_len, page_size, HEADS * RANKS, VOCAB, device) for device in (CPU, DEVICE)
         )
         state = self.reference
         state.cached_len[:-1] = self.ints(0, max_len // 2, num_rows)
         state.drafts[:] = self.ints(0, VOCAB, *state.drafts.shape)
-        pages = state.block_table[:-1]
+        pages = state.page_table[:-1]
         pages[:] = 1 + torch.randperm(pages.numel(), generator=self.random).view(pages.shape)
         state.chances[:-1, 1:] = self.chances(num_rows, HEADS * RANKS)
         state.speculative[:-1] = self.ints(0, 4, num_rows).clamp(max=1).float()
         # [layers, 2, pages, page size, kv_heads, head_dim], no two entries alike
-        shape = torch.Size((2, 2, pages.numel() + 1, block_size, 1, 2))
+        shape = torch.Size((2, 2, pages.numel() + 1, page_size, 1, 2))
         entries = torch.arange(shape.numel(), dtype=torch.float32).view(shape)
         self.reference_cache, self.cache = KVCache(entries), KVCache(entries.clone().to(DEVICE))
-        for name in ("cached_len", "drafts", "block_table", "chances", "speculative"):
+        for name in ("cached_len", "drafts", "page_table", "chances", "speculative"):
             getattr(self.state, name).copy_(getattr(state, name))
 
     def ints(self, low: int, high: int, *shape: int) -> Tensor:
@@ -67,7 +68,7 @@ class Rows:
     def expand(self, index: Tensor, tree: TreeTensors, num_tokens: int) -> tuple[Trees, Trees]:
         sizes = torch.arange(index.numel(), index.numel() * tree.num_nodes + 1)
         sizes = sizes[:: 1 + index.numel() // 5].contiguous()
-        wanted = decode.expand(self.reference, index, tree, num_tokens, sizes)
+        wanted = OPS.expand(self.reference, index, tree, num_tokens, sizes)
         tensors = [getattr(tree, name).to(DEVICE) for name in ("parent", "depth", "column", "bits", "path")]
         found = expand(self.state, index.to(DEVICE), TreeTensors(*tensors), num_tokens, sizes.to(DEVICE))
         return wanted, found
@@ -105,13 +106,20 @@ def check_trees(found: Trees, wanted: Trees) -> None:
         old, new = getattr(wanted.inflight, name), getattr(found.inflight, name)
         assert new.dtype == old.dtype
         assert torch.equal(new.cpu(), old), name
-    for name in ("node_tokens", "taken", "rank", "row", "node", "row_slots", "place"):
+    for name in ("node_tokens", "taken", "offset", "row", "node", "row_slots", "place"):
         old, new = getattr(wanted, name), getattr(found, name)
         assert new.dtype == old.dtype
         assert torch.equal(new.cpu(), old), name
     assert (found.gains is None) == (wanted.gains is None)
     if found.gains is not None and wanted.gains is not None:
         torch.testing.assert_close(found.gains.cpu(), wanted.gains, rtol=1e-5, atol=1e-6)
+
+
+def check_outcome(found: Outcome, wanted: Outcome) -> None:
+    for name in ("values", "last"):
+        old, new = getattr(wanted, name), getattr(found, name)
+        assert new.dtype == old.dtype
+        assert torch.equal(new.cpu(), old), name
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -123,10 +131,10 @@ def test_steps(seed: int) -> None:
         return int(torch.randint(low, high + 1, (), generator=random))
 
     num_rows = draw(1, 20)
-    rows = Rows(num_rows, seed, levels=(0, 1, 2, 3, 5)[seed % 5], block_size=draw(1, 5))
+    rows = Rows(num_rows, seed, levels=(0, 1, 2, 3, 5)[seed % 5], page_size=draw(1, 5))
     for _ in range(3):
         index = rows.some(draw(1, num_rows), draw(0, 3))
-        tree = tree_tensors(random_tree(random, draw(1, 64) if seed % 3 else draw(1, 8), draw(0, HEADS)), RANKS, CPU)
+        tree = medusa_tensors(random_tree(random, draw(1, 64) if seed % 3 else draw(1, 8), draw(0, HEADS)), RANKS, CPU)
         if seed % 2 and tree.num_nodes > HEADS:
             tree = padded(tree)
         most = index.numel() * tree.num_nodes
@@ -135,17 +143,13 @@ def test_steps(seed: int) -> None:
         check_trees(found, wanted)
 
         target = rows.ints(0, VOCAB, num_tokens)
-        reports = (
-            decode.settle(rows.reference, rows.reference_cache, wanted, target),
-            settle(rows.state, rows.cache, found, target.to(DEVICE)),
-        )
-        for old, new in zip(*reports, strict=True):
-            assert torch.equal(new.cpu(), old)
+        old = OPS.settle(rows.reference, rows.reference_cache, wanted, target)
+        check_outcome(settle(rows.state, rows.cache, found, target.to(DEVICE)), old)
         rows.check_state()
 
-        shape = (index.numel(), HEADS, RANKS)
+        shape = (index.numel(), HEADS * RANKS)
         candidates, chances = rows.ints(0, VOCAB, *shape), rows.chances(*shape)
-        rows.reference.propose(index, candidates, chances)
+        OPS.propose(rows.reference, index, candidates, chances)
         propose(rows.state, *(x.to(DEVICE) for x in (index, candidates, chances)))
         rows.check_state()
 
@@ -155,15 +159,15 @@ def test_long_paths_are_accepted() -> None:
     rows = Rows(6, seed=1)
     rows.reference.drafts.fill_(1)
     rows.state.drafts.fill_(1)
-    tree = tree_tensors(random_tree(rows.random, 40, HEADS), RANKS, CPU)
+    tree = medusa_tensors(random_tree(rows.random, 40, HEADS), RANKS, CPU)
     wanted, found = rows.expand(rows.some(6, 2), tree, 100)
     target = torch.ones(100, dtype=torch.int64)
     before = rows.state.cached_len.clone()
-    old, _ = decode.settle(rows.reference, rows.reference_cache, wanted, target)
-    new, _ = settle(rows.state, rows.cache, found, target.to(DEVICE))
-    assert torch.equal(new.cpu(), old)
-    assert torch.equal(new[:, 0], new[:, 2] + 1)
-    assert int(new[:, 0].max()) == HEADS + 1
+    old = OPS.settle(rows.reference, rows.reference_cache, wanted, target)
+    new = settle(rows.state, rows.cache, found, target.to(DEVICE))
+    check_outcome(new, old)
+    assert torch.equal(new.values[:, 0], new.values[:, 2] + 1)
+    assert int(new.values[:, 0].max()) == HEADS + 1
     assert not torch.equal(rows.state.cached_len, before)
     rows.check_state()
 
@@ -171,7 +175,7 @@ def test_long_paths_are_accepted() -> None:
 def test_many_rows() -> None:
     """More values than a program reads at once, among the rows before one and behind the gains; many of them equal."""
     rows = Rows(90, seed=2, levels=4)
-    tree = tree_tensors(random_tree(rows.random, 64, HEADS), RANKS, CPU)
+    tree = medusa_tensors(random_tree(rows.random, 64, HEADS), RANKS, CPU)
     assert tree.num_nodes == 64
     wanted, found = rows.expand(rows.some(88, 8), tree, 4800)
     check_trees(found, wanted)
@@ -180,14 +184,14 @@ def test_many_rows() -> None:
 def test_roots_of_many_rows() -> None:
     for count in (1, 127, 128, 129, 300):
         rows = Rows(300, seed=3)
-        wanted, found = rows.expand(rows.some(count, 2), tree_tensors(ROOT, RANKS, CPU), count + 2)
+        wanted, found = rows.expand(rows.some(count, 2), medusa_tensors(ROOT, RANKS, CPU), count + 2)
         check_trees(found, wanted)
 
 
 def test_64_nodes_of_one_row() -> None:
     """The last one's bit is the sign, in the tree's masks and in the row's."""
     rows = Rows(1, seed=4)
-    tree = tree_tensors(random_tree(rows.random, 64, HEADS), RANKS, CPU)
+    tree = medusa_tensors(random_tree(rows.random, 64, HEADS), RANKS, CPU)
     wanted, found = rows.expand(rows.some(1, 0), tree, 64)
     check_trees(found, wanted)
     assert bool((found.inflight.bits < 0).any())
@@ -198,31 +202,30 @@ def test_chances_that_are_no_numbers_are_none() -> None:
     rows = Rows(5, seed=5)
     rows.state.chances[:-1, 1::2] = float("nan")
     rows.reference.chances[:-1, 1::2] = 0.0
-    tree = tree_tensors(random_tree(rows.random, 30, HEADS), RANKS, CPU)
+    tree = medusa_tensors(random_tree(rows.random, 30, HEADS), RANKS, CPU)
     wanted, found = rows.expand(rows.some(5, 0), tree, 90)
     check_trees(found, wanted)
 
 
 def test_no_sizes() -> None:
     rows = Rows(3, seed=6)
-    tree = tree_tensors(Tree(((), (0,), (1,))), RANKS, DEVICE)
+    tree = medusa_tensors(Tree(((), (0,), (1,))), RANKS, DEVICE)
     index = rows.some(3, 0).to(DEVICE)
     assert expand(rows.state, index, tree, 7).gains is None
 
 
 def test_heads_that_propose_nothing() -> None:
-    """A model without heads: reports have no candidates."""
-    reports = []
-    for device, settled in ((CPU, decode.settle), (DEVICE, settle)):
-        state = RowState(2, 20, 4, 0, RANKS, VOCAB, device)
+    """A model without heads: outcomes have no candidates."""
+    outcomes = []
+    for device, settled in ((CPU, OPS.settle), (DEVICE, settle)):
+        state = RowState(2, 20, 4, 0, VOCAB, device)
         index = torch.tensor([1, 2], device=device)
-        trees = decode.expand(state, index, tree_tensors(ROOT, RANKS, device), 2)
+        trees = OPS.expand(state, index, medusa_tensors(ROOT, RANKS, device), 2)
         cache = KVCache(torch.zeros(1, 2, 50, 4, 1, 2, device=device))
-        report, last = settled(state, cache, trees, torch.tensor([1, 2], device=device))
-        assert last.tolist() == [0, 1]
+        outcomes.append(settled(state, cache, trees, torch.tensor([1, 2], device=device)))
+        assert outcomes[-1].last.tolist() == [0, 1]
         assert state.cached_len.tolist() == [0, 1, 0]
-        reports.append(report.cpu())
-    assert torch.equal(*reports)
+    check_outcome(outcomes[1], outcomes[0])
 
 
 @pytest.mark.gpu
@@ -232,24 +235,24 @@ class TestOnGpu:
     def test_in_a_graph(self, num_rows: int, num_tokens: int) -> None:
         """Recorded, and replayed for other rows."""
         rows = Rows(num_rows, seed=7, levels=0 if num_rows > 1 else 3, max_len=200)
-        tree = padded(tree_tensors(random_tree(rows.random, 64, HEADS), RANKS, DEVICE))
+        tree = padded(medusa_tensors(random_tree(rows.random, 64, HEADS), RANKS, DEVICE))
         index = torch.full((num_rows,), num_rows, device=DEVICE)
         target = torch.zeros(num_tokens, dtype=torch.int64, device=DEVICE)
-        candidates = torch.zeros(num_rows, HEADS, RANKS, dtype=torch.int64, device=DEVICE)
-        chances = torch.zeros(num_rows, HEADS, RANKS, device=DEVICE)
+        candidates = torch.zeros(num_rows, HEADS * RANKS, dtype=torch.int64, device=DEVICE)
+        chances = torch.zeros(num_rows, HEADS * RANKS, device=DEVICE)
         sizes = torch.tensor([num_rows, num_tokens], device=DEVICE)
 
-        def step() -> tuple[Trees, Tensor, Tensor]:
+        def step() -> tuple[Trees, Outcome]:
             trees = expand(rows.state, index, tree, num_tokens, sizes)
-            report, last = settle(rows.state, rows.cache, trees, target)
+            outcome = settle(rows.state, rows.cache, trees, target)
             propose(rows.state, index, candidates, chances)
-            return trees, report, last
+            return trees, outcome
 
         step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            trees, report, last = step()
+            trees, outcome = step()
         on_cpu = TreeTensors(*(getattr(tree, name).cpu() for name in ("parent", "depth", "column", "bits", "path")))
         for _ in range(3):
             some = rows.some(num_rows - num_rows // 4, num_rows // 4)
@@ -258,10 +261,8 @@ class TestOnGpu:
             candidates.copy_(rows.ints(0, VOCAB, *candidates.shape))
             chances.copy_(rows.chances(*chances.shape))
             graph.replay()
-            wanted = decode.expand(rows.reference, some, on_cpu, num_tokens, sizes.cpu())
+            wanted = OPS.expand(rows.reference, some, on_cpu, num_tokens, sizes.cpu())
             check_trees(trees, wanted)
-            old = decode.settle(rows.reference, rows.reference_cache, wanted, target.cpu())
-            assert torch.equal(report.cpu(), old[0])
-            assert torch.equal(last.cpu(), old[1])
-            rows.reference.propose(some, candidates.cpu(), chances.cpu())
+            check_outcome(outcome, OPS.settle(rows.reference, rows.reference_cache, wanted, target.cpu()))
+            OPS.propose(rows.reference, some, candidates.cpu(), chances.cpu())
             rows.check_state()

@@ -19,11 +19,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from manyheads.batch import TreeTensors
 from manyheads.config import ConfigError
-from manyheads.models.config import ModelConfig
+from manyheads.models.linear import Split
 from manyheads.models.llama import Llama
 from manyheads.models.loader import load_model
-from manyheads.speculation.tree import TreeTensors
+from manyheads.models.parameters import Packed
+from manyheads.models.registry import FAMILIES, parameters, read_config
 from tests.forward import logits
 
 torch.set_num_threads(1)
@@ -80,7 +82,7 @@ def reference(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Llama:
-    return load_model(folder, ModelConfig.from_folder(folder), dtype, CPU)
+    return load_model(folder, read_config(folder), dtype, CPU)
 
 
 TOKENS = torch.randint(0, 61, (40,), generator=torch.Generator().manual_seed(5))
@@ -96,12 +98,32 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(logits(load(tmp_path), TOKENS), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_family_declares_is_what_transformers_keeps(tmp_path: Path, name: str) -> None:
+    model = reference(name)
+    model.save_pretrained(tmp_path)
+    kept = {key.removeprefix("model."): tuple(value.shape) for key, value in model.state_dict().items()}
+    config = read_config(tmp_path)
+    if config.tie_word_embeddings:
+        del kept["lm_head.weight"]
+    assert parameters(config).shapes == kept
+
+
+def test_every_family_is_tested() -> None:
+    assert {model_class.__name__ for model_class, _, _ in MODELS.values()} == set(FAMILIES)
+
+
+def test_projections_of_the_same_input_cannot_split_it() -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.: projections"):
+        Packed("layers.0.", {"q_proj": 4, "k_proj": 2}, 8, split=Split.INPUTS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_checkpoints_in_half_precision_run_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     reference("llama with biases").to(dtype).save_pretrained(tmp_path)
     with torch.inference_mode():
         wanted = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(TOKENS[None]).logits[0]
-    assert ModelConfig.from_folder(tmp_path).dtype == dtype
+    assert read_config(tmp_path).dtype == dtype
     torch.testing.assert_close(logits(load(tmp_path), TOKENS), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -173,16 +195,16 @@ def test_rope_is_understood_as_transformers_4_spelled_it(tmp_path: Path) -> None
     ],
 )
 def test_a_sliding_window_caps_the_length(llama: Path, values: dict[str, Any], longest: int) -> None:
-    assert ModelConfig.from_folder(edit(llama, **values)).max_position_embeddings == longest
+    assert read_config(edit(llama, **values)).max_position_embeddings == longest
 
 
 def test_the_generation_config_says_where_texts_end(llama: Path) -> None:
-    assert ModelConfig.from_folder(llama).eos_token_ids == ()
-    assert ModelConfig.from_folder(edit(llama, eos_token_id=2)).eos_token_ids == (2,)
+    assert read_config(llama).eos_token_ids == ()
+    assert read_config(edit(llama, eos_token_id=2)).eos_token_ids == (2,)
     (llama / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert ModelConfig.from_folder(llama).eos_token_ids == (3, 4)
+    assert read_config(llama).eos_token_ids == (3, 4)
     (llama / "generation_config.json").write_text("{}")
-    assert ModelConfig.from_folder(llama).eos_token_ids == (2,)
+    assert read_config(llama).eos_token_ids == (2,)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +224,7 @@ def test_the_generation_config_says_where_texts_end(llama: Path) -> None:
 )
 def test_configs_that_are_not_understood_are_refused(llama: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        ModelConfig.from_folder(edit(llama, **values))
+        read_config(edit(llama, **values))
     assert str(llama / "config.json") in str(caught.value)
 
 
@@ -212,4 +234,4 @@ def test_configs_that_are_not_understood_are_refused(llama: Path, values: dict[s
 def test_a_broken_config_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError, match=f"config.json .*{message}"):
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from manyheads.checkpoint import BUILTIN_FOLDER, read_tensors, resolve, tensor_files
 from manyheads.config import BUILTIN, CheckpointError, ConfigError
-from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.models.registry import read_config
 from tests.forward import logits
 
 torch.set_num_threads(1)
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, model: PreTrainedModel) -> Path:
 
 def load(folder: Path, **options: Any) -> Tensor:
     """The logits of what was loaded."""
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     loaded = load_model(folder, config, torch.float32, torch.device("cpu"), **options)
     return logits(loaded, TOKENS)
 

@@ -8,39 +8,40 @@ import torch
 
 from manyheads import SamplingParams
 from manyheads.config import ConfigError
-from manyheads.models.linear import Linear
-from manyheads.quantization.scheme import compress, compress_vocabulary, join
+from manyheads.ops.torch import TorchOps
+from manyheads.quantization.schemes import SCHEMES, compress, compress_vocabulary, join
 from tests.engine.test_exactness import engine, prompts, run
 from tests.tiny import save_model
 
-SCHEMES = {"bitsandbytes-8bit": 0.02, "bitsandbytes-4bit": 0.15}
+ERROR = {"bitsandbytes-8bit": 0.02, "bitsandbytes-4bit": 0.15}
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        compress(torch.ones(64, 64), "bitsandbytes-8bit")
-    assert isinstance(compress_vocabulary(torch.ones(64, 64), "bitsandbytes-8bit"), torch.Tensor)
+        compress(torch.ones(64, 64), SCHEMES["bitsandbytes-8bit"])
+    assert isinstance(compress_vocabulary(torch.ones(64, 64), SCHEMES["bitsandbytes-8bit"]), torch.Tensor)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ERROR)
 def test_products(scheme: str) -> None:
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     weights, bias, x = [torch.randn(64, 128), torch.randn(32, 128)], torch.randn(96), torch.randn(5, 128)
-    linear = Linear(join([compress(weight, scheme) for weight in weights]), bias)
-    assert (linear.out_features, linear.in_features) == (96, 128)
+    whole = join([compress(weight, SCHEMES[scheme]) for weight in weights])
+    product = TorchOps().product(whole, bias, torch.float32)
+    assert (product.out_features, product.in_features) == (96, 128)
     wanted = x @ torch.cat(weights).T + bias
     with torch.inference_mode():
-        found = linear(x)
-        assert torch.equal(linear.parts(x), found)
-    assert not linear.can_be_captured
-    assert 0 < (found - wanted).norm() / wanted.norm() < SCHEMES[scheme]
+        found = product(x)
+        assert torch.equal(product.parts(x), found)
+    assert not product.can_be_captured
+    assert 0 < (found - wanted).norm() / wanted.norm() < ERROR[scheme]
     bits = 8 if scheme == "bitsandbytes-8bit" else 4
-    assert linear.nbytes == 96 * 128 * bits // 8 + 4 * 96 * (1 if bits == 8 else 2) + 4 * 96
+    assert product.nbytes == 96 * 128 * bits // 8 + 4 * 96 * (1 if bits == 8 else 2) + 4 * 96
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ERROR)
 def test_engine(scheme: str, tmp_path: Path) -> None:
     """With LLM.int8() a text depends on the rows beside it; that of 4 bits is the same with and without trees."""
     pytest.importorskip("bitsandbytes")
@@ -55,4 +56,4 @@ def test_engine(scheme: str, tmp_path: Path) -> None:
 def test_shapes_that_4_bits_cannot_hold() -> None:
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ConfigError, match="one has 48"):
-        compress(torch.ones(48, 64), "bitsandbytes-4bit")
+        compress(torch.ones(48, 64), SCHEMES["bitsandbytes-4bit"])

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from manyheads.config import CheckpointError, ConfigError
-from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.models.registry import read_config
 from manyheads.quantization.formats import read_format
 from tests.forward import logits
 from tests.tiny import save_model
@@ -187,7 +187,7 @@ def write(target: Path, plain: tuple[Path, LlamaForCausalLM], format_: str) -> S
 
 
 def load(folder: Path, quantization: str | None = None) -> Tensor:
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     model = load_model(folder, config, torch.float32, torch.device("cpu"), None, quantization)
     return logits(model, TOKENS)
 

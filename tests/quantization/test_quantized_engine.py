@@ -11,9 +11,11 @@ from transformers import LlamaForCausalLM
 
 from manyheads import SamplingParams
 from manyheads.config import ConfigError, EngineConfig
-from manyheads.models import linear
-from manyheads.quantization import integer
-from manyheads.quantization.weight import SCHEMES, quantize
+from manyheads.ops import integer
+from manyheads.ops.integer import IntegerProduct
+from manyheads.ops.products import CodesProduct
+from manyheads.quantization.base import CodedScheme, CodedWeight
+from manyheads.quantization.schemes import SCHEMES
 from tests.engine.test_exactness import engine, prompts, run
 from tests.tiny import save_model
 
@@ -34,7 +36,9 @@ def widened(model: LlamaForCausalLM, scheme: str) -> LlamaForCausalLM:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             chosen = "int8" if name == "lm_head" and scheme == "int4" else scheme
-            module.weight.data = quantize(module.weight.data, chosen).dequantize(torch.float32)
+            weight = SCHEMES[chosen].quantize(module.weight.data)
+            assert isinstance(weight, CodedWeight)
+            module.weight.data = weight.dequantize(torch.float32)
     return model
 
 
@@ -45,7 +49,7 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("form", [*SCHEMES, "integer"])
+@pytest.mark.parametrize("form", [*(s.name for s in SCHEMES.values() if isinstance(s, CodedScheme)), "integer"])
 def test_greedy_text_is_that_of_the_widened_weights(
     folder: Path, plain: LlamaForCausalLM, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +57,7 @@ def test_greedy_text_is_that_of_the_widened_weights(
     if form == "integer":
         if not integer.is_exact():
             pytest.skip("this processor has no exact products of bytes")
-        monkeypatch.setattr(linear, "INTEGER_SIZE", 0)
+        monkeypatch.setattr(integer, "LEAST_SIZE", 0)
         scheme = "int8"
     reference = widened(plain, scheme)
     jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(8, shared=9))]
@@ -63,18 +67,19 @@ def test_greedy_text_is_that_of_the_widened_weights(
         served = engine(folder, tree_size, quantization=scheme)
         assert served.ready.quantization == scheme
         assert run(served, jobs, rate=0.5) == wanted
-        forms = {layer.qkv.form for layer in served.runner.model.layers}
-        assert form not in ("int8", "fp8", "integer") or forms == {"integer" if form == "integer" else "codes"}
+        forms = {type(layer.qkv.product) for layer in served.runner.model.layers}
+        expected = IntegerProduct if form == "integer" else CodesProduct
+        assert form not in ("int8", "fp8", "integer") or forms == {expected}
         if tree_size in (4, 16):
             assert served.stats().accepted_tokens > 0
 
 
 def test_heads_are_rounded_too(folder: Path, plain: LlamaForCausalLM) -> None:
     served = {scheme: engine(folder, 4, quantization=scheme) for scheme in ("none", "int8")}
-    heads = {scheme: e.runner.heads for scheme, e in served.items()}
+    heads = {scheme: e.runner.drafter.heads for scheme, e in served.items()}
     assert heads["int8"] is not None
     assert heads["int8"]._first is not None
-    assert heads["int8"]._first.form == "codes"
+    assert isinstance(heads["int8"]._first.product, CodesProduct)
     hidden = torch.randn(5, 64)
     plain_chances, chances = (h.candidates(hidden, 16)[1] for h in heads.values() if h is not None)
     assert not torch.equal(plain_chances, chances)

@@ -6,32 +6,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manyheads.batch import MAX_NODES
+from manyheads.speculation.costs import REACHES, CostTable
+from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.planner import (
-    DEFAULT_ACCEPTANCE,
     GAINS_WINDOW,
     MAX_INFLIGHT,
     MIN_GAIN,
     NO_DRAFT,
-    PRIOR_TRIALS,
-    REACHES,
     REGROW_EVERY,
     SIZES,
-    WINDOW_TRIALS,
-    Acceptance,
-    CostTable,
     Draft,
     Planner,
 )
-from manyheads.speculation.tree import MAX_NODES, Tree
+from manyheads.speculation.tree import Tree
 
 
-def planner(fixed: float, per_token: float, rows: int = 1) -> Planner:
+def table(fixed: float, per_token: float, rows: int = 1) -> CostTable:
     """Steps that cost `fixed` plus `per_token` for each in-flight token."""
-    made = Planner(DEFAULT_ACCEPTANCE)
-    made.costs = CostTable(
+    return CostTable(
         plain={r: fixed + per_token * r for r in (1, 2 * rows)},
         trees={r: {n: fixed + per_token * n for n in (r, 64 * r)} for r in (1, 2 * rows)},
     )
+
+
+def planner(fixed: float, per_token: float, rows: int = 1) -> Planner:
+    """One that knows such costs."""
+    made = Planner(DEFAULT_ACCEPTANCE)
+    made.measured(table(fixed, per_token, rows))
     return made
 
 
@@ -51,9 +53,9 @@ def test_trees_shrink_as_the_load_grows() -> None:
 
 
 def test_heads_that_cost_more_than_they_bring_are_left_alone() -> None:
-    made = planner(1.0, 0.0)
-    assert made.costs
-    made.costs.trees = {1: {1: 10.0, 64: 10.0}}
+    made, costs = planner(1.0, 0.0), table(1.0, 0.0)
+    costs.trees = {1: {1: 10.0, 64: 10.0}}
+    made.measured(costs)
     assert made.choose(1) is NO_DRAFT
 
 
@@ -67,12 +69,14 @@ def test_heads_that_cost_more_than_they_bring_are_left_alone() -> None:
 def test_the_choice_has_the_best_rate(seconds: list[float], plain: float, rows: int, prompt: int) -> None:
     made = Planner(DEFAULT_ACCEPTANCE)
     points = {8 * n: s for n, s in zip((1, 2, 4, 8, 16, 32, 64), seconds, strict=True)}
-    made.costs = CostTable(plain={8: plain}, trees={8: points})
-    rates = {1: MIN_GAIN * rows / made.costs.plain_cost(rows, prompt)}
+    costs = CostTable(plain={8: plain}, trees={8: points})
+    made.measured(costs)
+    rates = {1: MIN_GAIN * rows / costs.plain_cost(rows, prompt)}
     for size in SIZES[1:]:
         tokens = int(rows * size)
         if rows < tokens <= MAX_INFLIGHT:
-            rates[size] = rows * made.expected_tokens(size, rows) / made.costs.tree_cost(rows, tokens + prompt)
+            gained = made.expected_tokens(made.draft(size), rows)
+            rates[size] = rows * gained / costs.tree_cost(rows, tokens + prompt)
     assert rates[made.choose(rows, prompt).nodes] == pytest.approx(max(rates.values()))
 
 
@@ -139,9 +143,9 @@ def test_padding_rows_are_paid_for() -> None:
     """Steps of 3 rows are steps of 4 here, and 4 rows are dear."""
     made = planner(1.0, 0.0, 3)
     assert made.choose(3).propose
-    made = planner(1.0, 0.0, 3)
-    made.costs.trees[4] = {8: 9.0}
-    made.padded = lambda rows: rows + 1
+    made, costs = planner(1.0, 0.0, 3), table(1.0, 0.0, 3)
+    costs.trees[4] = {8: 9.0}
+    made.measured(costs, lambda rows: rows + 1)
     assert made.choose(3) is NO_DRAFT
 
 
@@ -149,9 +153,8 @@ def test_padding_rows_are_paid_for() -> None:
 def test_a_part_of_the_rows_may_bring_a_node_more(rows: int) -> None:
     """Where tokens are dear, the few that are nearly sure still pay."""
     made = Planner([[0.5] + [0.01] * 9] * 3)
-    made.costs = CostTable(
-        plain={rows: 1.0}, trees={rows: {rows: 1.0, int(1.25 * rows): 1.01, int(1.5 * rows): 2.0, 64 * rows: 200.0}}
-    )
+    points = {rows: 1.0, int(1.25 * rows): 1.01, int(1.5 * rows): 2.0, 64 * rows: 200.0}
+    made.measured(CostTable(plain={rows: 1.0}, trees={rows: points}))
     made.observe_gains(made.draft(2), [0.0, 0.24, 0.3] + [0.5] * (len(SIZES) - 3), [1] * 10)
     assert made.choose(rows).nodes == 1.25
 
@@ -161,11 +164,16 @@ def test_without_heads_or_costs_nothing_is_speculated() -> None:
     assert Planner(DEFAULT_ACCEPTANCE).choose(1) is NO_DRAFT
 
 
+def expected(made: Planner, nodes: float, rows: int = 1) -> float:
+    """Tokens that each of so many rows gains where they bring so many nodes on average."""
+    return made.expected_tokens(made.draft(nodes), rows)
+
+
 def test_expected_tokens_add_up_the_nodes() -> None:
     made = Planner([[0.5, 0.25], [0.5]])
     # the nodes, most probable first: the root 1, (0) 0.5, then (1) and (0, 0) 0.25, (1, 0) 0.125
-    assert [made.expected_tokens(n) for n in range(1, 6)] == pytest.approx([1.0, 1.5, 1.75, 2.0, 2.125])
-    assert [made.expected_tokens(n) for n in (1.25, 1.5, 2.5)] == pytest.approx([1.125, 1.25, 1.625])
+    assert [expected(made, n) for n in range(1, 6)] == pytest.approx([1.0, 1.5, 1.75, 2.0, 2.125])
+    assert [expected(made, n) for n in (1.25, 1.5, 2.5)] == pytest.approx([1.125, 1.25, 1.625])
 
 
 GAINS = [0.1 * i for i in range(len(SIZES))]
@@ -176,11 +184,11 @@ def test_what_the_heads_expect_replaces_the_averages() -> None:
     made.observe_gains(made.draft(4), GAINS, [1, 0])  # 0.5 gained
     at = SIZES.index(4)
     calibration = (1 + GAINS_WINDOW * (0.5 - 1)) / (1 + GAINS_WINDOW * (GAINS[at] - 1))
-    assert [made.expected_tokens(n) for n in SIZES] == pytest.approx([1 + g * calibration for g in GAINS])
-    assert made.expected_tokens(3.9) == made.expected_tokens(3)
-    before = made.expected_tokens(2)
+    assert [expected(made, n) for n in SIZES] == pytest.approx([1 + g * calibration for g in GAINS])
+    assert expected(made, 3.9) == expected(made, 3)
+    before = expected(made, 2)
     made.observe_gains(made.draft(4), [2 * g for g in GAINS], [0, 1])
-    assert before < made.expected_tokens(2) < 1.1 * before  # one step changes little
+    assert before < expected(made, 2) < 1.1 * before  # one step changes little
 
 
 @pytest.mark.parametrize("gained", [[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [3, 2, 0, 1]], ids=str)
@@ -190,7 +198,7 @@ def test_heads_that_promise_too_much_or_too_little_are_corrected(nodes: float, g
     for _ in range(int(8 / GAINS_WINDOW)):
         made.observe_gains(made.draft(nodes), GAINS, gained)
     share = sum(gained) / len(gained) / GAINS[max(i for i, size in enumerate(SIZES) if size <= nodes)]
-    assert [made.expected_tokens(n) for n in SIZES] == pytest.approx([1 + g * share for g in GAINS], rel=0.01)
+    assert [expected(made, n) for n in SIZES] == pytest.approx([1 + g * share for g in GAINS], rel=0.01)
 
 
 def test_the_choice_follows_what_came_of_the_drafts() -> None:
@@ -232,28 +240,6 @@ def test_heads_that_were_given_up_are_tried_again() -> None:
     assert run(1000, 3) == 1000
 
 
-def test_acceptance_starts_at_the_prior_and_learns() -> None:
-    acceptance = Acceptance([[0.5, 0.1], [0.4, 0.2]])
-    assert acceptance.table() == [pytest.approx([0.5, 0.1]), pytest.approx([0.4, 0.2])]
-    n = int(PRIOR_TRIALS)
-    acceptance.observe([[n, 0]], [n])  # a shallow step says nothing of the second head
-    assert acceptance.table() == [pytest.approx([0.75, 0.05]), pytest.approx([0.4, 0.2])]
-    for _ in range(200):
-        acceptance.observe([[30, 60], [90, 0]], [100, 100])
-    assert acceptance.table()[0] == pytest.approx([0.3, 0.6], abs=0.01)
-    assert acceptance.table()[1] == pytest.approx([0.9, 0.0], abs=0.01)
-
-
-def test_acceptance_forgets() -> None:
-    acceptance = Acceptance([[0.5]])
-    for _ in range(1000):
-        acceptance.observe([[100]], [100])
-    assert acceptance.table()[0][0] > 0.99
-    for _ in range(int(WINDOW_TRIALS) // 100):  # one window's worth: about 1/e of the old is left
-        acceptance.observe([[0]], [100])
-    assert acceptance.table()[0][0] == pytest.approx(0.37, abs=0.02)
-
-
 def test_the_tree_follows_what_is_observed() -> None:
     made = planner(1.0, 0.02)
     before = made.choose(1)
@@ -269,13 +255,12 @@ def test_the_tree_follows_what_is_observed() -> None:
     assert after is NO_DRAFT
 
 
-def run(made: Planner, rows: int, steps: int, extra: Callable[[Draft], float]) -> list[int]:
+def run(made: Planner, costs: CostTable, rows: int, steps: int, extra: Callable[[Draft], float]) -> list[int]:
     """Nodes that a row may bring in each of so many steps, which take so much longer than at warm-up."""
-    assert made.costs
     reaches = []
     for _ in range(steps):
         draft = made.choose(rows)
-        cost = made.costs.tree_cost(rows, draft.num_tokens(rows)) if draft.propose else made.costs.plain_cost(rows)
+        cost = costs.tree_cost(rows, draft.num_tokens(rows)) if draft.propose else costs.plain_cost(rows)
         made.observe_cost(rows, draft, cost + extra(draft))
         reaches.append(draft.tree.num_nodes)
     return reaches
@@ -284,9 +269,9 @@ def run(made: Planner, rows: int, steps: int, extra: Callable[[Draft], float]) -
 def test_dearer_steps_than_at_warm_up_pay_for_larger_trees() -> None:
     made = planner(1.0, 0.1)
     before = made.choose(1)
-    run(made, 1, 2000, lambda _: 1.6)
+    run(made, table(1.0, 0.1), 1, 2000, lambda _: 1.6)
     assert made.choose(1).nodes > before.nodes
-    run(made, 1, 4000, lambda _: -9.0)  # never below what was measured
+    run(made, table(1.0, 0.1), 1, 4000, lambda _: -9.0)  # never below what was measured
     assert made.choose(1) == before
 
 
@@ -294,7 +279,7 @@ def test_another_number_of_rows_starts_with_what_the_nearest_has_learnt() -> Non
     """Where rows may bring more than 16 nodes, a step takes as long again for each of 16 rows."""
     made = planner(1.0, 0.0, 16)
     assert made.choose(16).tree.num_nodes > 16
-    run(made, 16, 2000, lambda draft: 1.0 if draft.tree.num_nodes > 16 else 0.0)
+    run(made, table(1.0, 0.0, 16), 16, 2000, lambda draft: 1.0 if draft.tree.num_nodes > 16 else 0.0)
     learnt = made.choose(16)
     assert learnt.tree.num_nodes <= 16
     for rows in (15, 17, 12):
@@ -303,18 +288,18 @@ def test_another_number_of_rows_starts_with_what_the_nearest_has_learnt() -> Non
 
 def test_first_steps_say_the_most() -> None:
     made = planner(1.0, 0.0)
-    assert run(made, 1, 4, lambda draft: 0.6 if draft.tree.num_nodes == 64 else 0.0) == [64] * 4
+    seen = run(made, table(1.0, 0.0), 1, 4, lambda draft: 0.6 if draft.tree.num_nodes == 64 else 0.0)
+    assert seen == [64] * 4
     assert made.choose(1, prompt_tokens=1).tree.num_nodes < 64
 
 
 def test_wider_trees_than_any_observed_are_no_cheaper() -> None:
-    made = planner(1.0, 0.1)
-    assert made.costs
+    made, costs = planner(1.0, 0.1), table(1.0, 0.1)
     rates = {}
     for draft in made.drafts(1):
-        seconds = made.costs.tree_cost(1, draft.num_tokens(1)) + 0.5
-        rates[made.expected_tokens(draft.nodes) / seconds] = draft.tree.num_nodes
-    assert max(run(made, 1, 1000, lambda _: 0.5)) <= rates[max(rates)]
+        seconds = costs.tree_cost(1, draft.num_tokens(1)) + 0.5
+        rates[made.expected_tokens(draft) / seconds] = draft.tree.num_nodes
+    assert max(run(made, costs, 1, 1000, lambda _: 0.5)) <= rates[max(rates)]
 
 
 def test_long_contexts_make_wide_trees_dearer_than_narrow_ones() -> None:
@@ -338,32 +323,15 @@ def test_one_slow_step_changes_little() -> None:
 
 def test_before_any_step_many_rows_expect_what_the_surest_of_them_gain() -> None:
     made = planner(1.0, 0.1)
-    assert made.expected_tokens(4, 15) == made.expected_tokens(4)
-    assert made.expected_tokens(4, 16) - 1 == pytest.approx(1.1 * (made.expected_tokens(4) - 1))
+    assert expected(made, 4, 15) == expected(made, 4)
+    assert expected(made, 4, 16) - 1 == pytest.approx(1.1 * (expected(made, 4) - 1))
 
 
 def test_a_step_that_changes_what_rows_bring_says_nothing() -> None:
     """It waits for the change; the ones after it do not."""
-    made = planner(1.0, 0.0)
+    made, costs = planner(1.0, 0.0), table(1.0, 0.0)
     wide = made.choose(1)
-    made.observe_cost(1, NO_DRAFT, made.costs.plain_cost(1) if made.costs else 0.0)
+    made.observe_cost(1, NO_DRAFT, costs.plain_cost(1))
     for extra in (9.0, 0.0, 0.0):
-        assert made.costs
-        made.observe_cost(1, wide, made.costs.tree_cost(1, wide.num_tokens(1)) + extra)
-    assert made._offset(1, wide.tree.num_nodes) == 0.0
-
-
-def test_costs_between_and_past_the_measured_ones() -> None:
-    costs = CostTable(plain={1: 1.0, 4: 4.0}, trees={2: {2: 2.0, 10: 10.0}, 4: {4: 40.0, 8: 80.0}})
-    assert [costs.plain_cost(rows) for rows in (1, 2, 4, 6)] == pytest.approx([1, 2, 4, 6])
-    assert [costs.tree_cost(2, n) for n in (1, 2, 6, 10, 20)] == pytest.approx([2, 2, 6, 10, 20])
-    assert costs.tree_cost(3, 8) == pytest.approx((8 + 80) / 2)
-    assert [costs.tree_cost(rows, 8) for rows in (1, 9)] == pytest.approx([8, 80])
-    assert costs.plain_cost(2, extra_tokens=4) == pytest.approx(2 + (6 - 2))
-    assert CostTable(plain={1: 3.0}).plain_cost(5) == 3.0
-
-
-def test_noise_makes_no_larger_step_free() -> None:
-    """A last slope below zero is a measuring error: past it the cost stays."""
-    costs = CostTable(plain={1: 1.0, 2: 2.0, 4: 1.0})
-    assert costs.plain_cost(400) >= 1.0
+        made.observe_cost(1, wide, costs.tree_cost(1, wide.num_tokens(1)) + extra)
+    assert made._context.offset(1, wide.tree.num_nodes) == 0.0

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.speculation.tree import MAX_NODES, ROOT, Choice, Tree, grow, tree_tensors
+from manyheads.batch import MAX_NODES
+from manyheads.speculation.tree import ROOT, Choice, Tree, grow
+from tests.trees import medusa_tensors
 
 CPU = torch.device("cpu")
 RANKS = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3)
@@ -30,7 +32,7 @@ def trees(draw: st.DrawFn) -> Tree:
 @settings(max_examples=100, deadline=None)
 @given(trees())
 def test_tensors_say_what_the_choices_say(tree: Tree) -> None:
-    tensors = tree_tensors(tree, 5, CPU)
+    tensors = medusa_tensors(tree, 5, CPU)
     n, choices = tree.num_nodes, tree.choices
     assert tensors.depth.tolist() == [len(c) for c in choices]
     assert [choices[p] for p in tensors.parent] == [c[:-1] for c in choices]
@@ -46,7 +48,7 @@ def test_tensors_say_what_the_choices_say(tree: Tree) -> None:
 @settings(max_examples=100, deadline=None)
 @given(trees())
 def test_an_accepted_path_moves_to_the_front_without_overwriting_itself(tree: Tree) -> None:
-    tensors = tree_tensors(tree, 5, CPU)
+    tensors = medusa_tensors(tree, 5, CPU)
     assert bool((torch.arange(tree.num_nodes) >= tensors.depth).all())
     for path, depth in zip(tensors.path.tolist(), tensors.depth.tolist(), strict=True):
         slots = list(range(tree.num_nodes))
@@ -56,7 +58,7 @@ def test_an_accepted_path_moves_to_the_front_without_overwriting_itself(tree: Tr
 
 
 def test_the_root_alone() -> None:
-    tensors = tree_tensors(ROOT, 10, CPU)
+    tensors = medusa_tensors(ROOT, 10, CPU)
     assert (ROOT.num_nodes, ROOT.max_depth, ROOT.max_rank) == (1, 0, -1)
     assert tensors.column.tolist() == [0]
     assert tensors.order.tolist() == [0]
@@ -71,7 +73,7 @@ def test_the_largest_tree_fits_its_bits(shape: str) -> None:
     for i in range(MAX_NODES - 1):
         parent = {"chain": i, "star": 0, "mixed": i // 3}[shape]
         choices.append((*choices[parent], i % 3 if shape == "mixed" else i if shape == "star" else 0))
-    tensors = tree_tensors(Tree(tuple(choices)), 64, CPU)
+    tensors = medusa_tensors(Tree(tuple(choices)), 64, CPU)
     above = [[choices[i][: len(c)] == c for c in choices] for i in range(MAX_NODES)]
     assert tensors.ancestors.tolist() == above
     assert [[bits >> j & 1 == 1 for j in range(64)] for bits in tensors.bits.tolist()] == above

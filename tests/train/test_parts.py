@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from manyheads import ConfigError
-from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import HeadWeights
 from manyheads.speculation.medusa.heads import MedusaHeads
 from manyheads.speculation.tree import grow
@@ -209,7 +209,7 @@ def test_accumulated_steps_are_as_one_large_step(base: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_heads_are_served_as_they_are_trained(base: Path, kind: str, blocks: int) -> None:
     torch.manual_seed(1)
-    config = ModelConfig.from_folder(base)
+    config = read_config(base)
     model = load_model(base, config, torch.float32, CPU)
     token_map = None if kind == "base" else torch.arange(3, 90, 2)
     projection = Base.load(base, CPU).projection.detach()

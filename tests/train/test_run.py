@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from manyheads import LLM, ConfigError, SamplingParams
 from manyheads.cli import main
-from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.train import trainer
 from manyheads.train.run import train
@@ -45,7 +45,7 @@ def test_heads_learn_and_the_base_stays(
     losses = [record["loss"] for record in metrics(tmp_path / "out")]
     assert len(losses) == 20
     assert losses[-1] < 0.95 * losses[0]
-    config = ModelConfig.from_folder(base)
+    config = read_config(base)
     weights = read_heads(tmp_path / "out", config)
     assert (len(weights.blocks), len(weights.blocks[0])) == (2, blocks)
     assert (weights.projections is None) == (projection == "base")
@@ -140,7 +140,7 @@ def test_heads_to_start_from(base: Path, prompts: Path, tmp_path: Path) -> None:
     train(str(base), [prompts], first, settings(max_steps=20, projection="shared"), progress=QUIET)
     more = settings(max_steps=1, projection="shared", tokens=200, init=str(first), rate=1e-12)
     train(str(base), [prompts], second, more, progress=QUIET)
-    here, there = (read_heads(folder, ModelConfig.from_folder(base)) for folder in (first, second))
+    here, there = (read_heads(folder, read_config(base)) for folder in (first, second))
     assert there.token_map is not None
     assert here.projections is not None
     assert there.projections is not None

@@ -211,6 +211,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any], indent: int = 2) -> None:
+    """Write an object to a JSON file, whole or not at all."""
     text = json.dumps(value, indent=indent) + "\n"
     replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 

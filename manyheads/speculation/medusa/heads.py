@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyheads.models import ops
 from manyheads.models.linear import Linear
 from manyheads.models.llama import Llama
-from manyheads.quantization.scheme import compress, compress_vocabulary
+from manyheads.quantization.schemes import compress, compress_vocabulary, find
 from manyheads.speculation.medusa.checkpoint import HeadWeights
 
 
@@ -21,8 +20,9 @@ class MedusaHeads:
 
     Args:
         weights: as read from a checkpoint.
-        model: the base, for its vocabulary projection.
-        quantization: rounds the first blocks and the projections, which are nearly all of the heads.
+        model: the base, for its vocabulary projection and its `ops`.
+        quantization: one of `config.QUANTIZATIONS` rounds the first blocks and the projections, which are nearly all of
+            the heads.
     """
 
     def __init__(
@@ -37,14 +37,16 @@ class MedusaHeads:
         self.num_tokens = model.config.vocab_size if weights.token_map is None else weights.token_map.numel()
         """Tokens that a head can propose."""
         self.model = model
+        ops, scheme = model.ops, find(quantization)
         layers = list(zip(*weights.blocks, strict=True))  # per layer: (weight, bias) of every head
         # the first layer's blocks all read the same hidden state: one product
         self._first: Linear | None = None
         if layers:
             self._first = Linear(
-                compress(torch.cat([w.to(device, dtype) for w, _ in layers[0]]), quantization),
+                compress(torch.cat([w.to(device, dtype) for w, _ in layers[0]]), scheme),
                 torch.cat([b.to(device, dtype) for _, b in layers[0]]),
                 dtype,
+                ops,
             )
         self._later = [
             (
@@ -59,7 +61,7 @@ class MedusaHeads:
             if all(w is own[0] for w in own):  # one for all heads: one product
                 own = own[:1]
             self._projections = [
-                Linear(compress_vocabulary(w.to(device, dtype), quantization), None, dtype) for w in own
+                Linear(compress_vocabulary(w.to(device, dtype), scheme), None, dtype, ops) for w in own
             ]
         self._token_map = weights.token_map.to(device) if weights.token_map is not None else None
 
@@ -76,7 +78,7 @@ class MedusaHeads:
         num_rows, size = hidden.shape
         x = hidden[:, None].expand(num_rows, self.num_heads, size)  # [R, H, hidden]
         if self._first is not None:
-            x = ops.head_input(hidden, self._first(hidden).view(num_rows, self.num_heads, size))
+            x = self.model.ops.head_input(hidden, self._first(hidden).view(num_rows, self.num_heads, size))
         for weight, bias in self._later:
             x = x + F.silu(torch.baddbmm(bias, x.transpose(0, 1), weight)).transpose(0, 1)
         if self._projections is None:
@@ -85,7 +87,7 @@ class MedusaHeads:
             logits = self._projections[0](x.reshape(-1, size))
         else:
             logits = torch.stack([p(x[:, h]) for h, p in enumerate(self._projections)], dim=1).flatten(0, 1)
-        tokens, chances = ops.best(logits, num_ranks)
+        tokens, chances = self.model.ops.best(logits, num_ranks)
         shape = (num_rows, self.num_heads, num_ranks)
         if self._token_map is not None:
             tokens = self._token_map[tokens]

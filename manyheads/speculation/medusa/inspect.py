@@ -9,7 +9,7 @@ import torch
 
 from manyheads.checkpoint import read_json, resolve
 from manyheads.config import CheckpointError, ConfigError
-from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import STATISTICS, HeadWeights, locate_heads, read_heads, vocab_size
 
 
@@ -47,7 +47,7 @@ def inspect_heads(heads: str, base: str | None = None) -> Report:
         report.problems.append("config.json names no base_model_name_or_path; serve with --heads beside the base")
     elif Path(base).is_dir() or base == "builtin":
         try:
-            read_heads(folder, ModelConfig.from_folder(resolve(base)))
+            read_heads(folder, read_config(resolve(base)))
         except (CheckpointError, ConfigError) as error:
             report.problems.append(f"does not fit the base model: {error}")
     elif base.count("/") != 1:

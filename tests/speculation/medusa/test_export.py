@@ -18,7 +18,7 @@ from manyheads import LLM, SamplingParams
 from manyheads.cli import main
 from manyheads.cli.heads_options import FORMATS as OFFERED
 from manyheads.config import ConfigError
-from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads
 from manyheads.speculation.medusa.export import FORMATS, read_projection, write_heads
 from manyheads.speculation.medusa.inspect import inspect_heads
@@ -112,7 +112,7 @@ def test_round_trips_are_lossless(tmp_path: Path, base: Path, form: str, kind: d
     weights = make(**kind)
     first = heads_at(tmp_path / "first", weights, base)
     (first / "tree_statistics.json").write_text('{"accuracy": [[0.5], [0.25], [0.1]], "tokens": 7}')
-    config = ModelConfig.from_folder(base)
+    config = read_config(base)
     assert equal(read_heads(first, config), weights)
     assert convert(first, tmp_path / "there", form) == 0
     assert equal(read_heads(tmp_path / "there", config), weights)
@@ -247,7 +247,7 @@ def test_what_a_format_cannot_hold_is_refused_or_expanded(
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
     assert convert(source, tmp_path / "out", form, "--expand") == 0
-    read = read_heads(tmp_path / "out", ModelConfig.from_folder(base))
+    read = read_heads(tmp_path / "out", read_config(base))
     assert read.token_map is None
     assert read.projections is not None
     whole = weights.projections or [read_projection(base)] * HEADS

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.models.linear import Linear
+from manyheads.ops.torch import TorchOps
 from manyheads.speculation.medusa.checkpoint import HeadWeights
 from manyheads.speculation.medusa.heads import MedusaHeads
 
@@ -32,9 +33,10 @@ def weights(layers: int, rows: int | None = VOCAB, token_map: Tensor | None = No
 def model() -> Any:
     """As much of a base as heads ask for."""
     torch.manual_seed(99)
-    lm_head = Linear(torch.randn(VOCAB, HIDDEN))
+    ops = TorchOps()
+    lm_head = Linear(torch.randn(VOCAB, HIDDEN), None, torch.float32, ops)
     return SimpleNamespace(
-        config=SimpleNamespace(vocab_size=VOCAB), lm_head=lm_head, logits=lambda x: lm_head(x).float()
+        config=SimpleNamespace(vocab_size=VOCAB), lm_head=lm_head, logits=lambda x: lm_head(x).float(), ops=ops
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from manyheads.engine.block_manager import DUMMY_BLOCK, BlockManager, BlockTable, prefix_digest
+from manyheads.engine.page_manager import DUMMY_PAGE, PageManager, PageTable, prefix_digest
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)  # two tokens only: prefixes meet often
 
@@ -17,28 +17,28 @@ TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)  # two tokens only:
 @dataclass(eq=False)
 class Sequence:
     tokens: list[int]
-    table: BlockTable = field(default_factory=BlockTable)
+    table: PageTable = field(default_factory=PageTable)
     computed: int = 0
     registered: int = 0
     """Leading pages that were registered or shared."""
 
 
 class Pages(RuleBasedStateMachine):
-    """The block manager beside a naive model of it, which names a page's content by the tokens themselves."""
+    """The page manager beside a naive model of it, which names a page's content by the tokens themselves."""
 
     sequences: Bundle[Sequence] = Bundle("sequences")
 
-    @initialize(num_blocks=st.integers(2, 12), block_size=st.integers(1, 3), caching=st.booleans())
-    def begin(self, num_blocks: int, block_size: int, caching: bool) -> None:
-        self.manager = BlockManager(num_blocks, block_size, caching)
-        self.size, self.caching = block_size, caching
+    @initialize(num_pages=st.integers(2, 12), page_size=st.integers(1, 3), caching=st.booleans())
+    def begin(self, num_pages: int, page_size: int, caching: bool) -> None:
+        self.manager = PageManager(num_pages, page_size, caching)
+        self.size, self.caching = page_size, caching
         self.alive: list[Sequence] = []
         self.content: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, offset) → the text up to this token
         self.known: dict[tuple[int, ...], int] = {}  # text up to the end of a page → that page
         self.cached: list[int] = []  # known pages that nobody holds, next to be evicted first
 
     def holders(self) -> Counter[int]:
-        return Counter(page for sequence in self.alive for page in sequence.table.blocks)
+        return Counter(page for sequence in self.alive for page in sequence.table.pages)
 
     def give_back(self, before: list[int], after: list[int]) -> None:
         """The model's side of a sequence's table that got shorter."""
@@ -53,7 +53,7 @@ class Pages(RuleBasedStateMachine):
             pages.append(self.known[tuple(tokens[:end])])
         sequence = Sequence(tokens)
         sequence.computed = self.manager.share_prefix(sequence.table, tokens)
-        assert (sequence.table.blocks, sequence.computed) == (pages, len(pages) * self.size)
+        assert (sequence.table.pages, sequence.computed) == (pages, len(pages) * self.size)
         for i in range(sequence.computed):
             assert self.content[pages[i // self.size], i % self.size] == tuple(tokens[: i + 1])
         sequence.registered = len(pages)
@@ -66,13 +66,13 @@ class Pages(RuleBasedStateMachine):
         self.reserved(sequence, num_tokens)
 
     def reserved(self, sequence: Sequence, num_tokens: int) -> bool:
-        before, held = list(sequence.table.blocks), self.holders()
+        before, held = list(sequence.table.pages), self.holders()
         available = self.manager.num_usable - len(held)
         missing = -(-num_tokens // self.size) - len(before)
         ok = self.manager.reserve(sequence.table, num_tokens)
-        taken = sequence.table.blocks[len(before) :]
+        taken = sequence.table.pages[len(before) :]
         assert ok == (missing <= available)
-        assert sequence.table.blocks == before + taken
+        assert sequence.table.pages == before + taken
         assert len(taken) == (max(missing, 0) if ok else 0)
         assert not held.keys() & set(taken)
         evicted = [page for page in taken if page in self.cached]
@@ -89,7 +89,7 @@ class Pages(RuleBasedStateMachine):
             return
         held = self.holders()
         for i in range(sequence.computed, end):
-            page = sequence.table.blocks[i // self.size]
+            page = sequence.table.pages[i // self.size]
             assert held[page] == 1, "two requests could write this page"
             assert page not in self.known.values(), "what the prefix cache knows stays as it is"
             self.content[page, i % self.size] = tuple(sequence.tokens[: i + 1])
@@ -104,38 +104,38 @@ class Pages(RuleBasedStateMachine):
         num_computed = max(0, sequence.computed - behind)
         self.manager.register(sequence.table, sequence.tokens, num_computed)
         for i in range(sequence.registered, num_computed // self.size if self.caching else 0):
-            self.known.setdefault(tuple(sequence.tokens[: (i + 1) * self.size]), sequence.table.blocks[i])
+            self.known.setdefault(tuple(sequence.tokens[: (i + 1) * self.size]), sequence.table.pages[i])
             sequence.registered = i + 1
 
     @rule(sequence=sequences, spare=st.integers(0, 3))
     def trim(self, sequence: Sequence, spare: int) -> None:
-        before, num_tokens = list(sequence.table.blocks), sequence.computed + spare
+        before, num_tokens = list(sequence.table.pages), sequence.computed + spare
         self.manager.trim(sequence.table, num_tokens)
-        assert len(sequence.table.blocks) == min(len(before), -(-num_tokens // self.size))
-        self.give_back(before, sequence.table.blocks)
+        assert len(sequence.table.pages) == min(len(before), -(-num_tokens // self.size))
+        self.give_back(before, sequence.table.pages)
 
     @rule(sequence=consumes(sequences))
     def free(self, sequence: Sequence) -> None:
-        before = list(sequence.table.blocks)
+        before = list(sequence.table.pages)
         self.manager.free(sequence.table)
         self.alive.remove(sequence)
-        self.give_back(before, sequence.table.blocks)
-        assert (sequence.table.blocks, sequence.table.digests) == ([], [])
+        self.give_back(before, sequence.table.pages)
+        assert (sequence.table.pages, sequence.table.digests) == ([], [])
 
     @invariant()
     def every_page_is_in_one_place(self) -> None:
         manager, held = self.manager, self.holders()
         manager.check_integrity([sequence.table for sequence in self.alive])
-        assert manager._holders == [held[page] for page in range(manager.num_blocks)]
-        everywhere = [DUMMY_BLOCK, *manager._free, *manager._cached, *held]
-        assert sorted(everywhere) == list(range(manager.num_blocks))
+        assert manager._holders == [held[page] for page in range(manager.num_pages)]
+        everywhere = [DUMMY_PAGE, *manager._free, *manager._cached, *held]
+        assert sorted(everywhere) == list(range(manager.num_pages))
         assert list(manager._cached) == self.cached
         assert manager.num_available == manager.num_usable - len(held)
 
     @invariant()
     def pages_hold_what_their_hash_says(self) -> None:
-        assert sorted(self.manager._block_of.values()) == sorted(self.known.values())
-        for digest, page in self.manager._block_of.items():
+        assert sorted(self.manager._page_of.values()) == sorted(self.known.values())
+        for digest, page in self.manager._page_of.items():
             text = self.content[page, self.size - 1]
             assert self.known[text] == page
             expected = b"manyheads"
@@ -149,32 +149,32 @@ Pages.TestCase.settings = settings(max_examples=300, stateful_step_count=40, dea
 TestPages = Pages.TestCase
 
 
-def filled(manager: BlockManager, tokens: list[int]) -> BlockTable:
+def filled(manager: PageManager, tokens: list[int]) -> PageTable:
     """A table whose request has computed all of its tokens."""
-    table = BlockTable()
+    table = PageTable()
     manager.share_prefix(table, tokens)
     assert manager.reserve(table, len(tokens))
     manager.register(table, tokens, len(tokens))
     return table
 
 
-def shared(manager: BlockManager, tokens: list[int]) -> int:
+def shared(manager: PageManager, tokens: list[int]) -> int:
     """How many tokens of a prompt the prefix cache holds; asking counts as use."""
-    table = BlockTable()
+    table = PageTable()
     count = manager.share_prefix(table, tokens)
     manager.free(table)
     return count
 
 
 def test_a_prefix_hit_shares_pages() -> None:
-    manager = BlockManager(8, 4)
+    manager = PageManager(8, 4)
     first = filled(manager, list(range(10)))
-    second = BlockTable()
+    second = PageTable()
     assert manager.share_prefix(second, [*range(8), 50, 51]) == 8
-    assert second.blocks == first.blocks[:2]
+    assert second.pages == first.pages[:2]
     assert manager.num_available == 4
     assert manager.reserve(second, 10)
-    assert second.blocks[2] not in first.blocks
+    assert second.pages[2] not in first.pages
     manager.free(first)
     manager.check_integrity([second])
     assert manager.num_available == 4
@@ -182,13 +182,13 @@ def test_a_prefix_hit_shares_pages() -> None:
 
 @pytest.mark.parametrize(("length", "hit"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8)])
 def test_a_hit_leaves_a_token_to_compute(length: int, hit: int) -> None:
-    manager = BlockManager(8, 4)
+    manager = PageManager(8, 4)
     manager.free(filled(manager, list(range(9))))
     assert shared(manager, list(range(length))) == hit
 
 
 def test_a_page_is_known_by_all_that_stands_before_it() -> None:
-    manager = BlockManager(8, 2)
+    manager = PageManager(8, 2)
     filled(manager, [1, 2, 3, 4])
     assert shared(manager, [3, 4, 9]) == 0
     assert shared(manager, [1, 2, 3, 4, 9]) == 4
@@ -196,52 +196,52 @@ def test_a_page_is_known_by_all_that_stands_before_it() -> None:
 
 
 def test_a_twin_stays_private() -> None:
-    manager = BlockManager(8, 2)
-    first, second = BlockTable(), BlockTable()
+    manager = PageManager(8, 2)
+    first, second = PageTable(), PageTable()
     for table in (first, second):  # side by side, neither knew of the other
         assert manager.reserve(table, 4)
     for table in (first, second):
         manager.register(table, [1, 2, 3, 4], 4)
     manager.free(second)
     assert manager.num_available == 5
-    third = BlockTable()
+    third = PageTable()
     assert manager.share_prefix(third, [1, 2, 3, 4, 5]) == 4
-    assert third.blocks == first.blocks
+    assert third.pages == first.pages
     manager.check_integrity([first, third])
 
 
 def test_eviction_is_least_recently_used() -> None:
-    manager = BlockManager(7, 2)
+    manager = PageManager(7, 2)
     a, b, c = ([t] * 5 for t in (1, 2, 3))
     for tokens in (a[:4], b[:4], c[:4]):
         manager.free(filled(manager, tokens))
     assert shared(manager, a) == 4  # now b is the one unused for longest
-    table = BlockTable()
+    table = PageTable()
     assert manager.reserve(table, 4)
     assert [shared(manager, tokens) for tokens in (a, b, c)] == [4, 0, 4]
 
 
 def test_eviction_starts_at_the_end_of_a_prompt() -> None:
-    manager = BlockManager(4, 2)
+    manager = PageManager(4, 2)
     tokens = list(range(6))
     manager.free(filled(manager, tokens))
-    assert manager.reserve(BlockTable(), 1)
+    assert manager.reserve(PageTable(), 1)
     assert shared(manager, [*tokens, 9]) == 4
 
 
 def test_free_pages_go_before_cached_ones() -> None:
-    manager = BlockManager(4, 2)
+    manager = PageManager(4, 2)
     manager.free(filled(manager, [1, 2]))
-    assert manager.reserve(BlockTable(), 4)
+    assert manager.reserve(PageTable(), 4)
     assert shared(manager, [1, 2, 3]) == 2
 
 
 def test_out_of_pages_refuses_and_takes_nothing() -> None:
-    manager = BlockManager(5, 2)
-    first, second = BlockTable(), BlockTable()
+    manager = PageManager(5, 2)
+    first, second = PageTable(), PageTable()
     assert manager.reserve(first, 5)
     assert not manager.reserve(second, 3)
-    assert second.blocks == []
+    assert second.pages == []
     assert manager.num_available == 1
     assert manager.reserve(second, 2)
     assert not manager.reserve(second, 3)
@@ -251,30 +251,30 @@ def test_out_of_pages_refuses_and_takes_nothing() -> None:
 
 
 def test_without_prefix_caching_nothing_is_shared() -> None:
-    manager = BlockManager(4, 2, prefix_caching=False)
+    manager = PageManager(4, 2, prefix_caching=False)
     manager.free(filled(manager, [1, 2, 3]))
     assert shared(manager, [1, 2, 3]) == 0
 
 
 def test_a_cache_of_the_dummy_page_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 pages"):
-        BlockManager(1, 4)
+        PageManager(1, 4)
 
 
-CORRUPTIONS: dict[str, Callable[[BlockManager, BlockTable], object]] = {
-    "holds a page twice": lambda m, t: t.blocks.append(t.blocks[0]),
-    "held by": lambda m, t: t.blocks.pop(),
+CORRUPTIONS: dict[str, Callable[[PageManager, PageTable], object]] = {
+    "holds a page twice": lambda m, t: t.pages.append(t.pages[0]),
+    "held by": lambda m, t: t.pages.pop(),
     "free twice": lambda m, t: m._free.append(m._free[0]),
-    "in 2 states": lambda m, t: m._free.append(t.blocks[0]),
+    "in 2 states": lambda m, t: m._free.append(t.pages[0]),
     "in 0 states": lambda m, t: m._free.pop(),
-    "directions disagree": lambda m, t: m._digest_of.update({t.blocks[0]: b"another"}),
-    "no content": lambda m, t: m._block_of.clear(),
+    "directions disagree": lambda m, t: m._digest_of.update({t.pages[0]: b"another"}),
+    "no content": lambda m, t: m._page_of.clear(),
 }
 
 
 @pytest.mark.parametrize("message", CORRUPTIONS)
 def test_check_integrity_finds(message: str) -> None:
-    manager = BlockManager(6, 2)
+    manager = PageManager(6, 2)
     manager.free(filled(manager, [7, 7]))
     table = filled(manager, [1, 2, 3])
     manager.check_integrity([table])

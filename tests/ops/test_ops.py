@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manyheads.engine.build import _dtype
-from manyheads.models import ops
+from manyheads import ops
 
 GPU = torch.device("cuda")
 
@@ -15,16 +14,18 @@ GPU = torch.device("cuda")
 def test_shortfalls(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(ops, "fused", object())
+    monkeypatch.setattr(ops, "_has_triton", lambda: True)
     assert len(ops.shortfalls(GPU)) == count
-    monkeypatch.setattr(ops, "fused", None)
+    monkeypatch.setattr(ops, "_has_triton", lambda: False)
     assert "Triton" in ops.shortfalls(GPU)[0]
     assert ops.shortfalls(torch.device("cpu")) == []
 
 
-def test_bfloat16_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert _dtype("auto", GPU, torch.bfloat16) == _dtype("auto", GPU, torch.float16) == torch.float16
-    assert _dtype("bfloat16", GPU, torch.float16) == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert _dtype("auto", GPU, torch.bfloat16) == torch.bfloat16
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_operations_are_chosen_by_device(monkeypatch: pytest.MonkeyPatch, has_triton: bool) -> None:
+    monkeypatch.setattr(ops, "_has_triton", lambda: has_triton)
+    choose = ops.ops_for.__wrapped__  # past the cache
+    assert not choose(torch.device("cpu")).records
+    if has_triton:
+        pytest.importorskip("triton")
+    assert choose(GPU).records == has_triton

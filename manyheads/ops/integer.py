@@ -12,37 +12,36 @@ import functools
 import torch
 from torch import Tensor
 
-from manyheads.quantization.weight import QuantizedWeight
+from manyheads.ops.base import Product
+from manyheads.quantization.int8 import Int8Weight
 
+LEAST_SIZE = 2**23
+"""From so many numbers of a weight on these products pay; below, rounding the activations costs more."""
 _ZERO = 128
-"""Of the bytes: the instructions multiply unsigned activations with signed weights."""
+"""This byte stands for 0, since the instructions multiply unsigned activations with signed weights."""
 _MAX = 127 * 257
 """The greatest activation, so that 256 · high + low has both bytes between -128 and 127."""
 _TINY = 1e-30
 
 
-class IntegerProduct:
-    """y = x Wᵀ of float32 activations with an int8 weight, within 2 ** -16 of the row's largest activation.
+class IntegerProduct(Product):
+    """A large int8 weight with float32 activations, within 2 ** -16 of the row's largest activation."""
 
-    Args:
-        weight: int8, on the CPU.
-    """
-
-    def __init__(self, weight: QuantizedWeight) -> None:
-        self.packed = torch.ops.onednn.qlinear_prepack(weight.values, None)
-        self.scale = weight.scale.flatten()
-        self.zero = torch.zeros(weight.out_features, dtype=torch.int64)
+    def __init__(self, weight: Int8Weight, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape, bias, weight.nbytes)
+        self._packed = torch.ops.onednn.qlinear_prepack(weight.values, None)
+        self._scale = weight.scale.flatten()
+        self._zero = torch.zeros(self.out_features, dtype=torch.int64)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, in] float32 → [T, out] float32."""
         num_rows = len(x)
         unit = x.abs().amax(dim=1, keepdim=True).clamp_(min=_TINY).mul_(1 / _MAX)  # [T, 1]
         # both bytes at once: ... + 128 · 256 + 128, and half for rounding
         codes = (x / unit).add_(_ZERO * 257 + 0.5).to(torch.int32)
         low_high = codes.view(torch.uint8).view(num_rows, -1, 4)[..., :2]  # of little-endian numbers
         bytes_ = low_high.permute(2, 0, 1).reshape(2 * num_rows, -1)
-        y = _product(bytes_, self.packed, self.scale, self.zero)
-        return torch.add(y[:num_rows], y[num_rows:], alpha=256).mul_(unit)
+        y = _product(bytes_, self._packed, self._scale, self._zero)
+        return self._biased(torch.add(y[:num_rows], y[num_rows:], alpha=256).mul_(unit))
 
 
 @functools.cache

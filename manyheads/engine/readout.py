@@ -1,0 +1,85 @@
+"""What a launched step says, on its way to the host and read there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from manyheads.engine.step import Request, RowResult, StepResult
+from manyheads.request import TokenLogprobs
+from manyheads.speculation.drafter import Drafter
+
+
+@dataclass(eq=False)
+class Drawn:
+    """What a step says of R rows that drew tokens."""
+
+    requests: list[Request]
+    values: Tensor  # [R, …] int64, `Outcome.values`
+    width: int  # of emitted tokens and of paths
+    known: set[int]  # the rows whose candidates were proposed for this step
+    gains: Tensor | None = None  # [sizes] float32, `Trees.gains` at the sizes that the planner considers
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """By row, for requests that want log-probabilities: [n, V] float32, raw."""
+
+
+class PendingStep:
+    """A launched step.
+
+    Args:
+        drawn: of each part of the step.
+        drafter: says what candidates mean.
+        copied: when all of `drawn` has reached the host; None if it was never anywhere else.
+    """
+
+    def __init__(self, drawn: list[Drawn], drafter: Drafter | None, copied: torch.cuda.Event | None = None) -> None:
+        self._drawn, self._drafter, self._copied = drawn, drafter, copied
+
+    def read(self) -> StepResult:
+        """Wait for the device, and say what the step did for each row."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        result = StepResult(rows=[], hits=[], trials=[])
+        for drawn in self._drawn:
+            width = drawn.width
+            values = drawn.values.tolist()
+            for i, request in enumerate(drawn.requests):
+                gained, brought, depth = values[i][:3]
+                tokens = values[i][3 : 3 + gained]
+                logprobs = None
+                if i in drawn.logits:
+                    path = torch.tensor(values[i][3 + width : 3 + width + gained], device=drawn.logits[i].device)
+                    logprobs = token_logprobs(drawn.logits[i][path], tokens, request.params.logprobs or 0)
+                result.rows.append(RowResult(request, tokens, logprobs, depth, brought - 1))
+                if i in drawn.known and self._drafter is not None:
+                    count_hits(result, tokens, values[i][3 + 2 * width :], self._drafter)
+            if drawn.gains is not None:
+                result.gains[:] = [gain / len(drawn.requests) for gain in drawn.gains.tolist()]
+        return result
+
+
+def count_hits(result: StepResult, tokens: list[int], candidates: list[int], drafter: Drafter) -> None:
+    """How good a row's candidates turned out, for the planner: what was offered on the way against what came out."""
+    for depth, (token, offered) in enumerate(zip(tokens, drafter.follow(candidates, tokens), strict=False)):
+        if depth == len(result.trials):
+            result.hits.append([0] * len(drafter.prior[depth]))
+            result.trials.append(0)
+        result.trials[depth] += 1
+        if token in offered:
+            result.hits[depth][offered.index(token)] += 1
+
+
+def token_logprobs(logits: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of m tokens that were chosen from raw logits [m, V], and of the `num_top` likeliest beside."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = ((logprobs > chosen).sum(dim=1) + 1).tolist()
+    values, ids = logprobs.topk(num_top, dim=-1)
+    return [
+        TokenLogprobs(token, logprob, rank, list(zip(top_ids, top_values, strict=True)))
+        for token, logprob, rank, top_ids, top_values in zip(
+            tokens, chosen[:, 0].tolist(), ranks, ids.tolist(), values.tolist(), strict=True
+        )
+    ]

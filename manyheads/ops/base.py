@@ -1,0 +1,149 @@
+"""The seam for devices: every operation that a device may do in its own way."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from manyheads.attention.base import AttentionBackend
+from manyheads.batch import Outcome, RowState, Trees, TreeTensors
+from manyheads.kv_cache import KVCache
+from manyheads.quantization.base import CodedScheme, Weight
+
+if TYPE_CHECKING:
+    from manyheads.kernels.rows import QuantizedRows
+
+    Rows = Tensor | QuantizedRows
+    """Rows of activations [T, D]: as they are, or in 8 bits for the product that comes next."""
+
+
+class Product(ABC):
+    """x Wᵀ + b, with one weight in the form that a device multiplies with. One class a form.
+
+    Args:
+        shape: (out, in) of the weight.
+        bias: [out] or None.
+        nbytes: what the weight takes in this form.
+    """
+
+    can_be_captured = True
+    """Whether a CUDA graph may hold it."""
+    plain: Tensor | None = None
+    """The weight itself, where it is kept as it came; None where it was brought into another form."""
+
+    def __init__(self, shape: tuple[int, ...], bias: Tensor | None, nbytes: int) -> None:
+        self.out_features, self.in_features = shape
+        self.bias = bias
+        self.nbytes = nbytes + (bias.nbytes if bias is not None else 0)
+        """What it keeps, in bytes."""
+
+    @abstractmethod
+    def __call__(self, x: Any) -> Tensor:
+        """[T, in] (`Rows`, if it `takes` them) → [T, out]."""
+
+    def parts(self, x: Any) -> Tensor:
+        """The product where it is added to something next: [T, out], or parts of it, [splits, T, out] float32."""
+        return self(x)
+
+    def takes(self, x: Tensor) -> CodedScheme | None:
+        """The scheme that whoever computes its rows may quantize them for; None: they come as they are.
+
+        Args:
+            x: of the rows' dtype and device.
+        """
+        return None
+
+    def _biased(self, y: Tensor) -> Tensor:
+        """The bias added to a result in place."""
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Ops(Protocol):
+    """What a device must do beside torch's plain operations. Nothing here waits for the device, where it has kernels.
+
+    `TorchOps` says in torch what every implementation computes.
+    """
+
+    records: bool
+    """Whether a step can be recorded once and replayed (CUDA graphs)."""
+    library_bytes: int
+    """What the libraries behind the operations take of the device for themselves."""
+    gathers_pages: bool
+    """Whether attention copies a layer's pages together and makes masks, which takes memory."""
+
+    def attention(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> AttentionBackend:
+        """Attention over a cache.
+
+        Args:
+            num_heads: of queries.
+            eps: of the norms of queries and keys, where a model has such.
+            rope: cos and signed sin, [positions, 1, head_dim].
+        """
+
+    def product(self, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Product:
+        """The product with a weight [out, in] and a bias [out], in the form that serves best here.
+
+        Args:
+            dtype: of the activations, which a quantized weight that nothing multiplies is widened to.
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of [T, D], its statistics in float32 (Zhang and Sennrich 2019)."""
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: CodedScheme | None = None
+    ) -> Any:
+        """Add x to the residual [T, D] in place, and norm the sum. x may be in parts (`Product.parts`).
+
+        Args:
+            scheme: what the product that comes next `takes`; None is a plain tensor.
+
+        Returns:
+            `Rows`.
+        """
+
+    def silu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Any:
+        """silu(gate) · up: [T, 2 · I] → [T, I]; for the product that comes next as `add_rms_norm`."""
+
+    def head_input(self, hidden: Tensor, block_out: Tensor) -> Tensor:
+        """A Medusa head's residual block: hidden [R, D] + silu(block_out [R, H, D])."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """[N, V] → [N] int64, of equals the first."""
+
+    def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The best tokens of [N, V] logits, best first, and their probabilities: [N, count] int64 and float32."""
+
+    def expand(
+        self, state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, sizes: Tensor | None = None
+    ) -> Trees:
+        """The trees of decoding rows, `num_tokens` in all: every row's root, and of all rows' nodes the most probable.
+
+        A node's probability is the product of the chances of the candidates on its path. So a row that is easy to
+        predict brings more nodes than one that is not.
+
+        Args:
+            index: [R] int64, slots of the row state.
+            tree: the nodes that a row may bring.
+            num_tokens: at least R, at most R · n.
+            sizes: [S] int64, numbers of tokens, at most R · n, whose `Trees.gains` are wanted.
+        """
+
+    def settle(
+        self, state: RowState, cache: KVCache, trees: Trees, target: Tensor, accepted: Tensor | None = None
+    ) -> Outcome:
+        """Keep each row's longest accepted path: its K/V go to the end of the row's prefix, and the row moves on.
+
+        The dummy row stays where it is, however often it stands among the rows.
+
+        Args:
+            target: [T] int64, the token that the target model continues each token with.
+            accepted: [R, n] bool, for rows with a lossy rule (`speculation/verify.py`); None accepts a node that holds
+                what the target drew at its parent.
+        """
+
+    def propose(self, state: RowState, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
+        """Set the candidates of rows, [R, C] int64, and their chances, [R, C] float32; the dummy row's mean nothing."""

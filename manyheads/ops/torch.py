@@ -1,0 +1,194 @@
+"""Every operation in torch: what runs on a CPU, the fallback elsewhere, and what the kernels are tested against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyheads.attention.torch import TorchAttention, rms_norm
+from manyheads.batch import InFlight, Outcome, RowState, Trees, TreeTensors
+from manyheads.kv_cache import KVCache
+from manyheads.ops import integer, products
+from manyheads.ops.base import Product
+from manyheads.quantization.base import CodedScheme, CodedWeight, Weight
+from manyheads.quantization.bitsandbytes import BitsandbytesWeight
+from manyheads.quantization.int8 import Int8Weight
+
+
+class TorchOps:
+    """`ops.base.Ops`, some fifty operations of torch where kernels need a few launches."""
+
+    records = False
+    library_bytes = 0
+    gathers_pages = True
+
+    def attention(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> TorchAttention:
+        return TorchAttention(cache, num_heads, eps, rope)
+
+    def product(self, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Product:
+        if isinstance(weight, BitsandbytesWeight):
+            return products.LibraryProduct(weight, bias)
+        if isinstance(weight, CodedWeight):
+            # codes of 8 bits are float16 numbers, and a row of them has one scale
+            if products.is_packed(dtype, weight.device) and weight.scheme.bits == 8:
+                is_large = weight.values.numel() >= integer.LEAST_SIZE
+                if isinstance(weight, Int8Weight) and is_large and integer.is_exact():
+                    return integer.IntegerProduct(weight, bias)
+                if products.has_half_products():
+                    return products.CodesProduct(weight, bias)
+            weight = weight.dequantize(dtype)  # once, into one of the forms below
+        assert isinstance(weight, Tensor)
+        if products.is_packed(weight.dtype, weight.device):
+            if torch.equal(weight.half().float(), weight) and products.has_half_products():
+                return products.HalfProduct(weight, bias)
+            if torch._C._has_mkldnn:
+                return products.OneDnnProduct(weight, bias)
+        return products.PlainProduct(weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: CodedScheme | None = None
+    ) -> Tensor:
+        return rms_norm(residual.add_(x), weight, eps)
+
+    def silu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def head_input(self, hidden: Tensor, block_out: Tensor) -> Tensor:
+        return hidden[:, None] + F.silu(block_out)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)
+
+    def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        values, tokens = logits.topk(count, dim=-1)
+        return tokens, (values.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp_()
+
+    def expand(
+        self, state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, sizes: Tensor | None = None
+    ) -> Trees:
+        node_tokens = state.drafts[index[:, None], tree.column]
+        row_slots = state.slots(index[:, None], state.cached_len[index][:, None] + tree.order)
+        if tree.num_nodes == 1:
+            return _roots(state, index, tree, node_tokens, row_slots)
+        num_rows, num_nodes = node_tokens.shape
+        value = _values(state.chances[index[:, None], tree.column], tree)
+        # stable: of equals the earlier, so that no node comes before its parent
+        ordered, order = value.flatten().sort(descending=True, stable=True)
+        ordered[:num_rows] = 0.0  # the roots
+        gains = None if sizes is None else ordered.cumsum(0)[sizes - 1]
+        ids = order[:num_tokens].sort().values
+        chosen = torch.zeros(num_rows * num_nodes, dtype=torch.bool, device=index.device).index_fill_(0, ids, True)
+        chosen = chosen.view(num_rows, num_nodes)
+        upto = chosen.cumsum(1)  # [R, n]
+        offset = upto - 1
+        row, node = ids // num_nodes, ids % num_nodes
+        row_start = torch.zeros(num_rows + 1, dtype=torch.int32, device=index.device)
+        row_start[1:] = upto[:, -1].cumsum(0)
+        depth = tree.depth[node]
+        above = offset[row[:, None], tree.path[node]]  # [T, D + 1], of the tokens on the path, padded with the last
+        on_path = torch.arange(above.shape[1], device=index.device) <= depth[:, None]
+        inflight = InFlight(
+            index=index,
+            row_start=row_start,
+            tokens=node_tokens[row, node],
+            position=state.cached_len[index][row] + depth,
+            slots=row_slots[row, offset[row, node]],
+            bits=(on_path.to(torch.int64) << above).sum(1),
+        )
+        # a node without a chance only fills the step up
+        return Trees(inflight, tree, node_tokens, chosen & (value > 0), offset, row, node, row_slots, gains)
+
+    def settle(
+        self, state: RowState, cache: KVCache, trees: Trees, target: Tensor, accepted: Tensor | None = None
+    ) -> Outcome:
+        index, tree = trees.inflight.index, trees.tree
+        every = target[trees.place]  # [R, n]; what stands at nodes that were not taken is never looked at
+        if accepted is None:
+            # a node is accepted if it holds  what the target drew at its parent
+            holds = trees.node_tokens == every[:, tree.parent]
+            last, path, emitted = longest_path(trees.node_tokens, every, holds & trees.taken, tree)
+        else:
+            last, path, emitted = longest_path(trees.node_tokens, every, accepted & trees.taken, tree, lossy=True)
+        gained = tree.depth[last] + 1
+        if tree.num_nodes > 1:
+            self.compact(cache, trees, path, gained)
+            brought, deepest = trees.taken.sum(1), torch.where(trees.taken, tree.depth, 0).amax(1)
+        else:
+            brought, deepest = gained, last
+        values = torch.cat(
+            (torch.stack((gained, brought, deepest), dim=1), emitted, path, state.candidates[index]), dim=1
+        )
+        state.cached_len.index_add_(0, index, gained)
+        state.cached_len[state.num_rows] = 0
+        state.drafts[index, 0] = emitted.gather(1, gained[:, None] - 1)[:, 0]
+        return Outcome(values, trees.place.gather(1, last[:, None])[:, 0])
+
+    def compact(self, cache: KVCache, trees: Trees, path: Tensor, gained: Tensor) -> None:
+        """Move the K/V of an accepted path's nodes [R, D + 1] to the first slots of the row's in-flight tokens."""
+        places = trees.offset.gather(1, path)  # never smaller than depths
+        depth = torch.arange(path.shape[1], device=cache.device)
+        moved = (places != depth) & (depth < gained[:, None])
+        if bool(moved.any()):
+            source = trees.row_slots.gather(1, places)[moved]
+            destination = trees.row_slots[:, : depth.numel()][moved]
+            cache.move(source, destination)
+
+    def propose(self, state: RowState, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
+        state.drafts[index, 1:] = candidates
+        state.chances[index, 1:] = chances * state.speculative[index, None]
+
+
+def _roots(state: RowState, index: Tensor, tree: TreeTensors, node_tokens: Tensor, row_slots: Tensor) -> Trees:
+    """`TorchOps.expand` for rows that bring their last token alone."""
+    rows = torch.arange(index.shape[0], device=index.device)
+    nothing = torch.zeros_like(rows)
+    starts = torch.arange(index.shape[0] + 1, device=index.device, dtype=torch.int32)
+    position = state.cached_len[index]
+    inflight = InFlight(index, starts, node_tokens[:, 0], position, row_slots[:, 0], nothing + 1)
+    taken = torch.ones_like(node_tokens, dtype=torch.bool)
+    return Trees(inflight, tree, node_tokens, taken, nothing[:, None], rows, nothing, row_slots, None)
+
+
+def _values(chance: Tensor, tree: TreeTensors) -> Tensor:
+    """How probable each node is [R, n], from its chance once its parent holds; 2 for roots, which come first."""
+    value = chance
+    for _ in range(tree.max_depth - 1):
+        value = chance * value[:, tree.parent]  # each turn takes in an ancestor more; the root's chance is 1
+    value[:, 0] = 2.0
+    return value
+
+
+def longest_path(
+    tokens: Tensor, target: Tensor, accepted: Tensor, tree: TreeTensors, *, lossy: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The longest path from the root whose every node is accepted; of equals, the earlier (more probable) node's.
+
+    Args:
+        tokens: [R, n] int64.
+        target: [R, n] int64; the one at the end of the path is the row's next root.
+        accepted: [R, n] bool, each node on its own; the root counts as accepted whatever it says.
+        lossy: whether a node may be accepted though the target drew something else at its parent.
+
+    Returns:
+        [R] int64, the deepest accepted node; [R, D + 1] int64, the nodes of the path by depth, padded with the last
+        one; and [R, D + 1] int64, the tokens that the row gains, of which one more holds than the path is deep.
+    """
+    if tree.max_depth == 0:  # a root alone: all of the below would say so, at the price of a dozen operations
+        nothing = torch.zeros_like(target[:, 0])
+        return nothing, nothing[:, None], target
+    # a node is reached if all of its ancestors (itself included) were accepted
+    held = (accepted.to(torch.int64) << tree.order).sum(dim=1) | 1  # [R], a bit for each node; the root's is set
+    reached = (tree.bits & ~held[:, None]) == 0  # [R, n]
+    last = torch.where(reached, tree.depth, -1).argmax(dim=1)  # argmax takes the first of equals
+    path = tree.path[last]  # [R, D + 1]
+    emitted = target.gather(1, path)
+    if lossy:
+        below = tokens.gather(1, torch.cat((path[:, 1:], path[:, -1:]), dim=1))  # token at depth d + 1 of the path
+        above_end = torch.arange(path.shape[1], device=tokens.device) < tree.depth[last, None]
+        emitted = torch.where(above_end, below, emitted)
+    return last, path, emitted

@@ -1,0 +1,119 @@
+"""The seam for drafters: what guesses the tokens that the target model then checks.
+
+A drafter fills a row's *candidates*: C tokens, each with a chance, in an order of its own. A tree's nodes say by
+`columns` which candidate they hold. So candidates may be independent of each other (Medusa: node (0, 2) and node (1, 2)
+hold the same one) or belong to the path that leads to them (then each node has a candidate of its own). The tree, its
+verification and the planner know nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from manyheads.batch import RowState
+from manyheads.speculation.tree import Tree
+
+if TYPE_CHECKING:
+    from manyheads.models.llama import Llama
+
+DEFAULT_ACCEPTANCE = [
+    [0.56, 0.12, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01, 0.01, 0.01],
+    [0.53, 0.11, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01, 0.01, 0.01],
+    [0.53, 0.10, 0.05, 0.04, 0.03, 0.02, 0.02, 0.01, 0.01, 0.01],
+    [0.50, 0.09, 0.05, 0.03, 0.03, 0.02, 0.02, 0.01, 0.01, 0.01],
+]
+"""Acceptance by depth and rank to start from where a drafter brings no statistics. It has the shape that is published
+for Vicuna-7B's heads: chains of best candidates hold for 1, 2, 3 tokens with probability 0.56, 0.30, 0.16. What is
+observed replaces it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a step kept of R rows, as a drafter reads it to guess what comes next."""
+
+    index: Tensor  # [R] int64, slots of the row state
+    hidden: Tensor  # [R, hidden], after the base's final norm, of each row's last accepted token
+    tokens: Tensor  # [R, W] int64, the tokens that each row gained
+    gained: Tensor  # [R, 1] int64, how many of them hold
+
+
+@dataclass(frozen=True)
+class DrafterShape:
+    """What a drafter takes, known before anything is loaded."""
+
+    max_depth: int
+    """Depth of its deepest candidates: tokens that it can guess beyond the root."""
+    num_candidates: int
+    """C, candidates that a row keeps."""
+    layer_weights: int = 0
+    """Numbers in its weights that count as a layer's."""
+    vocabulary_weights: int = 0
+    """Numbers in its projections to a vocabulary, beside the base model's."""
+    row_logits: int = 0
+    """Logits that it computes for a row."""
+    token_scratch: int = 0
+    """Bytes that it computes with for each token that a row may hold."""
+    kv_layers: int = 0
+    """Layers of K/V that it keeps in the base's pages, behind the base's own layers."""
+    row_state: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    """Shape and type of what it keeps for each row beside its candidates (`RowState.drafter`), by name."""
+
+
+class Drafter(Protocol):
+    """Guesses for every row, on the device, from what a step kept of it."""
+
+    name: str
+    """Its kind: `manyheads_drafter_info` on /metrics."""
+    shape: DrafterShape
+    passes_per_depth: int
+    """Passes that it runs one after another for each depth of a tree; 0 where all depths come at once."""
+
+    @property
+    def prior(self) -> list[list[float]]:
+        """Acceptance by depth and rank to start from: how often the candidate of a rank is right once its parent is."""
+
+    def columns(self, tree: Tree) -> list[int]:
+        """For each node, the root first, the column of a row's draft that it holds: 0 is the row's last token, 1 + c
+        its candidate c."""
+
+    def follow(self, candidates: list[int], tokens: list[int]) -> Iterator[list[int]]:
+        """What was offered on the way that the text took, depth by depth: the candidates by rank.
+
+        Args:
+            candidates: the row's C.
+            tokens: what came out.
+        """
+
+    def admit(self, state: RowState, row: int, tokens: list[int]) -> None:
+        """A row begins, or begins again, with these known tokens."""
+
+    def observe(self, state: RowState, kept: Kept) -> None:
+        """Take in what a step kept; comes after every step, before `propose` if that comes at all.
+
+        NOTE: a recorded step replays this and `propose`: shapes must not depend on what the tensors hold, and nothing
+        may wait for the device.
+        """
+
+    def propose(self, state: RowState, kept: Kept, depth: int) -> tuple[Tensor, Tensor]:
+        """Candidates for the next trees of rows, which are `depth` deep at most.
+
+        Returns:
+            [R, C] int64, and [R, C] float32: the chance of each, given that its parent holds; 0 is no guess.
+        """
+
+    def memory_bytes(self) -> int:
+        """Bytes of its own weights."""
+
+
+class DrafterSource(Protocol):
+    """A drafter that was found and read, and is not on the device yet."""
+
+    shape: DrafterShape
+
+    def build(self, model: Llama, dtype: torch.dtype, device: torch.device, quantization: str | None) -> Drafter:
+        """Put it beside its base model."""

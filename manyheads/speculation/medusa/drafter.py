@@ -1,0 +1,89 @@
+"""Medusa heads as a drafter: each head guesses one depth, all of them from the same hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from manyheads.batch import RowState
+from manyheads.models.config import ModelConfig
+from manyheads.models.llama import Llama
+from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE, DrafterShape, Kept
+from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads
+from manyheads.speculation.medusa.heads import MedusaHeads
+from manyheads.speculation.tree import Tree
+
+NUM_RANKS = 10
+"""Candidates kept of each head."""
+
+
+class MedusaDrafter:
+    """H heads with K candidates each: C = H · K, head by head, the best first.
+
+    What a head guesses does not depend on the path: a node of depth d and rank r holds candidate (d − 1) · K + r
+    wherever it stands.
+    """
+
+    name = "medusa"
+    passes_per_depth = 0
+
+    def __init__(self, heads: MedusaHeads, shape: DrafterShape, accuracy: list[list[float]] | None) -> None:
+        """accuracy: by head and rank, as the heads' checkpoint has it."""
+        self.heads, self.shape = heads, shape
+        self._num_ranks = shape.num_candidates // shape.max_depth
+        self._accuracy = accuracy
+
+    @property
+    def prior(self) -> list[list[float]]:
+        table = self._accuracy or DEFAULT_ACCEPTANCE
+        table = [*table, *[table[-1]] * self.shape.max_depth][: self.shape.max_depth]
+        return [[*row, *[0.0] * self._num_ranks][: self._num_ranks] for row in table]
+
+    def columns(self, tree: Tree) -> list[int]:
+        return [0, *(1 + (len(choice) - 1) * self._num_ranks + choice[-1] for choice in tree.choices[1:])]
+
+    def follow(self, candidates: list[int], tokens: list[int]) -> Iterator[list[int]]:
+        for start in range(0, len(candidates), self._num_ranks):
+            yield candidates[start : start + self._num_ranks]
+
+    def admit(self, state: RowState, row: int, tokens: list[int]) -> None:
+        """The heads read hidden states alone."""
+
+    def observe(self, state: RowState, kept: Kept) -> None:
+        """The heads keep nothing."""
+
+    def propose(self, state: RowState, kept: Kept, depth: int) -> tuple[Tensor, Tensor]:
+        candidates, chances = self.heads.candidates(kept.hidden, self._num_ranks)
+        return candidates.flatten(1), chances.flatten(1)
+
+    def memory_bytes(self) -> int:
+        return self.heads.memory_bytes()
+
+
+class MedusaSource:
+    """Heads as read from a checkpoint."""
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        """Raises CheckpointError or ConfigError: the folder holds no heads, or none for this model."""
+        self._weights = read_heads(folder, model)
+        self.shape = _shape(self._weights, model.vocab_size)
+
+    def build(self, model: Llama, dtype: torch.dtype, device: torch.device, quantization: str | None) -> MedusaDrafter:
+        heads = MedusaHeads(self._weights, model, dtype, device, quantization)
+        return MedusaDrafter(heads, self.shape, self._weights.accuracy)
+
+
+def _shape(weights: HeadWeights, vocab_size: int) -> DrafterShape:
+    num_tokens = vocab_size if weights.token_map is None else weights.token_map.numel()
+    own = {id(projection): projection.numel() for projection in weights.projections or []}
+    depth = len(weights.blocks)
+    return DrafterShape(
+        max_depth=depth,
+        num_candidates=depth * min(NUM_RANKS, num_tokens),
+        layer_weights=sum(w.numel() + b.numel() for head in weights.blocks for w, b in head),
+        vocabulary_weights=sum(own.values()),
+        row_logits=depth * num_tokens,
+    )

@@ -1,0 +1,363 @@
+"""A fake model whose text is known, under the real scheduler and engine, and what must hold after every step."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from manyheads.engine.engine import Engine
+from manyheads.engine.page_manager import PageManager
+from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.request import EngineReady, EngineRequest, RequestDelta, SamplingParams, TokenLogprobs
+from manyheads.speculation.planner import SIZES, Draft, Planner
+from manyheads.speculation.tree import Choice, Tree
+
+VOCAB, EOS = 7, 0
+HEADS, RANKS = 3, 3
+
+
+def entry_of(context: list[int], token: int) -> int:
+    """The fake model: a token's K/V entry depends on all entries before it; modulo VOCAB it is the next token."""
+    return hash((*context, token))
+
+
+def continuation(prompt: list[int], params: SamplingParams, max_len: int) -> list[int]:
+    """The right answer, without an engine."""
+    stop = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+    context: list[int] = []
+    for token in prompt:
+        context.append(entry_of(context, token))
+    output: list[int] = []
+    while len(prompt) + len(output) < max_len and len(output) != params.max_tokens and stop.isdisjoint(output[-1:]):
+        output.append(context[-1] % VOCAB)
+        context.append(entry_of(context, output[-1]))
+    return output
+
+
+class FakeStep:
+    """A result that the host must not see before it asks for it."""
+
+    def __init__(self, runner: FakeRunner, result: StepResult) -> None:
+        self.runner, self.result = runner, result
+
+    def read(self) -> StepResult:
+        assert self.runner.unread.popleft() is self, "steps are read once each, in order"
+        return self.result
+
+
+class FakeRunner:
+    """Keeps a paged cache and the rows' state as the real runner does, so that a wrong page gives a wrong text.
+
+    What the step does happens at its launch, as far as the host can tell; what it gave stays unknown until it is read.
+
+    Args:
+        skill: of ten proposals of a head, how many are right; the rank of the right one varies below 10.
+        ragged: whether a row brings a part of the nodes that it may bring, another one in each step.
+    """
+
+    def __init__(self, page_size: int, skill: int, overlaps: bool, ragged: bool = False) -> None:
+        self.page_size, self.skill, self.overlaps = page_size, skill, overlaps
+        self.random = random.Random(0) if ragged else None
+        self.cache: dict[int, int] = {}  # slot → K/V entry
+        self.cached_len: dict[int, int] = {}  # by row, from here on
+        self.last_token: dict[int, int] = {}
+        self.candidates: dict[int, list[list[int]]] = {}
+        self.tables: dict[int, dict[int, int]] = {}  # row → place → page
+        self.writers: dict[int, Request] = {}  # page → who writes it in this step
+        self.plans: list[StepPlan] = []
+        self.unread: deque[FakeStep] = deque()
+
+    def launch(self, plan: StepPlan) -> FakeStep:
+        assert len(self.unread) <= self.overlaps, "the host is too far ahead"
+        step = FakeStep(self, self.compute(plan))
+        self.unread.append(step)
+        return step
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        self.writers.clear()
+        requests = [*(chunk.request for chunk in plan.chunks), *plan.decoding]
+        assert requests, "a step without a row"
+        assert len(set(map(id, requests))) == len(requests)
+        for request in plan.admitted:
+            self.cached_len[request.row] = request.cached_len
+            self.last_token[request.row] = request.tokens[-1]
+            self.candidates.pop(request.row, None)
+        for request in requests:
+            self.check_row(request)
+        result = StepResult(rows=[], hits=[[0] * RANKS for _ in range(HEADS)], trials=[0] * HEADS)
+        for chunk in plan.chunks:
+            request, n = chunk.request, chunk.num_inflight
+            assert request.unread == 0, "known tokens, and the device is past them"
+            assert 1 <= n <= request.num_uncomputed
+            assert chunk.is_last == (n == request.num_uncomputed)
+            known = request.tokens[request.cached_len :][:n]
+            nodes = {(0,) * i: token for i, token in enumerate(known)}
+            target = self.forward(request, nodes)[(0,) * (n - 1)]
+            self.cached_len[request.row] += n
+            if chunk.is_last:
+                self.finish(plan, result, request, [target], [()])
+        for request in plan.decoding:
+            self.decode(plan, result, request, plan.draft.tree)
+        if plan.draft.propose and plan.decoding:
+            result.gains.extend(0.1 * i for i in range(len(SIZES)))
+        return result
+
+    def check_row(self, request: Request) -> None:
+        """What the host knows of a row bounds what the device has; the row's pages go to the device."""
+        cached_len, table = self.cached_len[request.row], request.table
+        if request.unread == 0:
+            assert cached_len == request.cached_len == request.max_cached_len
+        else:
+            assert request.cached_len <= cached_len <= request.max_cached_len
+            assert len(request.tokens) + request.unread < request.max_len, "it may have all that it gets"
+        device = self.tables.setdefault(request.row, {})
+        device |= {i: table.pages[i] for i in range(table.num_synced, len(table.pages))}
+        table.num_synced = len(table.pages)
+
+    def decode(self, plan: StepPlan, result: StepResult, request: Request, tree: Tree) -> None:
+        row = request.row
+        cached_len = self.cached_len[row]
+        assert request.decoding
+        assert request.has_candidates == (row in self.candidates)
+        brought = self.part_of(tree)
+        speculates = request.has_candidates and request.params.speculative
+        # a row that knows no candidates may still fill the step up, with what it must not accept
+        taken = brought if speculates else brought[:1]
+        nodes: dict[Choice, int] = dict.fromkeys(brought, 1)
+        nodes[()] = self.last_token[row]
+        nodes |= {choice: self.candidates[row][len(choice) - 1][choice[-1]] for choice in taken[1:]}
+        target = self.forward(request, nodes)
+        path: list[Choice] = [()]
+        while below := [c for c in taken if c and c[:-1] == path[-1] and nodes[c] == target[path[-1]]]:
+            path.append(below[0])
+        tokens = [target[choice] for choice in path]
+        where = {choice: cached_len + i for i, choice in enumerate(nodes)}
+        for depth, choice in enumerate(path):
+            self.cache[self.slot(request, cached_len + depth)] = self.cache[self.slot(request, where[choice])]
+        self.cached_len[row] += len(path)
+        if request.has_candidates and plan.draft.propose:
+            for depth, token in enumerate(tokens[:HEADS]):
+                result.trials[depth] += 1
+                for rank, candidate in enumerate(self.candidates[row][depth]):
+                    result.hits[depth][rank] += candidate == token
+        self.finish(plan, result, request, tokens, taken)
+
+    def part_of(self, tree: Tree) -> list[Choice]:
+        """Some of its nodes, with all that is above them; all of them once in a while."""
+        if self.random is None or self.random.random() < 0.2:
+            return list(tree.choices)
+        share, part = self.random.random(), [tree.choices[0]]
+        for choice in tree.choices[1:]:
+            if choice[:-1] in part and self.random.random() < share:
+                part.append(choice)
+        return part
+
+    def forward(self, request: Request, nodes: dict[Choice, int]) -> dict[Choice, int]:
+        """Compute a row's tree; the token that the model continues each node with."""
+        cached_len = self.cached_len[request.row]
+        prefix = [self.cache[self.slot(request, i)] for i in range(cached_len)]
+        entries: dict[Choice, int] = {}
+        for i, (choice, token) in enumerate(nodes.items()):
+            above = [entries[choice[:depth]] for depth in range(len(choice))]
+            entries[choice] = entry_of(prefix + above, token)
+            slot = self.slot(request, cached_len + i)
+            assert self.writers.setdefault(slot // self.page_size, request) is request, "a page with two writers"
+            self.cache[slot] = entries[choice]
+        return {choice: entry % VOCAB for choice, entry in entries.items()}
+
+    def finish(
+        self, plan: StepPlan, result: StepResult, request: Request, tokens: list[int], taken: list[Choice]
+    ) -> None:
+        row, params = request.row, request.params
+        logprobs = None if params.logprobs is None else [TokenLogprobs(token, 0.0, 1, []) for token in tokens]
+        result.rows.append(RowResult(request, tokens, logprobs, max(map(len, taken)), len(taken) - 1))
+        self.last_token[row] = tokens[-1]
+        if plan.draft.propose:
+            context = [self.cache[self.slot(request, i)] for i in range(self.cached_len[row])]
+            self.candidates[row] = self.propose(context, tokens[-1])
+        else:
+            self.candidates.pop(row, None)
+
+    def propose(self, context: list[int], token: int) -> list[list[int]]:
+        context, proposals = list(context), []
+        for _ in range(HEADS):
+            context.append(entry_of(context, token))
+            token = context[-1] % VOCAB
+            luck = context[-1] // VOCAB
+            ranks = [(token + 1 + rank) % VOCAB for rank in range(RANKS)]  # all of them wrong
+            if luck % 10 < self.skill:
+                ranks[0 if self.skill == 10 else luck // 10 % RANKS] = token
+            proposals.append(ranks)
+        return proposals
+
+    def slot(self, request: Request, position: int) -> int:
+        page = self.tables[request.row][position // self.page_size]
+        assert page == request.table.pages[position // self.page_size]
+        return page * self.page_size + position % self.page_size
+
+
+class RestlessPlanner(Planner):
+    """Trees of another size at every step."""
+
+    def __init__(self, sizes: list[float]) -> None:
+        super().__init__([[0.6, 0.3, 0.1]] * HEADS)
+        self.sizes = itertools.cycle(sizes)
+
+    def choose(self, rows: int, prompt_tokens: int = 0) -> Draft:
+        return self.draft(next(self.sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    pages: int = 16
+    page_size: int = 4
+    max_len: int = 32
+    rows: int = 4
+    budget: int = 8
+    max_queue: int = 8
+    sizes: list[float] = field(default_factory=lambda: [1])
+    """Nodes a row, on average, of one step after the other; a row may bring four times as many."""
+    ragged: bool = False
+    skill: int = 10
+    caching: bool = True
+    overlaps: bool = False
+
+
+@dataclass
+class Sent:
+    message: EngineRequest
+    abort_at: int | None = None
+    output: list[int] = field(default_factory=list)
+    last: RequestDelta | None = None
+
+
+class World:
+    """An engine, and everything that it was asked and has said. Looks at all that must hold after every step."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps, setup.ragged)
+        self.scheduler = Scheduler(
+            PageManager(setup.pages + 1, setup.page_size, setup.caching),
+            RestlessPlanner(setup.sizes),
+            max_num_seqs=setup.rows,
+            max_num_batched_tokens=setup.budget,
+            max_queue=setup.max_queue,
+        )
+        self.max_len = min(setup.max_len, setup.pages * setup.page_size)
+        ready = EngineReady(
+            model="fake",
+            max_model_len=self.max_len,
+            vocab_size=VOCAB,
+            num_heads=HEADS,
+            dtype="float32",
+            device="cpu",
+            num_blocks=setup.pages,
+            block_size=setup.page_size,
+            eos_token_ids=[EOS],
+        )
+        self.engine = Engine(self.runner, self.scheduler, ready, seed=0)
+        self.sent: dict[str, Sent] = {}
+        self.finished: list[str] = []
+        self.num_steps = 0
+
+    def add(self, prompt: list[int], *, abort_after: int | None = None, **params: Any) -> str:
+        name = str(len(self.sent))
+        message = EngineRequest(
+            request_id=name, prompt_token_ids=prompt, params=SamplingParams(temperature=0.0, **params)
+        )
+        self.engine.add_request(message)
+        self.sent[name] = Sent(message, None if abort_after is None else self.num_steps + abort_after)
+        return name
+
+    def step(self) -> None:
+        for name, sent in self.sent.items():
+            if sent.abort_at == self.num_steps:
+                self.engine.abort(name)
+        self.num_steps += 1
+        scheduler = self.scheduler
+        oldest = next(iter([*scheduler.running, *scheduler.waiting]), None)
+        before = (len(oldest.tokens), oldest.cached_len, oldest.unread) if oldest else (0, 0, 0)
+        deltas = self.engine.step()
+        self.engine.check_integrity()
+        for delta in deltas:
+            self.take(delta)
+        if oldest is not None and self.sent[oldest.request_id].last is None:
+            self.check_progress(oldest, *before)
+        self.check_order()
+        if scheduler.running:
+            self.check_plan(self.runner.plans[-1])
+
+    def check_progress(self, oldest: Request, num_tokens: int, cached_len: int, unread: int) -> None:
+        """What was unread is read; who had nothing unread runs."""
+        if unread:
+            assert len(oldest.tokens) > num_tokens, "the oldest request stands still"
+        else:
+            more = (len(oldest.tokens), oldest.cached_len, oldest.unread) > (num_tokens, cached_len, 0)
+            assert more, "the oldest request stands still"
+        assert self.setup.overlaps or oldest.unread == 0
+        assert len(oldest.tokens) + oldest.unread <= oldest.max_len + HEADS
+
+    def take(self, delta: RequestDelta) -> None:
+        sent = self.sent[delta.request_id]
+        assert sent.last is None, "a delta after the last one"
+        sent.output += delta.new_token_ids
+        if sent.message.params.logprobs is not None and delta.new_token_ids:
+            assert [x.token_id for x in delta.logprobs or ()] == delta.new_token_ids
+        assert delta.num_cached_tokens % self.setup.page_size == 0
+        assert delta.num_cached_tokens < len(sent.message.prompt_token_ids)
+        if delta.finish_reason is not None:
+            sent.last = delta
+            self.finished.append(delta.request_id)
+
+    def check_order(self) -> None:
+        """First come, first served: nobody who waits came before one who runs."""
+        order = [int(request.request_id) for request in (*self.scheduler.running, *self.scheduler.waiting)]
+        assert order == sorted(order)
+
+    def check_plan(self, plan: StepPlan) -> None:
+        assert len(self.scheduler.running) <= self.setup.rows
+        assert plan.num_prompt_tokens <= self.setup.budget
+
+    def run(self) -> None:
+        """To the end, which comes within as many steps as there are tokens: the oldest gains one at every step (or, if
+        one more might be too many, at every other one)."""
+        most = sum(self.max_len for sent in self.sent.values() if sent.last is None)
+        bound = self.num_steps + (2 * most + 2 if self.setup.overlaps else most + 1)
+        while self.engine.has_work():
+            assert self.num_steps < bound, "does not end"
+            self.step()
+        self.check_answers()
+
+    def check_answers(self) -> None:
+        assert sorted(self.finished, key=int) == list(self.sent)
+        for sent in self.sent.values():
+            params, last = sent.message.params, sent.last
+            right = continuation(sent.message.prompt_token_ids, params, self.max_len)
+            stops = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+            assert last is not None
+            assert sent.output == right[: len(sent.output)]
+            if last.finish_reason == "abort":
+                assert sent.abort_at is not None
+                assert sent.output != right
+            elif last.finish_reason == "stop":
+                assert sent.output == right
+                assert last.stop_token_id == right[-1]
+                assert right[-1] in stops
+            else:
+                assert last.finish_reason == "length"
+                assert not stops & set(sent.output)
+                assert sent.output == right or last.num_steps == params.max_steps
+            assert params.max_steps is None or last.num_steps <= params.max_steps
+        assert not self.runner.unread
+        stats = self.engine.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+        assert stats.num_free_blocks == stats.num_blocks == self.setup.pages
+        assert sorted(self.scheduler._free_rows) == list(range(self.setup.rows))
+        assert stats.generation_tokens == sum(len(sent.output) for sent in self.sent.values())
+        assert stats.prompt_tokens == sum(len(s.message.prompt_token_ids) for s in self.sent.values() if s.output)

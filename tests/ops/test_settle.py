@@ -1,0 +1,187 @@
+"""From what the target drew to a row's next state, against plain Python."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from manyheads.batch import RowState, Trees
+from manyheads.kv_cache import CODES, KVCache
+from manyheads.speculation.tree import Choice, Tree
+from tests.kernels import DEVICE
+from tests.ops.rows import HEADS, OPS, RANKS, ROWS, Case, brought, cases, taken
+
+
+def walk(nodes: list[Choice], holds: Callable[[Choice], bool]) -> list[Choice]:
+    """The longest path all of whose nodes hold; of equals, the earlier node's."""
+    best: list[Choice] = [()]
+    for choice in nodes:
+        path = [choice[:d] for d in range(len(choice) + 1)]
+        if len(path) > len(best) and all(map(holds, path[1:])):
+            best = path
+    return best
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(vocab=2), st.booleans())
+def test_the_longest_path_that_a_row_brought_is_accepted(case: Case, lossy: bool) -> None:
+    state, before = case.state(), case.state()
+    trees = case.expand(state)
+    random = torch.Generator().manual_seed(case.seed + 1)
+    target = torch.randint(0, 2, (case.num_tokens,), generator=random)
+    accepted = torch.rand(trees.taken.shape, generator=random) < 0.7 if lossy else None
+    outcome = OPS.settle(state, case.cache(state), trees, target, accepted)
+    width = case.tree.max_depth + 1
+    for r, (nodes, may) in enumerate(zip(brought(case, trees), taken(case, trees), strict=True)):
+        drawn = dict(zip(nodes, target[trees.row == r].tolist(), strict=True))
+
+        def holds(choice: Choice, r: int = r, drawn: dict[Choice, int] = drawn) -> bool:
+            if accepted is not None:
+                return bool(accepted[r, case.tree.choices.index(choice)])
+            return drawn[choice[:-1]] == case.token(before, r, choice)
+
+        path = walk(may, holds)
+        gained, _, _, *others = outcome.values[r].tolist()
+        assert [case.tree.choices[node] for node in others[width:][:gained]] == path
+        emitted = [*(case.token(before, r, c) for c in path[1:]), drawn[path[-1]]]
+        assert others[:gained] == emitted
+        assert int(outcome.last[r]) == int(trees.inflight.row_start[r]) + nodes.index(path[-1])
+
+
+def some_ends(case: Case, trees: Trees) -> list[int]:
+    """For each row, any node that it may accept."""
+    random = torch.Generator().manual_seed(case.seed + 1)
+    ends = []
+    for r in range(len(case.index)):
+        nodes = trees.taken[r].nonzero()[:, 0]
+        ends.append(int(nodes[int(torch.randint(0, len(nodes), (), generator=random))]))
+    return ends
+
+
+def accepting(trees: Trees, ends: list[int]) -> Tensor:
+    """[R, n] bool: the nodes on the way to each row's end, and no others."""
+    return trees.tree.ancestors[torch.tensor(ends)]
+
+
+def paths(case: Case, ends: list[int]) -> list[list[Choice]]:
+    choices = [case.tree.choices[node] for node in ends]
+    return [[end[:d] for d in range(len(end) + 1)] for end in choices]
+
+
+def contents(cache: KVCache) -> list[Tensor]:
+    """Copies of the entries and, in 8 bits, of their scales."""
+    return [cache.data.float().cpu().clone()] + ([] if cache.scale is None else [cache.scale.cpu().clone()])
+
+
+def same(found: KVCache, wanted: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(contents(found), wanted, strict=True))
+
+
+def moved(case: Case, cache: KVCache, state: RowState, trees: Trees, ends: list[int]) -> list[Tensor]:
+    """What the cache should hold after the step: paths at the front, all else as it was."""
+    wanted = contents(cache)
+    for before, after in zip(contents(cache), wanted, strict=True):
+        old, new = before.flatten(2, 3), after.flatten(2, 3)
+        for r, (nodes, path) in enumerate(zip(brought(case, trees), paths(case, ends), strict=True)):
+            for depth, choice in enumerate(path):
+                new[:, :, case.slot(state, r, depth)] = old[:, :, case.slot(state, r, nodes.index(choice))]
+    return wanted
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_a_row_moves_on_by_what_was_accepted(case: Case) -> None:
+    state, before = case.state(), case.state()
+    cache = case.cache(state)
+    trees = case.expand(state)
+    ends = some_ends(case, trees)
+    wanted = moved(case, cache, state, trees, ends)
+    target = torch.randint(0, 50, (case.num_tokens,), generator=torch.Generator().manual_seed(case.seed + 2))
+    report = OPS.settle(state, cache, trees, target, accepting(trees, ends)).values
+
+    assert same(cache, wanted)
+    width = case.tree.max_depth + 1
+    assert report.shape == (len(case.index), 3 + 2 * width + HEADS * RANKS)
+    may = taken(case, trees)
+    for r, (row, path) in enumerate(zip(case.index, paths(case, ends), strict=True)):
+        gained, num_brought, deepest, *others = report[r].tolist()
+        assert (gained, num_brought, deepest) == (len(path), len(may[r]), max(map(len, may[r])))
+        newest = int(target[trees.place[r, ends[r]]])
+        assert others[:gained] == [*(case.token(before, r, choice) for choice in path[1:]), newest]
+        assert [case.tree.choices[node] for node in others[width:][:gained]] == path
+        assert others[2 * width :] == before.candidates[row].tolist()
+        if row != ROWS:
+            assert int(state.cached_len[row]) == int(before.cached_len[row]) + len(path)
+            assert int(state.drafts[row, 0]) == newest
+    assert int(state.cached_len[ROWS]) == 0
+    assert torch.equal(state.candidates, before.candidates)
+    assert torch.equal(state.chances, before.chances)
+    assert torch.equal(state.page_table, before.page_table)
+    for row in set(range(ROWS)) - set(case.rows):
+        assert state.cached_len[row] == before.cached_len[row]
+        assert torch.equal(state.drafts[row], before.drafts[row])
+
+
+CROSSING = Tree(((), (0,), (1,), (1, 0), (0, 0), (1, 0, 0)))
+
+
+def test_a_path_may_move_into_places_that_it_leaves() -> None:
+    """Nodes 2, 3 and 5 go to 1, 2 and 3."""
+    case = Case(CROSSING, [1, 3], 1.0, 4, 0, 0)
+    check_compaction(case, through_settle, [5, 4])
+
+
+def through_settle(cache: KVCache, trees: Trees, ends: list[int], state: RowState) -> KVCache:
+    OPS.settle(state, cache, trees, torch.zeros_like(trees.inflight.tokens), accepting(trees, ends))
+    return cache
+
+
+def through_kernel(cache: KVCache, trees: Trees, ends: list[int], state: RowState) -> KVCache:
+    """As `TritonOps.compact` calls it on a GPU."""
+    from manyheads.kernels.compact import compact
+
+    cache = KVCache(cache.data.to(DEVICE), None if cache.scale is None else cache.scale.to(DEVICE))
+    last, tree = torch.tensor(ends), trees.tree
+    places = trees.offset.gather(1, tree.path[last])
+    compact(cache, *(x.to(DEVICE) for x in (trees.row_slots, places, tree.depth[last] + 1)))
+    return cache
+
+
+def check_compaction(
+    case: Case,
+    compacted: Callable[[KVCache, Trees, list[int], RowState], KVCache],
+    ends: list[int] | None = None,
+    kv_heads: int = 2,
+    dim: int = 3,
+) -> None:
+    state = case.state()
+    cache = case.cache(state, kv_heads, dim)
+    trees = case.expand(state)
+    ends = ends or some_ends(case, trees)
+    wanted = moved(case, cache, state, trees, ends)
+    assert same(compacted(cache, trees, ends, state), wanted)
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+
+
+@needs_triton
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_the_kernel_moves_the_same(case: Case) -> None:
+    check_compaction(case, through_kernel)
+
+
+@needs_triton
+@pytest.mark.parametrize(("kv_heads", "dim"), [(1, 1), (2, 64), (8, 128), (8, 129), (3, 700)])
+@pytest.mark.parametrize("kv_dtype", [None, *CODES.values()])
+def test_the_kernel_moves_entries_of_any_size(kv_dtype: torch.dtype | None, kv_heads: int, dim: int) -> None:
+    """A program moves 1024 elements: parts of a block, one and more."""
+    case = Case(CROSSING, [4, 0, 1], 1.0, 3, 1, 1, kv_dtype=kv_dtype)
+    check_compaction(case, through_kernel, [5, 4, 2, 0], kv_heads, dim)
