@@ -17,7 +17,7 @@ from manyheads import LLM, EngineConfig
 from manyheads.cli import main
 from manyheads.cli.parser import engine_config, make_parser
 from manyheads.config import CheckpointError
-from manyheads.server.engine_client import EngineError
+from manyheads.frontend.engine_client import EngineError
 from tests.server.fake_engine import TEXT, FakeEngine
 from tests.server.tiny_tokenizer import tiny_tokenizer
 

@@ -9,8 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from manyheads.frontend.engine_client import EngineError
 from manyheads.request import QueueFull, RequestError
-from manyheads.server.engine_client import EngineError
 
 RETRY_AFTER = "1"
 """Seconds: a row comes free every few steps."""

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import uvicorn
 
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.frontend.engine_client import EngineClient, EngineError
+from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady
 from manyheads.server.app import create_app
-from manyheads.server.engine_client import EngineClient, EngineError
-from manyheads.server.engine_process import BUILD_ENGINE
 from manyheads.server.limits import MAX_BODY_BYTES
 from manyheads.server.service import Service
 from manyheads.sizes import format_size

@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from manyheads.frontend.engine_client import DeltaQueue, EngineClient, EngineError
 from manyheads.frontend.output import SequenceOutput, TextDelta, child_params
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady, EngineRequest, QueueFull, RequestDelta, RequestError, SamplingParams
-from manyheads.server.engine_client import DeltaQueue, EngineClient, EngineError
 from manyheads.server.errors import ApiError
 from manyheads.server.metrics import Metrics, SequenceTimer
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from manyheads.frontend.engine_client import DeltaQueue
 from manyheads.request import RequestDelta, TokenLogprobs
-from manyheads.server.engine_client import DeltaQueue
 from manyheads.server.service import _waiting
 
 

@@ -300,7 +300,7 @@ def test_weights_of_heads_that_own_nothing_say_so() -> None:
 
 def test_serving_imports_no_training() -> None:
     code = (
-        "import sys, manyheads.server.app, manyheads.server.engine_process, manyheads.engine.build;"
+        "import sys, manyheads.server.app, manyheads.frontend.engine_process, manyheads.engine.build;"
         "import manyheads.frontend.llm;"
         "sys.exit(any(name.startswith('manyheads.train') for name in sys.modules))"
     )

@@ -1,6 +1,6 @@
 """The engine in a process of its own: requests and aborts come in, step outputs go out, over local ZeroMQ sockets.
 
-Started by `EngineClient` as `python -m manyheads.server.engine_process`, with a `Launch` as the first line of standard
+`EngineClient` starts it as `python -m manyheads.frontend.engine_process`, with a `Launch` as the first line of standard
 input. Standard input stays open as long as the parent lives: when it closes, this process ends.
 """
 

@@ -15,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.frontend.engine_process import BUILD_ENGINE, Launch
 from manyheads.request import (
     Abort,
     EngineFailed,
@@ -25,7 +26,6 @@ from manyheads.request import (
     StepOutputs,
     ToEngine,
 )
-from manyheads.server.engine_process import BUILD_ENGINE, Launch
 
 DeltaQueue = asyncio.Queue[RequestDelta]
 MOST_STEPS = 8
@@ -94,7 +94,7 @@ class EngineClient:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "manyheads.server.engine_process",
+            "manyheads.frontend.engine_process",
             stdin=asyncio.subprocess.PIPE,
             start_new_session=True,  # so that the terminal's Ctrl-C reaches the server alone
         )
