@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manyheads.config import ConfigError, EngineConfig
     from manyheads.frontend.llm import LLM
-    from manyheads.request import CompletionOutput, RequestError, RequestOutput, SamplingParams
+    from manyheads.frontend.output import CompletionOutput, RequestOutput
+    from manyheads.request import RequestError, SamplingParams
 
 _HOMES = {
     "LLM": "frontend.llm",
-    "CompletionOutput": "request",
+    "CompletionOutput": "frontend.output",
     "ConfigError": "config",
     "EngineConfig": "config",
     "RequestError": "request",
-    "RequestOutput": "request",
+    "RequestOutput": "frontend.output",
     "SamplingParams": "request",
 }
 __all__ = [

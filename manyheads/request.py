@@ -5,7 +5,7 @@ Everything here is a msgspec Struct so that it travels as typed msgpack between 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -14,6 +14,20 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 256
 MAX_LOGPROBS = 20
 MAX_N = 64
+MAX_LOGIT_BIASES = 1024
+_RANGES: dict[str, tuple[float, float]] = {
+    "n": (1, MAX_N),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "logprobs": (0, MAX_LOGPROBS),
+    "typical_epsilon": (0, 1),
+    "typical_alpha": (0, 100),
+}
+"""Least and greatest value of a field of `SamplingParams`."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "queue_full", "engine"]
@@ -69,20 +83,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     typical_alpha: float = 0.3
 
     def validate(self) -> SamplingParams:
-        """Check every field; returns self so that calls chain."""
+        """Check every field by itself; returns self so that calls chain.
+
+        Raises:
+            RequestError: a value is out of its range; the message names the field.
+        """
 
         def need(ok: bool, message: str) -> None:
             if not ok:
                 raise RequestError(message)
 
-        def finite(name: str, low: float, high: float) -> None:
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            need(
-                math.isfinite(value) and low <= value <= high,
-                f"{name} must be between {low:g} and {high:g}, not {value}",
-            )
-
-        need(1 <= self.n <= MAX_N, f"n must be between 1 and {MAX_N}, not {self.n}")
+            if value is not None or name != "logprobs":  # NaN is between nothing
+                need(low <= value <= high, f"{name} must be between {low:g} and {high:g}, not {value}")
+        need(self.top_p > 0, f"top_p must be above 0, not {self.top_p}")
         need(self.max_tokens is None or self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
         need(self.max_steps is None or self.max_steps >= 1, f"max_steps must be at least 1, not {self.max_steps}")
         need(self.min_tokens >= 0, f"min_tokens must not be negative, not {self.min_tokens}")
@@ -90,42 +105,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
         )
-        for name in ("max_tokens", "min_tokens", "max_steps", "top_k"):
-            need((getattr(self, name) or 0) < 2**31, f"{name} must be below 2**31, not {getattr(self, name)}")
-        finite("temperature", 0.0, 100.0)
-        finite("top_p", 0.0, 1.0)
-        need(self.top_p > 0, f"top_p must be above 0, not {self.top_p}")
         need(self.top_k >= -1, f"top_k must be -1 or 0 (off) or positive, not {self.top_k}")
-        finite("min_p", 0.0, 1.0)
-        finite("repetition_penalty", 0.01, 100.0)
-        finite("presence_penalty", -2.0, 2.0)
-        finite("frequency_penalty", -2.0, 2.0)
+        for name in ("max_tokens", "min_tokens", "max_steps", "top_k"):
+            value = getattr(self, name)
+            need((value or 0) < 2**31, f"{name} must be below 2**31, not {value}")
         need(self.acceptance in ("exact", "typical"), f"acceptance must be exact or typical, not {self.acceptance!r}")
-        finite("typical_epsilon", 0.0, 1.0)
-        finite("typical_alpha", 0.0, 100.0)
-        need(
-            self.seed is None or -(2**63) <= self.seed < 2**63,
-            f"seed must be a 64-bit integer, not {self.seed}",
-        )
-        need(
-            len(self.stop) <= MAX_STOP_STRINGS,
-            f"at most {MAX_STOP_STRINGS} stop strings, not {len(self.stop)}",
-        )
+        need(self.seed is None or -(2**63) <= self.seed < 2**63, f"seed must be a 64-bit integer, not {self.seed}")
+        for name, what, most in (
+            ("stop", "stop strings", MAX_STOP_STRINGS),
+            ("stop_token_ids", "stop token ids", MAX_STOP_TOKENS),
+            ("logit_bias", "logit_bias entries", MAX_LOGIT_BIASES),
+        ):
+            need((count := len(getattr(self, name))) <= most, f"at most {most} {what}, not {count}")
         need(all(self.stop), "a stop string must not be empty")
         need(all(len(s) <= 1000 for s in self.stop), "a stop string must have at most 1000 characters")
-        need(
-            len(self.stop_token_ids) <= MAX_STOP_TOKENS,
-            f"at most {MAX_STOP_TOKENS} stop token ids, not {len(self.stop_token_ids)}",
-        )
         need(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids must not be negative")
-        need(len(self.logit_bias) <= 1024, f"at most 1024 logit_bias entries, not {len(self.logit_bias)}")
         need(
-            all(math.isfinite(b) and abs(b) <= 100 for b in self.logit_bias.values()),
+            all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
             "logit_bias values must be between -100 and 100",
-        )
-        need(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            f"logprobs must be between 0 and {MAX_LOGPROBS}, not {self.logprobs}",
         )
         return self
 
@@ -256,6 +253,33 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """What max_model_len would be, in tokens, had the K/V cache room for it."""
     memory: MemoryUse = MemoryUse()
 
+    def check(self, params: SamplingParams, prompts: Iterable[Sequence[int]]) -> None:
+        """Check prompts (token ids) and how they are to be continued against what is served.
+
+        The front end calls it before anything runs, and the engine for whatever reaches it.
+
+        Raises:
+            RequestError: this can never be served; the message says why.
+        """
+        params.validate()
+        longest, last_id = self.max_model_len, self.vocab_size - 1
+        if not all(0 <= t <= last_id for t in (*params.stop_token_ids, *params.logit_bias)):
+            raise RequestError(f"stop_token_ids and logit_bias: token ids must be between 0 and {last_id}")
+        for prompt in prompts:
+            if (count := len(prompt)) == 0:
+                raise RequestError("the prompt is empty")
+            if min(prompt) < 0 or max(prompt) > last_id:
+                raise RequestError(f"prompt token ids must be between 0 and {last_id}")
+            if count >= longest:
+                raise RequestError(
+                    f"the prompt has {count} tokens; with one of output they exceed the context of {longest} tokens"
+                )
+            if params.max_tokens is not None and count + params.max_tokens > longest:
+                raise RequestError(
+                    f"the prompt's {count} tokens and max_tokens={params.max_tokens} together exceed the context of "
+                    f"{longest} tokens; ask for at most {longest - count}"
+                )
+
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine could not start or has died; the message is for a person."""
@@ -274,28 +298,3 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
 
 ToEngine = EngineRequest | Abort
 FromEngine = EngineReady | EngineFailed | StepOutputs
-
-
-class CompletionOutput(msgspec.Struct, kw_only=True):
-    """One continuation of a prompt (vLLM's shape)."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    """The stop string or stop token id that ended it; None for eos or length."""
-    num_steps: int = 0
-    error: str | None = None
-
-
-class RequestOutput(msgspec.Struct, kw_only=True):
-    """The answer to one prompt: `params.n` continuations."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    num_cached_tokens: int = 0

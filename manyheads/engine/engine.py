@@ -93,30 +93,13 @@ class Engine:
             RequestError: it can never be served; nothing was queued.
             QueueFull: too many are waiting; nothing was queued.
         """
-        params = message.params.validate()
-        prompt = message.prompt_token_ids
+        params, prompt = message.params, message.prompt_token_ids
         if message.request_id in self._requests:
             raise RequestError(f"request id {message.request_id!r} is in use")
         if params.n != 1:
             raise RequestError("the engine takes one sequence a request; n is the front end's to fan out")
-        if not prompt:
-            raise RequestError("the prompt is empty")
-        if min(prompt) < 0 or max(prompt) >= self.ready.vocab_size:
-            raise RequestError(f"prompt token ids must be between 0 and {self.ready.vocab_size - 1}")
-        if any(not 0 <= t < self.ready.vocab_size for t in (*params.stop_token_ids, *params.logit_bias)):
-            raise RequestError(f"stop_token_ids and logit_bias keys must be between 0 and {self.ready.vocab_size - 1}")
-        room = self.ready.max_model_len - len(prompt)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; with one token of output the context holds "
-                f"{self.ready.max_model_len - 1}"
-            )
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise RequestError(
-                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) together exceed the context of "
-                f"{self.ready.max_model_len} tokens"
-            )
-        max_len = len(prompt) + (room if params.max_tokens is None else params.max_tokens)
+        self.ready.check(params, [prompt])
+        max_len = self.ready.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         request = Request.from_message(message, max_len, tuple(self.ready.eos_token_ids), self._random.getrandbits(62))
         self.scheduler.add(request)
         self._requests[request.request_id] = request

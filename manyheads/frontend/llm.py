@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from manyheads.config import BUILTIN, ConfigError, EngineConfig
-from manyheads.frontend.output import SequenceOutput, child_params
+from manyheads.frontend.output import RequestOutput, SequenceOutput, child_params
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import (
     EngineRequest,
     QueueFull,
     RequestDelta,
     RequestError,
-    RequestOutput,
     SamplingParams,
 )
 
@@ -161,17 +160,7 @@ class LLM:
         return self._job(None, self.tokenizer.encode_chat(messages), params, continues=False)
 
     def _job(self, text: str | None, ids: list[int], params: SamplingParams, continues: bool) -> Job:
-        ready = self.engine.ready
-        params.validate()
-        if not ids:
-            raise RequestError("the prompt is empty")
-        if not all(0 <= t < ready.vocab_size for t in (*ids, *params.stop_token_ids, *params.logit_bias)):
-            raise RequestError(f"token ids must be between 0 and {ready.vocab_size - 1}")
-        if len(ids) + (params.max_tokens or 1) > ready.max_model_len:
-            raise RequestError(
-                f"{len(ids)} tokens of prompt and {params.max_tokens or 1} of output exceed the context of "
-                f"{ready.max_model_len} tokens"
-            )
+        self.engine.ready.check(params, [ids])
         return Job(str(next(self._ids)), text, ids, params, self.tokenizer, continues)
 
     def _run(self, jobs: list[Job], progress: bool) -> list[RequestOutput]:

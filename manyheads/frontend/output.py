@@ -8,7 +8,6 @@ import msgspec
 
 from manyheads.frontend.tokenizer import Detokenizer, Tokenizer
 from manyheads.request import (
-    CompletionOutput,
     ErrorKind,
     FinishReason,
     RequestDelta,
@@ -24,6 +23,31 @@ class TextDelta(msgspec.Struct, kw_only=True):
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One continuation of a prompt (vLLM's shape)."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for eos or length."""
+    num_steps: int = 0
+    error: str | None = None
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """The answer to one prompt: `params.n` continuations."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
 
 
 class StopScanner:

@@ -194,27 +194,9 @@ class Service:
         Raises:
             RequestError: it can never be served.
         """
-        params.validate()
-        longest, vocab_size = self.ready.max_model_len, self.ready.vocab_size
+        self.ready.check(params, [prompt.token_ids for prompt in prompts])
         if len(prompts) * params.n > (most := self.client.config.max_queue):
             raise RequestError(f"{len(prompts)} prompts with n={params.n} are too many: this server queues {most}")
-        if not all(0 <= t < vocab_size for t in (*params.stop_token_ids, *params.logit_bias)):
-            raise RequestError(f"stop_token_ids and logit_bias keys must be between 0 and {vocab_size - 1}")
-        for prompt in prompts:
-            count = len(prompt.token_ids)
-            if not count:
-                raise RequestError("the prompt is empty")
-            if not all(0 <= t < vocab_size for t in prompt.token_ids):
-                raise RequestError(f"prompt token ids must be between 0 and {vocab_size - 1}")
-            if count >= longest:
-                raise RequestError(
-                    f"the prompt has {count} tokens; this model's context holds {longest}, prompt and output together"
-                )
-            if params.max_tokens is not None and count + params.max_tokens > longest:
-                raise RequestError(
-                    f"the prompt's {count} tokens and max_tokens={params.max_tokens} together exceed this model's "
-                    f"context of {longest} tokens; ask for at most {longest - count}"
-                )
         return Generation(self, prompts, params)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

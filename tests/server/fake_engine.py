@@ -15,7 +15,6 @@ from manyheads.request import (
     MemoryUse,
     QueueFull,
     RequestDelta,
-    RequestError,
     TokenLogprobs,
 )
 from tests.server.tiny_tokenizer import tiny_tokenizer
@@ -65,11 +64,7 @@ class FakeEngine:
         )
 
     def add_request(self, message: EngineRequest) -> None:
-        message.params.validate()
-        if any(not 0 <= t < self.ready.vocab_size for t in message.prompt_token_ids):
-            raise RequestError(f"prompt token ids must be between 0 and {self.ready.vocab_size - 1}")
-        if len(message.prompt_token_ids) >= self.ready.max_model_len:
-            raise RequestError("the prompt does not fit")
+        self.ready.check(message.params, [message.prompt_token_ids])
         if len(self.open) >= self.config.max_queue:
             raise QueueFull(f"{len(self.open)} requests are waiting")
         self.open[message.request_id] = _Open(message, list(self.text))
