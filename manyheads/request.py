@@ -171,18 +171,10 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     error: str | None = None
     error_kind: ErrorKind | None = None
 
-    def then(self, later: RequestDelta) -> RequestDelta:
-        """What both steps added, as if one had."""
-        logprobs = None
-        if self.logprobs is not None or later.logprobs is not None:
-            logprobs = [*(self.logprobs or ()), *(later.logprobs or ())]
-        return msgspec.structs.replace(
-            later,
-            new_token_ids=self.new_token_ids + later.new_token_ids,
-            logprobs=logprobs,
-            num_cached_tokens=max(self.num_cached_tokens, later.num_cached_tokens),
-            num_steps=max(self.num_steps, later.num_steps),
-        )
+    @classmethod
+    def failure(cls, request_id: str, message: str, kind: ErrorKind) -> RequestDelta:
+        """The last delta of a request that is refused or cannot go on."""
+        return cls(request_id=request_id, new_token_ids=[], finish_reason="error", error=message, error_kind=kind)
 
 
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,8 @@ import msgspec
 
 from manyheads.cli.parser import engine_config, sampling_params
 from manyheads.config import ConfigError
-from manyheads.frontend.llm import LLM, Job
+from manyheads.frontend.generation import Generation
+from manyheads.frontend.llm import LLM
 from manyheads.interrupt import between_steps
 from manyheads.request import RequestError, SamplingParams
 
@@ -39,8 +40,13 @@ class Item:
 
     line: int
     echo: dict[str, Any]
-    job: Job | None = None
+    generation: Generation | None = None
     error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing to wait for any more."""
+        return self.generation is None or self.generation.finished
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,14 +90,14 @@ def read_lines(name: str, form: str) -> list[tuple[int, _Line | str]]:
 
 
 def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) -> int:
-    """Run the jobs and write each answer as soon as all before it are written; the number of lines without one."""
-    jobs = [item.job for item in items if item.job is not None]
+    """Run the model and write each answer as soon as all before it are written; the number of lines without one."""
+    generations = [item.generation for item in items if item.generation is not None]
     failed = written = 0
 
     def flush() -> None:
         nonlocal failed, written
         before = written
-        while written < len(items) and (items[written].job is None or items[written].job.finished):  # type: ignore[union-attr]
+        while written < len(items) and items[written].ended:
             records = list(_records(items[written]))
             failed += any("error" in record for record in records)
             for record in records:
@@ -102,7 +108,7 @@ def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) 
 
     try:
         with between_steps() as check:
-            for _ in llm.follow(jobs, progress):
+            for _ in llm.follow(generations, progress):
                 flush()
                 check()
         flush()
@@ -148,19 +154,19 @@ def _item(llm: LLM, number: int, parsed: _Line | str, params: SamplingParams, ra
             given = {**msgspec.to_builtins(params, str_keys=True), **parsed.params}
             params = msgspec.convert(given, SamplingParams, str_keys=True)
         if parsed.prompt is not None and (raw or not llm.tokenizer.has_chat_template):
-            return Item(number, echo, llm.prompt_job(parsed.prompt, params))
+            return Item(number, echo, llm.prepare(parsed.prompt, params))
         if parsed.prompt is not None and not parsed.prompt.strip():
             raise RequestError("the prompt is empty")
-        return Item(number, echo, llm.chat_job(messages, params))
+        return Item(number, echo, llm.prepare_chat(messages, params))
     except (RequestError, msgspec.ValidationError) as error:
         return Item(number, echo, error=str(error))
 
 
 def _records(item: Item) -> Iterable[dict[str, Any]]:
-    if item.job is None:
+    if item.generation is None:
         yield {"line": item.line, **item.echo, "error": item.error}
         return
-    for output in item.job.result().outputs:
+    for output in item.generation.result().outputs:
         record = {
             "line": item.line,
             **item.echo,
@@ -169,7 +175,7 @@ def _records(item: Item) -> Iterable[dict[str, Any]]:
             "tokens": len(output.token_ids),
             "steps": output.num_steps,
         }
-        if item.job.params.n > 1:
+        if item.generation.params.n > 1:
             record["index"] = output.index
         if output.error is not None:
             record["error"] = output.error

@@ -110,20 +110,21 @@ class EngineClient:
         queue: DeltaQueue = asyncio.Queue()
         for request in requests:
             if self.failure is not None:
-                queue.put_nowait(_failed(request.request_id, self.failure))
+                queue.put_nowait(self._last(request.request_id))
                 continue
             self._queues[request.request_id] = queue
             self._send(request)
         return queue
 
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Ask for the end of requests; their last deltas follow. Unknown ids are fine."""
-        for request_id in request_ids:
-            if request_id in self._queues:
-                self._send(Abort(request_id))
+    def abort(self, request_id: str) -> None:
+        """Ask for the end of a request; its last delta follows. An unknown id is fine."""
+        if request_id in self._queues:
+            self._send(Abort(request_id))
 
     def abort_all(self) -> None:
-        self.abort(list(self._queues))
+        """Ask for the end of all open requests."""
+        for request_id in self._queues:
+            self._send(Abort(request_id))
 
     async def close(self) -> None:
         """End the process and remove the sockets. Open requests get a last delta that says so."""
@@ -155,7 +156,7 @@ class EngineClient:
         while True:
             self._take(decoder.decode(await outputs.recv()))
             # Steps that have come meanwhile, before any of their readers runs: a server that does not keep up writes
-            # the tokens of several steps at once (`Generation.updates`).
+            # the tokens of several steps at once (`AsyncLLM.updates`).
             for _ in range(MOST_STEPS):
                 try:
                     message = unread.recv(zmq.NOBLOCK)
@@ -195,14 +196,8 @@ class EngineClient:
             self._ready.exception()  # retrieved: nobody may be waiting any more
         queues, self._queues = self._queues, {}
         for request_id, queue in queues.items():
-            queue.put_nowait(_failed(request_id, message))
+            queue.put_nowait(self._last(request_id))
 
-
-def _failed(request_id: str, message: str) -> RequestDelta:
-    return RequestDelta(
-        request_id=request_id,
-        new_token_ids=[],
-        finish_reason="error",
-        error=f"the engine has stopped: {message}",
-        error_kind="engine",
-    )
+    def _last(self, request_id: str) -> RequestDelta:
+        """The last delta of a request that the engine cannot answer any more."""
+        return RequestDelta.failure(request_id, f"the engine has stopped: {self.failure}", "engine")

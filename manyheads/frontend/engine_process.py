@@ -27,6 +27,7 @@ from manyheads.request import (
     EngineFailed,
     EngineReady,
     EngineRequest,
+    ErrorKind,
     FromEngine,
     QueueFull,
     RequestDelta,
@@ -96,15 +97,8 @@ class Loop:
             try:
                 self.engine.add_request(message)
             except (RequestError, QueueFull) as error:
-                refused.append(
-                    RequestDelta(
-                        request_id=message.request_id,
-                        new_token_ids=[],
-                        finish_reason="error",
-                        error=str(error),
-                        error_kind="invalid" if isinstance(error, RequestError) else "queue_full",
-                    )
-                )
+                kind: ErrorKind = "invalid" if isinstance(error, RequestError) else "queue_full"
+                refused.append(RequestDelta.failure(message.request_id, str(error), kind))
 
 
 def main() -> None:

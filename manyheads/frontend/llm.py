@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from manyheads.config import BUILTIN, ConfigError, EngineConfig
-from manyheads.frontend.output import RequestOutput, SequenceOutput, child_params
+from manyheads.frontend.generation import Generation, OpenSequences, Prompt, take
+from manyheads.frontend.output import RequestOutput, SequenceOutput
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import (
-    EngineRequest,
-    QueueFull,
-    RequestDelta,
-    RequestError,
-    SamplingParams,
-)
+from manyheads.request import EngineRequest, QueueFull, RequestDelta, RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from manyheads.engine.engine import Engine
@@ -81,7 +76,7 @@ class LLM:
             engine = build_engine(self.config)
         self.engine = engine
         self._ids = itertools.count()
-        self._open: dict[str, SequenceOutput] = {}
+        self._open: OpenSequences = {}
         """Of all callers: whoever makes the next step takes the others' tokens for them."""
 
     def generate(
@@ -106,8 +101,8 @@ class LLM:
             RequestError: a prompt or its parameters cannot be served; nothing has run then.
         """
         many = _as_list(prompts)
-        jobs = [self.prompt_job(prompt, p) for prompt, p in _pair(many, params)]
-        return self._run(jobs, progress if use_tqdm is None else use_tqdm)
+        generations = [self.prepare(prompt, p) for prompt, p in _pair(many, params)]
+        return self._run(generations, progress if use_tqdm is None else use_tqdm)
 
     def chat(
         self,
@@ -125,147 +120,92 @@ class LLM:
             progress: as for `generate`.
         """
         many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        jobs = [self.chat_job(conversation, p) for conversation, p in _pair(many, params)]
-        return self._run(jobs, progress if use_tqdm is None else use_tqdm)
+        generations = [self.prepare_chat(conversation, p) for conversation, p in _pair(many, params)]
+        return self._run(generations, progress if use_tqdm is None else use_tqdm)
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Answer one conversation; yields the answer so far after each step. Closing the iterator ends it."""
-        job = self.chat_job(messages, params or SamplingParams())
-        for _ in self.steps([job]):
-            yield job.result()
+        generation = self.prepare_chat(messages, params or SamplingParams())
+        for _ in self.steps([generation]):
+            yield generation.result()
 
-    def prompt_job(self, prompt: PromptLike, params: SamplingParams) -> Job:
-        """A prompt to continue, checked.
+    def prepare(self, prompt: PromptLike, params: SamplingParams) -> Generation:
+        """Check a prompt to continue, for `steps`.
 
         Raises:
             RequestError: it cannot be served.
         """
-        text: str | None = None
-        if isinstance(prompt, str):
-            text, ids = prompt, self.tokenizer.encode(prompt) if prompt else []
-        elif isinstance(prompt, Mapping):
-            text = prompt.get("prompt")
-            if (given := prompt.get("prompt_token_ids")) is not None:
-                ids = list(given)
-            elif isinstance(text, str):
-                return self.prompt_job(text, params)
-            else:
+        name = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
+        given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {name: prompt}
+        text, ids = given.get("prompt"), given.get("prompt_token_ids")
+        if ids is None:
+            if not isinstance(text, str):
                 raise RequestError("a prompt dict needs 'prompt' (a text) or 'prompt_token_ids'")
-        else:
-            ids = list(prompt)
-        return self._job(text, ids, params, continues=True)
+            ids = self.tokenizer.encode(text) if text else []
+        return self._prepare(Prompt(list(ids), continues=True, text=text), params)
 
-    def chat_job(self, messages: Sequence[Message], params: SamplingParams) -> Job:
-        """A conversation to answer, checked as `prompt_job` does."""
-        return self._job(None, self.tokenizer.encode_chat(messages), params, continues=False)
+    def prepare_chat(self, messages: Sequence[Message], params: SamplingParams) -> Generation:
+        """Check a conversation to answer, as `prepare` does for a prompt."""
+        return self._prepare(Prompt(self.tokenizer.encode_chat(messages)), params)
 
-    def _job(self, text: str | None, ids: list[int], params: SamplingParams, continues: bool) -> Job:
-        self.engine.ready.check(params, [ids])
-        return Job(str(next(self._ids)), text, ids, params, self.tokenizer, continues)
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
+        self.engine.ready.check(params, [prompt.token_ids])
+        return Generation(str(next(self._ids)), prompt, params, self.tokenizer)
 
-    def _run(self, jobs: list[Job], progress: bool) -> list[RequestOutput]:
-        for _ in self.follow(jobs, progress):
+    def _run(self, generations: list[Generation], progress: bool) -> list[RequestOutput]:
+        for _ in self.follow(generations, progress):
             pass
-        return [job.result() for job in jobs]
+        return [generation.result() for generation in generations]
 
-    def follow(self, jobs: Sequence[Job], progress: bool) -> Iterator[None]:
+    def follow(self, generations: Sequence[Generation], progress: bool) -> Iterator[None]:
         """`steps`, with a progress bar on standard error if wanted."""
         if not progress:
-            yield from self.steps(jobs)
+            yield from self.steps(generations)
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[speed]}"))
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=len(jobs), speed="")
-            for _ in self.steps(jobs):
-                tokens = sum(len(o.token_ids) for job in jobs for o in job.outputs)
+            task = bar.add_task("", total=len(generations), speed="")
+            for _ in self.steps(generations):
+                tokens = sum(len(o.token_ids) for generation in generations for o in generation.outputs)
                 seconds = bar.tasks[task].elapsed or 0.0
                 speed = f"{tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
-                bar.update(task, completed=sum(job.finished for job in jobs), speed=speed)
+                bar.update(task, completed=sum(g.finished for g in generations), speed=speed)
                 yield
 
-    def steps(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """Run the engine until all jobs have ended; yields after each step. Closing it early aborts the rest."""
-        waiting = deque((job, output) for job in jobs for output in job.outputs)
-        running: dict[str, SequenceOutput] = {}
+    def steps(self, generations: Iterable[Generation]) -> Iterator[None]:
+        """Run the engine until all generations have ended; yields after each step. Closing it early aborts the rest."""
+        waiting = deque(pair for generation in generations for pair in generation.requests())
+        running: list[str] = []
         try:
             while waiting or running:
                 self._feed(waiting, running)
                 for delta in self.engine.step():
-                    output = self._open.get(delta.request_id)
-                    if output is None:
-                        continue  # the answer to an abort
-                    output.push(delta)
-                    if output.finished:
-                        del self._open[delta.request_id]
-                        if output.needs_abort:
-                            self.engine.abort(delta.request_id)
-                running = {request_id: output for request_id, output in running.items() if not output.finished}
+                    take(delta, self._open, self.engine.abort)
+                running = [request_id for request_id in running if request_id in self._open]
                 yield
         finally:
             for request_id in running:
                 if self._open.pop(request_id, None) is not None:
                     self.engine.abort(request_id)  # the last delta comes with the next step, and is passed over
 
-    def _feed(self, waiting: deque[tuple[Job, SequenceOutput]], running: dict[str, SequenceOutput]) -> None:
+    def _feed(self, waiting: deque[tuple[EngineRequest, SequenceOutput]], running: list[str]) -> None:
         """Give the engine what it takes; a full queue takes more later."""
         while waiting:
-            job, output = waiting[0]
-            request = EngineRequest(
-                request_id=f"{job.request_id}-{output.index}",
-                prompt_token_ids=job.prompt_token_ids,
-                params=child_params(job.params, output.index),
-            )
+            request, output = waiting[0]
             try:
                 self.engine.add_request(request)
-                self._open[request.request_id] = running[request.request_id] = output
+                self._open[request.request_id] = output
+                running.append(request.request_id)
             except QueueFull:
                 if not self.engine.has_work():
                     raise
                 return
             except RequestError as error:
-                output.push(
-                    RequestDelta(
-                        request_id=request.request_id, new_token_ids=[], finish_reason="error", error=str(error)
-                    )
-                )
+                output.push(RequestDelta.failure(request.request_id, str(error), "invalid"))
             waiting.popleft()
-
-
-class Job:
-    """One prompt and its continuations."""
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        tokenizer: Tokenizer,
-        continues: bool,
-    ) -> None:
-        self.request_id = request_id
-        self.prompt = prompt
-        self.prompt_token_ids = prompt_token_ids
-        self.params = params
-        context = prompt_token_ids if continues else ()
-        self.outputs = [SequenceOutput(tokenizer, params, context=context, index=i) for i in range(params.n)]
-
-    @property
-    def finished(self) -> bool:
-        return all(o.finished for o in self.outputs)
-
-    def result(self) -> RequestOutput:
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[o.result() for o in self.outputs],
-            finished=self.finished,
-            num_cached_tokens=self.outputs[0].num_cached_tokens,
-        )
 
 
 def tokenizer_folder(config: EngineConfig) -> Path:

@@ -198,11 +198,3 @@ class SequenceOutput:
         if stop_token_id is None or self._params.include_stop_str_in_output:
             return False
         return not (stop_token_id in self._special_ids and not self._params.skip_special_tokens)
-
-
-def child_params(params: SamplingParams, index: int) -> SamplingParams:
-    """Parameters of continuation `index` of a request for n: a sequence of its own, with a seed of its own."""
-    if params.n == 1:
-        return params
-    seed = None if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63
-    return msgspec.structs.replace(params, n=1, seed=seed)

@@ -74,25 +74,27 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages")
         if body.messages is not None:
-            ids = await service.encode_chat([m.plain() for m in body.messages])
+            ids = await service.llm.encode_chat([m.plain() for m in body.messages])
         else:
-            ids = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.ready.max_model_len})
+            ids = await service.llm.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.llm.ready.max_model_len})
 
     @app.post("/detokenize", tags=["Tokenizer"], summary="The text of tokens")
     async def detokenize(body: DetokenizeRequest) -> JSONResponse:
         service.check_model(body.model)
-        if not all(0 <= t < service.ready.vocab_size for t in body.tokens):
-            raise RequestError(f"tokens must be between 0 and {service.ready.vocab_size - 1}")
-        text = service.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+        if not all(0 <= t < service.llm.ready.vocab_size for t in body.tokens):
+            raise RequestError(f"tokens must be between 0 and {service.llm.ready.vocab_size - 1}")
+        text = service.llm.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
         return JSONResponse({"prompt": text})
 
 
 def _add_service_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health", tags=["Service"], summary="200 while the engine serves, 503 else")
     async def health() -> Response:
-        if not service.client.alive:
-            return error_response(503, f"the engine has stopped: {service.client.failure}", code="engine_unavailable")
+        if not service.llm.client.alive:
+            return error_response(
+                503, f"the engine has stopped: {service.llm.client.failure}", code="engine_unavailable"
+            )
         return JSONResponse({"status": "ok"})
 
     @app.get("/version", tags=["Service"], summary="Of this package")

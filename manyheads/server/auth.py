@@ -14,10 +14,6 @@ DOCS_FILES = "/docs-files"
 """Where the scripts of /docs are."""
 
 
-def is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(DOCS_FILES + "/")
-
-
 class ApiKey:
     """ASGI middleware: wants `Authorization: Bearer KEY` for everything but OPEN_PATHS."""
 
@@ -26,7 +22,8 @@ class ApiKey:
         self._expected = b"Bearer " + key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]):
+        path = scope.get("path", "")
+        if scope["type"] == "http" and path not in OPEN_PATHS and not path.startswith(DOCS_FILES + "/"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 response = error_response(

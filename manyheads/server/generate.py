@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.request import RequestError
 from manyheads.server.schemas import GenerateRequest
-from manyheads.server.service import Generation, Prompt, Service, Update, or_disconnect
+from manyheads.server.service import Service, or_disconnect
 from manyheads.server.sse import chain, event, stream_response
 
 
@@ -24,7 +25,7 @@ def generate_router(service: Service) -> APIRouter:
         """The model's chat template is applied to the prompt, unless `parameters.raw` is true or it has none."""
         start = time.perf_counter()
         generation = await _prepare(service, body)
-        await or_disconnect(request, generation.collect())
+        await or_disconnect(request, service.collect([generation]))
         return JSONResponse(_answer(generation, start))
 
     @router.post("/generate_stream", summary="Follow an instruction, word by word")
@@ -32,7 +33,7 @@ def generate_router(service: Service) -> APIRouter:
         """Server-sent events `{"text": …}`; the last one is what /generate answers."""
         start = time.perf_counter()
         generation = await _prepare(service, body)
-        updates = generation.updates()
+        updates = service.updates([generation])
         first = await or_disconnect(request, anext(updates))
         return stream_response(_events(generation, chain(first, updates), start))
 
@@ -43,11 +44,12 @@ async def _prepare(service: Service, body: GenerateRequest) -> Generation:
     params = body.parameters.generate_params()
     if not body.prompt.strip():
         raise RequestError("the prompt is empty")
-    if body.parameters.raw or not service.tokenizer.has_chat_template:
-        prompt = Prompt(await service.encode(body.prompt), continues=True)
+    if body.parameters.raw or not service.llm.tokenizer.has_chat_template:
+        prompt = Prompt(await service.llm.encode(body.prompt), continues=True)
     else:
-        prompt = Prompt(await service.encode_chat([{"role": "user", "content": body.prompt}]))
-    return service.generate([prompt], params)
+        prompt = Prompt(await service.llm.encode_chat([{"role": "user", "content": body.prompt}]))
+    (generation,) = service.llm.prepare([prompt], params)
+    return generation
 
 
 async def _events(
@@ -61,14 +63,14 @@ async def _events(
 
 
 def _answer(generation: Generation, start: float) -> dict[str, Any]:
-    output = generation.outputs[0][0]
+    output = generation.outputs[0]
     tokens, steps = len(output.token_ids), output.num_steps
     answer: dict[str, Any] = {
         "response": output.text,
         "details": {
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
-            "prompt_tokens": generation.num_prompt_tokens,
+            "prompt_tokens": len(generation.prompt.token_ids),
             "generated_tokens": tokens,
             "steps": steps,
             "tokens_per_step": round(tokens / steps, 3) if steps else 0.0,

@@ -13,29 +13,18 @@ LEAST = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
 
-class ChatLogprobs:
-    """`logprobs` of chat completions."""
+def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
+    """Write `logprobs` as chat completions have them; None where there are none."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def of(self, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
-        if not logprobs:
-            return None
-        return {
-            "content": [
-                {
-                    **self._token(entry.token_id, entry.logprob),
-                    "top_logprobs": [self._token(token_id, value) for token_id, value in entry.top],
-                }
-                for entry in logprobs
-            ],
-            "refusal": None,
-        }
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(token_id)
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
         return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+    content = [
+        {**token(entry.token_id, entry.logprob), "top_logprobs": [token(*other) for other in entry.top]}
+        for entry in logprobs or ()
+    ]
+    return {"content": content, "refusal": None} if content else None
 
 
 class CompletionLogprobs:

@@ -52,9 +52,6 @@ class Metrics:
             PREFIX + "requests_rejected", "Requests refused as invalid or for a full queue", registry=self.registry
         )
 
-    def start(self, num_prompt_tokens: int) -> SequenceTimer:
-        return SequenceTimer(num_prompt_tokens)
-
     def tokens(self, timer: SequenceTimer, count: int) -> None:
         """Count tokens that came now."""
         if not count:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.engine_client import EngineClient, EngineError
 from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.tokenizer import Tokenizer
@@ -103,13 +104,14 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     client = EngineClient(config, build=build, verbose=options.verbose)
-    service: Service | None = None
+    llm: AsyncLLM | None = None
     try:
         with _bind(options.host, options.port) as listener:
             tokenizer, ready = await _start(client, config, options)
-            service = Service(client, tokenizer, ready, options.served_model_names or (ready.model,))
+            llm = AsyncLLM(client, tokenizer, ready)
+            names = options.served_model_names or (ready.model,)
             app = create_app(
-                service,
+                Service(llm, names),
                 api_key=options.api_key,
                 cors_origins=options.cors_origins,
                 max_body_bytes=options.max_body_bytes,
@@ -126,7 +128,7 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
                 client,
             )
             host, port = listener.getsockname()[:2]
-            print(_memory(ready), _greeting(ready, service.names[0], host, port), sep="\n", file=sys.stderr, flush=True)
+            print(_memory(ready), _greeting(ready, names[0], host, port), sep="\n", file=sys.stderr, flush=True)
             await server.serve(sockets=[listener])
             if client.failure is not None and not stopping:
                 raise EngineError(f"the engine has stopped: {client.failure}")
@@ -134,8 +136,8 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
         if not stopping:
             raise
     finally:
-        if service is not None:
-            service.close()
+        if llm is not None:
+            llm.close()
         await client.close()
     return 0
 

@@ -90,18 +90,18 @@ def _ask(
 
 def _in_order(llm: LLM | None, group: list[Answer], params: list[SamplingParams]) -> Iterator[list[Answer]]:
     """After each step of the engine, the answers that are there and not yielded before, in the prompts' order."""
-    jobs = [
-        None if prompt.tokens or llm is None else llm.prompt_job(prompt.prompt, p)
+    generations = [
+        None if prompt.tokens or llm is None else llm.prepare(prompt.prompt, p)
         for prompt, p in zip(group, params, strict=True)
     ]
-    steps = llm.steps([job for job in jobs if job is not None]) if llm is not None else iter(())
+    steps = llm.steps([g for g in generations if g is not None]) if llm is not None else iter(())
     done = 0
     for _ in chain(steps, [None]):
         new = []
-        while done < len(group) and ((job := jobs[done]) is None or job.finished):
+        while done < len(group) and ((generation := generations[done]) is None or generation.finished):
             said = group[done].tokens
-            if job is not None:
-                output = job.result().outputs[0]
+            if generation is not None:
+                output = generation.outputs[0]
                 said = [] if output.error is not None else list(output.token_ids)
             new.append(Answer(group[done].prompt, said))
             done += 1

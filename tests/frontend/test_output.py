@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.frontend.output import SequenceOutput, StopScanner, child_params
+from manyheads.frontend.output import SequenceOutput, StopScanner
 from manyheads.request import RequestDelta, SamplingParams, TokenLogprobs
 from tests.server.tiny_tokenizer import tiny_tokenizer
 
@@ -120,10 +120,3 @@ def test_error() -> None:
     output = SequenceOutput(TOKENIZER, SamplingParams())
     output.push(delta([], finish_reason="error", error="no", error_kind="engine"))
     assert (output.result().finish_reason, output.result().error) == ("error", "no")
-
-
-def test_children_have_seeds_of_their_own() -> None:
-    params = SamplingParams(n=3, seed=2**63 - 2)
-    seeds = [child_params(params, i).seed for i in range(3)]
-    assert seeds == [2**63 - 2, 2**63 - 1, -(2**63)]
-    assert child_params(SamplingParams(n=2), 1).seed is None

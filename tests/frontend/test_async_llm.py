@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from manyheads.frontend.async_llm import _waiting
 from manyheads.frontend.engine_client import DeltaQueue
 from manyheads.request import RequestDelta, TokenLogprobs
-from manyheads.server.service import _waiting
 
 
 def delta(request_id: str, *tokens: int, steps: int, **more: object) -> RequestDelta:

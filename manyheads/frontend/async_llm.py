@@ -1,0 +1,134 @@
+"""The front end of an engine in another process, for many callers at once: prompts in, text as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import msgspec
+
+from manyheads.frontend.engine_client import DeltaQueue, EngineClient, EngineError
+from manyheads.frontend.generation import Generation, OpenSequences, Prompt, Update, take
+from manyheads.frontend.tokenizer import Tokenizer
+from manyheads.request import (
+    EngineReady,
+    QueueFull,
+    RequestDelta,
+    RequestError,
+    SamplingParams,
+)
+
+_ERRORS = {"invalid": RequestError, "queue_full": QueueFull, "engine": EngineError}
+INLINE_CHARACTERS = 4000
+"""Shorter texts are encoded at once: that takes less time than handing them to a thread."""
+
+
+class AsyncLLM:
+    """What `LLM` is for one caller, for the many of an event loop.
+
+    Args:
+        client: of an engine that serves; whoever started it closes it.
+        ready: what it serves.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, ready: EngineReady) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self.ready = ready
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    def prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
+        """Check prompts that belong together; nothing runs before their updates are read.
+
+        Raises:
+            RequestError: they can never be served.
+        """
+        self.ready.check(params, [prompt.token_ids for prompt in prompts])
+        if len(prompts) * params.n > (most := self.client.config.max_queue):
+            raise RequestError(f"{len(prompts)} prompts with n={params.n} are too many: this server queues {most}")
+        base = uuid.uuid4().hex
+        return [Generation(f"{base}-{i}", prompt, params, self.tokenizer) for i, prompt in enumerate(prompts)]
+
+    async def updates(self, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
+        """Text as it comes. Closing the iterator early aborts what still runs.
+
+        Raises:
+            RequestError, QueueFull, EngineError: the engine refused or failed one of the continuations.
+        """
+        pairs = [pair for generation in generations for pair in generation.requests()]
+        sequences: OpenSequences = {request.request_id: output for request, output in pairs}
+        queue = self.client.submit(request for request, _ in pairs)
+        try:
+            while sequences:
+                for n, delta in enumerate(await _waiting(queue)):
+                    if n > 0:
+                        await asyncio.sleep(0)  # others come in, and the news that the reader has left
+                    update = take(delta, sequences, self.client.abort)
+                    if update is None:
+                        continue
+                    output = update.output
+                    if output.finish_reason == "error":
+                        raise _ERRORS[output.error_kind or "engine"](output.error or "the engine gave no reason")
+                    yield update
+        finally:
+            for request_id in sequences:
+                self.client.abort(request_id)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text, without stopping everyone else while a long one is encoded.
+
+        Raises:
+            RequestError: it is too long for any tokenizer to make it fit.
+        """
+        work = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self._encode(len(text), work)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation by the chat template, as `encode` does for a text."""
+        size = sum(len(m["content"]) for m in messages)
+        return await self._encode(size, partial(self.tokenizer.encode_chat, messages), is_quick=len(messages) < 100)
+
+    def close(self) -> None:
+        """Encode nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _encode(self, size: int, work: Callable[[], list[int]], is_quick: bool = True) -> list[int]:
+        longest = self.ready.max_model_len
+        if size > longest * self.tokenizer.longest_token:
+            raise RequestError(
+                f"the prompt has {size} characters, which cannot fit into this model's context of {longest} tokens"
+            )
+        if is_quick and size < INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
+    """What has come for a reader, at least one delta: of each request those of several steps as one, if the server did
+    not keep up. So it is text that waits for nobody, and not its readers for a server that writes step by step."""
+    found = {(delta := await queue.get()).request_id: delta}
+    is_behind = not queue.empty()
+    while not queue.empty():
+        delta = queue.get_nowait()
+        before = found.get(delta.request_id)
+        found[delta.request_id] = delta if before is None else _joined(before, delta)
+    if is_behind:  # a task that only waits for what is there already cannot be cancelled
+        await asyncio.sleep(0)
+    return list(found.values())
+
+
+def _joined(earlier: RequestDelta, later: RequestDelta) -> RequestDelta:
+    """What two steps added to a request, as if one had."""
+    logprobs = None
+    if earlier.logprobs is not None or later.logprobs is not None:
+        logprobs = [*(earlier.logprobs or ()), *(later.logprobs or ())]
+    return msgspec.structs.replace(
+        later,
+        new_token_ids=earlier.new_token_ids + later.new_token_ids,
+        logprobs=logprobs,
+        num_cached_tokens=max(earlier.num_cached_tokens, later.num_cached_tokens),
+        num_steps=max(earlier.num_steps, later.num_steps),
+    )

@@ -1,0 +1,107 @@
+"""One prompt with its `n` continuations, from the engine's requests to the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from manyheads.frontend.output import RequestOutput, SequenceOutput, TextDelta
+from manyheads.frontend.tokenizer import Tokenizer
+from manyheads.request import EngineRequest, RequestDelta, SamplingParams
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the engine takes it."""
+
+    token_ids: list[int]
+    continues: bool = False
+    """Whether the answer goes on where the prompt's text ends, as in completions; in a chat, it begins a turn."""
+    text: str | None = None
+    """The text that the caller gave, if it was one."""
+
+
+class Generation:
+    """One prompt and its `params.n` continuations, each of which is a request of its own to the engine.
+
+    Whoever drives the engine sends it `requests()` and gives its deltas to `take`.
+
+    Args:
+        request_id: the ids of the engine's requests are made from it.
+        params: they have been checked (`EngineReady.check`).
+    """
+
+    def __init__(self, request_id: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.params = params
+        context = prompt.token_ids if prompt.continues else ()
+        self.outputs = [SequenceOutput(tokenizer, params, context=context, index=i) for i in range(params.n)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every continuation has ended."""
+        return all(o.finished for o in self.outputs)
+
+    def requests(self) -> Iterator[tuple[EngineRequest, SequenceOutput]]:
+        """What the engine is asked for each continuation."""
+        for output in self.outputs:
+            request = EngineRequest(
+                request_id=f"{self.request_id}-{output.index}",
+                prompt_token_ids=self.prompt.token_ids,
+                params=child_params(self.params, output.index),
+            )
+            yield request, output
+
+    def result(self) -> RequestOutput:
+        """The answer so far."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.token_ids,
+            outputs=[o.result() for o in self.outputs],
+            finished=self.finished,
+            num_cached_tokens=self.outputs[0].num_cached_tokens,
+        )
+
+
+OpenSequences = dict[str, SequenceOutput]
+"""The continuations that an engine is at work on, by the ids of their requests."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the engine added to one continuation."""
+
+    output: SequenceOutput
+    delta: TextDelta
+
+
+def take(delta: RequestDelta, sequences: OpenSequences, abort: Callable[[str], None]) -> Update | None:
+    """Give a delta to its continuation, which leaves the open ones when it ends.
+
+    Args:
+        abort: ends a request in the engine; it is called for one that a stop string ended, which the engine cannot see.
+
+    Returns:
+        None if the continuation has ended before: the delta is the answer to an abort.
+    """
+    if delta.request_id not in sequences:
+        return None
+    output = sequences[delta.request_id]
+    text = output.push(delta)
+    if output.finished:
+        del sequences[delta.request_id]
+        if output.needs_abort:
+            abort(delta.request_id)
+    return Update(output, text)
+
+
+def child_params(params: SamplingParams, index: int) -> SamplingParams:
+    """Parameters of continuation `index` of a request for n: those of one sequence, with a seed of its own."""
+    if params.n == 1:
+        return params
+    seed = None if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(params, n=1, seed=seed)
