@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import uvicorn
@@ -18,6 +19,7 @@ from manyheads.config import ConfigError, EngineConfig
 from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.engine_client import EngineClient, EngineError
 from manyheads.frontend.engine_process import BUILD_ENGINE
+from manyheads.frontend.llm import tokenizer_folder
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady
 from manyheads.server.app import create_app
@@ -144,22 +146,18 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
 
 async def _start(client: EngineClient, config: EngineConfig, options: ServerConfig) -> tuple[Tokenizer, EngineReady]:
     """Load the tokenizer here while the engine process loads the model."""
-
-    loop = asyncio.get_running_loop()
-    tokenizer: asyncio.Future[Tokenizer] = loop.create_future()
+    loaded: Future[Tokenizer] = Future()
+    loaded.set_running_or_notify_cancel()  # so that it takes a result even when nobody waits for it any more
 
     def load() -> None:
-        from manyheads.frontend.llm import tokenizer_folder
-
         try:
-            result = Tokenizer.load(tokenizer_folder(config), options.chat_template)
+            loaded.set_result(Tokenizer.load(tokenizer_folder(config), options.chat_template))
         except Exception as error:
-            _tell(loop, tokenizer, error)
-        else:
-            _tell(loop, tokenizer, result)
+            loaded.set_exception(error)
 
     # a daemon, so that Ctrl-C does not wait for a download
     threading.Thread(target=load, daemon=True).start()
+    tokenizer = asyncio.wrap_future(loaded)
     engine = asyncio.create_task(client.start())
     try:
         await asyncio.wait((engine, tokenizer), return_when=asyncio.FIRST_EXCEPTION)
@@ -171,21 +169,6 @@ async def _start(client: EngineClient, config: EngineConfig, options: ServerConf
         tokenizer.cancel()
         engine.cancel()
         await asyncio.gather(engine, tokenizer, return_exceptions=True)
-
-
-def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Tokenizer], result: Tokenizer | Exception) -> None:
-    """Resolve a future from another thread, if anyone still waits for it."""
-
-    def resolve() -> None:
-        if future.done():
-            return
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-
-    with contextlib.suppress(RuntimeError):  # the loop has ended
-        loop.call_soon_threadsafe(resolve)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -14,7 +14,7 @@ from tests.server.tiny_tokenizer import tiny_tokenizer
 
 if __name__ == "__main__":
     if "FAKE_TOKENIZER" in os.environ:  # loading a real one takes seconds
-        patch("manyheads.frontend.llm.tokenizer_folder").start()
+        patch("manyheads.server.run.tokenizer_folder").start()
         patch.object(Tokenizer, "load", lambda *_: tiny_tokenizer()).start()
     run.serve = functools.partial(run.serve, build="tests.server.fake_engine:build")
     sys.exit(main(["serve", *sys.argv[1:]]))
