@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from gevent import GreenletExit
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
@@ -50,10 +49,16 @@ class Client:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self.in_flight = 0
 
-    def ask(self, body: bytes, due: float | None = None) -> Record:
-        """Send a request and read its answer to the end. Whatever goes wrong is in the record."""
+    def ask(self, body: bytes, record: Record) -> None:
+        """Send a request and read its answer to the end; how it went is written into the record.
+
+        NOTE: GreenletExit is not caught. Locust kills a user with it once, and waits until the user is dead.
+
+        Args:
+            record: a new one, unfinished until the end of the answer is known.
+        """
         connection = self._connection()
-        record = Record(sent=self._clock(), due=due, chunks=[])
+        record.sent = self._clock()
         reusable = False
         response: Any = None
         self.in_flight += 1
@@ -61,9 +66,6 @@ class Client:
             response = connection.post(self._path, body, headers=self._headers)
             self._read(response, record)
             reusable = record.ok
-        except GreenletExit:  # the run is over; whoever killed us gets the record by `killed`
-            self._fail(record, reasons.UNFINISHED)
-            return record
         except TimeoutError as error:
             late = reasons.NO_ANSWER if response is None or not record.chunks else reasons.STALLED
             self._fail(record, late, f"nothing for {self._timeout:g} s ({type(error).__name__})")
@@ -81,7 +83,6 @@ class Client:
             if record.seconds == 0.0:
                 record.seconds = self._clock() - record.sent
             self._release(connection, response, reusable)
-        return record
 
     def _read(self, response: Any, record: Record) -> None:
         status = response.status_code
@@ -125,6 +126,7 @@ class Client:
         elif not record.chunks:
             self._fail(record, reasons.EMPTY)
         else:
+            record.reason = None
             self._count(record)
 
     @staticmethod

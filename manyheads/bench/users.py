@@ -16,7 +16,7 @@ from locust.user.task import LOCUST_STATE_STOPPING
 
 from manyheads.bench.client import Client
 from manyheads.bench.plan import Job, Run
-from manyheads.bench.record import Record
+from manyheads.bench.record import UNFINISHED, Record
 
 PAUSE_AFTER_FAILURE = 1.0
 """Seconds: a server that refuses at once is not to be asked a thousand times a second."""
@@ -45,10 +45,13 @@ class Traffic:
 
     def ask(self, body: bytes | None = None, due: float | None = None) -> Record:
         """Send the next request, or this one; fires Locust's events."""
-        record = self.client.ask(next(self._turn) if body is None else body, due)
-        for listen in self.listeners:
-            listen(record)
-        fire(self.environment, self.run.path, record)
+        record = Record(sent=0.0, due=due, chunks=[], reason=UNFINISHED)
+        try:
+            self.client.ask(next(self._turn) if body is None else body, record)
+        finally:  # a user that is killed in the middle tells of its request, too
+            for listen in self.listeners:
+                listen(record)
+            fire(self.environment, self.run.path, record)
         return record
 
     def arrivals(self) -> Iterator[tuple[float, bytes]]:
@@ -86,11 +89,15 @@ class AskingUser(locust.User):
     wait_time = locust.constant(0)
 
     @locust.task
-    def question(self) -> None:
-        """One request."""
-        record = self.environment.traffic.ask()
-        if record.failed:
-            gevent.sleep(PAUSE_AFTER_FAILURE)
+    def ask_all(self) -> None:
+        """Ask until Locust tells the user to stop.
+
+        NOTE: one task for all questions. Between two tasks Locust kills a user in place of telling it, and a user that
+        does not pause has begun its next question by the time that the kill arrives: it would be cut off.
+        """
+        while self._state != LOCUST_STATE_STOPPING:
+            record = self.environment.traffic.ask()
+            gevent.sleep(PAUSE_AFTER_FAILURE if record.failed else 0)
 
 
 class ArrivalUser(locust.User):
