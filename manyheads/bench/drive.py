@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from manyheads.bench.plan import BenchError, Event, Job, Run, Use
+from manyheads.bench.plan import GRACE, BenchError, Event, Job, Run, Use
 from manyheads.bench.record import Record
 from manyheads.bench.recorder import read_records, read_uses
 from manyheads.interrupt import on_interrupt
 
 Listen = Callable[[Event], None]
+GENERATOR = ("-m", "manyheads.bench.generator")
+PATIENCE = 90.0
+"""Seconds beyond its time after which a generator is ended; Locust's master gives its workers 60 of them to stop."""
+LAST_WORDS = 10.0
+"""Seconds that it has then to write what it knows, before it is killed."""
 
 
 @dataclass
@@ -33,6 +40,8 @@ class Outcome:
     records: list[Record] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     interrupted: bool = False
+    overdue: bool = False
+    """The generator did not end by itself, and was ended; what it had written until then is here."""
     held: bool = False
     """Every stage was held as long as it should, whatever came of the last answers."""
 
@@ -51,10 +60,10 @@ def write_jobs(jobs: list[Job], path: Path) -> None:
 
 
 def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda event: None) -> Outcome:
-    """Run the generator to its end, or until Ctrl-C.
+    """Run the generator to its end, until Ctrl-C, or until it takes longer than it may.
 
     Raises:
-        BenchError: it failed; the message has what it said.
+        BenchError: it failed, or did not begin in time; the message has what it said.
         KeyboardInterrupt: Ctrl-C before the first load began, or a second time.
     """
     path = folder / "run.json"
@@ -64,40 +73,84 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
     env.pop("MANYHEADS_API_KEY", None)
     if api_key:
         env["MANYHEADS_API_KEY"] = api_key
-    command = [sys.executable, "-m", "manyheads.bench.generator", str(path)]
-    trouble = ""
+    command = [sys.executable, *GENERATOR, str(path)]
+    trouble, last = "", 0.0
+    deadline = time.perf_counter() + run.ready_within + PATIENCE
     with tempfile.TemporaryFile("w+") as log:
         # NOTE: a session of its own, or the terminal's Ctrl-C would also end the generator's workers
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True)
-        assert process.stdout is not None
 
         def interrupt() -> None:
+            nonlocal deadline
             outcome.interrupted = True
             process.send_signal(signal.SIGINT)
+            deadline = min(deadline, time.perf_counter() + 3 * GRACE)
+
+        def until() -> float:
+            return deadline
 
         try:
             with on_interrupt(interrupt):
-                for line in process.stdout:
-                    event = msgspec.json.decode(line, type=Event)
+                for event in _events(process, until):
+                    last = event.at
                     if event.kind == "stage" and event.stage == len(outcome.begins):
                         outcome.begins.append(event.at)
+                        if event.stage == 0 and not outcome.interrupted:
+                            deadline = event.at + run.length + run.drain + PATIENCE
                     elif event.kind == "end":
                         outcome.end, outcome.held = event.at, event.stage == len(run.stages)
                     elif event.kind == "error":
                         trouble = event.text
                     listen(event)
-                status = process.wait()
+        except subprocess.TimeoutExpired:
+            outcome.overdue, trouble = True, trouble or "it did not begin in time"
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-            process.stdout.close()
+            status = _end(process)
         log.seek(0)
         said = log.read()
-    if outcome.interrupted and not outcome.end:
+    if outcome.overdue and outcome.begins:
+        outcome.end = outcome.end or last
+    elif outcome.interrupted and not outcome.end:
         raise KeyboardInterrupt
-    if not outcome.interrupted and (status or not outcome.end or len(outcome.begins) < len(run.stages)):
+    elif not outcome.interrupted and (status or not outcome.end or len(outcome.begins) < len(run.stages)):
         raise BenchError(f"the load generator failed (status {status}): {trouble or said.strip()[-2000:]}")
     outcome.records = read_records(run.records)
     outcome.uses = read_uses(run.records)
     return outcome
+
+
+def _events(process: subprocess.Popen[bytes], until: Callable[[], float]) -> Iterator[Event]:
+    """What the generator tells, until it has ended.
+
+    Args:
+        until: gives the time until which it may run, in monotonic seconds; events and Ctrl-C move it.
+
+    Raises:
+        subprocess.TimeoutExpired: it runs still.
+    """
+    assert process.stdout is not None
+    rest = b""
+    while True:
+        left = max(0.0, until() - time.perf_counter())
+        if select.select([process.stdout], [], [], min(left, 1.0))[0]:
+            data = os.read(process.stdout.fileno(), 2**16)
+            if not data:
+                process.wait(LAST_WORDS)
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            yield from (msgspec.json.decode(line, type=Event) for line in lines)
+        elif not left:
+            raise subprocess.TimeoutExpired(process.args, 0.0)
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """End the generator, if it runs still; its exit status."""
+    assert process.stdout is not None
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too: they are of its session
+    process.stdout.close()
+    return process.wait()

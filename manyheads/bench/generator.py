@@ -22,18 +22,10 @@ from locust.env import Environment
 from locust.log import setup_logging
 from locust.runners import STATE_CLEANUP, MasterRunner
 
-from manyheads.bench.plan import Event, Part, Run, read_jobs, split_address
+from manyheads.bench.plan import GRACE, Event, Part, Run, read_jobs, split_address
 from manyheads.bench.recorder import EVERY, Batch, Observer, Writer
 from manyheads.bench.users import ArrivalUser, AskingUser, Traffic
 
-WORKERS_READY = 30.0
-"""Seconds that workers have to report."""
-OTHERS_READY = 600.0
-"""Seconds that workers of other machines have."""
-AT_ONCE = 0.01
-"""Seconds for the last answers of a run that is interrupted; not 0, at which Locust kills users only once."""
-GRACE = 5.0
-"""Seconds for all processes to stop then."""
 JOIN, BATCH, HURRY = "manyheads join", "manyheads batch", "manyheads hurry"
 """Messages: a worker's first, answered with its part; what a worker has to tell; the run is interrupted."""
 
@@ -130,7 +122,7 @@ def lead(run: Run, writer: Writer) -> int:
     runner.register_message(JOIN, join)
     runner.register_message(BATCH, lambda msg, **_: batches.append(msg.data))
     with _workers(0 if run.bind else run.workers, runner.server.port) as processes:
-        deadline = time.perf_counter() + (OTHERS_READY if run.bind else WORKERS_READY)
+        deadline = time.perf_counter() + run.ready_within
         while len(joined) < run.workers:
             if time.perf_counter() > deadline or any(p.poll() is not None for p in processes):
                 emit(Event("error", text=f"{run.workers} workers did not get ready"))
@@ -169,7 +161,7 @@ def work(address: str) -> int:
         environment.stop_timeout = 0.0  # for Locust's worker sleeps that long once it has stopped
 
     def hurry(**_: Any) -> None:
-        environment.stop_timeout = AT_ONCE
+        environment.stop_timeout = 0.0
 
     def report() -> None:
         while True:
@@ -207,7 +199,7 @@ def _follow(environment: Any, writer: Writer, collect: Any) -> None:
     def interrupt() -> None:
         give_up.append(time.perf_counter() + GRACE)
         shape.interrupted = True
-        environment.stop_timeout = AT_ONCE
+        environment.stop_timeout = 0.0
         if isinstance(runner, MasterRunner):
             runner.send_message(HURRY)
         elif runner.state == STATE_CLEANUP:  # it waits for the last answers

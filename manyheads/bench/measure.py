@@ -14,7 +14,7 @@ from typing import Any
 from manyheads.bench import calibrate, counters, stats
 from manyheads.bench.drive import Outcome, drive, write_jobs
 from manyheads.bench.machine import machine
-from manyheads.bench.plan import BenchInputError, Job, Kind, Run, Stage
+from manyheads.bench.plan import BenchError, BenchInputError, Job, Kind, Run, Stage
 from manyheads.bench.progress import Progress
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.record import Record
@@ -111,20 +111,22 @@ class _Bench:
             start, end = outcome.window(i)
             if start < end:
                 self.levels.append(self.level(outcome, (start, end), stage.load))
-        if outcome.interrupted:
+        if outcome.interrupted or outcome.overdue:
             self.cut(outcome)
 
     def cut(self, outcome: Outcome) -> None:
-        """Tell where Ctrl-C ended a run."""
+        """Tell where a run was ended, and why if not by Ctrl-C."""
         last = len(outcome.begins) - 1
         stage, (start, end) = outcome.run.stages[last], outcome.window(last)
         self.interrupted = f"at {stage.load:g} {UNITS[self.options.kind]}"
+        held = max(end - start, 0.0)
         if outcome.held:
             self.interrupted += ", while the last answers were awaited"
-            return
-        held = max(end - start, 0.0)
-        self.interrupted += f", which were held for {held:.3g} of {stage.seconds:g} s"
-        if held:
+        else:
+            self.interrupted += f", which were held for {held:.3g} of {stage.seconds:g} s"
+        if outcome.overdue:
+            self.interrupted += ", because the load generator did not end by itself"
+        if held and not outcome.held:
             self.levels[-1].interrupted, self.levels[-1].overloaded = True, False
             if not self.levels[-1].completed + self.levels[-1].failed:
                 self.levels.pop()  # too short for a single answer
@@ -202,6 +204,8 @@ def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]
                 bench.hold(options.stages())
             else:
                 bench.all_rates()
+        if not bench.levels and bench.outcomes[-1].overdue:
+            raise BenchError("the load generator stood still before anything was measured, and was ended")
         if not bench.levels:
             raise KeyboardInterrupt
         return _result(bench, limit, notes), [r for outcome in bench.outcomes for r in outcome.records]

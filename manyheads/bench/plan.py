@@ -7,6 +7,8 @@ from typing import Any, Literal
 import msgspec
 
 Kind = Literal["users", "rate", "trace"]
+GRACE = 5.0
+"""Seconds that all processes of an interrupted run have to stop."""
 
 
 class BenchError(Exception):
@@ -59,6 +61,11 @@ class Run(msgspec.Struct, frozen=True):
     bind: str | None = None
     """HOST:PORT where workers of other machines join; None starts them here."""
     seed: int = 0
+
+    @property
+    def ready_within(self) -> float:
+        """Seconds that its workers have to report; those of other machines are started by hand."""
+        return 600.0 if self.bind else 30.0
 
     @property
     def length(self) -> float:

@@ -47,6 +47,8 @@ class Writer:
             self.failed += record.failed
             self.tokens += record.tokens or 0
         self._uses.write(msgspec.json.encode(batch.use) + b"\n")
+        self._records.flush()  # this process may have to be killed
+        self._uses.flush()
         self._in_flight[batch.use.worker] = batch.in_flight
 
     def close(self) -> None:
@@ -106,4 +108,5 @@ def read_uses(records: str) -> list[Use]:
 
 
 def _read(path: str, kind: Any) -> list[Any]:
-    return [msgspec.json.decode(line, type=kind) for line in Path(path).read_bytes().splitlines()]
+    whole, _, _ = Path(path).read_bytes().rpartition(b"\n")  # what follows was being written when the writer was killed
+    return [msgspec.json.decode(line, type=kind) for line in whole.splitlines()]

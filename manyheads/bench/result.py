@@ -124,7 +124,7 @@ class Result(msgspec.Struct):
     """Examples of what the server said, by reason of failure."""
     notes: list[str] = []
     interrupted: str | None = None
-    """Where Ctrl-C ended the test; None if it ran to its end."""
+    """Where the test was ended by Ctrl-C, or because its load generator stood still; None if it ran to its end."""
     format: Literal[1] = FORMAT  # type: ignore[assignment]
 
     @property
