@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from manyheads.bench.plan import GRACE, BenchError, Event, Job, Run, Use
+from manyheads.bench.plan import GRACE, BenchError, Event, Question, Run, Use
 from manyheads.bench.record import Record
 from manyheads.bench.recorder import read_records, read_uses
 from manyheads.interrupt import on_interrupt
@@ -54,9 +54,9 @@ class Outcome:
         return begin, end
 
 
-def write_jobs(jobs: list[Job], path: Path) -> None:
+def write_questions(questions: list[Question], path: Path) -> None:
     """Prepared requests for the generator."""
-    path.write_bytes(b"".join(msgspec.json.encode(job) + b"\n" for job in jobs))
+    path.write_bytes(b"".join(msgspec.json.encode(question) + b"\n" for question in questions))
 
 
 def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda event: None) -> Outcome:

@@ -22,7 +22,7 @@ from locust.env import Environment
 from locust.log import setup_logging
 from locust.runners import STATE_CLEANUP, MasterRunner
 
-from manyheads.bench.plan import GRACE, Event, Part, Run, read_jobs, split_address
+from manyheads.bench.plan import GRACE, Event, Part, Run, read_questions, split_address
 from manyheads.bench.recorder import EVERY, Batch, Observer, Writer
 from manyheads.bench.users import ArrivalUser, AskingUser, Traffic
 
@@ -99,7 +99,7 @@ def alone(run: Run, writer: Writer) -> int:
     """Make the load in this process."""
     environment: Any = make_environment(run, user_classes=[USERS[run.kind]], shape_class=Stages(run))
     environment.create_local_runner()
-    environment.traffic = Traffic(run, read_jobs(run.jobs), environment)
+    environment.traffic = Traffic(run, read_questions(run.questions), environment)
     observer = Observer(environment.traffic)
     _follow(environment, writer, lambda: writer.add(observer.take()))
     return 0
@@ -110,12 +110,12 @@ def lead(run: Run, writer: Writer) -> int:
     environment: Any = make_environment(run, user_classes=[USERS[run.kind]], shape_class=Stages(run))
     host, port = split_address(run.bind or "127.0.0.1:0")
     runner: Any = environment.create_master_runner(host, port)
-    jobs = read_jobs(run.jobs)
+    questions = read_questions(run.questions)
     joined: list[str] = []
     batches: list[bytes] = []
 
     def join(msg: Any, **_: Any) -> None:
-        part = Part(run, jobs, len(joined), time.perf_counter())
+        part = Part(run, questions, len(joined), time.perf_counter())
         joined.append(msg.node_id)
         runner.send_message(JOIN, msgspec.msgpack.encode(part), msg.node_id)
 
@@ -149,7 +149,7 @@ def work(address: str) -> int:
         part = msgspec.msgpack.decode(msg.data, type=Part)
         # on one machine all processes have the same clock
         behind = part.clock - time.perf_counter() if part.run.bind else 0.0
-        environment.traffic = Traffic(part.run, part.jobs, environment, (part.number, part.run.workers))
+        environment.traffic = Traffic(part.run, part.questions, environment, (part.number, part.run.workers))
         observers.append(Observer(environment.traffic, behind))
 
     def send(**_: Any) -> None:

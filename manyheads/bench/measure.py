@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from manyheads.bench import calibrate, counters, stats
-from manyheads.bench.drive import Outcome, drive, write_jobs
+from manyheads.bench.drive import Outcome, drive, write_questions
 from manyheads.bench.machine import machine
-from manyheads.bench.plan import BenchError, BenchInputError, Job, Kind, Run, Stage
+from manyheads.bench.plan import BenchError, BenchInputError, Kind, Question, Run, Stage
 from manyheads.bench.progress import Progress
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.record import Record
@@ -72,7 +72,7 @@ class _Bench:
 
     options: Options
     target: Target
-    jobs: list[Job]
+    questions: list[Question]
     folder: Path
     watch: Watch
     progress: Progress
@@ -84,15 +84,15 @@ class _Bench:
 
     def run(self, stages: list[Stage], number: int) -> Run:
         work = self.options.work
-        same_length = all(job.body["max_tokens"] == self.jobs[0].body["max_tokens"] for job in self.jobs)
+        same_length = all(q.body["max_tokens"] == self.questions[0].body["max_tokens"] for q in self.questions)
         return Run(
             url=self.target.url,
             path=work.path,
             kind=self.options.kind,
             stages=stages,
-            jobs=str(self.folder / "jobs.jsonl"),
+            questions=str(self.folder / "questions.jsonl"),
             records=str(self.folder / f"records-{number}.jsonl"),
-            max_tokens=self.jobs[0].body["max_tokens"] if same_length else None,
+            max_tokens=self.questions[0].body["max_tokens"] if same_length else None,
             timeout=self.options.timeout,
             drain=self.options.drain,
             workers=self.options.workers,
@@ -174,7 +174,7 @@ class _Bench:
     def open_stage(self, load: float) -> Stage:
         """A stage of arrivals; a trace's lasts as long as the trace."""
         if self.options.kind == "trace":
-            return Stage(load, max(job.at or 0.0 for job in self.jobs) / load + 1.0)
+            return Stage(load, max(q.at or 0.0 for q in self.questions) / load + 1.0)
         return Stage(load, self.options.hold, self.options.settle)
 
 
@@ -189,15 +189,15 @@ def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manyheads-bench-")))
         where = machine()
         target = stack.enter_context(_server(options, progress))
-        jobs, notes = prepare(options.work, target, options.api_key)
-        if options.kind == "trace" and any(job.at is None for job in jobs):
+        questions, notes = prepare(options.work, target, options.api_key)
+        if options.kind == "trace" and any(q.at is None for q in questions):
             raise BenchInputError("a trace needs `at`, seconds from its start, on each line")
-        write_jobs(jobs, folder / "jobs.jsonl")
+        write_questions(questions, folder / "questions.jsonl")
         if options.bind:
             progress.say(f"waiting for {options.workers} workers: manyheads bench --join {options.bind}")
         stack.enter_context(progress)
         watch = Watch(target.url, target.pid, options.api_key)
-        bench = _Bench(options, target, jobs, folder, watch, progress, where)
+        bench = _Bench(options, target, questions, folder, watch, progress, where)
         limit = bench.limit()
         with watch:
             if options.kind == "users":
@@ -273,7 +273,7 @@ def _near_limit(level: Level, limit: dict[str, float]) -> list[str]:
     """Whether a load came close to what the generator can do at all."""
     most = limit.get("chunks_per_s")
     came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
-    if not most or came < stats.BUSY * most:
+    if not most or came < stats.NEAR_LIMIT * most:
         return []
     return [f"{came:.0f} chunks/s are close to the {most:.0f} that the generator can read"]
 

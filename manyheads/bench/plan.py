@@ -30,7 +30,7 @@ class Stage(msgspec.Struct, frozen=True):
     """Seconds before that, which do not count."""
 
 
-class Job(msgspec.Struct, frozen=True):
+class Question(msgspec.Struct, frozen=True):
     """One prepared request."""
 
     body: dict[str, Any]
@@ -47,8 +47,8 @@ class Run(msgspec.Struct, frozen=True):
     """Of the endpoint."""
     kind: Kind
     stages: list[Stage]
-    jobs: str
-    """File with a Job on each line."""
+    questions: str
+    """File with a Question on each line."""
     records: str
     """File for a Record on each line."""
     max_tokens: int | None = None
@@ -92,7 +92,7 @@ class Part(msgspec.Struct):
     """What a worker process is to do."""
 
     run: Run
-    jobs: list[Job]
+    questions: list[Question]
     number: int
     """Of this worker, from 0."""
     clock: float
@@ -111,10 +111,10 @@ class Use(msgspec.Struct):
     """Seconds by which each of its timers was late."""
 
 
-def read_jobs(path: str) -> list[Job]:
+def read_questions(path: str) -> list[Question]:
     """Prepared requests."""
     with open(path, "rb") as file:
-        return [msgspec.json.decode(line, type=Job) for line in file]
+        return [msgspec.json.decode(line, type=Question) for line in file]
 
 
 def split_address(text: str) -> tuple[str, int]:

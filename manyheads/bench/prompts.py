@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from manyheads.bench.plan import BenchInputError, Job
+from manyheads.bench.plan import BenchInputError, Question
 from manyheads.bench.server import Target, get
 
 SUBJECTS = [
@@ -111,7 +111,7 @@ class Workload:
         return body | self.extra
 
 
-def prepare(work: Workload, target: Target, api_key: str | None) -> tuple[list[Job], list[str]]:
+def prepare(work: Workload, target: Target, api_key: str | None) -> tuple[list[Question], list[str]]:
     """The requests, and what a reader of the report should know about them.
 
     Raises:
@@ -120,10 +120,10 @@ def prepare(work: Workload, target: Target, api_key: str | None) -> tuple[list[J
     if work.file is not None:
         return read(work, target), [f"prompts from {work.file.name}"]
     texts, notes = fixed_length(work, target, api_key)
-    return [Job(work.body(target, text, None, None)) for text in texts], notes
+    return [Question(work.body(target, text, None, None)) for text in texts], notes
 
 
-def read(work: Workload, target: Target) -> list[Job]:
+def read(work: Workload, target: Target) -> list[Question]:
     """Requests of a JSONL file: `prompt` or `messages`, and `max_tokens` and `at` (seconds) if wanted.
 
     Raises:
@@ -134,7 +134,7 @@ def read(work: Workload, target: Target) -> list[Job]:
         lines = work.file.read_bytes().split(b"\n")
     except OSError as error:
         raise BenchInputError(f"cannot read {work.file}: {error.strerror}") from error
-    jobs = []
+    questions = []
     for number, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
@@ -151,10 +151,10 @@ def read(work: Workload, target: Target) -> list[Job]:
             raise BenchInputError(f"{where}: `at` must be seconds from the start, not {line.at}")
         if line.max_tokens is not None and line.max_tokens < 1:
             raise BenchInputError(f"{where}: max_tokens must be 1 or more, not {line.max_tokens}")
-        jobs.append(Job(work.body(target, line.prompt, line.messages, line.max_tokens), line.at))
-    if not jobs:
+        questions.append(Question(work.body(target, line.prompt, line.messages, line.max_tokens), line.at))
+    if not questions:
         raise BenchInputError(f"{work.file} holds no prompt")
-    return jobs
+    return questions
 
 
 def fixed_length(work: Workload, target: Target, api_key: str | None) -> tuple[list[Any], list[str]]:

@@ -10,7 +10,7 @@ from manyheads.bench.plan import Kind, Use
 from manyheads.bench.record import UNFINISHED, Record
 from manyheads.bench.result import Generator, Level, Point, Summary
 
-BUSY = 0.9
+NEAR_LIMIT = 0.9
 """Share of a core from which on a process of the generator is taken to be at its limit; Locust's own threshold."""
 LAG = 0.05
 """Seconds: timers that are later than this blur times to first token."""
@@ -123,8 +123,8 @@ def generator_use(uses: Sequence[Use], records: Sequence[Record], window: tuple[
     lates = sorted(r.sent - r.due for r in records if r.due is not None and start <= r.sent < end)
     late = percentile(lates, 99) if lates else None
     bound = []
-    if cpu_share is not None and cpu_share >= BUSY:
-        bound.append(f"a process of the generator was busy {cpu_share:.0%} of the time (limit {BUSY:.0%})")
+    if cpu_share is not None and cpu_share >= NEAR_LIMIT:
+        bound.append(f"a process of the generator was busy {cpu_share:.0%} of the time (limit {NEAR_LIMIT:.0%})")
     if lag is not None and lag > LAG:
         bound.append(f"its timers were late by {lag * 1e3:.0f} ms (limit {LAG * 1e3:.0f} ms)")
     if late is not None and late > LATE:

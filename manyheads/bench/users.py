@@ -15,7 +15,7 @@ import msgspec
 from locust.user.task import LOCUST_STATE_STOPPING
 
 from manyheads.bench.client import Client
-from manyheads.bench.plan import Job, Run
+from manyheads.bench.plan import Question, Run
 from manyheads.bench.record import UNFINISHED, Record
 
 PAUSE_AFTER_FAILURE = 1.0
@@ -25,14 +25,14 @@ PAUSE_AFTER_FAILURE = 1.0
 class Traffic:
     """What the users of one process share: requests in turn, the client, and where records go."""
 
-    def __init__(self, run: Run, jobs: list[Job], environment: Any, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, run: Run, questions: list[Question], environment: Any, share: tuple[int, int] = (0, 1)) -> None:
         self.run = run
         self.environment = environment
         self.part, self.parts = share
         if run.kind == "trace":
-            jobs = sorted(jobs, key=lambda job: job.at or 0.0)
-        self.jobs = jobs[self.part :: self.parts] or jobs
-        self.bodies = [msgspec.json.encode(job.body) for job in self.jobs]
+            questions = sorted(questions, key=lambda q: q.at or 0.0)
+        self.questions = questions[self.part :: self.parts] or questions
+        self.bodies = [msgspec.json.encode(q.body) for q in self.questions]
         self._turn = itertools.cycle(self.bodies)
         self.client = Client(
             run.url,
@@ -59,8 +59,8 @@ class Traffic:
         stage = self.run.stages[0]
         length = stage.settle + stage.seconds
         if self.run.kind == "trace":
-            for job, body in zip(self.jobs, self.bodies, strict=True):
-                yield (job.at or 0.0) / stage.load, body
+            for question, body in zip(self.questions, self.bodies, strict=True):
+                yield (question.at or 0.0) / stage.load, body
             return
         # parts of a Poisson process are Poisson processes
         chance = random.Random(f"{self.run.seed} {stage.load} {self.part}")

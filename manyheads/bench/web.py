@@ -45,6 +45,6 @@ def _prepare(environment: Any, **_: Any) -> None:
     )
     key = os.environ.get("MANYHEADS_API_KEY")
     target = identify(clean_url(environment.host or ChatUser.host), options.model or None, key)
-    jobs, _notes = prepare(work, target, key)
+    questions, _notes = prepare(work, target, key)
     run = Run(target.url, work.path, "users", [], "", "", max_tokens=work.output_tokens)
-    environment.traffic = Traffic(run, jobs, environment)
+    environment.traffic = Traffic(run, questions, environment)

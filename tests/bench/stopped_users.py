@@ -14,7 +14,7 @@ import gevent
 from locust.env import Environment
 
 from manyheads.bench.generator import Users
-from manyheads.bench.plan import Job, Run
+from manyheads.bench.plan import Question, Run
 from manyheads.bench.record import Record
 from manyheads.bench.users import Traffic
 
@@ -23,7 +23,7 @@ def main(how: str, url: str) -> None:
     environment: Any = Environment(user_classes=[Users], catch_exceptions=False)
     runner = environment.create_local_runner()
     run = Run(url, "/v1/completions", "users", [], "", "", timeout=60.0)
-    environment.traffic = Traffic(run, [Job({"prompt": "x"})], environment)
+    environment.traffic = Traffic(run, [Question({"prompt": "x"})], environment)
     (user,) = runner.spawn_users({"Users": 1})
     records: list[Record] = []
 

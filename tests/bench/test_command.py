@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from manyheads.bench import prompts, result
-from manyheads.bench.plan import BenchInputError, Job
+from manyheads.bench.plan import BenchInputError, Question
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.server import Target, clean_url
 from manyheads.bench.watch import gpu_bytes, listener, resident, visible_gpus
@@ -116,13 +116,13 @@ def target() -> Target:
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a", "max_tokens": 3, "at": 0.5}\n\n{"prompt": [1, 2], "id": "x"}\n')
-    jobs, _ = prepare(Workload(file=file, output_tokens=9, extra={"top_p": 0.5}), target(), None)
-    assert [(job.body["prompt"], job.body["max_tokens"], job.at) for job in jobs] == [("a", 3, 0.5), ([1, 2], 9, None)]
-    assert all(job.body["ignore_eos"] and job.body["stream"] and job.body["top_p"] == 0.5 for job in jobs)
+    questions, _ = prepare(Workload(file=file, output_tokens=9, extra={"top_p": 0.5}), target(), None)
+    assert [(q.body["prompt"], q.body["max_tokens"], q.at) for q in questions] == [("a", 3, 0.5), ([1, 2], 9, None)]
+    assert all(q.body["ignore_eos"] and q.body["stream"] and q.body["top_p"] == 0.5 for q in questions)
     file.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"prompt": "b"}')
-    jobs, _ = prepare(Workload(file=file, chat=True, natural=True), target(), None)
-    assert [job.body["messages"][0]["content"] for job in jobs] == ["hi", "b"]
-    assert "ignore_eos" not in jobs[0].body
+    questions, _ = prepare(Workload(file=file, chat=True, natural=True), target(), None)
+    assert [q.body["messages"][0]["content"] for q in questions] == ["hi", "b"]
+    assert "ignore_eos" not in questions[0].body
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,13 @@ def test_prompts_of_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
         assert url.endswith("/tokenize")
         return {"tokens": list(range(len(body["prompt"].split())))}
 
-    jobs, notes = prepare(Workload(prompt_tokens=50), target(), None)  # nobody there to count tokens
-    assert all(len(job.body["prompt"].split()) == 38 for job in jobs)
+    questions, notes = prepare(Workload(prompt_tokens=50), target(), None)  # nobody there to count tokens
+    assert all(len(q.body["prompt"].split()) == 38 for q in questions)
     assert "prompts have 38 words" in notes[0]
     monkeypatch.setattr(prompts, "get", get)
     for count in (7, 300):
-        jobs, notes = prepare(Workload(prompt_tokens=count), target(), None)
-        assert [len(job.body["prompt"]) for job in jobs] == [count] * prompts.COUNT
+        questions, notes = prepare(Workload(prompt_tokens=count), target(), None)
+        assert [len(q.body["prompt"]) for q in questions] == [count] * prompts.COUNT
         assert notes == []
 
 
@@ -189,5 +189,5 @@ def test_the_memory_of_the_servers_own_gpus(tmp_path: Path) -> None:
 
 
 def test_requests_are_json() -> None:
-    job = Job(Workload().body(target(), "x", None, None))
-    assert json.loads(json.dumps(job.body))["stream_options"] == {"include_usage": True}
+    question = Question(Workload().body(target(), "x", None, None))
+    assert json.loads(json.dumps(question.body))["stream_options"] == {"include_usage": True}

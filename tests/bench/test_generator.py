@@ -13,15 +13,17 @@ import psutil
 import pytest
 
 from manyheads.bench import record as reasons
-from manyheads.bench.drive import Outcome, drive, write_jobs
-from manyheads.bench.plan import BenchError, Event, Job, Run, Stage
+from manyheads.bench.drive import Outcome, drive, write_questions
+from manyheads.bench.plan import BenchError, Event, Question, Run, Stage
 from tests.bench.mock import Script, running
 
 
 def run(folder: Path, url: str, stages: list[Stage], seen: list[Event] | None = None, **more: Any) -> Outcome:
-    write_jobs([Job({"prompt": "x", "max_tokens": 5}, at) for at in more.pop("at", [None])], folder / "jobs.jsonl")
+    write_questions(
+        [Question({"prompt": "x", "max_tokens": 5}, at) for at in more.pop("at", [None])], folder / "questions.jsonl"
+    )
     given: dict[str, Any] = {"kind": "users", "path": "/v1/completions", "timeout": 0.5, "drain": 5.0} | more
-    files = {"jobs": str(folder / "jobs.jsonl"), "records": str(folder / "records.jsonl")}
+    files = {"questions": str(folder / "questions.jsonl"), "records": str(folder / "records.jsonl")}
     return drive(Run(url=url, stages=stages, **files | given), folder, None, (seen if seen is not None else []).append)
 
 
@@ -148,8 +150,8 @@ def test_a_generator_that_fails(tmp_path: Path) -> None:
 
 def test_nothing_is_left_when_it_is_ended(tmp_path: Path) -> None:
     """Ending the generator ends its workers."""
-    write_jobs([Job({"prompt": "x"})], tmp_path / "jobs.jsonl")
-    files = {"jobs": str(tmp_path / "jobs.jsonl"), "records": str(tmp_path / "records.jsonl")}
+    write_questions([Question({"prompt": "x"})], tmp_path / "questions.jsonl")
+    files = {"questions": str(tmp_path / "questions.jsonl"), "records": str(tmp_path / "records.jsonl")}
     plan = Run(
         url="http://127.0.0.1:1", path="/v1/completions", kind="users", stages=[Stage(2.0, 60.0)], workers=2, **files
     )
