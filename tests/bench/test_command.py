@@ -181,7 +181,10 @@ def test_the_memory_of_the_servers_own_gpus(tmp_path: Path) -> None:
     tool.chmod(0o755)
     others = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     for env, expected in ((others | {"CUDA_VISIBLE_DEVICES": "1"}, 700), (others, 1200)):
-        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=env) as server:
+        command = [sys.executable, "-c", "print(flush=True); input()"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as server:
+            assert server.stdout is not None
+            server.stdout.readline()  # NOTE: the kernel does not show the environment of a program that just begins
             assert gpu_bytes(str(tool), visible_gpus(server.pid)) == expected * 2**20
             server.communicate(b"\n")
     assert visible_gpus(2**22 + 1) is None
