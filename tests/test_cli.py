@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from manyheads import LLM, EngineConfig
-from manyheads.cli import main
-from manyheads.cli.parser import engine_config, make_parser
+from manyheads.cli import main, make_parser
+from manyheads.cli.parser import engine_config
 from manyheads.config import CheckpointError
 from manyheads.frontend.engine_client import EngineError
 from tests.server.fake_engine import TEXT, FakeEngine
@@ -177,7 +177,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         engine: Any = FakeEngine(EngineConfig(**settings))
         return LLM(engine=engine, tokenizer=tiny_tokenizer(), **settings)
 
-    monkeypatch.setattr("manyheads.cli.generate.LLM", make)
     monkeypatch.setattr("manyheads.frontend.llm.LLM", make)
 
 
@@ -235,7 +234,7 @@ def test_generate_from_json(capsys: Capture, monkeypatch: pytest.MonkeyPatch) ->
 def test_generate_to_a_reader_that_leaves(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("a\n" * 50)
     code = (
-        "import sys\nfrom tests import test_cli\nimport manyheads.cli.generate as g\n"
+        "import sys\nfrom tests import test_cli\nimport manyheads.frontend.llm as g\n"
         "from manyheads.cli import main\n"
         "g.LLM = lambda **s: test_cli.LLM(engine=test_cli.FakeEngine(test_cli.EngineConfig()), "
         "tokenizer=test_cli.tiny_tokenizer())\n"

@@ -1,12 +1,24 @@
-"""The command `manyheads`: one module per subcommand; what is heavy is imported when it is needed."""
+"""The command `manyheads`: a module for each subcommand or two, whose heavy imports wait until it runs."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from manyheads.cli.parser import Parser, make_parser
+from manyheads.cli import bench, chat, generate, heads, serve, train
+from manyheads.cli.parser import Parser
+
+
+def make_parser() -> Parser:
+    """The parser of the whole command."""
+    parser = Parser(prog="manyheads", description="Serves language models with Medusa heads to many people at once.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.set_defaults(run=lambda args: _no_command(args, parser))
+    for module in (serve, chat, generate, heads, train, bench):
+        module.add_commands(parser)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,4 +47,12 @@ def _expected(error: Exception) -> bool:
     return ours or isinstance(error, OSError)
 
 
-__all__ = ["Parser", "main", "make_parser"]
+def _no_command(args: argparse.Namespace, parser: Parser) -> int:
+    """What `manyheads` does by itself: print its version, or else how it is used."""
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"manyheads {version('manyheads')}")
+        return 0
+    parser.print_help(sys.stderr)
+    return 2

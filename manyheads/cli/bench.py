@@ -11,12 +11,17 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from manyheads.bench.plan import BenchInputError, split_address
 from manyheads.cli.parser import Parser
 from manyheads.config import ConfigError
 from manyheads.interrupt import ended_as_by_interrupt
+
+if TYPE_CHECKING:
+    from manyheads.bench.measure import Options
 
 MODES = {
     "users": "so many users at once, each asking one question after another (closed loop)",
@@ -27,8 +32,10 @@ MODES = {
 MOST_USERS = 10_000
 
 
-def options(parser: Parser) -> None:
-    """The command's options."""
+def add_commands(program: Parser) -> None:
+    """Add `manyheads bench` to the program."""
+    example = "manyheads bench users --users 1,4,16"
+    parser = program.add_command("bench", "load a server and report how it does", run, example)
     modes = "; ".join(f"{mode}: {text}" for mode, text in MODES.items())
     parser.add_argument("mode", nargs="?", choices=tuple(MODES), help=f"{modes} (default: users)")
     target = parser.add_argument_group("server")
@@ -117,25 +124,60 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result.whole.completed else 1
 
 
-def bench_options(args: argparse.Namespace) -> Any:
+def bench_options(args: argparse.Namespace) -> Options:
     """What to measure, from the options.
 
     Raises:
         BenchInputError: they make no sense.
     """
     from manyheads.bench.measure import Options
-    from manyheads.bench.plan import BenchInputError, split_address
     from manyheads.bench.prompts import Workload
 
     mode = args.mode or "users"
+    _check(args, mode)
     first = mode == "first"
     kind: Any = "users" if first else mode
-    for flag, modes in (
-        ("users", ("users", "first")),
-        ("rates", ("rate",)),
-        ("speeds", ("trace",)),
-        ("ramp", ("users",)),
-    ):
+    usual = {"users": "1,2,4,8", "first": "5", "rate": "", "trace": "1"}[mode]
+    given = {"users": args.users, "first": args.users, "rate": args.rates, "trace": args.speeds}[mode]
+    loads = parse_loads(usual if given is None else given, kind, float(MOST_USERS) if kind == "users" else 1e6)
+    if args.workers and kind == "users" and min(loads) < args.workers and args.ramp is None and not first:
+        raise BenchInputError(f"--workers {args.workers} are more than the {min(loads):g} users of a load")
+    options = Options(
+        kind=kind,
+        loads=loads,
+        hold=args.hold or (110.0 if first else 20.0),
+        settle=args.settle if args.settle is not None else 3.0,
+        ramp=10.0 if first else args.ramp,
+        work=Workload(
+            prompt_tokens=args.prompt_tokens or (7 if first else 128),
+            file=Path(args.prompts) if args.prompts else None,
+            output_tokens=args.output_tokens,
+            natural=args.natural,
+            chat=args.chat,
+            temperature=args.temperature,
+            extra=_body(args.body),
+            seed=args.seed,
+        ),
+        objectives={"ttft": args.ttft_ms / 1e3, "tpot": args.tpot_ms / 1e3},
+        url=args.url,
+        model=args.model,
+        serve=tuple(shlex.split(args.serve)),
+        api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
+        check=args.check,
+        workers=args.workers,
+        bind=args.bind,
+        timeout=args.timeout,
+        drain=args.drain,
+        calibrate=args.limit,
+        name=args.name,
+    )
+    return replace(options, settings=_settings(options, mode, args.body))
+
+
+def _check(args: argparse.Namespace, mode: str) -> None:
+    """Refuse options that the mode does not have, that do not go together, or that are out of range."""
+    homes = {"users": ("users", "first"), "rates": ("rate",), "speeds": ("trace",), "ramp": ("users",)}
+    for flag, modes in homes.items():
         if getattr(args, flag) is not None and mode not in modes:
             raise BenchInputError(f"--{flag} is for `manyheads bench {modes[0]}`, not for {mode}")
     if mode == "trace" and not args.prompts:
@@ -153,47 +195,6 @@ def bench_options(args: argparse.Namespace) -> Any:
         value = getattr(args, option)
         if value is not None and not low < value <= high:
             raise BenchInputError(f"--{option.replace('_', '-')} must be above {max(low, 0):g}, not {value:g}")
-    loads = {"users": "1,2,4,8", "first": "5", "rate": "", "trace": "1"}[mode]
-    given = {"users": args.users, "first": args.users, "rate": args.rates, "trace": args.speeds}[mode]
-    body = _body(args.body)
-    most = 1_000_000.0 if kind != "users" else float(MOST_USERS)
-    workload = Workload(
-        prompt_tokens=args.prompt_tokens or (7 if first else 128),
-        file=Path(args.prompts) if args.prompts else None,
-        output_tokens=args.output_tokens,
-        natural=args.natural,
-        chat=args.chat,
-        temperature=args.temperature,
-        extra=body,
-        seed=args.seed,
-    )
-    hold = args.hold or (110.0 if first else 20.0)
-    values: dict[str, Any] = {
-        "loads": parse_loads(given if given is not None else loads, kind, most),
-        "hold": hold,
-        "settle": args.settle if args.settle is not None else 3.0,
-        "ramp": 10.0 if first else args.ramp,
-        "work": workload,
-    }
-    if args.workers and kind == "users" and min(values["loads"]) < args.workers and args.ramp is None and not first:
-        raise BenchInputError(f"--workers {args.workers} are more than the {min(values['loads']):g} users of a load")
-    return Options(
-        kind=kind,
-        objectives={"ttft": args.ttft_ms / 1e3, "tpot": args.tpot_ms / 1e3},
-        url=args.url,
-        model=args.model,
-        serve=tuple(shlex.split(args.serve)),
-        api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
-        check=args.check,
-        workers=args.workers,
-        bind=args.bind,
-        timeout=args.timeout,
-        drain=args.drain,
-        calibrate=args.limit,
-        name=args.name,
-        settings=_settings(args, mode, values),
-        **values,
-    )
 
 
 def parse_loads(text: str, kind: str, most: float) -> tuple[float, ...]:
@@ -202,8 +203,6 @@ def parse_loads(text: str, kind: str, most: float) -> tuple[float, ...]:
     Raises:
         BenchInputError: they are none.
     """
-    from manyheads.bench.plan import BenchInputError
-
     try:
         loads = sorted({float(part) for part in text.split(",") if part.strip()})
     except ValueError:
@@ -215,8 +214,6 @@ def parse_loads(text: str, kind: str, most: float) -> tuple[float, ...]:
 
 
 def _body(text: str) -> dict[str, Any]:
-    from manyheads.bench.plan import BenchInputError
-
     try:
         body = json.loads(text)
     except ValueError as error:
@@ -228,25 +225,23 @@ def _body(text: str) -> dict[str, Any]:
     return body
 
 
-def _settings(args: argparse.Namespace, mode: str, values: dict[str, Any]) -> dict[str, Any]:
-    """For the report: what was asked for."""
-    work = values["work"]
-    settings: dict[str, Any] = {"mode": mode, "hold": f"{values['hold']:g} s"}
-    settings["settle"] = f"{values['settle']:g} s"
-    if values["ramp"] is not None:
-        del settings["settle"]
-        settings["ramp"] = f"one more user every {values['ramp']:g} s"
+def _settings(options: Options, mode: str, body: str) -> dict[str, Any]:
+    """What was asked for, for the report."""
+    work = options.work
+    settings: dict[str, Any] = {"mode": mode, "hold": f"{options.hold:g} s"}
+    if options.ramp is None:
+        settings["settle"] = f"{options.settle:g} s"
+    else:
+        settings["ramp"] = f"one more user every {options.ramp:g} s"
     settings |= {"prompts": work.file.name} if work.file else {"prompt_tokens": work.prompt_tokens}
     settings |= {"output_tokens": work.output_tokens, "endpoint": work.path, "temperature": work.temperature}
     settings |= {"natural": True} if work.natural else {}
-    settings |= {"body": args.body} if work.extra else {}
-    return settings | ({"workers": args.workers} if args.workers else {})
+    settings |= {"body": body} if work.extra else {}
+    return settings | ({"workers": options.workers} if options.workers else {})
 
 
 def _join(args: argparse.Namespace) -> int:
     """Make load for one test after the other; each has a process of its own."""
-    from manyheads.bench.plan import split_address
-
     split_address(args.join)
     if args.api_key:
         os.environ["MANYHEADS_API_KEY"] = args.api_key

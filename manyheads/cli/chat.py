@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from manyheads.cli.parser import engine_config, sampling_params
+from manyheads.cli.parser import Parser, add_engine, add_model, add_sampling, engine_config, sampling_params
 from manyheads.config import ConfigError
 from manyheads.interrupt import between_steps
 from manyheads.request import RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    import http.client
+    import urllib.error
 
 HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops a reply"
 
@@ -35,6 +36,17 @@ class Piece:
 
 
 Ask = Callable[[list[dict[str, str]]], Iterator[Piece]]
+
+
+def add_commands(parser: Parser) -> None:
+    """Add `manyheads chat` to the program."""
+    command = parser.add_command("chat", "chat with a model in the terminal", run, "manyheads chat --temperature 0.7")
+    add_model(command)
+    command.add_argument("--url", help="talk to a running server instead, such as http://127.0.0.1:8000")
+    command.add_argument("--api-key", help="for --url (default: $MANYHEADS_API_KEY, if set)")
+    command.add_argument("--system", help="system message")
+    add_sampling(command)
+    add_engine(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,6 +137,9 @@ def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
 
 
 def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
+    import urllib.error
+    import urllib.request
+
     url = args.url.rstrip("/").removesuffix("/v1")
     key = args.api_key or os.environ.get("MANYHEADS_API_KEY")
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -166,6 +181,8 @@ def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    import http.client
+
     try:
         yield from response
     except (OSError, http.client.HTTPException) as error:

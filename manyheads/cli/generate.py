@@ -8,16 +8,18 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
-from manyheads.cli.parser import engine_config, sampling_params
-from manyheads.config import ConfigError
-from manyheads.frontend.generation import Generation
-from manyheads.frontend.llm import LLM
+from manyheads.cli.parser import Parser, add_engine, add_sampling, engine_config, sampling_params
+from manyheads.config import BUILTIN, ConfigError
 from manyheads.interrupt import between_steps
 from manyheads.request import RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    from manyheads.frontend.generation import Generation
+    from manyheads.frontend.llm import LLM
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
@@ -49,8 +51,32 @@ class Item:
         return self.generation is None or self.generation.finished
 
 
+def add_commands(parser: Parser) -> None:
+    """Add `manyheads generate` to the program."""
+    summary = "answer prompts from a file, as JSON lines"
+    command = parser.add_command("generate", summary, run, "manyheads generate prompts.txt")
+    command.add_argument(
+        "input",
+        nargs="?",
+        default="-",
+        help="a text file with a prompt on each line, or JSON lines (.jsonl) with `prompt` or `messages`, and "
+        "`id` and `params` if wanted; - is standard input (default)",
+    )
+    command.add_argument("--format", choices=("auto", "txt", "jsonl"), default="auto", help="of the input")
+    command.add_argument("--output", "-o", help="file for the answers (default: standard output)")
+    command.add_argument("--raw", action="store_true", help="prompts are texts to continue, not instructions")
+    command.add_argument("--n", type=int, default=1, help="answers per prompt (default: 1)")
+    command.add_argument("--quiet", "-q", action="store_true", help="no progress bar")
+    command.add_argument("--model", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
+    command.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
+    add_sampling(command)
+    add_engine(command)
+
+
 def run(args: argparse.Namespace) -> int:
     """Answer every line; 1 if one of them could not be."""
+    from manyheads.frontend.llm import LLM
+
     params = sampling_params(args, n=args.n)
     lines = read_lines(args.input, args.format)
     if not lines:

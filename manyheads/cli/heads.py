@@ -5,7 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from manyheads.cli.parser import Parser
 from manyheads.config import BUILTIN, ConfigError
+
+FORMATS = ("manyheads", "reference", "reference-full", "tgi", "vllm")
+"""What `convert` writes."""
+
+
+def add_commands(parser: Parser) -> None:
+    """Add `manyheads inspect` and `manyheads convert` to the program."""
+    summary = "say what a checkpoint of heads is"
+    inspect = parser.add_command("inspect", summary, run_inspect, "manyheads inspect builtin")
+    inspect.add_argument("heads", help="a folder or a hub id")
+    inspect.add_argument("--base", help="the base model (default: the one that the heads name)")
+    example = "manyheads convert builtin heads-for-vllm --to vllm"
+    convert = parser.add_command("convert", "write heads in another format", run_convert, example)
+    convert.add_argument("heads", help="a folder or a hub id")
+    convert.add_argument("out", help="folder to write; must not be there, or empty")
+    convert.add_argument("--to", required=True, choices=FORMATS, help="format to write")
+    convert.add_argument("--base", help="the base model, to be named and read (default: the one that the heads name)")
+    convert.add_argument(
+        "--expand",
+        action="store_true",
+        help="write out in full what the format cannot hold: a copy of a shared projection for every head, rows of "
+        "zeros for tokens that the heads leave out",
+    )
 
 
 def run_inspect(args: argparse.Namespace) -> int:

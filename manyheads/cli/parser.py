@@ -1,4 +1,4 @@
-"""The command's options. Defaults come from the configuration classes."""
+"""The parser, and options that several commands share. Defaults come from the configuration classes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
-from manyheads.cli.heads_options import add_commands as add_heads_commands
 from manyheads.config import BUILTIN, ConfigError, EngineConfig
 from manyheads.request import SamplingParams
 from manyheads.sizes import parse_size
 
-DESCRIPTION = "Serves language models with Medusa heads to many people at once."
+Run = Callable[[argparse.Namespace], int]
+"""A command, given its options; it returns the exit status."""
 
 
 def size(text: str) -> int:
@@ -77,8 +77,20 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.commands: dict[str, Parser] = {}
+        self._adder: argparse._SubParsersAction[Parser] | None = None
+
+    def add_command(self, name: str, summary: str, run: Run, example: str) -> Parser:
+        """Add a command, and return the parser of its options."""
+        self._adder = self._adder or self.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+        description = summary[:1].upper() + summary[1:] + "."
+        command = self._adder.add_parser(name, help=summary, description=description, epilog=f"example: {example}")
+        command.set_defaults(run=run)
+        command.add_argument("--debug", action="store_true", help="show where an error comes from")
+        self.commands[name] = command
+        return command
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The options' values; what is unknown ends the program with advice from the command that it was given to."""
         args = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -96,6 +108,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: unknown {kind} {name}; {hint}\n")
 
     def error(self, message: str) -> NoReturn:
+        """End with what is wrong, and where help is found or which command was probably meant."""
         if "invalid choice" in message and self.commands:
             word = message.split("'")[1]
             close = difflib.get_close_matches(word, self.commands, n=1)
@@ -106,110 +119,46 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def make_parser() -> Parser:
-    """The parser of the whole command."""
-    parser = Parser(prog="manyheads", description=DESCRIPTION)
-    parser.add_argument("--version", action="store_true", help="print the version")
-    parser.set_defaults(run=lambda args: _version() if args.version else _usage(parser))
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-
-    def add(name: str, summary: str, run: Callable[[argparse.Namespace], int], example: str) -> Parser:
-        command: Parser = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[:1].upper() + summary[1:] + ".",
-            epilog=f"example: {example}",
-        )
-        command.set_defaults(run=run)
-        command.add_argument("--debug", action="store_true", help="show where an error comes from")
-        parser.commands[name] = command
-        return command
-
-    _serve_options(add("serve", "serve a model over HTTP", _serve, "manyheads serve --port 8000"))
-    _chat_options(add("chat", "chat with a model in the terminal", _chat, "manyheads chat --temperature 0.7"))
-    _generate_options(
-        add("generate", "answer prompts from a file, as JSON lines", _generate, "manyheads generate prompts.txt")
-    )
-    add_heads_commands(add)
-    from manyheads.cli.bench import options as bench_options
-
-    bench_options(add("bench", "load a server and report how it does", _bench, "manyheads bench users --users 1,4,16"))
-    return parser
-
-
-def _serve_options(parser: Parser) -> None:
-    _add_model(parser)
-    web = parser.add_argument_group("server")
-    web.add_argument("--host", default="0.0.0.0", help="address to listen on (default: 0.0.0.0, all)")
-    web.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default: 8000)")
-    web.add_argument("--api-key", help="what requests must bring (default: $MANYHEADS_API_KEY, if set)")
-    web.add_argument("--served-model-name", action="append", default=[], help="the model's name in requests")
-    web.add_argument("--cors-origin", action="append", default=[], help="origin whose pages may call; * is any")
-    web.add_argument("--max-body-bytes", type=int, help="largest body of a request (default: 4 MiB)")
-    web.add_argument("--access-log", action="store_true", help="log every request")
-    web.add_argument("--verbose", action="store_true", help="tell what the engine does while it starts")
-    _add_engine(parser)
-
-
-def _chat_options(parser: Parser) -> None:
-    _add_model(parser)
-    parser.add_argument("--url", help="talk to a running server instead, such as http://127.0.0.1:8000")
-    parser.add_argument("--api-key", help="for --url (default: $MANYHEADS_API_KEY, if set)")
-    parser.add_argument("--system", help="system message")
-    _add_sampling(parser)
-    _add_engine(parser)
-
-
-def _generate_options(parser: Parser) -> None:
-    parser.add_argument(
-        "input",
-        nargs="?",
-        default="-",
-        help="a text file with a prompt on each line, or JSON lines (.jsonl) with `prompt` or `messages`, and "
-        "`id` and `params` if wanted; - is standard input (default)",
-    )
-    parser.add_argument("--format", choices=("auto", "txt", "jsonl"), default="auto", help="of the input")
-    parser.add_argument("--output", "-o", help="file for the answers (default: standard output)")
-    parser.add_argument("--raw", action="store_true", help="prompts are texts to continue, not instructions")
-    parser.add_argument("--n", type=int, default=1, help="answers per prompt (default: 1)")
-    parser.add_argument("--quiet", "-q", action="store_true", help="no progress bar")
-    parser.add_argument("--model", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
-    parser.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
-    _add_sampling(parser)
-    _add_engine(parser)
-
-
-def _add_model(parser: Parser) -> None:
+def add_model(parser: Parser) -> None:
+    """Add the model, as an argument without a flag, and its chat template."""
     parser.add_argument("model", nargs="?", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
     parser.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
 
 
-def _add_engine(parser: Parser) -> None:
+def add_engine(parser: Parser) -> None:
+    """Add the fields of EngineConfig that the parser does not have yet."""
     group = parser.add_argument_group("engine")
     for field in fields(EngineConfig):
         if field.name in ENGINE_HELP and not _taken(parser, field.name):
-            _add(group, field.name, *ENGINE_HELP[field.name], field.default, "")
+            add_option(group, field.name, *ENGINE_HELP[field.name], field.default)
 
 
-def _add_sampling(parser: Parser) -> None:
+def add_sampling(parser: Parser) -> None:
+    """Add the fields of SamplingParams that every request may have."""
     group = parser.add_argument_group("sampling")
     defaults = SamplingParams()
     for name, (kind, text) in SAMPLING_HELP.items():
-        _add(group, name, kind, text, getattr(defaults, name), "")
+        add_option(group, name, kind, text, getattr(defaults, name))
     group.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
 
 
-def _add(
-    group: argparse._ArgumentGroup, name: str, kind: Callable[[str], Any], text: str, default: Any, prefix: str
+def add_option(
+    group: argparse._ArgumentGroup,
+    name: str,
+    kind: Callable[[str], Any],
+    text: str,
+    default: Any,
+    choices: tuple[str, ...] | None = None,
 ) -> None:
-    flag = FLAGS.get(name, "--" + prefix + name.replace("_", "-"))
-    if default not in (None, MISSING) and "(default" not in text:
+    """Add the option of a field; its help tells the default, unless that is None, no, or told by the text."""
+    flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+    if default not in (None, MISSING) and default is not False and "(default" not in text:
         text += f" (default: {'yes' if default is True else default})"
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
     else:
-        metavar = "SIZE" if kind is size else name.upper()
-        group.add_argument(flag, dest=name, type=kind, default=default, help=text, metavar=metavar)
+        metavar = None if choices else "SIZE" if kind is size else name.upper()
+        group.add_argument(flag, dest=name, type=kind, default=default, help=text, choices=choices, metavar=metavar)
 
 
 def _taken(parser: Parser, name: str) -> bool:
@@ -225,39 +174,3 @@ def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
     """Sampling parameters from the options."""
     given = {name: getattr(args, name) for name in SAMPLING_HELP}
     return SamplingParams(**given, stop=tuple(args.stop), **more).validate()
-
-
-def _version() -> int:
-    from importlib.metadata import version
-
-    print(f"manyheads {version('manyheads')}")
-    return 0
-
-
-def _usage(parser: Parser) -> int:
-    parser.print_help(sys.stderr)
-    return 2
-
-
-def _serve(args: argparse.Namespace) -> int:
-    from manyheads.cli.serve import run
-
-    return run(args)
-
-
-def _chat(args: argparse.Namespace) -> int:
-    from manyheads.cli.chat import run
-
-    return run(args)
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from manyheads.cli.generate import run
-
-    return run(args)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from manyheads.cli.bench import run
-
-    return run(args)

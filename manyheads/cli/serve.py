@@ -5,7 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 
-from manyheads.cli.parser import engine_config
+from manyheads.cli.parser import Parser, add_engine, add_model, engine_config
+
+
+def add_commands(parser: Parser) -> None:
+    """Add `manyheads serve` to the program."""
+    command = parser.add_command("serve", "serve a model over HTTP", run, "manyheads serve --port 8000")
+    add_model(command)
+    web = command.add_argument_group("server")
+    web.add_argument("--host", default="0.0.0.0", help="address to listen on (default: 0.0.0.0, all)")
+    web.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default: 8000)")
+    web.add_argument("--api-key", help="what requests must bring (default: $MANYHEADS_API_KEY, if set)")
+    web.add_argument("--served-model-name", action="append", default=[], help="the model's name in requests")
+    web.add_argument("--cors-origin", action="append", default=[], help="origin whose pages may call; * is any")
+    web.add_argument("--max-body-bytes", type=int, help="largest body of a request (default: 4 MiB)")
+    web.add_argument("--access-log", action="store_true", help="log every request")
+    web.add_argument("--verbose", action="store_true", help="tell what the engine does while it starts")
+    add_engine(command)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,11 +7,90 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from manyheads.config import ConfigError
-from manyheads.train.settings import TrainSettings
+from manyheads.cli.parser import Parser, add_option
+from manyheads.config import BUILTIN, ConfigError
+from manyheads.train.settings import PROJECTIONS, TrainSettings
 
 SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Tree sizes that are printed."""
+
+GROUPS: dict[str, dict[str, tuple[type, str]]] = {
+    "heads": {
+        "heads": (int, "how many; each looks one token further"),
+        "blocks": (int, "residual blocks of each head"),
+        "projection": (str, "own for each head, shared by all heads, or the base model's"),
+        "tokens": (int, "the heads can say this many of the tokens that the base uses most (default: all)"),
+        "init": (str, "heads to start from (default: heads that say what the base says)"),
+    },
+    "answers": {
+        "max_prompt_tokens": (int, "longer prompts are left out"),
+        "max_new_tokens": (int, "longest answer"),
+        "sampled": (float, "share of the prompts that are answered at --temperature, the others greedily"),
+        "temperature": (float, "of the sampled answers"),
+        "held_out": (float, "share of the answers to measure with"),
+    },
+    "training": {
+        "length": (int, "tokens of a packed row"),
+        "rows": (int, "packed rows that go through the model at once"),
+        "accumulate": (int, "such groups of rows in a step"),
+        "epochs": (int, "times that the answers are seen"),
+        "max_steps": (int, "steps in all, whatever the epochs"),
+        "rate": (float, "highest learning rate"),
+        "warmup": (float, "share of the steps over which the rate grows"),
+        "discount": (float, "each head's loss counts so much of the one before"),
+        "weight_decay": (float, "of AdamW"),
+        "clip": (float, "largest norm of the gradient"),
+        "chunk": (int, "tokens whose logits exist at once"),
+        "checkpoint_every": (int, "steps between checkpoints"),
+        "seed": (int, "of everything that is drawn"),
+        "device": (str, "auto, cpu or cuda"),
+    },
+    "joint training (Medusa-2)": {
+        "joint": (bool, "the base model learns too, and is written with the heads"),
+        "joint_start": (float, "share of the steps in which the heads learn alone"),
+        "base_rate": (float, "highest learning rate of the base (default: a quarter of --rate)"),
+        "heads_weight": (float, "of the heads' loss beside the base's"),
+    },
+}
+
+
+def add_commands(parser: Parser) -> None:
+    """Add `manyheads train` and `manyheads tree` to the program."""
+    example = "manyheads train lmsys/vicuna-7b-v1.3 --data prompts.jsonl --out heads"
+    train = parser.add_command("train", "train heads for a model on its own answers", run_train, example)
+    train.add_argument("base", nargs="?", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
+    _data(train)
+    train.add_argument("--out", "-o", required=True, help="folder for the heads, and for what the run needs to go on")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for title, options in GROUPS.items():
+        _add_settings(train.add_argument_group(title), options)
+    example = "manyheads tree heads --data heads/training/held_out.jsonl"
+    tree = parser.add_command("tree", "measure heads, and the trees that they make", run_tree, example)
+    tree.add_argument("heads", help="a folder or a hub id; tree_statistics.json is written into it")
+    _data(tree)
+    tree.add_argument("--base", help="the base model (default: the one that the heads name)")
+    tree.add_argument("--plot", metavar="FILE", help="draw tokens a step by nodes (.png, .svg, .pdf)")
+    known = {name: option for options in GROUPS.values() for name, option in options.items()}
+    names = ("max_new_tokens", "sampled", "temperature", "seed", "device")
+    _add_settings(tree.add_argument_group("answers"), {name: known[name] for name in names})
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines (.gz or not) with prompt, messages, conversations, turns or instruction; the model answers",
+    )
+    parser.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
+    parser.add_argument("--quiet", "-q", action="store_true", help="no progress")
+
+
+def _add_settings(group: argparse._ArgumentGroup, options: dict[str, tuple[type, str]]) -> None:
+    defaults = {field.name: field.default for field in fields(TrainSettings)}
+    for name, (kind, text) in options.items():
+        add_option(group, name, kind, text, defaults[name], PROJECTIONS if name == "projection" else None)
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from manyheads import LLM, SamplingParams
 from manyheads.cli import main
-from manyheads.cli.heads_options import FORMATS as OFFERED
+from manyheads.cli.heads import FORMATS as OFFERED
 from manyheads.config import ConfigError
 from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads
