@@ -1,4 +1,4 @@
-"""The generator's own limit: what a chunk costs it, measured against a server that computes nothing.
+"""This module measures the generator's own limit, with a server that computes nothing: what does a chunk cost it?
 
 `python -m manyheads.bench.calibrate CHUNKS` is that server; it prints its port.
 """
@@ -19,14 +19,14 @@ from manyheads.bench.drive import Outcome
 from manyheads.bench.plan import Run, Stage
 
 USERS = 32
-"""By process of the generator."""
+"""So many users ask in each process of the generator."""
 GAP = 0.01
-"""Seconds between the chunks of an answer: each is to arrive by itself, as from a model."""
+"""An answer's chunks come so many seconds apart, for each is to arrive by itself, as from a model."""
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def pieces(chunks: int) -> list[bytes]:
-    """The parts of an answer with so many chunks of text."""
+    """Make the parts of an answer that has so many chunks of text."""
     piece = {"id": "x", "object": "text_completion", "choices": [{"index": 0, "text": " word", "finish_reason": None}]}
     last = {"choices": [{"index": 0, "text": " word", "finish_reason": "length"}]}
     usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": chunks}}
@@ -49,7 +49,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, par
 
 
 async def serve(chunks: int) -> None:
-    """Answer until the process is ended."""
+    """Answer requests until the process is ended."""
     parts = pieces(chunks)
     server = await asyncio.start_server(lambda r, w: answer(r, w, parts), "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
@@ -58,7 +58,7 @@ async def serve(chunks: int) -> None:
 
 @contextlib.contextmanager
 def running(chunks: int) -> Iterator[str]:
-    """That server's URL, while the block lasts."""
+    """Run that server while the block lasts, which is given its URL."""
     command = [sys.executable, "-m", "manyheads.bench.calibrate", str(chunks)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -71,7 +71,7 @@ def running(chunks: int) -> Iterator[str]:
 
 
 def limit_run(url: str, run: Run, folder: Path, seconds: float) -> Run:
-    """The run that measures the limit: the same requests by the same number of processes."""
+    """Make the run that measures the limit: it sends the same requests with the same number of processes."""
     users = float(USERS * max(1, run.workers))
     stages = [Stage(users, seconds, 1.0)]
     return msgspec.structs.replace(
@@ -80,9 +80,9 @@ def limit_run(url: str, run: Run, folder: Path, seconds: float) -> Run:
 
 
 def limit(outcome: Outcome, chunks: int) -> dict[str, float]:
-    """Requests and chunks a second at which the generator's processes would each fill a core; empty if unknown.
+    """Return the requests and chunks a second at which the generator would fill its cores; empty if unknown.
 
-    An extrapolation from the processor time of a chunk at a load that is far from the limit.
+    It is extrapolated from the processor time of a chunk at a load that is far from the limit.
     """
     start, end = outcome.window(0)
     came = sum(start <= r.sent + at < end for r in outcome.records for at in r.chunks)

@@ -1,4 +1,4 @@
-"""One streaming request by geventhttpclient, timed. Runs in the generator's processes only."""
+"""A client asks a server for streams, and times them. It needs gevent, which only the generator's processes have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _decode = msgspec.json.Decoder().decode
 
 
 class Client:
-    """Sends requests to one endpoint; one object serves all greenlets.
+    """A client sends requests to one endpoint; one object serves all greenlets of a process.
 
     Args:
         url: up to and without `/v1`.
@@ -146,7 +146,7 @@ class Client:
             record.steps = usage.get("decoding_steps")
 
     def _count(self, record: Record) -> None:
-        """Output tokens where the server's usage does not tell them."""
+        """Count the output tokens, if the server's usage does not tell them."""
         if record.tokens is not None:
             return
         if record.finish == "length" and self._max_tokens is not None:
@@ -178,7 +178,7 @@ class Client:
 
 
 def _message(body: bytes) -> str:
-    """An error's message: OpenAI's shape, FastAPI's, or the text itself."""
+    """Return an error's message, which has OpenAI's shape, FastAPI's, or none and is the text itself."""
     try:
         data = _decode(body)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Several runs side by side: `manyheads bench --compare A B …`."""
+"""Reports of several runs are laid side by side here: `manyheads bench --compare A B …`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from manyheads.bench.result import Level, Result, load
 
 
 def compare(paths: Sequence[Path], folder: Path) -> Path:
-    """Write a page and a CSV file that lay runs side by side; the page's path.
+    """Write a page and a CSV file that lay runs side by side, and return the page's path.
 
     Raises:
-        BenchInputError: fewer than two, or one is no report.
+        BenchInputError: there are fewer than two, or one is no report.
     """
     if len(paths) < 2:
         raise BenchInputError("--compare needs two reports or more")
@@ -34,7 +34,7 @@ def compare(paths: Sequence[Path], folder: Path) -> Path:
 
 
 def distinct(results: Sequence[Result]) -> list[Result]:
-    """The same with names that differ."""
+    """Return the same results, with numbers behind names that they share."""
     names = Counter(result.name for result in results)
     seen: Counter[str] = Counter()
     renamed = []
@@ -46,7 +46,7 @@ def distinct(results: Sequence[Result]) -> list[Result]:
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
-    """A row for each run and load; times are seconds."""
+    """Write a row for each run and load; times are in seconds."""
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         head = ("run", "load", "requests_per_s", "output_tokens_per_s", "goodput", "failed", "tokens_per_step")
@@ -59,7 +59,7 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
 
 
 def render(results: Sequence[Result]) -> str:
-    """The page."""
+    """Return the page that lays the runs side by side, as HTML."""
     return page(
         title="Load tests side by side",
         subtitle=" · ".join(f"{result.name}, {result.created}" for result in results),

@@ -1,4 +1,4 @@
-"""The server's own counters, from `/metrics`: tokens a step, acceptance by depth, memory by part."""
+"""A server counts for itself, and tells by `/metrics`: tokens a step, acceptance by depth, memory by part."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 class Counters(msgspec.Struct):
-    """One look; what the server does not have stays 0 or empty."""
+    """Counters are what one look at a server found; what it does not have stays 0 or empty."""
 
     tokens: float = 0.0
     row_steps: float = 0.0
     drafts: float = 0.0
-    """Speculating rows, summed over steps (vLLM)."""
+    """The number of speculating rows, summed over steps; vLLM alone has it."""
     accepted: float = 0.0
     drafted_by_depth: dict[int, float] = {}
     accepted_by_depth: dict[int, float] = {}
     memory: dict[str, int] = {}
-    """Bytes by kind."""
+    """The bytes of each kind of memory."""
 
 
 def parse(text: str) -> Counters | None:
-    """Counters from Prometheus' text, ours or vLLM's; None if it holds neither."""
+    """Read counters from Prometheus' text, ours or vLLM's; return None if it holds neither."""
     seen = Counters(drafted_by_depth={}, accepted_by_depth={}, memory={})
     known = False
     for line in text.splitlines():
@@ -65,7 +65,7 @@ def parse(text: str) -> Counters | None:
 
 
 def look(url: str, api_key: str | None = None, timeout: float = 5.0) -> Counters | None:
-    """The server's counters now; None if it has none that we know or does not answer."""
+    """Return the server's counters of now, or None if it has none that we know, or does not answer."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{url}/metrics", headers=headers), timeout=timeout) as page:
@@ -75,7 +75,7 @@ def look(url: str, api_key: str | None = None, timeout: float = 5.0) -> Counters
 
 
 def tokens_per_step(before: Counters, after: Counters) -> float | None:
-    """Tokens by decoding row and step between two looks."""
+    """Return the tokens that a decoding row got in a step, as a mean between two looks."""
     steps = after.row_steps - before.row_steps
     if steps > 0:
         return (after.tokens - before.tokens) / steps
@@ -84,7 +84,7 @@ def tokens_per_step(before: Counters, after: Counters) -> float | None:
 
 
 def acceptance(before: Counters, after: Counters) -> list[float]:
-    """Share of trees accepted to depth 1, 2, …, between two looks; only as deep as trees went."""
+    """Return the share of trees that were accepted to depth 1, 2, … between two looks, as deep as trees went."""
     shares = []
     for depth in sorted(after.accepted_by_depth):
         accepted = after.accepted_by_depth[depth] - before.accepted_by_depth.get(depth, 0.0)

@@ -1,4 +1,4 @@
-"""Runs the generator's process and reads what it leaves."""
+"""The command runs the generator as a process of its own, and reads what that leaves."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from manyheads.interrupt import on_interrupt
 Listen = Callable[[Event], None]
 GENERATOR = ("-m", "manyheads.bench.generator")
 PATIENCE = 90.0
-"""Seconds beyond its time after which a generator is ended; Locust's master gives its workers 60 of them to stop."""
+"""A generator is ended so many seconds after its time; Locust's master gives its workers 60 of them to stop."""
 LAST_WORDS = 10.0
-"""Seconds that it has then to write what it knows, before it is killed."""
+"""It has so many seconds then to write what it knows, before it is killed."""
 
 
 @dataclass
 class Outcome:
-    """What a run of the generator left."""
+    """An outcome is what a run of the generator left, however it ended."""
 
     run: Run
     begins: list[float] = field(default_factory=list)
-    """When each stage began, monotonic seconds."""
+    """The monotonic times, in seconds, at which the stages began."""
     end: float = 0.0
-    """When the last stage ended."""
+    """The monotonic time at which the last stage ended."""
     records: list[Record] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     interrupted: bool = False
     overdue: bool = False
-    """The generator did not end by itself, and was ended; what it had written until then is here."""
+    """Whether the generator did not end by itself and was ended; what it had written until then is here."""
     held: bool = False
-    """Every stage was held as long as it should, whatever came of the last answers."""
+    """Whether every stage was held as long as it should, whatever came of the last answers."""
 
     def window(self, stage: int) -> tuple[float, float]:
-        """The measured part of a stage that began; of an interrupted one it may end before it starts."""
+        """Return start and end of the measured part of a stage that began; cut short, it may end before it starts."""
         begin = self.begins[stage] + self.run.stages[stage].settle
         end = self.begins[stage + 1] if stage + 1 < len(self.begins) else self.end
         if self.run.kind != "users":  # arrivals end on time, the shape's clock ticks once a second
@@ -55,12 +55,12 @@ class Outcome:
 
 
 def write_questions(questions: list[Question], path: Path) -> None:
-    """Prepared requests for the generator."""
+    """Write questions to a file for the generator."""
     path.write_bytes(b"".join(msgspec.json.encode(question) + b"\n" for question in questions))
 
 
 def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda event: None) -> Outcome:
-    """Run the generator to its end, until Ctrl-C, or until it takes longer than it may.
+    """Run the generator until it ends, or Ctrl-C ends it, or it takes longer than it may.
 
     Raises:
         BenchError: it failed, or did not begin in time; the message has what it said.
@@ -120,7 +120,7 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
 
 
 def _events(process: subprocess.Popen[bytes], until: Callable[[], float]) -> Iterator[Event]:
-    """What the generator tells, until it has ended.
+    """Yield what the generator tells, until it has ended.
 
     Args:
         until: gives the time until which it may run, in monotonic seconds; events and Ctrl-C move it.
@@ -144,7 +144,7 @@ def _events(process: subprocess.Popen[bytes], until: Callable[[], float]) -> Ite
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """End the generator, if it runs still; its exit status."""
+    """End the generator if it runs still, and return its exit status."""
     assert process.stdout is not None
     if process.poll() is None:
         process.terminate()

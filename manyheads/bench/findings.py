@@ -1,4 +1,4 @@
-"""Sentences about a result, each made from its figures; none that they do not carry."""
+"""A report says in sentences what its figures carry, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from manyheads.bench.result import Level, Result
 KNEE = 0.9
 """The knee is the smallest load with this share of the best throughput."""
 BUSY = 0.5
-"""Load average by core from which on a machine was busy before the test."""
+"""A machine was busy before the test if its load average was so much for each core, or more."""
 FEW = 20
-"""Answers below which a load's percentiles say little."""
+"""The percentiles of a load with fewer answers than these say little."""
 
 
 def seconds(value: float) -> str:
-    """A time with its unit, three digits."""
+    """Return a time as text with three digits and its unit."""
     if value < 0.001:
         return f"{value * 1e6:.0f} µs"
     if value < 1:
@@ -24,12 +24,12 @@ def seconds(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Return a number as text with three digits, or with all that stand before the point."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def findings(result: Result) -> list[str]:
-    """What the figures say."""
+    """Return what the figures say, a sentence each."""
     said = [_counts(result)]
     if result.interrupted:
         said.insert(0, f"The test was interrupted {result.interrupted}; what was measured until then is here.")
@@ -167,7 +167,7 @@ def _memory(result: Result) -> list[str]:
 
 
 def comparison(results: Sequence[Result]) -> list[str]:
-    """What the figures of several runs say against the first of them, where loads are the same."""
+    """Return what the figures of several runs say against the first of them, where loads are the same."""
     base = results[0]
     said = []
     for other in results[1:]:

@@ -1,4 +1,4 @@
-"""The process that makes the load: `python -m manyheads.bench.generator RUN.json`; prints an Event on each line.
+"""This process makes the load: `python -m manyheads.bench.generator RUN.json` prints an Event on each line.
 
 With workers, this process is Locust's master and makes none of the load itself; a worker of a master, here or on
 another machine, is `--join HOST:PORT`. SIGINT ends the run now: what is under way is unfinished.
@@ -27,22 +27,22 @@ from manyheads.bench.recorder import EVERY, Batch, Observer, Writer
 from manyheads.bench.users import ArrivalUser, AskingUser, Traffic
 
 JOIN, BATCH, HURRY = "manyheads join", "manyheads batch", "manyheads hurry"
-"""Messages: a worker's first, answered with its part; what a worker has to tell; the run is interrupted."""
+"""These messages are a worker's first, which is answered with its part; what a worker has to tell; and to hurry up."""
 
 
 class Users(AskingUser):
-    """Closed loop."""
+    """The users of a closed loop, as Locust wants them: a class that is not abstract."""
 
 
 class Arrivals(ArrivalUser):
-    """Open loop."""
+    """The users of an open loop, as Locust wants them: a class that is not abstract."""
 
 
 USERS = {"users": Users, "rate": Arrivals, "trace": Arrivals}
 
 
 class Stages(locust.LoadTestShape):
-    """Holds one stage after the other, and tells when each begins."""
+    """This shape, as Locust calls what sets the load, holds one stage after the other and tells when each begins."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Stages(locust.LoadTestShape):
         self.interrupted = False
 
     def tick(self) -> tuple[int, float] | None:
-        """(users, users a second), or None at the end."""
+        """Return how many users there should be, and how many may come in a second; or None at the end."""
         now = self.get_run_time()
         ends = itertools.accumulate(stage.settle + stage.seconds for stage in self._run.stages)
         index = next((i for i, end in enumerate(ends) if now < end), None)
@@ -69,19 +69,20 @@ class Stages(locust.LoadTestShape):
 
 
 def emit(event: Event) -> None:
-    """Tell the process that started us."""
+    """Tell something to the process that started this one."""
     sys.stdout.write(msgspec.json.encode(event).decode() + "\n")
     sys.stdout.flush()
 
 
 def make_environment(run: Run, **more: Any) -> Environment:
+    """Make Locust's environment of a run whose load this process sets."""
     environment = Environment(catch_exceptions=False, **more)
     environment.stop_timeout = run.drain
     return environment
 
 
 def main(argv: list[str]) -> int:
-    """Run as the arguments say: RUN.json, or `--join HOST:PORT` for a worker of the master there."""
+    """Do as the arguments say: RUN.json makes a run, and `--join HOST:PORT` is a worker of the master there."""
     setup_logging("WARNING")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every `finally`: workers are ended, too
     if argv[0] == "--join":
@@ -140,7 +141,7 @@ def lead(run: Run, writer: Writer) -> int:
 
 
 def work(address: str) -> int:
-    """Make a part of the load for a master."""
+    """Make a part of the load, for the master at this address."""
     environment: Any = Environment(user_classes=list(dict.fromkeys(USERS.values())), catch_exceptions=False)
     runner: Any = environment.create_worker_runner(*split_address(address))
     observers: list[Observer] = []

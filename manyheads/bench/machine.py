@@ -1,4 +1,4 @@
-"""Where a test ran."""
+"""A report names the machine that the test ran on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 
 
 def machine() -> dict[str, Any]:
-    """Processor, memory, GPUs, versions; of the machine that made the load."""
+    """Return processor, memory, GPUs and versions of the machine that made the load."""
     from importlib.metadata import version
 
     cpu = platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""A load test from start to end: server, requests, load, figures."""
+"""A load test goes from a server and requests to a load and its figures."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from manyheads.bench.server import Target, clean_url, identify, started
 from manyheads.bench.watch import Watch
 
 CALIBRATION = 3.0
-"""Seconds to measure the generator's own limit."""
+"""It takes so many seconds to measure the generator's own limit."""
 MOST_RATES = 10
-"""Rates of an automatic sweep."""
+"""An automatic sweep has at most so many rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to measure."""
+    """The options of a load test say what to measure, and how."""
 
     kind: Kind
     loads: tuple[float, ...]
-    """Users, rates or speeds; for rates, none finds the overload by doubling from 1/s."""
+    """These are users, rates or speeds; no rates at all are doubled from 1/s until the server is overloaded."""
     hold: float
     settle: float
     ramp: float | None = None
-    """Closed loop: seconds after which one more user comes, until there are max(loads); they stay for `hold`."""
+    """In a closed loop, one more user comes after so many seconds, until there are max(loads), who stay for `hold`."""
     work: Workload
     objectives: dict[str, float]
-    """`ttft` and `tpot`, seconds."""
+    """The most seconds that `ttft` and `tpot` should take."""
     url: str | None = None
     model: str | None = None
     serve: tuple[str, ...] = ()
-    """Options of `manyheads serve`, where the server is started here."""
+    """The options of `manyheads serve`, if the server is started here."""
     api_key: str | None = None
     check: bool = True
     workers: int = 0
     bind: str | None = None
-    """HOST:PORT where workers of other machines join."""
+    """The HOST:PORT where workers of other machines join; None starts them here."""
     timeout: float = 120.0
     drain: float = 60.0
     calibrate: bool = True
     name: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    """For the report."""
+    """What was asked for, as the report shows it."""
 
     def stages(self) -> list[Stage]:
-        """The stages of a run."""
+        """Return the stages of a run."""
         if self.ramp is None:
             return [Stage(load, self.hold, self.settle) for load in self.loads]
         most = int(max(self.loads))
@@ -68,7 +68,7 @@ class Options:
 
 @dataclass
 class _Bench:
-    """One test under way."""
+    """This is a load test under way; each run adds an outcome, and each load that was held a level."""
 
     options: Options
     target: Target
@@ -77,12 +77,13 @@ class _Bench:
     watch: Watch
     progress: Progress
     machine: dict[str, Any]
-    """As it was before the test."""
+    """The machine as it was before the test."""
     outcomes: list[Outcome] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
     interrupted: str | None = None
 
     def run(self, stages: list[Stage], number: int) -> Run:
+        """Make the run of the generator with these stages; its number names its files."""
         work = self.options.work
         same_length = all(q.body["max_tokens"] == self.questions[0].body["max_tokens"] for q in self.questions)
         return Run(
@@ -101,7 +102,7 @@ class _Bench:
         )
 
     def hold(self, stages: list[Stage]) -> None:
-        """Run these stages and take their figures, as far as they come."""
+        """Run these stages, and take their figures as far as they come."""
         run = self.run(stages, len(self.outcomes))
         self.progress.begin(run)
         outcome = drive(run, self.folder, self.options.api_key, self.progress.event)
@@ -115,7 +116,7 @@ class _Bench:
             self.cut(outcome)
 
     def cut(self, outcome: Outcome) -> None:
-        """Tell where a run was ended, and why if not by Ctrl-C."""
+        """Note where a run was ended, and why if not by Ctrl-C."""
         last = len(outcome.begins) - 1
         stage, (start, end) = outcome.run.stages[last], outcome.window(last)
         self.interrupted = f"at {stage.load:g} {UNITS[self.options.kind]}"
@@ -133,10 +134,11 @@ class _Bench:
 
     @property
     def full(self) -> bool:
-        """Whether more load makes no sense: the server does not keep up, or it is to end."""
+        """Tell whether more load makes no sense: the server does not keep up, or the test is to end."""
         return bool(self.interrupted or (self.levels and self.levels[-1].overloaded))
 
     def level(self, outcome: Outcome, window: tuple[float, float], load: float) -> Level:
+        """Return the figures of a window, of the requests, the generator and the server's own counters."""
         options = self.options
         level = stats.make_level(outcome.records, window, load, options.kind, options.objectives)
         level.generator = stats.generator_use(outcome.uses, outcome.records, window)
@@ -148,7 +150,7 @@ class _Bench:
         return level
 
     def limit(self) -> dict[str, float]:
-        """What the generator can do by itself."""
+        """Measure what the generator can do by itself."""
         if not self.options.calibrate or self.options.bind:  # other machines do not reach the server of that test
             return {}
         self.progress.say("measuring the load generator itself")
@@ -160,7 +162,7 @@ class _Bench:
         return calibrate.limit(outcome, chunks)
 
     def all_rates(self) -> None:
-        """Rate after rate, each to its end, until the server does not keep up."""
+        """Hold rate after rate, each to its end, until the server does not keep up."""
         options = self.options
         for load in options.loads or [2.0**i for i in range(MOST_RATES)]:
             self.hold([self.open_stage(load)])
@@ -172,14 +174,14 @@ class _Bench:
             self.hold([self.open_stage(round((fine[-1] * self.levels[-1].load) ** 0.5, 2))])
 
     def open_stage(self, load: float) -> Stage:
-        """A stage of arrivals; a trace's lasts as long as the trace."""
+        """Return a stage of arrivals; that of a trace lasts as long as the trace."""
         if self.options.kind == "trace":
             return Stage(load, max(q.at or 0.0 for q in self.questions) / load + 1.0)
         return Stage(load, self.options.hold, self.options.settle)
 
 
 def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]:
-    """Measure; the figures, and every request.
+    """Make a load test, and return its figures and the record of every request.
 
     Raises:
         BenchError: it cannot be done as asked, or the server did not start.
@@ -213,7 +215,7 @@ def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]
 
 @contextlib.contextmanager
 def _server(options: Options, progress: Progress) -> Iterator[Target]:
-    """The server that is asked, or one of our own."""
+    """Give the block the server that is to be asked, or start one of our own."""
     if options.url is not None:
         url = clean_url(options.url)
         yield identify(url, options.model, options.api_key) if options.check else Target(url, options.model or "model")
@@ -270,7 +272,7 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
 
 
 def _near_limit(level: Level, limit: dict[str, float]) -> list[str]:
-    """Whether a load came close to what the generator can do at all."""
+    """Say whether a load came close to what the generator can do at all; empty if not."""
     most = limit.get("chunks_per_s")
     came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
     if not most or came < stats.NEAR_LIMIT * most:

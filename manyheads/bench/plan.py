@@ -1,4 +1,4 @@
-"""What a run is to do: handed to the generator's processes as JSON."""
+"""A plan says what a run is to do, and is handed to the generator's processes as JSON; events come back."""
 
 from __future__ import annotations
 
@@ -8,78 +8,78 @@ import msgspec
 
 Kind = Literal["users", "rate", "trace"]
 GRACE = 5.0
-"""Seconds that all processes of an interrupted run have to stop."""
+"""All processes of an interrupted run have so many seconds to stop."""
 
 
 class BenchError(Exception):
-    """A load test that cannot be done as asked, or that went wrong; the message says what to do."""
+    """A load test cannot be done as asked, or went wrong; the message says what to do."""
 
 
 class BenchInputError(BenchError, ValueError):
-    """Options or files that make no sense."""
+    """Options or files of a load test make no sense."""
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """A load that is held for a while."""
+    """A stage is a load that is held for a while."""
 
     load: float
-    """Users; or requests per second; or the speed of a trace, 1 being its own."""
+    """The number of users, or requests per second, or the speed of a trace, of which 1 is its own."""
     seconds: float
-    """How long is measured."""
+    """The seconds that are measured."""
     settle: float = 0.0
-    """Seconds before that, which do not count."""
+    """The seconds before that, which do not count."""
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One prepared request."""
+    """A question is one prepared request; users ask questions in turn."""
 
     body: dict[str, Any]
     at: float | None = None
-    """Seconds from the start of a trace."""
+    """The seconds from the start of a trace at which it is sent."""
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One run of the generator."""
+    """A run is what the generator does from its start to its end."""
 
     url: str
-    """Up to and without `/v1`."""
+    """The server's URL, up to and without `/v1`."""
     path: str
-    """Of the endpoint."""
+    """The endpoint's path, with `/v1`."""
     kind: Kind
     stages: list[Stage]
     questions: str
-    """File with a Question on each line."""
+    """The file with a Question on each line."""
     records: str
-    """File for a Record on each line."""
+    """The file for a Record on each line."""
     max_tokens: int | None = None
     timeout: float = 120.0
-    """Seconds without a byte after which a request has failed."""
+    """A request has failed after so many seconds without a byte."""
     drain: float = 60.0
-    """Seconds that running requests have after the last stage."""
+    """Running requests have so many seconds after the last stage."""
     workers: int = 0
-    """Worker processes; 0 makes the load in the generator's own process."""
+    """The number of worker processes; 0 makes the load in the generator's own process."""
     bind: str | None = None
-    """HOST:PORT where workers of other machines join; None starts them here."""
+    """The HOST:PORT where workers of other machines join; None starts them here."""
     seed: int = 0
 
     @property
     def ready_within(self) -> float:
-        """Seconds that its workers have to report; those of other machines are started by hand."""
+        """The seconds that its workers have to report; those of other machines are started by hand."""
         return 600.0 if self.bind else 30.0
 
     @property
     def length(self) -> float:
-        """Seconds without the drain."""
+        """The seconds of all stages, without the drain."""
         return sum(stage.settle + stage.seconds for stage in self.stages)
 
 
 class Event(msgspec.Struct, omit_defaults=True):
-    """A line of the generator's output; times are seconds of the monotonic clock."""
+    """An event is a line of the generator's output; times are seconds of the monotonic clock."""
 
     kind: Literal["stage", "progress", "end", "error"]
     at: float = 0.0
     stage: int = 0
-    """Which one begins; at the end, how many were held as long as they should."""
+    """The stage that begins; at the end, how many were held as long as they should."""
     users: int = 0
     done: int = 0
     failed: int = 0
@@ -89,39 +89,39 @@ class Event(msgspec.Struct, omit_defaults=True):
 
 
 class Part(msgspec.Struct):
-    """What a worker process is to do."""
+    """A part of a run is what one worker process is to do."""
 
     run: Run
     questions: list[Question]
     number: int
-    """Of this worker, from 0."""
+    """The number of this worker, from 0."""
     clock: float
-    """The master's monotonic clock when it sent this."""
+    """The time of the master's monotonic clock when it sent this."""
 
 
 class Use(msgspec.Struct):
-    """What a process of the generator was busy with since its last such line."""
+    """A use says how busy a process of the generator was since its last one."""
 
     worker: int
     at: float
     seconds: float
     cpu: float
-    """Seconds of processor time."""
+    """The seconds of processor time."""
     lags: list[float]
-    """Seconds by which each of its timers was late."""
+    """The seconds by which each of its timers was late."""
 
 
 def read_questions(path: str) -> list[Question]:
-    """Prepared requests."""
+    """Read the questions of a file."""
     with open(path, "rb") as file:
         return [msgspec.json.decode(line, type=Question) for line in file]
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """HOST:PORT in its parts.
+    """Take HOST:PORT apart.
 
     Raises:
-        BenchInputError: it is none.
+        BenchInputError: the text is no address.
     """
     host, _, port = text.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:

@@ -1,4 +1,4 @@
-"""The report's plots, as SVG text."""
+"""A report's plots are made here, as SVG text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STYLE: dict[str, Any] = {
 }
 AREAS = ("#9dbfe0", "#f0b48f", "#a5d3b6", "#cdb2da", "#d5d5d5", "#e3c7c9", "#c9c59a", "#b5d6da")
 KINDS = {"weights": "weights", "heads": "heads", "kv_cache": "K/V cache", "graphs": "graphs", "rest": "rest"}
-"""Of memory, as servers name it and as readers do; from the bottom to the top of a plot."""
+"""These are kinds of memory, as servers name them and as readers do, from the bottom to the top of a plot."""
 WIDTH, HEIGHT = 5.2, 3.3
 Values = Sequence[float | None]
 Lines = Mapping[str, Callable[[Level], float | None]]
@@ -38,12 +38,12 @@ GIB = 2**30
 
 
 def shorten(label: str, most: int = 48) -> str:
-    """A label that fits into a legend."""
+    """Shorten a label so that it fits into a legend."""
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
 class Plot:
-    """A figure with one pair of axes that ends as SVG."""
+    """A plot is a figure with one pair of axes, which ends as SVG."""
 
     def __init__(self, title: str, x: str, y: str) -> None:
         with matplotlib.rc_context(STYLE):
@@ -56,7 +56,7 @@ class Plot:
         self._labels = False
 
     def line(self, x: Sequence[float], y: Values, label: str = "", marker: str = "o", **style: Any) -> None:
-        """A line through the points that are there."""
+        """Draw a line through the points that are there."""
         points = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
         if points:
             marker = marker if len(points) > 1 else "o"  # a line through a single point is nothing to see
@@ -66,7 +66,7 @@ class Plot:
         self._count += 1
 
     def svg(self, *, zero: bool = True, whole_x: Sequence[float] = ()) -> str:
-        """The picture; the y axis begins at 0, the x axis may have ticks at given places."""
+        """Return the picture; its y axis begins at 0, its x axis may have ticks at given places."""
         with matplotlib.rc_context(STYLE):
             if zero:
                 self.axes.set_ylim(0, self.axes.get_ylim()[1] * 1.05 or 1)
@@ -86,7 +86,7 @@ class Plot:
 
 
 def by_load(results: Sequence[Result], title: str, y: str, lines: Lines) -> Plot:
-    """Figures over the load; with several runs each line is named after its run."""
+    """Plot figures over the load; with several runs, each line is named after its run."""
     plot = Plot(title, results[0].unit, y)
     loads = sorted({level.load for result in results for level in result.levels})
     for result in results:
@@ -100,7 +100,7 @@ def by_load(results: Sequence[Result], title: str, y: str, lines: Lines) -> Plot
 
 
 def frontier(results: Sequence[Result]) -> Plot:
-    """Throughput against the latency that it costs, a point for each load."""
+    """Plot throughput against the latency that it costs, with a point for each load."""
     plot = Plot("Latency and throughput", "median latency, s", "output tokens/s")
     for result in results:
         levels = [v for v in result.levels if v.e2e is not None]
@@ -118,7 +118,7 @@ def frontier(results: Sequence[Result]) -> Plot:
 
 
 def distribution(title: str, series: Sequence[tuple[str, Summary | None]], unit: float, x: str) -> Plot:
-    """Which share of requests was at most how long."""
+    """Plot which share of requests was at most how long."""
     plot = Plot(title, x, "share of requests, %")
     shares = list(range(0, 101, 2))
     for name, summary in series:
@@ -131,7 +131,7 @@ def distribution(title: str, series: Sequence[tuple[str, Summary | None]], unit:
 
 
 def memory(results: Sequence[Result]) -> Plot | None:
-    """Memory over time, of one run by what it is for where the server tells; None if none was seen."""
+    """Plot memory over time, that of one run by what it is for if the server tells; return None if none was seen."""
     if not any(result.memory for result in results):
         return None
     plot = Plot("Memory of the server", "seconds", "GiB")
@@ -150,7 +150,7 @@ def memory(results: Sequence[Result]) -> Plot | None:
 
 
 def stack(plot: Plot, memory: Sequence[Memory]) -> None:
-    """Areas on top of each other, one for each kind of memory."""
+    """Draw areas on top of each other, one for each kind of memory."""
     seen = {kind for m in memory for kind in m.parts}
     kinds = [kind for kind in KINDS if kind in seen] + sorted(seen - KINDS.keys())
     if kinds:
@@ -161,7 +161,7 @@ def stack(plot: Plot, memory: Sequence[Memory]) -> None:
 
 
 def over_time(result: Result, title: str, y: str, lines: Mapping[str, Values]) -> Plot:
-    """Figures over the run."""
+    """Plot figures over the time of a run."""
     plot = Plot(title, "seconds", y)
     for label, values in lines.items():
         plot.line([p.at for p in result.timeline], values, label if len(lines) > 1 else "", marker="")
@@ -169,7 +169,7 @@ def over_time(result: Result, title: str, y: str, lines: Mapping[str, Values]) -
 
 
 def failures(result: Result) -> Plot | None:
-    """Failures by reason and load; None without any."""
+    """Plot failures by reason and load; return None if there are none."""
     reasons = sorted({reason for level in result.levels for reason in level.failures})
     if not reasons:
         return None

@@ -1,4 +1,4 @@
-"""What is shown while a test runs: a live line in a terminal, a line for each load elsewhere."""
+"""While a test runs, a terminal shows a live line; elsewhere there is a line for each load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOADS = {"users": "users: {:g}", "rate": "requests/s: {:g}", "trace": "times the
 
 
 class Progress:
-    """Listens to the generator's events."""
+    """The progress listens to the generator's events, and shows them."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
@@ -41,11 +41,11 @@ class Progress:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line of its own."""
         self._console.print(f"[dim]{text}[/dim]", highlight=False)
 
     def begin(self, run: Run) -> None:
-        """A run of the generator begins."""
+        """Note that a run of the generator begins."""
         self._run = run
         self._begun = time.perf_counter()
         self._last = Event("progress")

@@ -1,4 +1,4 @@
-"""Requests to send: prompts of a fixed number of tokens, from a file, or a trace with arrival times."""
+"""Questions have prompts of a fixed number of tokens, or come from a file, which may be a trace with arrival times."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ OPENINGS = (
     "List three facts about {}.",
 )
 COUNT = 128
-"""Different prompts of a fixed length; they are used in turn."""
+"""There are so many different prompts of a fixed length, which are used in turn."""
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
-    """A line of a file of prompts."""
+    """This is a line of a file of prompts."""
 
     prompt: str | list[int] | None = None
     messages: list[dict[str, Any]] | None = None
@@ -79,26 +79,26 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What each request asks for."""
+    """A workload says what each request asks for."""
 
     prompt_tokens: int = 128
     file: Path | None = None
     output_tokens: int = 100
     natural: bool = False
-    """Let the model end its answers; else they have `output_tokens`."""
+    """Whether the model ends its answers; otherwise they have `output_tokens`."""
     chat: bool = False
     temperature: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
-    """More fields of the body."""
+    """More fields of each body."""
     seed: int = 0
 
     @property
     def path(self) -> str:
-        """The endpoint."""
+        """The path of the endpoint that takes these requests."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
     def body(self, target: Target, prompt: str | list[int] | None, messages: Any, max_tokens: int | None) -> Any:
-        """One request's body."""
+        """Return the body of one request."""
         body: dict[str, Any] = {"model": target.model}
         if messages is not None or self.chat:
             body["messages"] = messages or [{"role": "user", "content": prompt}]
@@ -112,7 +112,7 @@ class Workload:
 
 
 def prepare(work: Workload, target: Target, api_key: str | None) -> tuple[list[Question], list[str]]:
-    """The requests, and what a reader of the report should know about them.
+    """Make the questions, and say what a reader of the report should know about them.
 
     Raises:
         BenchInputError: the file holds none, or is not as it should be.
@@ -124,7 +124,7 @@ def prepare(work: Workload, target: Target, api_key: str | None) -> tuple[list[Q
 
 
 def read(work: Workload, target: Target) -> list[Question]:
-    """Requests of a JSONL file: `prompt` or `messages`, and `max_tokens` and `at` (seconds) if wanted.
+    """Read questions from JSON lines with `prompt` or `messages`, and `max_tokens` and `at` (seconds) if wanted.
 
     Raises:
         BenchInputError: a line is not as it should be.
@@ -158,7 +158,7 @@ def read(work: Workload, target: Target) -> list[Question]:
 
 
 def fixed_length(work: Workload, target: Target, api_key: str | None) -> tuple[list[Any], list[str]]:
-    """English prompts of `prompt_tokens`: as token ids where the server has `/tokenize`, else near that many words."""
+    """Make English prompts of `prompt_tokens`: token ids if the server has `/tokenize`, or else about as many words."""
     chance = random.Random(work.seed)
     if not work.chat:
         try:
@@ -174,7 +174,7 @@ def fixed_length(work: Workload, target: Target, api_key: str | None) -> tuple[l
 
 
 def _cut(chance: random.Random, count: int, target: Target, api_key: str | None) -> list[int]:
-    """Exactly so many tokens; short prompts are whole sentences if some sentence has that length."""
+    """Make a prompt of exactly so many tokens; a short one is a whole sentence if some sentence has that length."""
     best: list[int] = []
     for _ in range(8):
         body = {"model": target.model, "prompt": _text(chance, count)}
@@ -190,7 +190,7 @@ def _cut(chance: random.Random, count: int, target: Target, api_key: str | None)
 
 
 def _text(chance: random.Random, words: int) -> str:
-    """Sentences of at least so many words."""
+    """Return sentences with at least so many words in all."""
     text = ""
     while len(text.split()) < words or not text:
         text += (" " if text else "") + chance.choice(OPENINGS).format(chance.choice(SUBJECTS))

@@ -1,4 +1,4 @@
-"""One request as the client saw it."""
+"""A record is one request as the client saw it."""
 
 from __future__ import annotations
 
@@ -12,52 +12,54 @@ MALFORMED = "malformed stream"
 ERROR_EVENT = "error in the stream"
 EMPTY = "empty answer"
 UNFINISHED = "unfinished at the end"
-"""Not a failure: the run ended first."""
+"""This is not a failure: the run ended first."""
 
 
 class Record(msgspec.Struct):
-    """Times are seconds of the monotonic clock (`sent`, `due`) or seconds since `sent` (the others)."""
+    """A record's times are seconds of the monotonic clock (`sent`, `due`) or seconds since `sent` (the others)."""
 
     sent: float
     due: float | None = None
-    """When an open-loop request should have been sent."""
+    """The time at which a request of an open loop should have been sent."""
     seconds: float = 0.0
-    """Until the end of the answer, or until it failed."""
+    """The time until the end of the answer, or until the request failed."""
     chunks: list[float] = []
-    """When each piece of text came."""
+    """The times at which the pieces of text came."""
     prompt_tokens: int | None = None
     tokens: int | None = None
-    """Output tokens."""
+    """The number of output tokens."""
     counted_by: str = "usage"
-    """Where `tokens` is from: the server's usage, the length asked for, or the number of chunks."""
+    """The source of `tokens`: the server's usage, the length asked for, or the number of chunks."""
     steps: int | None = None
-    """Decoding steps, where the server tells."""
+    """The number of decoding steps, if the server tells."""
     finish: str | None = None
     reason: str | None = None
-    """Why it failed; None if it did not."""
+    """The reason why it failed, or that it is unfinished; None if it was answered."""
     detail: str = ""
 
     @property
     def ended(self) -> float:
-        """Monotonic seconds."""
+        """The time at which it ended, in seconds of the monotonic clock."""
         return self.sent + self.seconds
 
     @property
     def ok(self) -> bool:
+        """Whether the request was answered to its end."""
         return self.reason is None
 
     @property
     def failed(self) -> bool:
+        """Whether something went wrong; a request that is unfinished has not failed."""
         return self.reason is not None and self.reason != UNFINISHED
 
     @property
     def ttft(self) -> float | None:
-        """Seconds from sending to the first text."""
+        """The seconds from sending to the first text."""
         return self.chunks[0] if self.chunks else None
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per output token after the first, from the count of tokens; None for a single token.
+        """The seconds per output token after the first, by the count of tokens; None for a single token.
 
         With several tokens in a chunk the gaps between chunks say something else: see `gaps`.
         """
@@ -67,15 +69,15 @@ class Record(msgspec.Struct):
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between neighbouring chunks."""
+        """The seconds between neighbouring chunks."""
         return [b - a for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
     def chunks_between(self, start: float, end: float) -> int:
-        """Chunks that came within a window of the monotonic clock."""
+        """Count the chunks that came within a window of the monotonic clock."""
         return sum(start <= self.sent + at < end for at in self.chunks)
 
     def tokens_between(self, start: float, end: float) -> float:
-        """Output tokens that came within a window of the monotonic clock; a request's chunks are taken as equal."""
+        """Return the output tokens that came within a window of the monotonic clock, taking chunks as equal."""
         if not self.chunks or not self.tokens:
             return 0.0
         return self.tokens * self.chunks_between(start, end) / len(self.chunks)

@@ -1,4 +1,4 @@
-"""Records on their way out of the generator: a worker sends them to the master, the master writes them."""
+"""Records leave the generator this way: a worker sends them to the master, and the master writes them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from manyheads.bench.plan import Use
 from manyheads.bench.record import Record
 
 EVERY = 0.5
-"""Seconds between messages of a worker."""
+"""A worker sends a batch each time that so many seconds have gone by."""
 TIMER = 0.01
-"""Seconds of the timer whose lateness is watched."""
+"""The timer whose lateness is watched is set to so many seconds."""
 
 
 class Batch(msgspec.Struct):
-    """What a process has to tell."""
+    """A batch is what a process has to tell since its last one."""
 
     records: list[Record]
     use: Use
@@ -28,7 +28,7 @@ class Batch(msgspec.Struct):
 
 
 class Writer:
-    """Writes batches to files (records, and beside them what the processes were busy with) and counts."""
+    """A writer counts what batches hold and writes it to files: records, and how busy the processes were."""
 
     def __init__(self, records: str) -> None:
         self._records = open(records, "wb")  # noqa: SIM115 (closed by `close`)
@@ -38,9 +38,11 @@ class Writer:
 
     @property
     def in_flight(self) -> int:
+        """The number of requests under way in all processes, by their last batches."""
         return sum(self._in_flight.values())
 
     def add(self, batch: Batch) -> None:
+        """Write and count a batch."""
         for record in batch.records:
             self._records.write(msgspec.json.encode(record) + b"\n")
             self.done += record.ok
@@ -52,12 +54,13 @@ class Writer:
         self._in_flight[batch.use.worker] = batch.in_flight
 
     def close(self) -> None:
+        """Close the files."""
         self._records.close()
         self._uses.close()
 
 
 class Observer:
-    """Collects one process's records and watches how busy the process is.
+    """An observer collects one process's records, and watches how busy the process is.
 
     Args:
         behind: seconds by which this machine's clock is behind that of the master.
@@ -73,7 +76,7 @@ class Observer:
         gevent.spawn(self._watch)
 
     def take(self) -> Batch:
-        """What has come since the last call."""
+        """Return what has come since the last call."""
         now, cpu = time.perf_counter(), time.process_time()
         records, lags = self._records[:], self._lags
         self._records.clear()
@@ -92,17 +95,17 @@ class Observer:
 
 
 def uses_path(records: str) -> str:
-    """The file beside the records."""
+    """Return the path of the file of uses, which stands beside the records."""
     return f"{records}.use"
 
 
 def read_records(path: str) -> list[Record]:
-    """Records of a run; none if it wrote none."""
+    """Read the records of a run; there are none if it wrote none."""
     return _read(path, Record) if os.path.exists(path) else []
 
 
 def read_uses(records: str) -> list[Use]:
-    """What the processes were busy with."""
+    """Read how busy the processes were, which stands in the file beside the records."""
     path = uses_path(records)
     return _read(path, Use) if os.path.exists(path) else []
 

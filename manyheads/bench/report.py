@@ -1,4 +1,4 @@
-"""The report of one run: an HTML file that needs no other, with the figures beside it as JSON and CSV."""
+"""The report of a run is an HTML file that needs no other, with the figures beside it as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 @dataclass
 class Table:
-    """A table of the page."""
+    """This is a table of the page."""
 
     title: str
     head: Sequence[str]
@@ -32,7 +32,7 @@ class Table:
 
 
 def write(found: Result, records: Sequence[Record], folder: Path) -> Path:
-    """Write everything into a folder; the page's path."""
+    """Write everything into a folder, and return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     result.save(found, folder / result.FILE)
     write_levels(found, folder / "levels.csv")
@@ -43,7 +43,7 @@ def write(found: Result, records: Sequence[Record], folder: Path) -> Path:
 
 
 def write_levels(found: Result, path: Path) -> None:
-    """A row for each load; times are seconds."""
+    """Write a row for each load; times are in seconds."""
     plain: tuple[str, ...] = (
         "load",
         "seconds",
@@ -66,7 +66,7 @@ def write_levels(found: Result, path: Path) -> None:
 
 
 def write_requests(records: Sequence[Record], path: Path) -> None:
-    """A row for each request; `sent` is seconds from the first."""
+    """Write a row for each request; `sent` is in seconds from the first."""
     begin = min((r.sent for r in records), default=0.0)
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
@@ -78,7 +78,7 @@ def write_requests(records: Sequence[Record], path: Path) -> None:
 
 
 def render(found: Result) -> str:
-    """The page."""
+    """Return the page, as HTML."""
     return page(
         title=f"Load test: {found.name}",
         subtitle=f"{found.created} · {work(found)}{' · interrupted' if found.interrupted else ''}",
@@ -98,7 +98,7 @@ def page(**parts: Any) -> str:
 
 
 def work(found: Result) -> str:
-    """What every request asked for."""
+    """Return what every request asked for, in words."""
     settings = found.settings
     given = settings.get("prompts") or f"{settings.get('prompt_tokens')} tokens in"
     most = "up to " if settings.get("natural") else ""
@@ -106,7 +106,7 @@ def work(found: Result) -> str:
 
 
 def name(found: Result, level: Level) -> str:
-    """A load's name in legends."""
+    """Return a load's name in legends."""
     if found.kind == "users":
         return "1 user" if level.load == 1 else f"{level.load:g} users"
     return f"{level.load:g}/s" if found.kind == "rate" else f"{level.load:g} ×"
@@ -168,7 +168,7 @@ def _plots(found: Result) -> list[tuple[str, str, str]]:
 
 
 def quantile(key: str, statistic: str) -> Any:
-    """How to take a figure of a load."""
+    """Return a function that takes a figure of a load."""
     return lambda level: getattr(getattr(level, key), statistic, None)
 
 
@@ -178,7 +178,7 @@ def _objectives(found: Result) -> str:
 
 
 def optional(value: float | None, form: str = "{:.2f}") -> str:
-    """A figure, or a dash."""
+    """Return a figure as text, or a dash."""
     return "–" if value is None else form.format(value)
 
 
@@ -228,7 +228,7 @@ def _failures(found: Result) -> list[Table]:
 
 
 def setup(found: Result) -> list[tuple[str, str]]:
-    """How it was measured, for the reader."""
+    """Tell the reader how it was measured."""
     target, where, limit = found.target, found.machine, found.limit
     server = str(target.get("server") or "unknown server")
     if target.get("started_here"):

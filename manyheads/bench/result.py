@@ -1,4 +1,4 @@
-"""What a load test found: the contents of `report.json`."""
+"""A result is what a load test found; `report.json` holds it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from manyheads.bench.plan import BenchInputError, Kind
 FORMAT = 1
 FILE = "report.json"
 UNITS = {"users": "users", "rate": "requests/s", "trace": "times the trace's speed"}
-"""What a load counts."""
+"""These are the units of loads, by the kind of test."""
 
 
 class Summary(msgspec.Struct):
-    """A distribution of seconds."""
+    """A summary describes a distribution of seconds."""
 
     n: int
     mean: float
@@ -26,24 +26,24 @@ class Summary(msgspec.Struct):
     p99: float
     max: float
     quantiles: list[float]
-    """At 0, 2, 4, … 100 per cent."""
+    """The quantiles at 0, 2, 4, … 100 per cent."""
 
 
 class Generator(msgspec.Struct):
-    """How busy the load generator was while a load was held."""
+    """These figures say how busy the load generator was while a load was held."""
 
     cpu: float | None = None
-    """Share of one core that its busiest process took."""
+    """The share of one core that its busiest process took."""
     lag: float | None = None
-    """Seconds by which its timers were late, 95th percentile."""
+    """The 95th percentile of the seconds by which its timers were late."""
     late: float | None = None
-    """Seconds by which open-loop requests were sent late, 99th percentile."""
+    """The 99th percentile of the seconds by which open-loop requests were sent late."""
     bound: list[str] = []
-    """Why this load is the generator's limit and not the server's; empty if it is not."""
+    """The reasons why this load is the generator's limit and not the server's; empty if it is not."""
 
 
 class Level(msgspec.Struct):
-    """One load, or (`Result.whole`) all of them."""
+    """A level has the figures of one load, or (`Result.whole`) of all of them."""
 
     load: float
     seconds: float
@@ -54,14 +54,14 @@ class Level(msgspec.Struct):
     failures: dict[str, int] = {}
     requests_per_s: float = 0.0
     prompt_tokens: float | None = None
-    """Mean of a request."""
+    """The mean of a request's prompt tokens."""
     output_tokens: float | None = None
-    """Mean of a request."""
+    """The mean of a request's output tokens."""
     output_tokens_per_s: float = 0.0
     total_tokens_per_s: float = 0.0
-    """Output tokens that came, and prompt tokens of requests that ended."""
+    """Both the output tokens that came and the prompt tokens of requests that ended."""
     in_flight: float = 0.0
-    """Mean number of requests under way."""
+    """The mean number of requests under way."""
     ttft: Summary | None = None
     tpot: Summary | None = None
     gap: Summary | None = None
@@ -69,29 +69,29 @@ class Level(msgspec.Struct):
     tokens_per_chunk: float | None = None
     tokens_per_step: float | None = None
     acceptance: list[float] = []
-    """Share of trees that were accepted to depth 1, 2, …"""
+    """The share of trees that were accepted to depth 1, 2, …"""
     good: int = 0
-    """Requests within both objectives."""
+    """The number of requests within both objectives."""
     goodput: float = 0.0
-    """Requests a second within both objectives."""
+    """The requests a second within both objectives."""
     overloaded: bool = False
     interrupted: bool = False
-    """It was not held as long as it should have been."""
+    """Whether it was not held as long as it should have been."""
     generator: Generator = msgspec.field(default_factory=Generator)
 
 
 class Memory(msgspec.Struct):
-    """Bytes at a time, in seconds from the start of the first load."""
+    """This is the memory in bytes at a time, which is in seconds from the start of the first load."""
 
     at: float
     host: int | None = None
     gpu: int | None = None
     parts: dict[str, int] = {}
-    """Weights, heads, K/V cache, …: where the server tells."""
+    """The bytes of weights, heads, K/V cache, …, if the server tells."""
 
 
 class Point(msgspec.Struct):
-    """A moment of the run."""
+    """A point has the figures of a moment of the run."""
 
     at: float
     in_flight: float
@@ -99,11 +99,11 @@ class Point(msgspec.Struct):
     tokens_per_s: float
     failures_per_s: float
     p50: float | None = None
-    """Seconds: median latency of the requests that ended then."""
+    """The median latency of the requests that ended then, in seconds."""
 
 
 class Result(msgspec.Struct):
-    """A whole load test."""
+    """A result has everything that a report shows."""
 
     name: str
     created: str
@@ -112,24 +112,24 @@ class Result(msgspec.Struct):
     target: dict[str, Any]
     machine: dict[str, Any]
     objectives: dict[str, float]
-    """`ttft` and `tpot`, seconds."""
+    """The most seconds that `ttft` and `tpot` should take."""
     levels: list[Level]
     whole: Level
     memory: list[Memory] = []
     timeline: list[Point] = []
     limit: dict[str, float] = {}
-    """What the generator alone could do: requests and chunks a second."""
+    """The requests and chunks a second that the generator alone could do."""
     counted_by: dict[str, int] = {}
     details: dict[str, list[str]] = {}
     """Examples of what the server said, by reason of failure."""
     notes: list[str] = []
     interrupted: str | None = None
-    """Where the test was ended by Ctrl-C, or because its load generator stood still; None if it ran to its end."""
+    """The place where Ctrl-C, or a load generator that stood still, ended the test; None if it ran to its end."""
     format: Literal[1] = FORMAT  # type: ignore[assignment]
 
     @property
     def unit(self) -> str:
-        """What a level's load counts."""
+        """The unit of a level's load."""
         return UNITS[self.kind]
 
 
@@ -142,7 +142,7 @@ def load(path: Path) -> Result:
     """Read a report, given its file or its folder.
 
     Raises:
-        BenchInputError: there is none.
+        BenchInputError: there is no report.
     """
     file = path / FILE if path.is_dir() else path.with_name(FILE) if path.suffix == ".html" else path
     try:

@@ -1,4 +1,4 @@
-"""Starts `manyheads serve` for a load test, and asks servers who they are."""
+"""A load test starts `manyheads serve`, or asks a server that runs who it is."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _READY = re.compile(r"manyheads serves .* at (http://\S+)")
 
 @dataclass
 class Target:
-    """A running server."""
+    """A target is a running server that is asked."""
 
     url: str
     model: str
     pid: int | None = None
     owner: str = ""
-    """Who the server says owns the model: tells manyheads, vLLM, … apart."""
+    """The owner of the model by the server's word, which tells manyheads, vLLM, … apart."""
     heads: int | None = None
     options: tuple[str, ...] = ()
     started_here: bool = False
@@ -37,7 +37,7 @@ class Target:
 
 @contextlib.contextmanager
 def started(model: str, options: Sequence[str], ready_seconds: float = 600.0) -> Iterator[tuple[str, int]]:
-    """Serve a model while the block lasts; (URL, process id).
+    """Serve a model while the block lasts, which is given URL and process id.
 
     Raises:
         BenchError: it did not start; the message has what it said.
@@ -71,10 +71,10 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Any, seconds: float) -> s
 
 
 def clean_url(url: str) -> str:
-    """A server's URL without `/v1` and the last slash.
+    """Return a server's URL without `/v1` and the last slash.
 
     Raises:
-        BenchInputError: it is none.
+        BenchInputError: the text is no URL.
     """
     parts = urlsplit(url)
     try:
@@ -87,10 +87,10 @@ def clean_url(url: str) -> str:
 
 
 def get(url: str, body: Any = None, api_key: str | None = None, timeout: float = 30.0) -> Any:
-    """JSON from a server.
+    """Get JSON from a server.
 
     Raises:
-        OSError, ValueError: no answer, a refusal, or no JSON.
+        OSError, ValueError: the server does not answer, refuses, or does not answer with JSON.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     data = None if body is None else json.dumps(body).encode()

@@ -1,4 +1,4 @@
-"""From records to figures."""
+"""Records become figures here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from manyheads.bench.record import UNFINISHED, Record
 from manyheads.bench.result import Generator, Level, Point, Summary
 
 NEAR_LIMIT = 0.9
-"""Share of a core from which on a process of the generator is taken to be at its limit; Locust's own threshold."""
+"""A process of the generator that takes this share of a core is at its limit; Locust has the same threshold."""
 LAG = 0.05
-"""Seconds: timers that are later than this blur times to first token."""
+"""Timers that are late by more seconds than this blur times to first token."""
 LATE = 0.1
-"""Seconds: arrivals later than this are no longer the load that was asked for."""
+"""Arrivals that are late by more seconds than this are no longer the load that was asked for."""
 ANSWERED = 0.9
-"""Share of arrivals that a server must answer while they come, not to count as overloaded."""
+"""A server that answers a smaller share of arrivals than this while they come counts as overloaded."""
 CHANCE = 4.0
 """Standard deviations, by Poisson, by which what is under way may grow: arrivals come in bursts, and these are answered
 slower than others."""
@@ -25,7 +25,7 @@ POINTS = 60
 
 
 def percentile(ordered: Sequence[float], p: float) -> float:
-    """Of sorted values, linear between neighbours as numpy has it; p in [0, 100]."""
+    """Return a percentile of sorted values, linear between neighbours as numpy has it; p is in [0, 100]."""
     place = (len(ordered) - 1) * p / 100
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
@@ -33,7 +33,7 @@ def percentile(ordered: Sequence[float], p: float) -> float:
 
 
 def summarize(values: Sequence[float | None]) -> Summary | None:
-    """Of the values that are there; None of nothing."""
+    """Return the summary of the values that are there, or None if there are none."""
     ordered = sorted(v for v in values if v is not None)
     if not ordered:
         return None
@@ -50,7 +50,7 @@ def make_level(
     kind: Kind,
     objectives: dict[str, float],
 ) -> Level:
-    """Figures of a window of the monotonic clock.
+    """Return the figures of a window of the monotonic clock.
 
     Throughput counts what came within it. Latencies are, in a closed loop, of the requests that ended within it; in an
     open loop, of those sent within it, however late they were answered: at overload the others are the quick ones.
@@ -103,14 +103,14 @@ def make_level(
 
 
 def meets(record: Record, objectives: dict[str, float]) -> bool:
-    """Whether a request was within the objectives; one without a second token has no time per token to miss."""
+    """Tell whether a request was within the objectives; one without a second token has no time per token to miss."""
     if not record.ok or record.ttft is None:
         return False
     return record.ttft <= objectives["ttft"] and (record.tpot is None or record.tpot <= objectives["tpot"])
 
 
 def generator_use(uses: Sequence[Use], records: Sequence[Record], window: tuple[float, float]) -> Generator:
-    """How busy the generator was, and whether that spoils the window's figures."""
+    """Return how busy the generator was, and whether that spoils the window's figures."""
     start, end = window
     inside = [u for u in uses if start <= u.at < end]
     busy: dict[int, tuple[float, float]] = {}
@@ -133,7 +133,7 @@ def generator_use(uses: Sequence[Use], records: Sequence[Record], window: tuple[
 
 
 def make_timeline(records: Sequence[Record], start: float, end: float) -> list[Point]:
-    """The run in at most POINTS slices of at least a second."""
+    """Cut the run into at most POINTS slices of at least a second, and return their figures."""
     if end <= start:
         return []
     width = max(1.0, (end - start) / POINTS)

@@ -1,4 +1,4 @@
-"""Locust's users: `AskingUser` asks one question after another, `ArrivalUser` sends whenever a request is due."""
+"""Locust's users ask here: an `AskingUser` one question after another, an `ArrivalUser` whenever a request is due."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from manyheads.bench.plan import Question, Run
 from manyheads.bench.record import UNFINISHED, Record
 
 PAUSE_AFTER_FAILURE = 1.0
-"""Seconds: a server that refuses at once is not to be asked a thousand times a second."""
+"""A user pauses so many seconds, for a server that refuses at once is not to be asked a thousand times a second."""
 
 
 class Traffic:
-    """What the users of one process share: requests in turn, the client, and where records go."""
+    """The users of one process share this: questions in turn, the client, and where records go."""
 
     def __init__(self, run: Run, questions: list[Question], environment: Any, share: tuple[int, int] = (0, 1)) -> None:
         self.run = run
@@ -44,7 +44,7 @@ class Traffic:
         self.listeners: list[Callable[[Record], None]] = []
 
     def ask(self, body: bytes | None = None, due: float | None = None) -> Record:
-        """Send the next request, or this one; fires Locust's events."""
+        """Send the next request, or this one, and fire Locust's events."""
         record = Record(sent=0.0, due=due, chunks=[], reason=UNFINISHED)
         try:
             self.client.ask(next(self._turn) if body is None else body, record)
@@ -55,7 +55,7 @@ class Traffic:
         return record
 
     def arrivals(self) -> Iterator[tuple[float, bytes]]:
-        """(seconds from the start, request) of this process's part of an open-loop run."""
+        """Yield this process's part of an open-loop run: seconds from the start, and the request that is due then."""
         stage = self.run.stages[0]
         length = stage.settle + stage.seconds
         if self.run.kind == "trace":
@@ -70,7 +70,7 @@ class Traffic:
 
 
 def fire(environment: Any, path: str, record: Record) -> None:
-    """Rows of Locust's tables: the request, its time to first token, its time per output token (ms, as all there)."""
+    """Fill rows of Locust's tables: the request, its time to first token, its time per output token (all in ms)."""
     fire_event = environment.events.request.fire
     error = None if record.ok else RuntimeError(f"{record.reason} {record.detail}".strip())
     common: dict[str, Any] = {"context": {}, "exception": None, "response_length": 0}
@@ -83,7 +83,7 @@ def fire(environment: Any, path: str, record: Record) -> None:
 
 
 class AskingUser(locust.User):
-    """Closed loop: asks, reads the answer to its end, asks the next."""
+    """A user of a closed loop asks, reads the answer to its end, and asks the next question."""
 
     abstract = True
     wait_time = locust.constant(0)
@@ -101,14 +101,14 @@ class AskingUser(locust.User):
 
 
 class ArrivalUser(locust.User):
-    """Open loop: sends at the times of `Traffic.arrivals` whatever is still unanswered. One of these a process."""
+    """In an open loop each process has one user, which sends at the times of `Traffic.arrivals`, answered or not."""
 
     abstract = True
     wait_time = locust.constant(0)
 
     @locust.task
     def send_all(self) -> None:
-        """The whole run, then wait for the answers."""
+        """Send the requests of the whole run, and wait for the answers."""
         traffic: Traffic = self.environment.traffic
         group = gevent.pool.Group()
         start = time.perf_counter()

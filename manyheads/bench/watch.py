@@ -1,4 +1,4 @@
-"""Looks at the server while it is loaded: memory of its processes, of the GPU, its counters."""
+"""The server is watched while it is loaded: memory of its processes and of the GPU, and its own counters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
 
 class Watch:
-    """A thread that looks once a second.
+    """A watch is a thread that looks at a server once a second.
 
     Args:
         url: the server's.
@@ -30,7 +30,7 @@ class Watch:
         self._url, self._key, self._every = url, api_key, every
         self.pid = pid if pid is not None else listener(url)
         self.memory: list[tuple[float, Memory]] = []
-        """(seconds of the monotonic clock, sizes)"""
+        """Pairs of the monotonic time in seconds and the sizes then."""
         self.counters: list[tuple[float, Counters]] = []
         self._gpu = shutil.which("nvidia-smi") if self.pid is not None else None
         self._visible = visible_gpus(self.pid) if self.pid is not None else None
@@ -46,7 +46,7 @@ class Watch:
         self._thread.join()
 
     def between(self, start: float, end: float) -> tuple[Counters, Counters] | None:
-        """The looks closest to two times; None without two."""
+        """Return the looks closest to two times, or None if there are no two."""
         if len(self.counters) < 2:
             return None
         first = min(self.counters, key=lambda look: abs(look[0] - start))
@@ -61,6 +61,7 @@ class Watch:
                 return
 
     def look(self) -> None:
+        """Look at the server's counters and memory now."""
         now = time.perf_counter()
         seen = counters.look(self._url, self._key)
         if seen is not None:
@@ -72,7 +73,7 @@ class Watch:
 
 
 def resident(pid: int) -> int | None:
-    """Resident bytes of a process and its children (pages that they share count for each); None if it is gone."""
+    """Return the resident bytes of a process and its children, shared pages once for each; None if it is gone."""
     try:
         parent = psutil.Process(pid)
         processes = [parent, *parent.children(recursive=True)]
@@ -88,7 +89,7 @@ def resident(pid: int) -> int | None:
 
 
 def listener(url: str) -> int | None:
-    """The process that listens at a local URL; None if it is elsewhere or not to be seen."""
+    """Return the process that listens at a local URL, or None if it is elsewhere or not to be seen."""
     parts = urlsplit(url)
     if parts.hostname not in LOCAL:
         return None
@@ -102,7 +103,7 @@ def listener(url: str) -> int | None:
 
 
 def visible_gpus(pid: int) -> str | None:
-    """The process's CUDA_VISIBLE_DEVICES; None if it may use all GPUs, or cannot be asked."""
+    """Return the process's CUDA_VISIBLE_DEVICES, or None if it may use all GPUs, or cannot be asked."""
     try:
         visible: str | None = psutil.Process(pid).environ().get("CUDA_VISIBLE_DEVICES")
     except psutil.Error:
@@ -111,7 +112,7 @@ def visible_gpus(pid: int) -> str | None:
 
 
 def gpu_bytes(nvidia_smi: str, gpus: str | None = None) -> int | None:
-    """Memory in use on these GPUs (None: all), by whatever process; None if it cannot be had.
+    """Return the bytes in use on these GPUs (None: all), by whatever process, or None if they cannot be had.
 
     Args:
         gpus: indices or UUIDs, separated by commas.

@@ -1,4 +1,4 @@
-"""Locust's web page for a server with OpenAI's interface: `locust -f locustfile.py -H http://127.0.0.1:8000`.
+"""Locust's web page can load a server with OpenAI's interface: `locust -f locustfile.py -H http://127.0.0.1:8000`.
 
 Beside each request's row there are rows for its time to first token (TTFT) and time per output token (TPOT).
 """
@@ -17,7 +17,7 @@ from manyheads.bench.users import AskingUser, Traffic
 
 
 class ChatUser(AskingUser):
-    """Asks, reads the answer to its end, asks the next."""
+    """A user of the page asks, reads the answer to its end, and asks the next question."""
 
     host = "http://127.0.0.1:8000"
 
@@ -33,7 +33,7 @@ def _options(parser: Any) -> None:
 
 @events.test_start.add_listener
 def _prepare(environment: Any, **_: Any) -> None:
-    """Requests for this host; on the processes that have users."""
+    """Prepare questions for this host, in the processes that have users."""
     if isinstance(environment.runner, runners.MasterRunner):
         return
     options = environment.parsed_options

@@ -1,4 +1,4 @@
-"""The command `manyheads`: a module for each subcommand or two, whose heavy imports wait until it runs."""
+"""The command `manyheads` has a module for each subcommand or two, whose heavy imports wait until it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manyheads.cli.parser import Parser
 
 
 def make_parser() -> Parser:
-    """The parser of the whole command."""
+    """Return the parser of the whole command."""
     parser = Parser(prog="manyheads", description="Serves language models with Medusa heads to many people at once.")
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.set_defaults(run=lambda args: _no_command(args, parser))
@@ -22,7 +22,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 2 for what cannot be done as asked, 1 for what went wrong."""
+    """Run a command, and return its exit status: 2 for what cannot be done as asked, 1 for what went wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -41,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _expected(error: Exception) -> bool:
-    """Whether the message says it all (a wrong setting, a missing file, an engine that told why it stopped)."""
+    """Tell whether the message says it all (a wrong setting, a missing file, an engine that told why it stopped)."""
     # NOTE: by the names of the classes' modules, for this must not import what a command did not need
     ours = type(error).__module__.startswith("manyheads.")
     return ours or isinstance(error, OSError)
 
 
 def _no_command(args: argparse.Namespace, parser: Parser) -> int:
-    """What `manyheads` does by itself: print its version, or else how it is used."""
+    """Print the version if that is asked for, and otherwise how the command is used."""
     if args.version:
         from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""`manyheads bench`: load tests, their reports, and Locust's web page."""
+"""`manyheads bench` makes load tests and their reports, and opens Locust's web page."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def add_commands(program: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, compare, or open the page; 1 if no request was answered, 130 if Ctrl-C ended it early."""
+    """Measure, compare, or open the page; return 1 if no request was answered, 130 if the test was ended early."""
     missing = [name for name in ("locust", "matplotlib", "psutil") if importlib.util.find_spec(name) is None]
     if missing:  # NOTE: not by importing it: Locust changes the standard library of the process
         raise ConfigError(f"load tests need {', '.join(missing)}: pip install 'manyheads[bench]'")
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def bench_options(args: argparse.Namespace) -> Options:
-    """What to measure, from the options.
+    """Make what is to be measured from the options.
 
     Raises:
         BenchInputError: they make no sense.
@@ -198,10 +198,10 @@ def _check(args: argparse.Namespace, mode: str) -> None:
 
 
 def parse_loads(text: str, kind: str, most: float) -> tuple[float, ...]:
-    """Numbers with commas between them, in rising order.
+    """Return the numbers of a text, which has commas between them, in rising order.
 
     Raises:
-        BenchInputError: they are none.
+        BenchInputError: the text has something else.
     """
     try:
         loads = sorted({float(part) for part in text.split(",") if part.strip()})
@@ -226,7 +226,7 @@ def _body(text: str) -> dict[str, Any]:
 
 
 def _settings(options: Options, mode: str, body: str) -> dict[str, Any]:
-    """What was asked for, for the report."""
+    """Return what was asked for, as the report shows it."""
     work = options.work
     settings: dict[str, Any] = {"mode": mode, "hold": f"{options.hold:g} s"}
     if options.ramp is None:
@@ -241,7 +241,7 @@ def _settings(options: Options, mode: str, body: str) -> dict[str, Any]:
 
 
 def _join(args: argparse.Namespace) -> int:
-    """Make load for one test after the other; each has a process of its own."""
+    """Make load for one test after the other, each in a process of its own."""
     split_address(args.join)
     if args.api_key:
         os.environ["MANYHEADS_API_KEY"] = args.api_key
@@ -259,7 +259,7 @@ def _join(args: argparse.Namespace) -> int:
 
 
 def _ui(args: argparse.Namespace) -> int:
-    """Become Locust with our users."""
+    """Become Locust, with our users."""
     from manyheads.bench import web
 
     command = [sys.executable, "-m", "locust", "-f", web.__file__, "--prompt-tokens", str(args.prompt_tokens or 128)]

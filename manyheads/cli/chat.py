@@ -1,4 +1,4 @@
-"""`manyheads chat`: a conversation in the terminal, with the model in this process or on a server."""
+"""`manyheads chat` is a conversation in the terminal, with a model in this process or on a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops a reply"
 
 @dataclass
 class Piece:
-    """What came of a reply: new text, and the counts so far where they are known."""
+    """A piece of a reply is new text, with the counts so far if they are known."""
 
     text: str = ""
     num_tokens: int = 0
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def converse(ask: Ask, name: str, system: str | None = None) -> int:
-    """Read, answer, remember."""
+    """Read what the user says, answer it, and remember both, until the end of the input; return the exit status."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
@@ -85,7 +85,7 @@ def converse(ask: Ask, name: str, system: str | None = None) -> int:
 
 
 def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
-    """Print a reply as it comes; None if there is none."""
+    """Print a reply as it comes, and return it, or None if there is none."""
     parts: list[str] = []
     last = Piece()
     begin = time.perf_counter()

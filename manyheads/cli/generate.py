@@ -1,4 +1,4 @@
-"""`manyheads generate`: prompts from a file or standard input, answers as JSON lines, in order."""
+"""`manyheads generate` answers prompts from a file or standard input, as JSON lines and in order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """One line of JSON input."""
+    """This is one line of JSON input."""
 
     prompt: str | None = None
     messages: list[_Message] | None = None
@@ -38,7 +38,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 @dataclass
 class Item:
-    """One prompt of the input, or what is wrong with it."""
+    """An item is one prompt of the input, or what is wrong with it."""
 
     line: int
     echo: dict[str, Any]
@@ -74,7 +74,7 @@ def add_commands(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer every line; 1 if one of them could not be."""
+    """Answer every line; return 1 if one of them could not be answered."""
     from manyheads.frontend.llm import LLM
 
     params = sampling_params(args, n=args.n)
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_lines(name: str, form: str) -> list[tuple[int, _Line | str]]:
-    """Numbered lines that are not blank: parsed, or what is wrong with them.
+    """Return the lines that are not blank with their numbers, parsed, or what is wrong with them.
 
     Raises:
         ConfigError: the file is not there or not text.
@@ -116,7 +116,7 @@ def read_lines(name: str, form: str) -> list[tuple[int, _Line | str]]:
 
 
 def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) -> int:
-    """Run the model and write each answer as soon as all before it are written; the number of lines without one."""
+    """Write each answer as soon as all before it are written, and return the number of lines without one."""
     generations = [item.generation for item in items if item.generation is not None]
     failed = written = 0
 
@@ -150,7 +150,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parse(raw: bytes, form: str) -> _Line | str:
-    """A line, or what is wrong with it."""
+    """Return a line of input, or what is wrong with it."""
     try:
         if form == "txt":
             return _Line(prompt=raw.decode("utf-8"))

@@ -1,4 +1,4 @@
-"""`manyheads inspect` and `manyheads convert`: what a checkpoint of heads is, and the same heads in another format."""
+"""`manyheads inspect` says what a checkpoint of heads is, `manyheads convert` writes it in another format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from manyheads.cli.parser import Parser
 from manyheads.config import BUILTIN, ConfigError
 
 FORMATS = ("manyheads", "reference", "reference-full", "tgi", "vllm")
-"""What `convert` writes."""
+"""`convert` writes these formats."""
 
 
 def add_commands(parser: Parser) -> None:
@@ -33,7 +33,7 @@ def add_commands(parser: Parser) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Print what a checkpoint is; 1 if something is wrong with it."""
+    """Print what a checkpoint is; return 1 if something is wrong with it."""
     from manyheads.speculation.medusa.inspect import inspect_heads
 
     report = inspect_heads(args.heads, args.base)

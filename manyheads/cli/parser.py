@@ -1,4 +1,4 @@
-"""The parser, and options that several commands share. Defaults come from the configuration classes."""
+"""The parser gives advice, and has options that several commands share, whose defaults configuration classes set."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from manyheads.request import SamplingParams
 from manyheads.sizes import parse_size
 
 Run = Callable[[argparse.Namespace], int]
-"""A command, given its options; it returns the exit status."""
+"""What runs a command takes the values of its options, and returns the exit status."""
 
 
 def size(text: str) -> int:
-    """A size in bytes, as an option's type."""
+    """Read a size in bytes, as the type of an option."""
     try:
         return parse_size(text)
     except ConfigError as error:
@@ -54,7 +54,7 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "num_threads": (int, "CPU threads of the engine (default: all cores; take fewer where others are busy)"),
 }
 FLAGS = {"memory_bytes": "--memory"}
-"""Where an option is not named like its field."""
+"""These options are not named like their fields."""
 SAMPLING_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (int, "most output tokens (default: until the model stops)"),
     "max_steps": (int, "most decoding steps"),
@@ -71,7 +71,7 @@ SAMPLING_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with advice: what is wrong, and what was probably meant."""
+    """A parser is argparse's, with advice: what is wrong, and what was probably meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         return command
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """The options' values; what is unknown ends the program with advice from the command that it was given to."""
+        """Return the options' values; an unknown option ends the program, with advice from its command."""
         args = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -166,11 +166,11 @@ def _taken(parser: Parser, name: str) -> bool:
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's configuration from the options."""
+    """Make the engine's configuration from the options."""
     return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
 
 
 def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
-    """Sampling parameters from the options."""
+    """Make sampling parameters from the options."""
     given = {name: getattr(args, name) for name in SAMPLING_HELP}
     return SamplingParams(**given, stop=tuple(args.stop), **more).validate()

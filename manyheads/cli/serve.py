@@ -1,4 +1,4 @@
-"""`manyheads serve`."""
+"""`manyheads serve` answers requests over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`manyheads train` and `manyheads tree`: heads for a model, and what trees make of them."""
+"""`manyheads train` makes heads for a model, and `manyheads tree` measures what trees make of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manyheads.config import BUILTIN, ConfigError
 from manyheads.train.settings import PROJECTIONS, TrainSettings
 
 SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Tree sizes that are printed."""
+"""The table shows these sizes of trees."""
 
 GROUPS: dict[str, dict[str, tuple[type, str]]] = {
     "heads": {
