@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import BUILTIN, ROOT, get_json, machine, table, undisturbed
+from common import BUILTIN, ROOT, get_json, machine, table, undisturbed, write_json
 
 from manyheads.bench import result
 from manyheads.bench.server import started
@@ -161,7 +161,7 @@ def main() -> None:
                 ]
                 table(head, rows)
                 found["loads"][users] |= {"server": server, "off_by_%": rows}
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(args.out, found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, machine, table, undisturbed
+from common import ROOT, machine, table, undisturbed, write_json
 
 from manyheads.bench import result
 from manyheads.cli import main as manyheads
@@ -84,9 +83,7 @@ def main() -> int:
         cases[name] = [dict(zip(("figure", "was", "reported", "error"), row, strict=True)) for row in rows]
         print(f"{name}: {' '.join(argv)}")
         table(["", "was", "reported", "error, %"], [[row[0], row[1], row[2], 100 * row[3]] for row in rows])
-    args.out.write_text(
-        json.dumps({"machine": where, "worst_error": worst, "other_work": others, "cases": cases}, indent=1) + "\n"
-    )
+    write_json(args.out, {"machine": where, "worst_error": worst, "other_work": others, "cases": cases})
     print(f"worst error: {worst:.2%}")
     return 1 if args.check and worst > 0.02 else 0
 

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = ROOT / "manyheads" / "builtin" / "model"
 SPEC_BENCH = ROOT.parent / "shared" / "data" / "spec_bench.jsonl"
+LINE = 500
+"""Characters; in a result, a value whose JSON is no longer than this stays on one line."""
+RECORDS = 32
+"""In a result, a list or object with more entries is a series, such as memory over time: it stays on one line, too."""
 
 
 def machine() -> dict[str, Any]:
@@ -62,12 +64,16 @@ class Others:
 
 def _busy() -> float:
     """Seconds that all cores were not idle, also those that a virtual machine did not get."""
+    import psutil  # here, since vLLM's environment, in which gpu.py runs too, may lack it
+
     times = psutil.cpu_times()
     return float(sum(times[:8]) - times.idle - times.iowait)
 
 
 def _ours() -> float:
     """Seconds of this process and all below it, ended or not."""
+    import psutil
+
     total = 0.0
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         with contextlib.suppress(psutil.Error):
@@ -122,7 +128,31 @@ def save(path: Path, part: str, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     everything = json.loads(path.read_text()) if path.exists() else {}
     everything[part] = result
-    path.write_text(json.dumps(everything, indent=1) + "\n")
+    write_json(path, everything)
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Writes a result in the form that all results have, see `compact`."""
+    path.write_text(compact(result) + "\n")
+
+
+def compact(value: Any, levels: int = 2) -> str:
+    """JSON that is read and not scrolled: a line for each entry, or for each record of an entry that is long (`LINE`).
+
+    Args:
+        value: anything that JSON can hold.
+        levels: how many objects and lists inside each other may be spread over lines; what is deeper stays on one line.
+    """
+    text = json.dumps(value)
+    value = json.loads(text)  # tuples are lists now, and all keys strings
+    if levels == 0 or not isinstance(value, dict | list) or len(text) <= LINE or len(value) > RECORDS:
+        return text
+    if isinstance(value, dict):
+        entries = [f"{json.dumps(key)}: {compact(entry, levels - 1)}" for key, entry in value.items()]
+    else:
+        entries = [compact(entry, levels - 1) for entry in value]
+    inside = ",\n".join(entries).replace("\n", "\n ")  # in a JSON string a line break is an escape
+    return f"{text[0]}\n {inside}\n{text[-1]}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

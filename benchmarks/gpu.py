@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from common import write_json
+
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -263,7 +265,7 @@ def main() -> None:
     print(record["memory"], flush=True)
     for test in args.tests:
         record["rows" if test == "sweep" else test] = TESTS[test](system, args)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.out, record)
 
 
 def decoding(system: System, rounds: list[list[list[int]]], num_tokens: int) -> dict[str, Any]:

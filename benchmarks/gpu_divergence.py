@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_json
 from gpu import spec_bench_prompts
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         found = all(token in top for token in pair)
         gap = abs(top[pair[0]] - top[pair[1]]) if found else None
         rows.append({"prompt": i, "at": at, "tokens": pair, "gap": gap})
-    args.out.write_text(json.dumps({"prompts": count, "tokens_out": args.tokens_out, "parted": rows}, indent=1) + "\n")
+    write_json(args.out, {"prompts": count, "tokens_out": args.tokens_out, "parted": rows})
     gaps = [row["gap"] for row in rows]
     print(f"{count - len(rows)} of {count} replies are equal; gaps of the others: {sorted(map(str, gaps))}")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_json
 from gpu import spec_bench_prompts
 from safetensors.torch import load_file, save_file
 
@@ -98,7 +99,7 @@ def main() -> None:
     finally:
         shutil.rmtree(heads)
     print(args.quantization, record[args.quantization], flush=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.out, record)
 
 
 if __name__ == "__main__":

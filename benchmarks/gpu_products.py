@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_json
 
 from manyheads.kernels import quantized
 from manyheads.kernels.quantized import _Blocks
@@ -121,7 +121,7 @@ def main() -> None:
         for tokens in args.tokens:
             found = measure(scheme, tokens, name, weights, first.dequantize(torch.float64))
             record["products"][f"{scheme} {tokens} {name}"] = found
-            args.out.write_text(json.dumps(record) + "\n")
+            write_json(args.out, record)
             best = found["tried"][0]
             print(f"{scheme} {tokens:4d} {name:8s} {found['chosen']:6.1f} us, best {best}", flush=True)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_json
 
 from manyheads.config import EngineConfig
 from manyheads.engine.build import build_engine
@@ -95,7 +95,7 @@ def main() -> None:
         EngineConfig(model=str(args.model), max_model_len=2048, tree_size=4, quantization=args.quantization)
     )
     result = profiles(engine, args.shapes)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
     for name, found in result.items():
         print(f"{name:8s} step {found['step_ms']:.3f} ms, its graphs {found['graphs_ms']:.3f}")
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import math
 import signal
 import statistics
@@ -31,9 +30,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import torch
-from common import BUILTIN, ROOT, get_json, machine, table, undisturbed
+from common import BUILTIN, ROOT, get_json, machine, table, undisturbed, write_json
 from cpu import PORTS, export_reference, reference_server
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -250,7 +250,7 @@ def measure(test: str, key: str, target: Path, plan: Plan, args: argparse.Namesp
 
     found, share = undisturbed(run, args.tries or plan.tries)
     found.notes.append(f"other work took {share:.1%} of the cores meanwhile")
-    result.save(found, target)
+    write_json(target, msgspec.to_builtins(found))
 
 
 @contextlib.contextmanager
@@ -433,7 +433,7 @@ def main() -> None:
         scratch = tempfile.TemporaryDirectory()
         args.scratch = Path(scratch.name)
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+        write_json(args.out / "machine.json", machine())
         failed = measure_all(plan, args)
     show(plan, args.out, args.images)
     if failed:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, table
+from common import machine, table, write_json
 
 from manyheads.train import trainer as training
 from manyheads.train.attention import register
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.empty_cache()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     whole = {"machine": machine() | {"device": name}, "gemm_operations_per_s": peaks, "results": results}
-    args.out.write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(args.out, whole)
     print(f"{name}: {peak / 1e12:.4g} Tflop/s in a product of matrices")
     header = ["projection", "chunk", "tokens/s", "of the peak", "ms a step"]
     parts = ("base", "heads_forward", "heads_backward", "optimizer")

@@ -202,7 +202,7 @@ def main() -> None:
         "tokens": sum(t.numel() for t, _ in epochs),
         "log": log,
     }
-    (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (args.out / "training.json").write_text(json.dumps(summary) + "\n")
 
 
 if __name__ == "__main__":
