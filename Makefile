@@ -24,9 +24,10 @@ test: lint types               ## everything that a change must pass
 coverage: .venv/test.done      ## which lines the tests run; takes half as long again
 	GOMP_SPINCOUNT=1000 $(BIN)/pytest -n auto --cov=manyheads --cov-report=term:skip-covered
 
-lint: .venv/test.done          ## style
+lint: .venv/test.done          ## style, and that imports point down only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 types: .venv/test.done         ## type hints
 	$(BIN)/mypy
