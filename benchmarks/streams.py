@@ -40,11 +40,10 @@ class Engine:
             model="streams",
             max_model_len=4096,
             vocab_size=4096,
-            num_heads=0,
             dtype="float32",
             device="none",
-            num_blocks=1,
-            block_size=16,
+            num_pages=1,
+            page_size=16,
             eos_token_ids=[0],
         )
         self._open: dict[str, EngineRequest] = {}

@@ -200,8 +200,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
-    num_blocks: int = 0
-    num_free_blocks: int = 0
+    drafter: str | None = None
+    num_pages: int = 0
+    num_free_pages: int = 0
     """Free or only kept by the prefix cache."""
     prefix_queries: int = 0
     """Prompt tokens looked up in the prefix cache."""
@@ -231,15 +232,17 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     model: str
     max_model_len: int
     vocab_size: int
-    num_heads: int
-    """Medusa heads; 0 for a plain engine."""
+    drafter: str | None = None
+    """What guesses tokens, one of `config.DRAFTERS`; None for a plain engine."""
+    draft_depth: int = 0
+    """Tokens that it guesses beyond the next one: of Medusa, its heads."""
     dtype: str
     quantization: str | None = None
     """What the weights are rounded to, if anything."""
     kv_cache_dtype: str = "auto"
     device: str
-    num_blocks: int
-    block_size: int
+    num_pages: int
+    page_size: int
     eos_token_ids: list[int]
     wanted_model_len: int = 0
     """What max_model_len would be, in tokens, had the K/V cache room for it."""

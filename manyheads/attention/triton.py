@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import groupby
-
 import torch
 from torch import Tensor
 
@@ -12,19 +9,6 @@ from manyheads.attention.base import Group
 from manyheads.kernels.attention import choose_splits, tile_sizes, tree_attention
 from manyheads.kernels.fused import rope_store
 from manyheads.kv_cache import KVCache
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """Rows that one launch of the kernel serves: a group of trees, or all chains."""
-
-    tokens: slice
-    row_start: Tensor  # [R + 1] int32, from the call's first token on
-    cached_len: Tensor  # [R] int64
-    page_table: Tensor  # [R, max_pages] int64
-    mask: Tensor  # [tokens] int64
-    max_nodes: int
-    num_splits: int
 
 
 class TritonAttention:
@@ -39,35 +23,21 @@ class TritonAttention:
         self._layers = cache.layers()
         on_gpu = self.device.type == "cuda"  # else Triton's interpreter
         self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
-        self._calls: list[_Call] = []
+        self._calls: list[tuple[Group, int]] = []
         self._positions = self._slots = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         self._positions, self._slots = positions, slots
-        # the chunks of all prompts are one launch; they stand together
-        runs = [list(run) for _, run in groupby(groups, lambda group: None if group.is_chain else id(group))]
-        self._calls = [self._call(run) for run in runs]
+        self._calls = [(group, self._num_splits(group)) for group in groups]
 
-    def _call(self, groups: list[Group]) -> _Call:
-        first, last = groups[0], groups[-1]
-        tokens, rows = last.stop - first.start, sum(g.num_rows for g in groups)
-        max_nodes, per_kv = max(g.max_tokens for g in groups), self.num_heads // self.num_kv_heads
-        block_m, _ = tile_sizes(max_nodes, -(-tokens // rows), per_kv)
-        tiles = max(rows, -(-tokens * per_kv // block_m))  # about as many hold queries
-        longest = max(g.max_cached_len + g.max_tokens for g in groups)
+    def _num_splits(self, group: Group) -> int:
+        """Programs that share a row's prefix."""
+        tokens, per_kv = group.stop - group.start, self.num_heads // self.num_kv_heads
+        block_m, _ = tile_sizes(group.max_tokens, -(-tokens // group.num_rows), per_kv)
+        tiles = max(group.num_rows, -(-tokens * per_kv // block_m))  # about as many hold queries
+        longest = group.max_cached_len + group.max_tokens
         quantized = self._layers[0][0].scale is not None
-        splits = choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms, quantized)
-        if len(groups) == 1:
-            parts = (first.row_start, first.cached_len, first.page_table, first.bits)
-        else:
-            starts = torch.tensor([*(g.start - first.start for g in groups), last.stop - first.start])
-            parts = (
-                starts.to(torch.int32).to(self.device, non_blocking=True),
-                torch.cat([g.cached_len for g in groups]),
-                torch.cat([g.page_table for g in groups]),
-                torch.cat([g.bits for g in groups]),
-            )
-        return _Call(slice(first.start, last.stop), *parts, max_nodes, splits)
+        return choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms, quantized)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         keys, values = self._layers[layer]
@@ -88,19 +58,20 @@ class TritonAttention:
             values.scale,
         )
         out = torch.empty_like(q)
-        for call in self._calls:
+        for group, num_splits in self._calls:
+            tokens = slice(group.start, group.stop)
             tree_attention(
-                q[call.tokens],
+                q[tokens],
                 keys.data,
                 values.data,
-                call.row_start,
-                call.cached_len,
-                call.page_table,
-                call.mask,
-                max_nodes=call.max_nodes,
-                num_splits=call.num_splits,
+                group.row_start,
+                group.cached_len,
+                group.page_table,
+                group.bits,
+                max_nodes=group.max_tokens,
+                num_splits=num_splits,
                 k_scale=keys.scale,
                 v_scale=values.scale,
-                out=out[call.tokens],
+                out=out[tokens],
             )
         return out.flatten(1)

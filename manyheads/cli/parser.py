@@ -27,7 +27,12 @@ def size(text: str) -> int:
 
 ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "heads": (str, "Medusa heads: a hub id or a folder (default: those that come with the model)"),
-    "speculative": (bool, "use the model's heads"),
+    "drafter": (
+        str,
+        "what guesses tokens: medusa (the model's heads), or ngram (what followed the same words earlier in the text, "
+        "for any model; default: the heads, if there are some)",
+    ),
+    "speculative": (bool, "let a drafter guess tokens"),
     "dtype": (str, "auto, float32, bfloat16 or float16"),
     "quantization": (
         str,

@@ -82,8 +82,8 @@ class Engine:
         self._random = random.Random(seed)
         self._memory = memory
         self._count: Counter[str] = Counter()
-        self._drafted_by_depth: list[int] = [0] * ready.num_heads
-        self._accepted_by_depth: list[int] = [0] * ready.num_heads
+        self._drafted_by_depth: list[int] = [0] * ready.draft_depth
+        self._accepted_by_depth: list[int] = [0] * ready.draft_depth
         self._tree_size = 1
 
     def add_request(self, message: EngineRequest) -> None:
@@ -160,8 +160,9 @@ class Engine:
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
-            num_blocks=pages.num_usable,
-            num_free_blocks=pages.num_available,
+            drafter=self.ready.drafter,
+            num_pages=pages.num_usable,
+            num_free_pages=pages.num_available,
             prefix_queries=self.scheduler.prefix_queries,
             prefix_hits=self.scheduler.prefix_hits,
             preemptions=self.scheduler.num_preemptions,

@@ -1,4 +1,4 @@
-"""Prometheus metrics: vLLM's names and meanings under the prefix `manyheads_`, and what only Medusa heads have."""
+"""Prometheus metrics: vLLM's names and meanings under the prefix `manyheads_`, and what only trees have."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         s = self._stats()
-        used = (s.num_blocks - s.num_free_blocks) / s.num_blocks if s.num_blocks else 0.0
+        used = (s.num_pages - s.num_free_pages) / s.num_pages if s.num_pages else 0.0
         for name, text, value in (
             ("num_requests_running", "Requests in the running batch", s.num_running),
             ("num_requests_waiting", "Requests that wait to run", s.num_waiting),
@@ -123,6 +123,10 @@ class _EngineCollector(Collector):
         for depth, (drafted, accepted) in enumerate(zip(s.drafted_by_depth, s.accepted_by_depth, strict=False), 1):
             rate.add_metric([str(depth)], accepted / drafted if drafted else 0.0)
         yield rate
+        drafter = GaugeMetricFamily(PREFIX + "drafter_info", "What guesses tokens", labels=["kind"])
+        if s.drafter is not None:
+            drafter.add_metric([s.drafter], 1)
+        yield drafter
         memory = GaugeMetricFamily(
             PREFIX + "memory_bytes", "Memory of the engine's device by what it is taken for", labels=["kind"]
         )

@@ -231,5 +231,6 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "created": service.started,
         "owned_by": "manyheads",
         "max_model_len": service.llm.ready.max_model_len,
-        "num_medusa_heads": service.llm.ready.num_heads,
+        "drafter": service.llm.ready.drafter,
+        "num_medusa_heads": service.llm.ready.draft_depth if service.llm.ready.drafter == "medusa" else 0,
     }

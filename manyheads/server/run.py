@@ -192,11 +192,12 @@ def _greeting(ready: EngineReady, name: str, host: str, port: int) -> str:
     shown = f"[{host}]" if ":" in host else host
     if host in ("0.0.0.0", "::"):
         shown = "127.0.0.1" if host == "0.0.0.0" else "[::1]"
-    heads = f"{ready.num_heads} Medusa heads" if ready.num_heads else "no Medusa heads"
+    drafters = {None: "no Medusa heads", "medusa": f"{ready.draft_depth} Medusa heads"}
+    drafter = drafters.get(ready.drafter, f"{ready.drafter} drafts")
     weights = f"{ready.quantization} weights, " if ready.quantization else ""
     weights += f"{ready.kv_cache_dtype} K/V, " if ready.kv_cache_dtype != "auto" else ""
     return (
-        f"manyheads serves {name} ({heads}, {weights}{ready.dtype} on {ready.device}) at http://{shown}:{port}  "
+        f"manyheads serves {name} ({drafter}, {weights}{ready.dtype} on {ready.device}) at http://{shown}:{port}  "
         "- Ctrl-C stops it"
     )
 

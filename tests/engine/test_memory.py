@@ -304,7 +304,7 @@ def test_an_engine_lives_inside_its_memory() -> None:
         EngineConfig(memory_bytes=cap, device="cpu", max_num_seqs=64, tree_size=4, num_threads=1, max_model_len=512)
     )
     use = engine.ready.memory
-    assert use.kv_cache_tokens == engine.ready.num_blocks * 16 < 64 * 512  # the memory was what counted
+    assert use.kv_cache_tokens == engine.ready.num_pages * 16 < 64 * 512  # the memory was what counted
     assert use.kv_cache_tokens > 512
     assert use.heads > MIB
     assert use.graphs == 0

@@ -254,11 +254,12 @@ class World:
             model="fake",
             max_model_len=self.max_len,
             vocab_size=VOCAB,
-            num_heads=HEADS,
+            drafter="medusa",
+            draft_depth=HEADS,
             dtype="float32",
             device="cpu",
-            num_blocks=setup.pages,
-            block_size=setup.page_size,
+            num_pages=setup.pages,
+            page_size=setup.page_size,
             eos_token_ids=[EOS],
         )
         self.engine = Engine(self.runner, self.scheduler, ready, seed=0)
@@ -357,7 +358,7 @@ class World:
         assert not self.runner.unread
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
-        assert stats.num_free_blocks == stats.num_blocks == self.setup.pages
+        assert stats.num_free_pages == stats.num_pages == self.setup.pages
         assert sorted(self.scheduler._free_rows) == list(range(self.setup.rows))
         assert stats.generation_tokens == sum(len(sent.output) for sent in self.sent.values())
         assert stats.prompt_tokens == sum(len(s.message.prompt_token_ids) for s in self.sent.values() if s.output)

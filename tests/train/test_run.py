@@ -131,7 +131,7 @@ def test_joint_training_writes_base_and_heads(base: Path, prompts: Path, tmp_pat
     assert all(rates[6:])
     # found without being told, tokenizer and all
     llm = LLM(str(out), tree_size=4, max_num_seqs=2)
-    assert llm.engine.ready.num_heads == 2
+    assert llm.engine.ready.draft_depth == 2
     llm.chat([{"role": "user", "content": "cat"}], SamplingParams(max_tokens=4))
 
 
