@@ -210,11 +210,11 @@ def accept_by_chance() -> None:
         hit = (rank < ranks) & (nodes.depth < depths)
         return torch.where(hit, state.drafts[nodes.rows[nodes.row], column], 0), {}
 
-    def propose(self: Any, state: Any, index: Any, candidates: Any, chances: Any) -> None:
-        known(self, state, index, candidates, table.flatten().expand_as(chances).contiguous())
+    def propose(state: Any, index: Any, candidates: Any, chances: Any) -> None:
+        known(state, index, candidates, table.flatten().expand_as(chances).contiguous())
 
     known = TritonOps.propose
-    TritonOps.propose = propose  # type: ignore[method-assign]
+    TritonOps.propose = staticmethod(propose)
     recorded.draw = draw
 
 

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.triton import TritonAttention
-from manyheads.batch import Outcome, RowState, Trees, TreeTensors
+from manyheads.batch import Outcome, RowState, Trees
 from manyheads.kernels import compact, fused, settle, topk, trees
-from manyheads.kernels.rows import QuantizedRows
 from manyheads.kv_cache import KVCache
 from manyheads.ops import kernel_products
 from manyheads.ops.base import Product
 from manyheads.ops.torch import TorchOps
-from manyheads.quantization.base import CodedScheme, CodedWeight, Weight
+from manyheads.quantization.base import CodedWeight, Weight
 
 
 class TritonOps(TorchOps):
@@ -23,10 +22,15 @@ class TritonOps(TorchOps):
     library_bytes = 96 * 2**20  # cuBLAS's workspaces on two streams (32 MiB each), and scratch of split attention
     gathers_pages = False
 
-    def attention(  # type: ignore[override]
-        self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]
-    ) -> TritonAttention:
-        return TritonAttention(cache, num_heads, eps, rope)
+    attention = staticmethod(TritonAttention)  # type: ignore[assignment]
+    rms_norm = staticmethod(fused.rms_norm)
+    add_rms_norm = staticmethod(fused.add_rms_norm)  # type: ignore[assignment]
+    silu_mul = staticmethod(fused.silu_mul)  # type: ignore[assignment]
+    head_input = staticmethod(fused.head_input)
+    argmax = staticmethod(topk.argmax)
+    best = staticmethod(topk.topk)
+    expand = staticmethod(trees.expand)
+    propose = staticmethod(settle.propose)
 
     def product(self, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Product:
         if isinstance(weight, CodedWeight):
@@ -37,33 +41,6 @@ class TritonOps(TorchOps):
             return kernel_products.FewRowsProduct(weight)
         return super().product(weight, bias, dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return fused.rms_norm(x, weight, eps)
-
-    def add_rms_norm(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: CodedScheme | None = None
-    ) -> Tensor | QuantizedRows:
-        return fused.add_rms_norm(x, residual, weight, eps, scheme)
-
-    def silu_mul(  # type: ignore[override]
-        self, gate_up: Tensor, scheme: CodedScheme | None = None
-    ) -> Tensor | QuantizedRows:
-        return fused.silu_mul(gate_up, scheme)
-
-    def head_input(self, hidden: Tensor, block_out: Tensor) -> Tensor:
-        return fused.head_input(hidden, block_out)
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        return topk.argmax(logits)
-
-    def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return topk.topk(logits, count)
-
-    def expand(
-        self, state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, sizes: Tensor | None = None
-    ) -> Trees:
-        return trees.expand(state, index, tree, num_tokens, sizes)
-
     def settle(
         self, state: RowState, cache: KVCache, trees: Trees, target: Tensor, accepted: Tensor | None = None
     ) -> Outcome:
@@ -73,6 +50,3 @@ class TritonOps(TorchOps):
 
     def compact(self, cache: KVCache, trees: Trees, path: Tensor, gained: Tensor) -> None:
         compact.compact(cache, trees.row_slots, trees.offset.gather(1, path), gained)
-
-    def propose(self, state: RowState, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
-        settle.propose(state, index, candidates, chances)
