@@ -1,7 +1,7 @@
 """Decoding speed on a GPU by number of users, of manyheads or of vLLM, from the same checkpoint.
 
     python benchmarks/enlarge.py MODEL                            # the built-in model in Vicuna-7B's shape
-    python benchmarks/gpu.py MODEL OUT.json --mode medusa         # or plain
+    python benchmarks/gpu.py MODEL OUT.json --mode medusa         # or plain, ngram
     python benchmarks/gpu.py MODEL OUT.json --system vllm --mode plain
 
 `sweep`: all requests come at once, 128 tokens in, 256 out; what counts is the time after the last prompt: a run that
@@ -66,7 +66,8 @@ class Manyheads:
         self.engine = build_engine(
             EngineConfig(
                 model=str(args.model),
-                speculative=args.mode == "medusa",
+                speculative=args.mode != "plain",
+                drafter="ngram" if args.mode == "ngram" else None,
                 tree_size=args.tree_size,
                 max_model_len=args.max_model_len,
                 prefix_caching=False,
@@ -240,7 +241,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--system", choices=("manyheads", "vllm"), default="manyheads")
-    parser.add_argument("--mode", choices=("plain", "medusa"), default="medusa")
+    parser.add_argument("--mode", choices=("plain", "medusa", "ngram"), default="medusa")
     parser.add_argument("--tests", type=lambda text: text.split(","), default=["sweep"])
     parser.add_argument("--quantization", help="int8, fp8, int4 …; of vLLM, fp8")
     parser.add_argument("--kv-cache-dtype", default="auto", help="fp8, int8; of vLLM, fp8")

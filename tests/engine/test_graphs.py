@@ -165,18 +165,25 @@ def test_trees_that_grow_anew_are_replayed_with_their_own_ancestors(
     assert served.stats().accepted_tokens > 0
 
 
-def kernels() -> TorchOps:
-    """A step's own operations by kernels, and the model's as on a CPU."""
+def kernels(used: set[str]) -> TorchOps:
+    """A step's own operations by kernels, and the model's as on a CPU; it says in `used` which kernels were."""
     from manyheads.ops.triton import TritonOps
 
-    class Kernels(TritonOps):
-        attention = TorchOps.attention  # type: ignore[assignment]
-        rms_norm = TorchOps.rms_norm
-        add_rms_norm = TorchOps.add_rms_norm
-        silu_mul = TorchOps.silu_mul
-        head_input = TorchOps.head_input
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(TritonOps, name)
 
-    return Kernels()
+        def called(*args: Any) -> Any:
+            used.add(name)
+            return function(triton, *args)
+
+        return called
+
+    triton, ops = TritonOps(), TorchOps()
+    for name in ("expand", "settle", "compact", "propose", "argmax", "best"):
+        function = counted(name)
+        setattr(triton, name, function)  # settling compacts
+        setattr(ops, name, function)
+    return ops
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the engine's tests are on the CPU")
@@ -197,24 +204,14 @@ def test_text_is_the_same_with_kernels(folder: Path, tree_size: int, monkeypatch
         for i, prompt in enumerate(prompts(7, shared=9))
     ]
     wanted = run(engine(folder, tree_size, num_blocks=24), jobs, rate=0.4)
-    ops = kernels()
     used: set[str] = set()
-    for name in ("expand", "settle", "compact", "propose", "argmax", "best"):
-        monkeypatch.setattr(ops, name, counted(used, name, getattr(ops, name)))
+    ops = kernels(used)
     served = engine(folder, tree_size, num_blocks=24)
     recorded = record(served, ops)
-    monkeypatch.setattr("manyheads.models.ops.best", ops.best)
+    monkeypatch.setattr(served.runner.model, "ops", ops)
     assert run(served, jobs, rate=0.4) == wanted
     assert recorded._steps
     assert used == {"expand", "settle", "argmax", *(() if tree_size == 1 else ("compact", "propose", "best"))}
-
-
-def counted(used: set[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def called(*args: Any) -> Any:
-        used.add(name)
-        return function(*args)
-
-    return called
 
 
 def test_padding() -> None:

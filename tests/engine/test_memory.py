@@ -66,7 +66,7 @@ T4 = Shape(
     max_num_batched_tokens=512,
     max_model_len=2048,
     page_size=16,
-    quantization="int8",
+    scheme=SCHEMES["int8"],
 )
 FIFTEEN = Limit(15 * GIB, memory.CONTEXT_BYTES, "a memory of 15.0 GiB")
 
@@ -85,7 +85,7 @@ def test_a_7b_model_in_8_bits_with_five_users_fits_a_t4() -> None:
 
 
 def test_in_half_precision_it_does_not() -> None:
-    half = replace(T4, quantization=None, max_num_seqs=256, max_num_batched_tokens=2048)
+    half = replace(T4, scheme=None, max_num_seqs=256, max_num_batched_tokens=2048)
     assert half.parts().weights == pytest.approx(13.48e9, rel=0.01)
     with pytest.raises(ConfigError) as refused:
         half.require(FIFTEEN, half.parts(), 2)
@@ -227,7 +227,7 @@ def test_bits_of_weights(quantization: str, gigabytes: float) -> None:
 
 
 def test_fewer_bits_are_recommended_where_there_is_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = replace(T4, quantization=None)
+    half = replace(T4, scheme=None)
     monkeypatch.setattr(EngineConfig, "quantization", None, raising=False)
     with pytest.raises(ConfigError, match=r"quantization=int8 saves 6\.8 GiB; quantization=int4 saves 9\.\d GiB"):
         half.require(FIFTEEN, half.parts(), 2)
