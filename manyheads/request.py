@@ -1,6 +1,6 @@
-"""The core types: what a request asks, what crosses the process border, what a caller gets back.
+"""The core types say what a request asks, and what crosses the border between the front end and an engine process.
 
-Everything here is a msgspec Struct so that it travels as typed msgpack between the server and the engine process.
+Each is a msgspec Struct, so that it travels as typed msgpack.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "typical_epsilon": (0, 1),
     "typical_alpha": (0, 100),
 }
-"""Least and greatest value of a field of `SamplingParams`."""
+"""These fields of `SamplingParams` have a least and a greatest value."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "queue_full", "engine"]
-"""Why a delta says `error`: the request can't be served as asked (400), too many wait (429), the engine died (503)."""
+"""A delta that says `error` has a reason: the request can't be served as asked (HTTP 400), too many wait (429), or the
+engine has died (503)."""
 
 
 class RequestError(ValueError):
-    """A request that cannot be served as asked: the caller's to mend (HTTP 400). Nothing was queued."""
+    """The request cannot be served as asked, which is the caller's to mend (HTTP 400). Nothing was queued."""
 
 
 class QueueFull(RuntimeError):
@@ -43,26 +44,25 @@ class QueueFull(RuntimeError):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How to continue a prompt; vLLM's names and meanings, with Medusa's acceptance beside them.
+    """These parameters say how to continue a prompt, with vLLM's names and meanings.
 
-    Raises:
-        RequestError: from `validate()`, naming the field.
+    Nothing is checked before `validate` is called.
     """
 
     n: int = 1
     max_tokens: int | None = None
-    """Most output tokens; None: until the model stops or the context is full."""
+    """The output has at most so many tokens; None lets it go on until the model stops or the context is full."""
     min_tokens: int = 0
     max_steps: int | None = None
-    """Most decoding steps; a step of a speculating request can give several tokens."""
+    """The request gets at most so many decoding steps, each of which can give several tokens if it speculates."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """At 0, decoding is greedy."""
     top_p: float = 1.0
     top_k: int = 0
-    """0 (or -1): all tokens."""
+    """At 0 (or -1), all tokens may be drawn."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    """Over prompt and output (Keskar et al. 2019, CTRL, section 4.1); 1 is off."""
+    """It holds for tokens of prompt and output (Keskar et al. 2019, CTRL, section 4.1); 1 turns it off."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
@@ -72,18 +72,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
-    """Log-probabilities of the chosen token and of this many most likely ones, from the model's raw logits."""
+    """Asks for the log-probabilities, from raw logits, of the chosen token and of this many most likely ones."""
     skip_special_tokens: bool = True
     speculative: bool = True
-    """False decodes this request one token a step."""
+    """If False, this request is decoded one token a step."""
     acceptance: Literal["exact", "typical"] = "exact"
-    """Rule for temperature > 0: `exact` keeps the model's distribution; `typical` is Medusa's own lossy rule
+    """Above temperature 0, `exact` keeps the model's distribution; `typical` is Medusa's own lossy rule
     (Cai et al. 2024, section 2.3.1)."""
     typical_epsilon: float = 0.09
     typical_alpha: float = 0.3
 
     def validate(self) -> SamplingParams:
-        """Check every field by itself; returns self so that calls chain.
+        """Check every field by itself, and return self so that calls chain.
 
         Raises:
             RequestError: a value is out of its range; the message names the field.
@@ -128,11 +128,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def greedy(self) -> bool:
+        """Tell whether the most probable token is always taken."""
         return self.temperature == 0.0
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
-    """One sequence to continue: what the front end sends to the engine. `params.n` is 1 by then."""
+    """The front end asks the engine to continue one sequence; `params.n` is 1 by then."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -146,7 +147,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities at one output position: the chosen token's, its rank from 1, and the most likely tokens'."""
+    """An output token comes with its log-probability, its rank (from 1), and the most likely tokens with theirs."""
 
     token_id: int
     logprob: float
@@ -155,48 +156,49 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one step added to one request. The delta with a finish_reason is the request's last, and comes once."""
+    """A delta is what one step added to one request. The last one, and only that, has a finish_reason."""
 
     request_id: str
     new_token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
-    """One per new token, when asked for."""
+    """There is one for each new token, if the request asked for them."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The stop token (eos included) that ended the request; it is the last of new_token_ids."""
     num_cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
+    """Counts the prompt tokens that came from the prefix cache."""
     num_steps: int = 0
-    """Decoding steps so far."""
+    """Counts the decoding steps so far."""
     error: str | None = None
     error_kind: ErrorKind | None = None
 
     @classmethod
     def failure(cls, request_id: str, message: str, kind: ErrorKind) -> RequestDelta:
-        """The last delta of a request that is refused or cannot go on."""
+        """Make the last delta of a request that is refused or cannot go on."""
         return cls(request_id=request_id, new_token_ids=[], finish_reason="error", error=message, error_kind=kind)
 
 
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the memory of the engine's device goes, in bytes."""
+    """The engine tells where the memory of its device goes, in bytes."""
 
     weights: int = 0
     heads: int = 0
     kv_cache: int = 0
     graphs: int = 0
-    """CUDA graphs, with what their steps compute in."""
+    """CUDA graphs take this, with what their steps compute in."""
     rest: int = 0
-    """Row state, scratch, and the process's own: CUDA's context or, on a CPU, Python and its libraries."""
+    """Row state and scratch take this, with the process itself: CUDA's context or, on a CPU, Python's libraries."""
     kv_cache_tokens: int = 0
-    """Tokens of context that the K/V cache holds."""
+    """The K/V cache holds so many tokens of context."""
 
     @property
     def total(self) -> int:
+        """Sum all parts, in bytes."""
         return self.weights + self.heads + self.kv_cache + self.graphs + self.rest
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot for /metrics and the log. Counters count from the start of the engine."""
+    """The engine sends this snapshot for /metrics. Its counters count from the start of the engine."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -205,29 +207,29 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_free_pages: int = 0
     """Free or only kept by the prefix cache."""
     prefix_queries: int = 0
-    """Prompt tokens looked up in the prefix cache."""
+    """Counts the prompt tokens that were looked up in the prefix cache."""
     prefix_hits: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
     row_steps: int = 0
-    """Decoding rows summed over steps: generation_tokens / row_steps is tokens per step."""
+    """Sums the decoding rows over the steps: generation_tokens / row_steps is tokens per step."""
     drafted_tokens: int = 0
-    """Tree nodes verified, roots left out."""
+    """Counts the tree nodes that were verified, roots left out."""
     accepted_tokens: int = 0
-    """Tree nodes accepted, roots left out."""
+    """Counts the tree nodes that were accepted, roots left out."""
     drafted_by_depth: list[int] = []
-    """Rows whose tree reached this depth (from 1)."""
+    """Counts, by depth from 1, the rows whose tree reached it."""
     accepted_by_depth: list[int] = []
-    """Rows that accepted a node at this depth (from 1)."""
+    """Counts, by depth from 1, the rows that accepted a node there."""
     tree_size: int = 1
-    """Nodes per speculating row in the latest step."""
+    """A speculating row brought so many nodes to the latest step."""
     memory: MemoryUse = MemoryUse()
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """First message of an engine process: what it serves."""
+    """An engine process says first what it serves."""
 
     model: str
     max_model_len: int
@@ -238,14 +240,14 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Tokens that it guesses beyond the next one: of Medusa, its heads."""
     dtype: str
     quantization: str | None = None
-    """What the weights are rounded to, if anything."""
+    """The weights are rounded to this, if to anything."""
     kv_cache_dtype: str = "auto"
     device: str
     num_pages: int
     page_size: int
     eos_token_ids: list[int]
     wanted_model_len: int = 0
-    """What max_model_len would be, in tokens, had the K/V cache room for it."""
+    """So many tokens would max_model_len be, had the K/V cache room for them."""
     memory: MemoryUse = MemoryUse()
 
     def check(self, params: SamplingParams, prompts: Iterable[Sequence[int]]) -> None:
@@ -281,11 +283,11 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
 
     message: str
     refused: bool = False
-    """A setting or a checkpoint cannot hold: the caller's to mend."""
+    """If True, a setting or a checkpoint cannot hold, which is the caller's to mend."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
-    """Everything one engine step has to say."""
+    """One step of the engine has this to say."""
 
     deltas: list[RequestDelta]
     stats: EngineStats | None = None

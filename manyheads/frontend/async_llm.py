@@ -1,4 +1,4 @@
-"""The front end of an engine in another process, for many callers at once: prompts in, text as it comes."""
+"""AsyncLLM is the front end of an engine in another process: many callers put prompts in and read text as it comes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ import msgspec
 from manyheads.frontend.engine_client import DeltaQueue, EngineClient, EngineError
 from manyheads.frontend.generation import Generation, OpenSequences, Prompt, Update, take
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import (
-    EngineReady,
-    QueueFull,
-    RequestDelta,
-    RequestError,
-    SamplingParams,
-)
+from manyheads.request import EngineReady, QueueFull, RequestDelta, RequestError, SamplingParams
 
 _ERRORS = {"invalid": RequestError, "queue_full": QueueFull, "engine": EngineError}
 INLINE_CHARACTERS = 4000
@@ -27,7 +21,9 @@ INLINE_CHARACTERS = 4000
 
 
 class AsyncLLM:
-    """What `LLM` is for one caller, for the many of an event loop.
+    """AsyncLLM is to the many callers of an event loop what `LLM` is to one.
+
+    It checks requests, encodes their text, and follows them through the engine process.
 
     Args:
         client: of an engine that serves; whoever started it closes it.
@@ -41,7 +37,7 @@ class AsyncLLM:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
-        """Check prompts that belong together; nothing runs before their updates are read.
+        """Check the prompts of one call; nothing runs before their updates are read.
 
         Raises:
             RequestError: they can never be served.
@@ -53,7 +49,7 @@ class AsyncLLM:
         return [Generation(f"{base}-{i}", prompt, params, self.tokenizer) for i, prompt in enumerate(prompts)]
 
     async def updates(self, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
-        """Text as it comes. Closing the iterator early aborts what still runs.
+        """Run generations and give their text as it comes. Closing the iterator early aborts what still runs.
 
         Raises:
             RequestError, QueueFull, EngineError: the engine refused or failed one of the continuations.
@@ -78,21 +74,21 @@ class AsyncLLM:
                 self.client.abort(request_id)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a text, without stopping everyone else while a long one is encoded.
+        """Encode a text, without stopping everyone else while a long one is encoded.
 
         Raises:
-            RequestError: it is too long for any tokenizer to make it fit.
+            RequestError: the context cannot hold it, whatever its tokens are.
         """
         work = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return await self._encode(len(text), work)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a conversation by the chat template, as `encode` does for a text."""
+        """Encode a conversation by the chat template, as `encode` does a text."""
         size = sum(len(m["content"]) for m in messages)
         return await self._encode(size, partial(self.tokenizer.encode_chat, messages), is_quick=len(messages) < 100)
 
     def close(self) -> None:
-        """Encode nothing more."""
+        """Stop encoding; the engine's client is the caller's to close."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _encode(self, size: int, work: Callable[[], list[int]], is_quick: bool = True) -> list[int]:
@@ -107,8 +103,8 @@ class AsyncLLM:
 
 
 async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
-    """What has come for a reader, at least one delta: of each request those of several steps as one, if the server did
-    not keep up. So it is text that waits for nobody, and not its readers for a server that writes step by step."""
+    """Wait for a delta and take what has come beside it; if this process did not keep up, several steps of a request
+    become one delta. So a server that lags behind writes fewer and larger events, and its readers wait no longer."""
     found = {(delta := await queue.get()).request_id: delta}
     is_behind = not queue.empty()
     while not queue.empty():
@@ -121,7 +117,7 @@ async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
 
 
 def _joined(earlier: RequestDelta, later: RequestDelta) -> RequestDelta:
-    """What two steps added to a request, as if one had."""
+    """Join what two steps added to a request, as if one had."""
     logprobs = None
     if earlier.logprobs is not None or later.logprobs is not None:
         logprobs = [*(earlier.logprobs or ()), *(later.logprobs or ())]

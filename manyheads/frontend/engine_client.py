@@ -1,4 +1,4 @@
-"""The server's end of the engine process: starts it, talks to it, notices its death."""
+"""The front end's end of an engine process starts it, talks to it and notices its death."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from manyheads.config import ConfigError, EngineConfig
 from manyheads.frontend.engine_process import BUILD_ENGINE, Launch
 from manyheads.request import (
     Abort,
-    EngineFailed,
     EngineReady,
     EngineRequest,
     EngineStats,
+    FromEngine,
     RequestDelta,
     StepOutputs,
     ToEngine,
@@ -29,7 +29,7 @@ from manyheads.request import (
 
 DeltaQueue = asyncio.Queue[RequestDelta]
 MOST_STEPS = 8
-"""That are taken from the engine in one go."""
+"""The client takes the outputs of at most so many further steps before it lets the readers of the first ones run."""
 
 
 class EngineError(RuntimeError):
@@ -37,7 +37,7 @@ class EngineError(RuntimeError):
 
 
 class EngineClient:
-    """One engine process and the requests that are open there.
+    """The client owns one engine process and knows which requests are open there.
 
     The sockets live in a folder that only this user may enter; folder and process are gone after `close`.
 
@@ -51,7 +51,7 @@ class EngineClient:
         self.config = config
         self.stats = EngineStats()
         self.failure: str | None = None
-        """Why the engine is not there any more."""
+        """Once the engine is not there any more, this says why."""
         self._build = build
         self._verbose = verbose
         self._queues: dict[str, DeltaQueue] = {}
@@ -66,11 +66,12 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
+        """Tell whether the engine has started and serves."""
         return self._ready is not None and self._ready.done() and self.failure is None
 
     @property
     def num_open(self) -> int:
-        """Requests without a last delta."""
+        """Count the requests that have had no last delta."""
         return len(self._queues)
 
     async def start(self) -> EngineReady:
@@ -106,7 +107,7 @@ class EngineClient:
         return await self._ready
 
     def submit(self, requests: Iterable[EngineRequest]) -> DeltaQueue:
-        """Send requests; all their deltas come through one queue, the last of each with a finish_reason."""
+        """Send requests and return the queue of all their deltas, of which each request's last has a finish_reason."""
         queue: DeltaQueue = asyncio.Queue()
         for request in requests:
             if self.failure is not None:
@@ -149,9 +150,7 @@ class EngineClient:
         self._requests.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     async def _receive(self, outputs: zmq.asyncio.Socket) -> None:
-        decoder: msgspec.msgpack.Decoder[EngineReady | EngineFailed | StepOutputs] = msgspec.msgpack.Decoder(
-            EngineReady | EngineFailed | StepOutputs
-        )
+        decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         unread: zmq.Socket[bytes] = zmq.Socket.shadow(outputs.underlying)
         while True:
             self._take(decoder.decode(await outputs.recv()))
@@ -165,7 +164,7 @@ class EngineClient:
                 self._take(decoder.decode(message))
             await asyncio.sleep(0)  # now the readers, even if more is there
 
-    def _take(self, message: EngineReady | EngineFailed | StepOutputs) -> None:
+    def _take(self, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):
             self.stats = message.stats or self.stats
             for delta in message.deltas:
@@ -199,5 +198,5 @@ class EngineClient:
             queue.put_nowait(self._last(request_id))
 
     def _last(self, request_id: str) -> RequestDelta:
-        """The last delta of a request that the engine cannot answer any more."""
+        """Answer for the engine, which cannot answer any more."""
         return RequestDelta.failure(request_id, f"the engine has stopped: {self.failure}", "engine")

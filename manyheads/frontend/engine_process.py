@@ -1,4 +1,4 @@
-"""The engine in a process of its own: requests and aborts come in, step outputs go out, over local ZeroMQ sockets.
+"""This process runs an engine: requests and aborts come in, step outputs go out, over local ZeroMQ sockets.
 
 `EngineClient` starts it as `python -m manyheads.frontend.engine_process`, with a `Launch` as the first line of standard
 input. Standard input stays open as long as the parent lives: when it closes, this process ends.
@@ -25,14 +25,13 @@ from manyheads.config import EngineConfig
 from manyheads.request import (
     Abort,
     EngineFailed,
-    EngineReady,
-    EngineRequest,
     ErrorKind,
     FromEngine,
     QueueFull,
     RequestDelta,
     RequestError,
     StepOutputs,
+    ToEngine,
 )
 
 if TYPE_CHECKING:
@@ -40,28 +39,28 @@ if TYPE_CHECKING:
 
 BUILD_ENGINE = "manyheads.engine.build:build_engine"
 STATS_INTERVAL = 0.2
-"""Seconds between two snapshots of the statistics while there is work."""
+"""So many seconds pass between two snapshots of the statistics while there is work."""
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What the parent tells its engine process."""
+    """The parent tells its engine process this on standard input."""
 
     config: EngineConfig
     folder: str
-    """The private folder of the sockets `requests` and `outputs`."""
+    """This private folder holds the sockets `requests` and `outputs`."""
     build: str = BUILD_ENGINE
-    """`module:function` that makes the engine from a config and a callback for progress lines."""
+    """`module:function` makes the engine from a config and a callback for progress lines."""
     verbose: bool = False
 
 
 class Loop:
-    """Feeds an engine from one socket and sends what it says to another."""
+    """The loop feeds an engine from one socket and sends what it says to another."""
 
     def __init__(self, engine: Engine, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
         self.engine = engine
         self._inbox = inbox
         self._outbox = outbox
-        self._decoder: msgspec.msgpack.Decoder[EngineRequest | Abort] = msgspec.msgpack.Decoder(EngineRequest | Abort)
+        self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
         self._stats_at = 0.0
 
@@ -80,10 +79,11 @@ class Loop:
                 self.send(StepOutputs(deltas=deltas, stats=stats))
 
     def send(self, message: FromEngine) -> None:
+        """Send a message to the parent."""
         self._outbox.send(self._encoder.encode(message))
 
     def _receive(self) -> list[RequestDelta]:
-        """Everything that has arrived; the refusals are the answer."""
+        """Give the engine everything that has arrived; return a last delta for each request that it refuses."""
         refused: list[RequestDelta] = []
         while True:
             try:
@@ -102,6 +102,7 @@ class Loop:
 
 
 def main() -> None:
+    """Build the engine and serve until the parent or a signal ends this process; it tells the parent what fails."""
     # Ctrl-C is the parent's to handle; SIGTERM keeps its default and ends this process at once: it owns no state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
@@ -116,9 +117,8 @@ def main() -> None:
     serving = False
     try:
         engine = _build(launch)
-        ready: EngineReady = engine.ready
         loop = Loop(engine, inbox, outbox)
-        loop.send(ready)
+        loop.send(engine.ready)
         loop.send(StepOutputs(deltas=[], stats=engine.stats()))
         serving = True
         loop.run()

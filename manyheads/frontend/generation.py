@@ -1,4 +1,4 @@
-"""One prompt with its `n` continuations, from the engine's requests to the answer."""
+"""A generation follows one prompt with its `n` continuations, from the engine's requests to the answer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from manyheads.request import EngineRequest, RequestDelta, SamplingParams
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the engine takes it."""
+    """A prompt is given to the engine as tokens."""
 
     token_ids: list[int]
     continues: bool = False
-    """Whether the answer goes on where the prompt's text ends, as in completions; in a chat, it begins a turn."""
+    """If True, the answer's text goes on where the prompt's ends (completions); else it begins a turn (chat)."""
     text: str | None = None
-    """The text that the caller gave, if it was one."""
+    """This is the text that the caller gave, if it was one."""
 
 
 class Generation:
-    """One prompt and its `params.n` continuations, each of which is a request of its own to the engine.
+    """A generation is one prompt and its `params.n` continuations, each a request of its own to the engine.
 
     Whoever drives the engine sends it `requests()` and gives its deltas to `take`.
 
@@ -42,11 +42,11 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Whether every continuation has ended."""
+        """Tell whether every continuation has ended."""
         return all(o.finished for o in self.outputs)
 
     def requests(self) -> Iterator[tuple[EngineRequest, SequenceOutput]]:
-        """What the engine is asked for each continuation."""
+        """Make the engine's request for each continuation."""
         for output in self.outputs:
             request = EngineRequest(
                 request_id=f"{self.request_id}-{output.index}",
@@ -56,7 +56,7 @@ class Generation:
             yield request, output
 
     def result(self) -> RequestOutput:
-        """The answer so far."""
+        """Return the answer so far."""
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt.text,
@@ -68,12 +68,12 @@ class Generation:
 
 
 OpenSequences = dict[str, SequenceOutput]
-"""The continuations that an engine is at work on, by the ids of their requests."""
+"""An engine is at work on these continuations; the keys are the ids of their requests."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Update:
-    """What the engine added to one continuation."""
+    """An update is what the engine added to one continuation."""
 
     output: SequenceOutput
     delta: TextDelta
@@ -100,7 +100,7 @@ def take(delta: RequestDelta, sequences: OpenSequences, abort: Callable[[str], N
 
 
 def child_params(params: SamplingParams, index: int) -> SamplingParams:
-    """Parameters of continuation `index` of a request for n: those of one sequence, with a seed of its own."""
+    """Make the parameters of continuation `index` of a request for n: those of one sequence, with a seed of its own."""
     if params.n == 1:
         return params
     seed = None if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63

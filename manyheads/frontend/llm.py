@@ -1,4 +1,4 @@
-"""Offline use: the engine without the server, in this process."""
+"""LLM is for offline use: the engine runs in this process, without the server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PromptDict(TypedDict, total=False):
-    """vLLM's form of a prompt: one of the two."""
+    """A prompt may have vLLM's form, with one of the two (or both: the tokens count)."""
 
     prompt: str
     prompt_token_ids: list[int]
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class LLM:
-    """A model with its heads, ready to generate.
+    """An LLM is a model with its heads, ready to generate.
 
     Args:
         model: a hub id, a local folder, or `builtin`.
@@ -77,7 +77,7 @@ class LLM:
         self.engine = engine
         self._ids = itertools.count()
         self._open: OpenSequences = {}
-        """Of all callers: whoever makes the next step takes the others' tokens for them."""
+        """It holds those of all callers: whoever makes the next step takes the others' tokens for them."""
 
     def generate(
         self,
@@ -124,7 +124,7 @@ class LLM:
         return self._run(generations, progress if use_tqdm is None else use_tqdm)
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Answer one conversation; yields the answer so far after each step. Closing the iterator ends it."""
+        """Answer one conversation and give the answer so far after each step. Closing the iterator ends it."""
         generation = self.prepare_chat(messages, params or SamplingParams())
         for _ in self.steps([generation]):
             yield generation.result()
@@ -158,7 +158,7 @@ class LLM:
         return [generation.result() for generation in generations]
 
     def follow(self, generations: Sequence[Generation], progress: bool) -> Iterator[None]:
-        """`steps`, with a progress bar on standard error if wanted."""
+        """Do what `steps` does, with a progress bar on standard error if wanted."""
         if not progress:
             yield from self.steps(generations)
             return
@@ -176,7 +176,7 @@ class LLM:
                 yield
 
     def steps(self, generations: Iterable[Generation]) -> Iterator[None]:
-        """Run the engine until all generations have ended; yields after each step. Closing it early aborts the rest."""
+        """Run the engine until all generations have ended; yield after each step. Closing it early aborts the rest."""
         waiting = deque(pair for generation in generations for pair in generation.requests())
         running: list[str] = []
         try:
@@ -192,7 +192,7 @@ class LLM:
                     self.engine.abort(request_id)  # the last delta comes with the next step, and is passed over
 
     def _feed(self, waiting: deque[tuple[EngineRequest, SequenceOutput]], running: list[str]) -> None:
-        """Give the engine what it takes; a full queue takes more later."""
+        """Give the engine as much as it takes; a full queue takes more later."""
         while waiting:
             request, output = waiting[0]
             try:
@@ -209,14 +209,14 @@ class LLM:
 
 
 def tokenizer_folder(config: EngineConfig) -> Path:
-    """The local folder with the tokenizer of a model: the base model's."""
+    """Find the local folder with the tokenizer of a model, which is the base model's."""
     from manyheads.speculation.medusa.checkpoint import split_model
 
     return split_model(config.model, config.heads)[0]
 
 
 def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
-    """One prompt or many: a list of integers is one."""
+    """Make a list of one prompt or many; a list of integers is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     items: list[Any] = list(prompts)
@@ -226,7 +226,7 @@ def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
 def _pair(
     prompts: Sequence[T], params: SamplingParams | Sequence[SamplingParams] | None
 ) -> Iterator[tuple[T, SamplingParams]]:
-    """Each prompt with its parameters."""
+    """Pair each prompt with its parameters."""
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):

@@ -1,4 +1,4 @@
-"""From token deltas to text: detokenizing, stop strings, counts. One `SequenceOutput` per continuation."""
+"""Deltas of tokens become text here, one `SequenceOutput` a continuation: detokenizing, stop strings, counts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from collections.abc import Sequence
 import msgspec
 
 from manyheads.frontend.tokenizer import Detokenizer, Tokenizer
-from manyheads.request import (
-    ErrorKind,
-    FinishReason,
-    RequestDelta,
-    SamplingParams,
-    TokenLogprobs,
-)
+from manyheads.request import ErrorKind, FinishReason, RequestDelta, SamplingParams, TokenLogprobs
 
 
 class TextDelta(msgspec.Struct, kw_only=True):
-    """What one engine delta added to one continuation, as its reader may see it."""
+    """A text delta is what one engine delta added to one continuation, as its reader may see it."""
 
     text: str = ""
     token_ids: list[int] = []
@@ -26,7 +20,7 @@ class TextDelta(msgspec.Struct, kw_only=True):
 
 
 class CompletionOutput(msgspec.Struct, kw_only=True):
-    """One continuation of a prompt (vLLM's shape)."""
+    """A completion is one continuation of a prompt, in vLLM's shape."""
 
     index: int
     text: str
@@ -34,13 +28,13 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    """The stop string or stop token id that ended it; None for eos or length."""
+    """The stop string or stop token id that ended it stands here; None is eos or length."""
     num_steps: int = 0
     error: str | None = None
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
-    """The answer to one prompt: `params.n` continuations."""
+    """The answer to one prompt has `params.n` continuations."""
 
     request_id: str
     prompt: str | None
@@ -51,7 +45,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
 
 class StopScanner:
-    """Looks for stop strings in text that arrives in pieces; lets no part of one out.
+    """A scanner looks for stop strings in text that arrives in pieces, and lets no part of one out.
 
     The stop string that is complete first wins (of two that end together, the longer), so that the result does not
     depend on how the text was cut.
@@ -76,13 +70,13 @@ class StopScanner:
         return buffer[:cut]
 
     def release(self) -> str:
-        """The text still held: there will be no more."""
+        """Give the text still held: there will be no more."""
         text, self._held = self._held, ""
         return text
 
     @staticmethod
     def _partial(buffer: str, stop: str) -> int:
-        """Where the longest beginning of `stop` at the end of the buffer starts; the buffer's length if nowhere."""
+        """Find where the longest beginning of `stop` at the buffer's end starts; its length stands for nowhere."""
         at = max(0, len(buffer) - len(stop) + 1)
         while (at := buffer.find(stop[0], at)) >= 0:
             if stop.startswith(buffer[at:]):
@@ -92,7 +86,7 @@ class StopScanner:
 
 
 class SequenceOutput:
-    """One continuation as it grows.
+    """A sequence output is one continuation as it grows.
 
     Args:
         params: of the request.
@@ -122,10 +116,12 @@ class SequenceOutput:
 
     @property
     def text(self) -> str:
+        """Join the text that is certain so far."""
         return "".join(self._text)
 
     @property
     def finished(self) -> bool:
+        """Tell whether it has ended, for whatever reason."""
         return self.finish_reason is not None
 
     def push(self, delta: RequestDelta) -> TextDelta:
@@ -154,7 +150,7 @@ class SequenceOutput:
         return TextDelta(text=text, token_ids=tokens[:kept], logprobs=logprobs, finish_reason=self.finish_reason)
 
     def result(self) -> CompletionOutput:
-        """The continuation so far."""
+        """Return the continuation so far."""
         return CompletionOutput(
             index=self.index,
             text=self.text,
@@ -171,7 +167,7 @@ class SequenceOutput:
         return self._scanner is not None and self._scanner.matched is not None
 
     def _read(self, tokens: list[int], delta: RequestDelta) -> tuple[str, int]:
-        """The new text, and how many of the tokens belong to it."""
+        """Return the new text, and how many of the tokens belong to it."""
         shown = tokens[:-1] if self._hides(delta.stop_token_id) else tokens
         scanner = self._scanner
         if scanner is None:

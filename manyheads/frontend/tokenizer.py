@@ -1,4 +1,4 @@
-"""Text to tokens and back: prompts, chat templates, and text that grows with the tokens."""
+"""Text becomes tokens and tokens text: prompts, chat templates, and text that grows with the tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from manyheads.request import RequestError
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 64
-"""Tokens that may wait for the rest of a character; more than that is not UTF-8 and is shown as it is."""
+"""So many tokens may wait for the rest of a character; more than that is not UTF-8 and is shown as it is."""
 CONTEXT_TOKENS = 6
 _BREAK = "\ufdd0"  # a Unicode noncharacter: never part of a text
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -32,7 +32,7 @@ CHAT_TEMPLATES = {"vicuna": VICUNA_TEMPLATE}
 
 
 class Tokenizer:
-    """A transformers tokenizer, safe to use from several threads.
+    """This is a transformers tokenizer that is safe to use from several threads.
 
     Args:
         hf: the transformers tokenizer.
@@ -57,11 +57,11 @@ class Tokenizer:
         self._special = re.compile("(?=" + "|".join(map(re.escape, specials)) + ")(.)", re.S) if specials else None
         self._byte_level = self._backend is not None and "ByteLevel" in repr(self._backend.decoder)
         self.longest_token = max(map(len, hf.get_vocab()), default=1)
-        """Characters of the longest token: a text of more than this times n characters has more than n tokens."""
+        """The longest token has so many characters: n times as many, and one more, make more than n tokens."""
 
     @classmethod
     def load(cls, folder: str | Path, chat_template: str | None = None) -> Tokenizer:
-        """Load from a local folder.
+        """Load a tokenizer from a local folder.
 
         Args:
             folder: with the tokenizer's files.
@@ -85,10 +85,11 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
+        """Tell whether conversations can be encoded."""
         return bool(self.hf.chat_template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the special tokens (bos) that the model's tokenizer adds."""
+        """Return the token ids of a text, with the special tokens (bos) that the model's tokenizer adds."""
         if self._backend is not None:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
             return ids
@@ -96,7 +97,7 @@ class Tokenizer:
             return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation by the chat template; special tokens in the messages' own text stay text.
+        """Encode a conversation by the chat template; special tokens in the messages' own text stay text.
 
         Args:
             messages: dicts with `role` and `content`.
@@ -125,7 +126,7 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of tokens."""
+        """Return the text of tokens."""
         ids = [t for t in token_ids if t not in self.special_ids] if skip_special_tokens else list(token_ids)
         if self._backend is not None:
             text: str = self._backend.decode(ids, skip_special_tokens=False)
@@ -134,7 +135,7 @@ class Tokenizer:
             return str(self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token stands for; it need not be whole characters."""
+        """Return what one token stands for, which need not be whole characters."""
         piece = self.hf.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
@@ -155,7 +156,9 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """The text of one sequence as its tokens arrive: never half a character, and a bounded window of work per step.
+    """A detokenizer gives the text of one sequence as its tokens arrive, and looks at a bounded window of them a step.
+
+    It never gives half a character.
 
     The texts that `push` and `flush` give, joined, are `tokenizer.decode` of all tokens. (Where byte tokens of a
     SentencePiece vocabulary are no UTF-8, `decode` spoils valid characters beside them and this class does not.)
@@ -171,7 +174,7 @@ class Detokenizer:
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._ids = [t for t in context[-CONTEXT_TOKENS:] if t not in tokenizer.special_ids]
         self._read = len(self._ids)
-        """Tokens of the window whose text has been given out; they only set the scene for the others."""
+        """The text of so many tokens of the window has been given out; they only set the scene for the others."""
         self._prefix = self._decode(self._ids)
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -180,7 +183,7 @@ class Detokenizer:
         return self._advance(final=len(self._ids) - self._read > MAX_HELD_TOKENS)
 
     def flush(self) -> str:
-        """The text of what is still held, as it is: there will be no more tokens."""
+        """Give the text of what is still held, as it is: there will be no more tokens."""
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
@@ -214,7 +217,7 @@ def _read_template(name: str) -> str:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes (byte-level BPE)."""
+    """Make the table of GPT-2's printable stand-ins for bytes (byte-level BPE)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {chr(b): b for b in printable}
     others = [b for b in range(256) if b not in printable]

@@ -1,4 +1,4 @@
-"""The web application: routes, limits, errors."""
+"""The web application puts routes, limits and errors together."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ PAGE = Path(__file__).parent / "page" / "index.html"
 
 
 def package_version() -> str:
+    """Return the version of this package; without an installed one it is `unknown`."""
     try:
         return version("manyheads")
     except PackageNotFoundError:
@@ -37,10 +38,10 @@ def create_app(
     cors_origins: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
-    """The application around a running engine.
+    """Make the application around a running engine.
 
     Args:
-        service: the engine and its tokenizer.
+        service: what the endpoints share, the engine first of all.
         api_key: what requests must bring; None lets everyone in.
         cors_origins: origins whose pages may call this server.
         max_body_bytes: larger bodies are answered 413.

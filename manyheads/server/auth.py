@@ -1,4 +1,4 @@
-"""An API key, where the server was given one."""
+"""Where the server was given an API key, requests must bring it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from manyheads.server.errors import error_response
 
 OPEN_PATHS = frozenset({"/", "/health", "/version", "/docs", "/openapi.json", "/metrics"})
-"""What needs no key: probes, the interface's description and the page (whose requests bring one)."""
+"""These need no key: probes, the interface's description and the page (whose requests bring one)."""
 DOCS_FILES = "/docs-files"
-"""Where the scripts of /docs are."""
+"""The scripts of /docs are served from here."""
 
 
 class ApiKey:
-    """ASGI middleware: wants `Authorization: Bearer KEY` for everything but OPEN_PATHS."""
+    """This ASGI middleware wants `Authorization: Bearer KEY` for everything but OPEN_PATHS."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app

@@ -13,7 +13,7 @@ from manyheads.frontend.engine_client import EngineError
 from manyheads.request import QueueFull, RequestError
 
 RETRY_AFTER = "1"
-"""Seconds: a row comes free every few steps."""
+"""A client that was refused may try again after so many seconds: a row comes free every few steps."""
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -24,7 +24,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer other than 200.
+    """It becomes an answer other than 200.
 
     Args:
         status: of HTTP.
@@ -42,11 +42,13 @@ class ApiError(Exception):
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Make the body of an error's answer; arguments as for `ApiError`."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    """Make an error's answer, with the headers that its status asks for; arguments as for `ApiError`."""
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = RETRY_AFTER
@@ -56,7 +58,7 @@ def error_response(status: int, message: str, param: str | None = None, code: st
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The HTTP meaning of what the engine and the front end raise."""
+    """Give what the engine and the front end raise its meaning in HTTP."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -100,7 +102,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def describe(detail: dict[str, Any], content_type: str) -> tuple[str, str | None, str]:
-    """Message, field and code of one finding of pydantic's."""
+    """Describe one finding of pydantic's by a message, the field at fault (if one is) and a code."""
     kind = str(detail["type"])
     if kind == "json_invalid":
         return f"the body is not JSON: {detail['ctx']['error']}", None, "invalid_json"

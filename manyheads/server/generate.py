@@ -1,4 +1,4 @@
-"""`/generate` and `/generate_stream`: the interface of this project's first version, and counts beside the text."""
+"""`/generate` and `/generate_stream` are the interface of this project's first version, with counts beside the text."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from manyheads.server.sse import chain, event, stream_response
 
 
 def generate_router(service: Service) -> APIRouter:
+    """Make the routes of these endpoints."""
     router = APIRouter(tags=["Generate"])
 
     @router.post("/generate", summary="Follow an instruction")

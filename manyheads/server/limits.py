@@ -1,4 +1,4 @@
-"""Keeps bodies that are too large from being read."""
+"""Bodies that are too large are not read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from manyheads.server.errors import error_response
 
 MAX_BODY_BYTES = 4 * 2**20
 DISCARD_SECONDS = 5.0
-"""How long a client may go on sending what is not wanted: closing before it has finished can lose it the answer."""
+"""A client may go on sending what is not wanted so long: closing before it has finished can lose it the answer."""
 
 
 class BodyLimit:
-    """ASGI middleware: reads a request's body up to a limit before the application sees the request.
+    """This ASGI middleware reads a request's body up to a limit before the application sees the request.
 
     What announces more is answered 413 at once; what sends more without saying so, as soon as it does. The rest of such
     a body is thrown away as it comes.

@@ -1,4 +1,4 @@
-"""Log-probabilities in the two forms of the OpenAI API."""
+"""Log-probabilities are written in the two forms of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import TokenLogprobs
 
 LEAST = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
+"""This stands for minus infinity, which JSON does not have."""
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
@@ -28,13 +28,14 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs] | None
 
 
 class CompletionLogprobs:
-    """`logprobs` of completions; keeps the text offset from chunk to chunk."""
+    """It writes `logprobs` as completions have them, and keeps the text offset from chunk to chunk."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._offset = 0
 
     def add(self, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
+        """Write those of the next tokens; None where there are none."""
         if not logprobs:
             return None
         answer: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -1,4 +1,4 @@
-"""Prometheus metrics: vLLM's names and meanings under the prefix `manyheads_`, and what only trees have."""
+"""Prometheus gets vLLM's names and meanings under the prefix `manyheads_`, and what only speculation has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 
 @dataclass
 class SequenceTimer:
-    """When the tokens of one sequence came."""
+    """A timer remembers when the tokens of one sequence came (in seconds of `time.perf_counter`)."""
 
     num_prompt_tokens: int
     arrived: float = field(default_factory=time.perf_counter)
@@ -31,7 +31,7 @@ class SequenceTimer:
 
 
 class Metrics:
-    """What the server counts itself, and the engine's latest statistics, for `/metrics`."""
+    """Metrics are what the server counts itself, and the engine's latest statistics, for `/metrics`."""
 
     def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
@@ -79,6 +79,7 @@ class Metrics:
             self._tpot.observe((timer.last - timer.first) / (timer.num_tokens - 1))
 
     def render(self) -> bytes:
+        """Write everything in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -86,7 +87,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """The engine's statistics at the time of the scrape."""
+    """At a scrape, this reads the engine's statistics."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats

@@ -1,4 +1,4 @@
-"""The OpenAI endpoints: completions, chat completions, models."""
+"""The OpenAI endpoints are completions, chat completions and models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from manyheads.server.service import Service, or_disconnect
 from manyheads.server.sse import DONE, chain, event, stream_response
 
 DEFAULT_MAX_TOKENS = 16
-"""Of /v1/completions, as OpenAI has it."""
+"""/v1/completions writes at most so many tokens where a request says nothing, as OpenAI has it."""
 
 
 def openai_router(service: Service) -> APIRouter:
+    """Make the routes of these endpoints."""
     router = APIRouter(tags=["OpenAI"])
 
     @router.post("/v1/completions", summary="Continue a text")
@@ -61,7 +62,7 @@ def openai_router(service: Service) -> APIRouter:
 
 
 class _Answer:
-    """One answer, whole or as a stream. Subclasses say how the endpoint writes its choices."""
+    """An answer goes out whole or as a stream. Subclasses say how their endpoint writes its choices."""
 
     prefix: str
     object: str
@@ -76,7 +77,7 @@ class _Answer:
         self.numbers = {output: number for number, (_, output) in enumerate(self.outputs())}
 
     def outputs(self) -> Iterator[tuple[Generation, SequenceOutput]]:
-        """Every continuation of every prompt, in the order of the choices."""
+        """Go through the continuations of all prompts, in the order of the choices."""
         return ((generation, output) for generation in self.generations for output in generation.outputs)
 
     async def respond(self, request: Request, stream: bool) -> Response:
@@ -90,12 +91,12 @@ class _Answer:
         return stream_response(self.events(chain(first, updates)))
 
     def whole(self) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+        """Make the body of an answer that is not streamed."""
         choices = [self.choice(generation, output) for generation, output in self.outputs()]
         return {**self.head(self.object), "choices": choices, "usage": _usage(self.generations)}
 
     async def events(self, updates: AsyncGenerator[Update, None]) -> AsyncGenerator[bytes, None]:
-        """The server-sent events of a stream."""
+        """Make the server-sent events of a stream."""
         head = self.head(self.chunk_object)
         options = self.body.stream_options
         always = options is not None and options.continuous_usage_stats
@@ -114,25 +115,25 @@ class _Answer:
         yield DONE
 
     def head(self, kind: str) -> dict[str, Any]:
-        """What answers and chunks begin with."""
+        """Make what an answer and each chunk begin with."""
         name = self.body.model or self.service.names[0]
         return {"id": self.id, "object": kind, "created": self.created, "model": name}
 
     def opening(self) -> list[dict[str, Any]]:
-        """Choices that a stream begins with, before there is text."""
+        """Make the choices that a stream begins with, before there is text."""
         return []
 
     def choice(self, generation: Generation, output: SequenceOutput) -> dict[str, Any]:
-        """A continuation as a whole answer has it."""
+        """Write a continuation as a whole answer has it."""
         raise NotImplementedError
 
     def chunk(self, update: Update) -> dict[str, Any]:
-        """What came of a continuation as a stream has it."""
+        """Write what came of a continuation as a stream has it."""
         raise NotImplementedError
 
 
 class _Completions(_Answer):
-    """An answer of /v1/completions."""
+    """It is an answer of /v1/completions."""
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -175,7 +176,7 @@ class _Completions(_Answer):
 
 
 class _Chat(_Answer):
-    """An answer of /v1/chat/completions."""
+    """It is an answer of /v1/chat/completions."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -211,7 +212,7 @@ def _is_worth_sending(delta: TextDelta) -> bool:
 
 
 def _usage(generations: Sequence[Generation]) -> dict[str, Any]:
-    """OpenAI's `usage`, and the steps that it took."""
+    """Make OpenAI's `usage`, with the steps that it took."""
     outputs = [output for generation in generations for output in generation.outputs]
     num_prompt_tokens = sum(len(generation.prompt.token_ids) for generation in generations)
     num_output_tokens = sum(len(output.token_ids) for output in outputs)

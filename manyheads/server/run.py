@@ -1,4 +1,4 @@
-"""`serve`: the engine process and the web server, from start to a clean end."""
+"""`serve` runs the engine process and the web server, from start to a clean end."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from manyheads.server.service import Service
 from manyheads.sizes import format_size
 
 DRAIN_SECONDS = 2.0
-"""How long running requests may go on after Ctrl-C; then they are aborted, each with an answer."""
+"""Running requests may go on so long after Ctrl-C; then they are aborted, each with an answer."""
 CLOSE_SECONDS = 1
-"""How long those answers may take to get out."""
+"""Those answers may take so long to get out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """What the web server needs to know."""
+    """The web server needs to know this, beside what the engine does."""
 
     host: str = "0.0.0.0"
     port: int = 8000
-    """0 takes a free one."""
+    """At 0, the system chooses a free one."""
     api_key: str | None = None
     served_model_names: tuple[str, ...] = ()
-    """Names of the model in requests; without any, the model's own."""
+    """Requests may call the model by these names; without any, by the model's own."""
     chat_template: str | None = None
-    """A file, or the name of a known template; None takes the tokenizer's."""
+    """It is a file, or the name of a known template; None takes the tokenizer's."""
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
     access_log: bool = False
@@ -52,7 +52,7 @@ class ServerConfig:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our end: drain, abort, close, whatever the signal. It ends with its engine, too."""
+    """uvicorn gets our end: drain, abort, close, whatever the signal. It ends with its engine, too."""
 
     def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
         super().__init__(config)
@@ -60,12 +60,15 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # `serve` has handlers of its own, in force from before the engine starts
+        """Leave the signals alone: `serve` has handlers of its own, in force from before the engine starts."""
+        yield
 
     async def on_tick(self, counter: int) -> bool:
+        """Tell, ten times a second, whether to end."""
         return await super().on_tick(counter) or self._client.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for what is running, but not for long."""
         loop = asyncio.get_running_loop()
         timer = loop.call_later(DRAIN_SECONDS, self._client.abort_all)
         try:
@@ -75,7 +78,7 @@ class Server(uvicorn.Server):
 
 
 def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD_ENGINE) -> int:
-    """Serve until a signal; the exit status.
+    """Serve until a signal, and return the exit status.
 
     Raises:
         ConfigError, EngineError: it could not start, or the engine has died; nothing is left behind.
@@ -203,7 +206,7 @@ def _greeting(ready: EngineReady, name: str, host: str, port: int) -> str:
 
 
 def _memory(ready: EngineReady) -> str:
-    """Where memory goes, and how much context fits."""
+    """Say where memory goes, and how much context fits."""
     use = ready.memory
     parts = [f"weights {format_size(use.weights)}"]
     parts += [f"heads {format_size(use.heads)}"] if use.heads else []

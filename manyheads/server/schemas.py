@@ -1,4 +1,4 @@
-"""What requests may hold. Fields of the OpenAI API without effect here are taken and ignored; unknown ones refused."""
+"""The schemas say what requests may hold. OpenAI's fields without effect here are ignored; unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from manyheads.request import RequestError, SamplingParams
 
 MAX_PROMPTS = 256
-"""Most prompts of one request."""
+"""A request has at most so many prompts."""
 MAX_MESSAGES = 4096
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 
 class Body(BaseModel):
-    """Part of a body: no unknown fields, no NaN, and text that is text."""
+    """No part of a body has unknown fields, NaN, or text that is none."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -33,7 +33,7 @@ class Body(BaseModel):
 
 
 class Sampling(Body):
-    """SamplingParams as JSON; null is the default. See `manyheads.SamplingParams` for the meanings."""
+    """These are SamplingParams as JSON; null is the default. See `manyheads.SamplingParams` for the meanings."""
 
     n: int | None = None
     max_tokens: int | None = None
@@ -59,7 +59,7 @@ class Sampling(Body):
     typical_alpha: float | None = None
 
     def to_params(self, **overrides: Any) -> SamplingParams:
-        """The engine's parameters.
+        """Make the engine's parameters.
 
         Raises:
             RequestError: a value is out of its range.
@@ -74,14 +74,16 @@ class Sampling(Body):
 
 
 class StreamOptions(Body):
+    """A stream can tell what it has used."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    """vLLM's: usage so far in every chunk, where include_usage is set."""
+    """As in vLLM, every chunk says the usage so far, where include_usage is set."""
     include_obfuscation: bool | None = None
 
 
 class OpenAIRequest(Sampling):
-    """What both OpenAI endpoints take. The fields under `user` have no effect here."""
+    """Both OpenAI endpoints take this. The fields from `user` on have no effect here."""
 
     model: str | None = None
     stream: bool | None = None
@@ -98,6 +100,7 @@ class OpenAIRequest(Sampling):
 
     @property
     def include_usage(self) -> bool:
+        """Tell whether a stream is to end with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
@@ -105,7 +108,7 @@ TokenIds = Annotated[list[int], Field(min_length=1)]
 
 
 class CompletionRequest(OpenAIRequest):
-    """POST /v1/completions."""
+    """This body goes to POST /v1/completions."""
 
     prompt: str | list[str] | TokenIds | list[TokenIds]
     logprobs: int | None = None
@@ -114,7 +117,7 @@ class CompletionRequest(OpenAIRequest):
     suffix: str | None = None
 
     def check(self) -> None:
-        """Raises RequestError for what this server does not do."""
+        """Raise RequestError for what this server does not do."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of must equal n: candidates are not ranked here")
         if self.suffix:
@@ -123,7 +126,7 @@ class CompletionRequest(OpenAIRequest):
             raise RequestError("echo and logprobs do not go together: prompt tokens get no log-probabilities")
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, one or many."""
+        """Make a list of the prompts, one or many."""
         prompt: Any = self.prompt
         many = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
         prompts = prompt if many else [prompt]
@@ -135,13 +138,15 @@ class CompletionRequest(OpenAIRequest):
 
 
 class TextPart(Body):
+    """A message's content may come in parts, of which only text is supported."""
+
     type: Literal["text"]
     text: str
     prompt_cache_breakpoint: Any = None
 
 
 class Message(Body):
-    """One message; assistants' messages may hold the empty fields that OpenAI's client sends back."""
+    """A message of an assistant may hold the empty fields that OpenAI's client sends back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
@@ -153,7 +158,7 @@ class Message(Body):
     function_call: Any = None
 
     def plain(self) -> dict[str, str]:
-        """Role and text. Raises RequestError for what is not text."""
+        """Reduce it to role and text. Raises RequestError for what is not text."""
         for field in ("audio", "tool_calls", "function_call"):
             if getattr(self, field):
                 raise RequestError(f"messages with {field} are not supported: this server takes text only")
@@ -165,13 +170,15 @@ class Message(Body):
 
 
 class ResponseFormat(BaseModel):
+    """The form of an answer can be chosen, but only text is supported."""
+
     model_config = ConfigDict(extra="allow")
 
     type: str = "text"
 
 
 class ChatRequest(OpenAIRequest):
-    """POST /v1/chat/completions."""
+    """This body goes to POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = None
@@ -193,7 +200,7 @@ class ChatRequest(OpenAIRequest):
     prediction: Any = None
 
     def check(self) -> None:
-        """Raises RequestError for what this server does not do."""
+        """Raise RequestError for what this server does not do."""
         if self.response_format is not None and self.response_format.type != "text":
             raise RequestError(f"response_format {self.response_format.type!r} is not supported, only 'text'")
         if self.tools or self.functions:
@@ -210,7 +217,7 @@ class ChatRequest(OpenAIRequest):
             raise RequestError("top_logprobs needs logprobs: true")
 
     def chat_params(self) -> SamplingParams:
-        """Sampling parameters with this endpoint's names for the limits."""
+        """Make the engine's parameters from this endpoint's names for the limits."""
         self.check()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise RequestError("max_tokens and max_completion_tokens differ; max_tokens is the old name, drop it")
@@ -220,12 +227,13 @@ class ChatRequest(OpenAIRequest):
 
 
 class GenerateParameters(Sampling):
-    """`parameters` of /generate: those of SamplingParams and TGI's names for them."""
+    """`parameters` of /generate are those of SamplingParams, also by TGI's names for them."""
 
     max_new_tokens: int | None = Field(default=None, description="most output tokens (max_tokens is the same)")
     raw: bool = Field(default=False, description="the prompt is text to continue, not an instruction")
 
     def generate_params(self) -> SamplingParams:
+        """Make the engine's parameters from either name of the limit."""
         if None not in (self.max_tokens, self.max_new_tokens) and self.max_tokens != self.max_new_tokens:
             raise RequestError("max_tokens and max_new_tokens are the same and must not differ")
         if self.n not in (None, 1):
@@ -234,7 +242,7 @@ class GenerateParameters(Sampling):
 
 
 class GenerateRequest(Body):
-    """POST /generate and /generate_stream."""
+    """This body goes to POST /generate and /generate_stream."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -253,7 +261,7 @@ class GenerateRequest(Body):
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize: a text, or messages by the chat template."""
+    """This body goes to POST /tokenize, with a text, or with messages for the chat template."""
 
     model: str | None = None
     prompt: str | None = None
@@ -262,7 +270,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    """POST /detokenize."""
+    """This body goes to POST /detokenize."""
 
     model: str | None = None
     tokens: list[int]

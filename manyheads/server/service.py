@@ -1,4 +1,4 @@
-"""What the endpoints share: the front end, the model's names, the metrics, and clients that leave."""
+"""The endpoints share the front end, the model's names and the metrics, and wait for no client that has left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Service:
-    """What the endpoints share.
+    """A service is what the endpoints share.
 
     Args:
         llm: the front end of the engine.
@@ -34,7 +34,7 @@ class Service:
         self.started = int(time.time())
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 for a model that is not served; None is the one there is."""
+        """Raise ApiError 404 for a model that is not served; None is the one there is."""
         if name is not None and name not in self.names:
             served = ", ".join(map(repr, self.names))
             raise ApiError(
@@ -45,7 +45,7 @@ class Service:
             )
 
     async def updates(self, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
-        """Those of the front end (`AsyncLLM.updates`), counted in the metrics."""
+        """Give the updates of the front end (`AsyncLLM.updates`), and count them in the metrics."""
         metrics = self.metrics
         timers = {o: SequenceTimer(len(g.prompt.token_ids)) for g in generations for o in g.outputs}
         try:
@@ -65,7 +65,7 @@ class Service:
                     metrics.finish(timer, output.finish_reason or "abort")
 
     async def collect(self, generations: Sequence[Generation]) -> None:
-        """Wait for the end of all."""
+        """Wait until all generations have ended."""
         async with contextlib.aclosing(self.updates(generations)) as updates:
             async for _ in updates:
                 pass

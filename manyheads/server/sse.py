@@ -1,4 +1,4 @@
-"""Server-sent events."""
+"""Streams are server-sent events."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _log = logging.getLogger(__name__)
 
 
 def event(data: Any) -> bytes:
+    """Write an event whose data is JSON."""
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Events, and an error as the last one: the status line has been sent by then."""
+    """Pass events on, and an error as the last one: the status line has been sent by then."""
     try:
         async for data in events:
             yield data
@@ -35,7 +36,7 @@ async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
 
 
 async def chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """The first item, taken already, and the others; closing it closes the others."""
+    """Give the first item, taken already, and the others; closing it closes the others."""
     async with contextlib.aclosing(rest):
         yield first
         async for item in rest:
@@ -43,5 +44,6 @@ async def chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, No
 
 
 def stream_response(events: AsyncIterator[bytes]) -> StreamingResponse:
+    """Answer with events as they come, past caches and buffers on the way."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(guarded(events), media_type="text/event-stream", headers=headers)
