@@ -15,7 +15,7 @@ import zmq
 import zmq.asyncio
 
 from manyheads.config import ConfigError, EngineConfig
-from manyheads.frontend.engine_process import BUILD_ENGINE, Launch
+from manyheads.frontend.engine_process import BUILD_ENGINE, EngineLaunch
 from manyheads.request import (
     Abort,
     EngineReady,
@@ -100,7 +100,7 @@ class EngineClient:
             start_new_session=True,  # so that the terminal's Ctrl-C reaches the server alone
         )
         assert self._process.stdin is not None
-        launch = Launch(config=self.config, folder=self._folder, build=self._build, verbose=self._verbose)
+        launch = EngineLaunch(config=self.config, folder=self._folder, build=self._build, verbose=self._verbose)
         self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
         self._ready = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._receive(self._outputs)), asyncio.create_task(self._watch())]

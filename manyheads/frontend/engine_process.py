@@ -1,6 +1,6 @@
 """This process runs an engine: requests and aborts come in, step outputs go out, over local ZeroMQ sockets.
 
-`EngineClient` starts it as `python -m manyheads.frontend.engine_process`, with a `Launch` as the first line of standard
+`EngineClient` starts it as `python -m manyheads.frontend.engine_process`, with an `EngineLaunch` as the first line of standard
 input. Standard input stays open as long as the parent lives: when it closes, this process ends.
 """
 
@@ -42,7 +42,7 @@ STATS_INTERVAL = 0.2
 """So many seconds pass between two snapshots of the statistics while there is work."""
 
 
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
+class EngineLaunch(msgspec.Struct, frozen=True, kw_only=True):
     """The parent tells its engine process this on standard input."""
 
     config: EngineConfig
@@ -105,7 +105,7 @@ def main() -> None:
     """Build the engine and serve until the parent or a signal ends this process; it tells the parent what fails."""
     # Ctrl-C is the parent's to handle; SIGTERM keeps its default and ends this process at once: it owns no state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
+    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineLaunch)
     threading.Thread(target=_end_with_parent, args=(launch.folder,), daemon=True).start()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
@@ -133,7 +133,7 @@ def main() -> None:
     sys.exit(status)
 
 
-def _build(launch: Launch) -> Engine:
+def _build(launch: EngineLaunch) -> Engine:
     module, _, name = launch.build.partition(":")
     build: Callable[[EngineConfig, Callable[[str], None]], Engine] = getattr(importlib.import_module(module), name)
     return build(launch.config, _say if launch.verbose else lambda line: None)
