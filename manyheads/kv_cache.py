@@ -86,6 +86,11 @@ class KVCache:
         return self.data.device
 
     @property
+    def num_pages(self) -> int:
+        """Pages, the dummy page included."""
+        return self.data.shape[2]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of entries and scales."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)

@@ -85,23 +85,30 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     def memory() -> MemoryUse:
         return meter.look(runner.cache.nbytes, (num_pages - 1) * config.block_size, runner.graph_bytes)
 
-    ready = EngineReady(
-        model=model_folder.name if Path(config.model).exists() else config.model,
+    name = model_folder.name if Path(config.model).exists() else config.model
+    ready = _ready(config, shape, runner, name, memory())
+    return Engine(runner, scheduler, ready, config.seed, memory)
+
+
+def _ready(config: EngineConfig, shape: Shape, runner: Runner, model: str, memory: MemoryUse) -> EngineReady:
+    """What is served, for the front end."""
+    drafter = runner.drafter
+    return EngineReady(
+        model=model,
         max_model_len=runner.state.max_len,
-        vocab_size=model_config.vocab_size,
+        vocab_size=shape.model.vocab_size,
         drafter=drafter.name if drafter else None,
         draft_depth=drafter.shape.max_depth if drafter else 0,
         dtype=str(shape.dtype).removeprefix("torch."),
         quantization=shape.scheme.name if shape.scheme else None,
         kv_cache_dtype=config.kv_cache_dtype,
-        device=str(device),
-        num_pages=num_pages - 1,
-        page_size=config.block_size,
-        eos_token_ids=list(model_config.eos_token_ids),
+        device=str(shape.device),
+        num_pages=runner.cache.num_pages - 1,
+        page_size=runner.state.page_size,
+        eos_token_ids=list(shape.model.eos_token_ids),
         wanted_model_len=shape.max_model_len,
-        memory=memory(),
+        memory=memory,
     )
-    return Engine(runner, scheduler, ready, config.seed, memory)
 
 
 def _scheme(config: EngineConfig, model_folder: Path) -> Scheme | None:

@@ -1,7 +1,7 @@
 """This process runs an engine: requests and aborts come in, step outputs go out, over local ZeroMQ sockets.
 
-`EngineClient` starts it as `python -m manyheads.frontend.engine_process`, with an `EngineLaunch` as the first line of standard
-input. Standard input stays open as long as the parent lives: when it closes, this process ends.
+`EngineClient` starts it as `python -m manyheads.frontend.engine_process`, with an `EngineLaunch` as the first line of
+standard input. Standard input stays open as long as the parent lives: when it closes, this process ends.
 """
 
 from __future__ import annotations
