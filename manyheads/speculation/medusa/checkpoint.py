@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +48,12 @@ class HeadWeights:
     accuracy: list[list[float]] | None
     """[head][rank] share of right candidates, where the checkpoint brings it."""
 
+    @property
+    def shares_one_projection(self) -> bool:
+        """Whether several heads have the same projection, which is not the base's."""
+        own = self.projections or []
+        return len(own) > 1 and all(projection is own[0] for projection in own)
+
 
 def split_model(model: str, heads: str | None) -> tuple[Path, Path | None]:
     """Find the base model's folder and the heads' (None: no heads).
@@ -63,14 +68,13 @@ def split_model(model: str, heads: str | None) -> tuple[Path, Path | None]:
         return folder, resolve(heads)
     config = read_json(folder / "config.json")
     base = config.get("base_model_name_or_path")
-    if base and not _has_base_weights(folder):
+    has_head_file = _head_file(folder) is not None
+    if base and (has_head_file or config.get("model_type") == "medusa"):  # no full model that was fine-tuned
         beside = folder / str(base)
         return resolve(str(beside) if beside.is_dir() else str(base)), folder
     if (folder / "heads" / "config.json").is_file():
         return folder, folder / "heads"
-    if _head_file(folder) is not None or "medusa_num_heads" in config:
-        return folder, folder
-    return folder, None
+    return folder, folder if has_head_file or "medusa_num_heads" in config else None
 
 
 def locate_heads(heads: str) -> tuple[Path, str | None]:
@@ -86,10 +90,10 @@ def locate_heads(heads: str) -> tuple[Path, str | None]:
         return folder / "heads", str(folder.resolve())
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    is_base = bool(config.get("architectures")) and config.get("model_type") != "medusa"
-    if is_base and not (_head_file(folder) and config.get("base_model_name_or_path")):
-        return folder, str(folder.resolve())
     base = config.get("base_model_name_or_path")
+    is_base = bool(config.get("architectures")) and config.get("model_type") != "medusa"
+    if is_base and not (_head_file(folder) and base):
+        return folder, str(folder.resolve())
     if not base:
         return folder, None
     beside = folder / str(base)
@@ -104,12 +108,10 @@ def read_heads(folder: Path, config: ModelConfig | None) -> HeadWeights:
     """
     file = _head_file(folder)
     files = [file] if file is not None else tensor_files(folder)
-    state: dict[str, Tensor] = {}
-    for path in files:
-        state |= {key.removeprefix("medusa_heads."): tensor for key, tensor in read_tensors(path)}
+    state = {key.removeprefix("medusa_heads."): tensor for path in files for key, tensor in read_tensors(path)}
     where = files[0] if len(files) == 1 else folder
-    if any(key.startswith("medusa_head.") for key in state):
-        inside = {k.removeprefix("medusa_head."): t for k, t in state.items() if k.startswith("medusa_head.")}
+    inside = {k.removeprefix("medusa_head."): t for k, t in state.items() if k.startswith("medusa_head.")}
+    if inside:
         weights = _reference(inside, where, "reference v1.0")
     elif any(_VLLM_BLOCK.fullmatch(key) for key in state):
         weights = _vllm(state, where, read_json(folder / "config.json"))
@@ -117,10 +119,8 @@ def read_heads(folder: Path, config: ModelConfig | None) -> HeadWeights:
         weights = _reference(state, where, "reference v0.1")
     else:
         raise CheckpointError(f"{where}: no Medusa heads; the first keys are {sorted(state)[:3]}")
-    if config is not None:
-        _check(weights, where, config.hidden_size, config.vocab_size)
-    else:
-        _check(weights, where, len(weights.blocks[0][0][0]), vocab_size(weights, folder))
+    hidden_size = len(weights.blocks[0][0][0]) if config is None else config.hidden_size
+    _check(weights, where, hidden_size, vocab_size(weights, folder) if config is None else config.vocab_size)
     return weights
 
 
@@ -137,26 +137,11 @@ def _head_file(folder: Path) -> Path | None:
     return next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
 
 
-def _has_base_weights(folder: Path) -> bool:
-    """Whether a folder that names a base brings the base's weights too (a full model that was fine-tuned)."""
-    if _head_file(folder) is not None:
-        return False
-    return read_json(folder / "config.json").get("model_type") != "medusa"
-
-
 def _reference(state: dict[str, Tensor], where: Path, name: str) -> HeadWeights:
     """`{h}.{l}.linear.…` blocks; `{h}.{L}.weight` projections, or none of them ("V2")."""
-    parts: dict[tuple[int, int], dict[str, Tensor]] = {}
-    projections: dict[tuple[int, int], Tensor] = {}
-    for key, tensor in state.items():
-        if match := _BLOCK.fullmatch(key):
-            parts.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
-        elif match := _PROJECTION.fullmatch(key):
-            projections[int(match[1]), int(match[2])] = tensor
-        else:
-            raise CheckpointError(f"{where}: key {key} belongs to no Medusa head")
+    parts, projections = _numbered(state, where, _BLOCK, _PROJECTION)
     blocks = _grid(parts, where, bias_needed=True)
-    wanted = {(h, len(blocks[h])) for h in range(len(blocks))}
+    wanted = {(h, len(row)) for h, row in enumerate(blocks)}
     if projections and projections.keys() != wanted:
         odd = min(wanted ^ projections.keys())
         raise CheckpointError(f"{where}: key {odd[0]}.{odd[1]}.weight is missing or belongs to no head")
@@ -165,18 +150,9 @@ def _reference(state: dict[str, Tensor], where: Path, name: str) -> HeadWeights:
 
 
 def _vllm(state: dict[str, Tensor], where: Path, config: dict[str, object]) -> HeadWeights:
-    parts: dict[tuple[int, int], dict[str, Tensor]] = {}
-    projections: dict[int, Tensor] = {}
-    token_map: Tensor | None = None
-    for key, tensor in state.items():
-        if match := _VLLM_BLOCK.fullmatch(key):
-            parts.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
-        elif match := _VLLM_PROJECTION.fullmatch(key):
-            projections[int(match[1])] = tensor
-        elif key == "token_map":
-            token_map = tensor.to(torch.int64)
-        elif key != "lm_head.weight":
-            raise CheckpointError(f"{where}: key {key} belongs to no Medusa head")
+    parts, numbered = _numbered(state, where, _VLLM_BLOCK, _VLLM_PROJECTION, "token_map", "lm_head.weight")
+    projections = {h: projection for (h,), projection in numbered.items()}
+    token_map = state["token_map"].to(torch.int64) if "token_map" in state else None
     blocks = _grid(parts, where, bias_needed=bool(config.get("medusa_fc_bias", False)))
     if config.get("original_lm_head") and len(projections) <= 1:  # one projection for all heads
         shared = state.get("lm_head.weight", projections.get(0))
@@ -191,72 +167,80 @@ def _vllm(state: dict[str, Tensor], where: Path, config: dict[str, object]) -> H
     return HeadWeights(blocks, [projections[h] for h in sorted(projections)], token_map, "vLLM", _accuracy(where))
 
 
+def _numbered(
+    state: dict[str, Tensor], where: Path, block: re.Pattern[str], projection: re.Pattern[str], *others: str
+) -> tuple[dict[tuple[int, int], dict[str, Tensor]], dict[tuple[int, ...], Tensor]]:
+    """The parts of blocks, and projections, by the numbers in their keys; `others` are keys that may be there too."""
+    parts: dict[tuple[int, int], dict[str, Tensor]] = {}
+    projections: dict[tuple[int, ...], Tensor] = {}
+    for key, tensor in state.items():
+        if match := block.fullmatch(key):
+            parts.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
+        elif match := projection.fullmatch(key):
+            projections[tuple(map(int, match.groups()))] = tensor
+        elif key not in others:
+            raise CheckpointError(f"{where}: key {key} belongs to no Medusa head")
+    return parts, projections
+
+
 def _grid(
     parts: dict[tuple[int, int], dict[str, Tensor]], where: Path, bias_needed: bool
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """[head][block] without gaps: heads are counted from the keys, since configs are wrong about them."""
     num_heads = max(h for h, _ in parts) + 1
     num_blocks = max(b for _, b in parts) + 1
-    grid: list[list[tuple[Tensor, Tensor]]] = []
-    for h in range(num_heads):
-        row = []
-        for b in range(num_blocks):
-            part = parts.get((h, b), {})
-            if "weight" not in part:
-                raise CheckpointError(f"{where}: block {b} of head {h} has no weight")
-            if "bias" not in part and bias_needed:
-                raise CheckpointError(f"{where}: block {b} of head {h} has no bias")
-            weight = part["weight"]
-            bias = part.get("bias", weight.new_zeros(weight.shape[:1]))
-            if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-                raise CheckpointError(
-                    f"{where}: block {b} of head {h} has a weight of shape {tuple(weight.shape)} and a bias of shape "
-                    f"{tuple(bias.shape)}"
-                )
-            row.append((weight, bias))
-        grid.append(row)
-    return grid
+
+    def block(h: int, b: int) -> tuple[Tensor, Tensor]:
+        name, part = f"{where}: block {b} of head {h}", parts.get((h, b), {})
+        for kind in ("weight", "bias") if bias_needed else ("weight",):
+            if kind not in part:
+                raise CheckpointError(f"{name} has no {kind}")
+        weight = part["weight"]
+        bias = part.get("bias", weight.new_zeros(weight.shape[:1]))
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            shapes = f"a weight of shape {tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}"
+            raise CheckpointError(f"{name} has {shapes}")
+        return weight, bias
+
+    return [[block(h, b) for b in range(num_blocks)] for h in range(num_heads)]
 
 
 def _check(weights: HeadWeights, where: Path, hidden_size: int, vocab_size: int | None) -> None:
-    square = (hidden_size, hidden_size)
-    rows = vocab_size if weights.token_map is None else weights.token_map.numel()
+    square, tokens = (hidden_size, hidden_size), weights.token_map
+    needed = (vocab_size if tokens is None else tokens.numel(), hidden_size)
     for h, blocks in enumerate(weights.blocks):
         for b, (weight, bias) in enumerate(blocks):
-            if tuple(weight.shape) != square or not weight.is_floating_point():
+            name, found = f"{where}: block {b} of head {h}", tuple(weight.shape)
+            if found != square or not weight.is_floating_point():
                 raise CheckpointError(
-                    f"{where}: block {b} of head {h} has shape {tuple(weight.shape)} in {weight.dtype}; "
-                    f"needed is {square} in floating point"
+                    f"{name} has shape {found} in {weight.dtype}; needed is {square} in floating point"
                 )
-            _finite(weight, where, f"block {b} of head {h}")
-            _finite(bias, where, f"block {b} of head {h}")
+            _check_finite(name, weight, bias)
     for h, projection in enumerate(weights.projections or []):
-        if tuple(projection.shape) != (rows, hidden_size):
-            raise CheckpointError(
-                f"{where}: the projection of head {h} has shape {tuple(projection.shape)}; "
-                f"needed is {(rows, hidden_size)}"
-            )
-        _finite(projection, where, f"the projection of head {h}")
-    tokens = weights.token_map
+        name, found = f"{where}: the projection of head {h}", tuple(projection.shape)
+        if found != needed:
+            raise CheckpointError(f"{name} has shape {found}; needed is {needed}")
+        _check_finite(name, projection)
     if tokens is not None and not tokens.numel():
         raise CheckpointError(f"{where}: token_map is empty")
     if tokens is not None and (int(tokens.min()) < 0 or (vocab_size and int(tokens.max()) >= vocab_size)):
         raise CheckpointError(f"{where}: token_map names tokens outside the vocabulary of {vocab_size}")
 
 
-def _finite(tensor: Tensor, where: Path, name: str) -> None:
-    if not torch.isfinite(tensor.sum(dtype=torch.float64)):
-        raise CheckpointError(f"{where}: {name} holds values that are not finite")
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor.sum(dtype=torch.float64)) for tensor in tensors):
+        raise CheckpointError(f"{name} holds values that are not finite")
 
 
 def _accuracy(where: Path) -> list[list[float]] | None:
     path = (where if where.is_dir() else where.parent) / STATISTICS
     if not path.is_file():
         return None
-    table = read_json(path).get("accuracy")
-    rows: list[list[Any]] = (
-        table if isinstance(table, list) and all(isinstance(row, list) for row in table) else [[None]]
-    )
-    if not all(isinstance(p, (int, float)) and 0 <= p <= 1 for row in rows for p in row):
+    rows = read_json(path).get("accuracy")
+    if (
+        not isinstance(rows, list)
+        or not all(isinstance(row, list) for row in rows)
+        or not all(isinstance(p, (int, float)) and 0 <= p <= 1 for row in rows for p in row)
+    ):
         raise CheckpointError(f"{path}: accuracy must be a list of lists [head][rank] of shares between 0 and 1")
     return [[float(p) for p in row] for row in rows]

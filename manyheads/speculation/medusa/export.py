@@ -33,6 +33,7 @@ from manyheads.speculation.medusa.checkpoint import HEAD_FILES, STATISTICS, Head
 
 FORMATS = ("manyheads", "reference", "reference-full", "tgi", "vllm")
 State = dict[str, Tensor]
+_VLLM_LAYOUT = ("manyheads", "vllm")
 _MANY_COPIES = "--expand writes it out for every head"
 
 
@@ -64,7 +65,7 @@ def write_heads(
     if base is None and form in ("reference", "tgi"):
         raise ConfigError(f"the {form} format names the base model, and these heads name none; give --base")
     weights = fitting(weights, form, vocab_size, base_projection, expand)
-    if form in ("manyheads", "vllm"):
+    if form in _VLLM_LAYOUT:
         state, config = _vllm(weights, vocab_size)
         name = "model.safetensors"
     else:
@@ -73,12 +74,14 @@ def write_heads(
         if weights.projections is None:
             config["version"] = "2"
     if base is not None:
-        config["base_model_name_or_path"] = _named(base, out, relative=form in ("manyheads", "vllm"))
+        if (local := Path(base)).is_absolute() and local.is_dir():  # relative where readers understand that
+            base = os.path.relpath(local.resolve(), out.resolve()) if form in _VLLM_LAYOUT else str(local.resolve())
+        config["base_model_name_or_path"] = base
     out.mkdir(parents=True, exist_ok=True)
     if name.endswith(".pt"):
         replace(out / name, lambda path: torch.save(state, path))
     else:
-        replace(out / name, lambda path: save_file(_separate(state), path, metadata={"format": "pt"}))
+        _save(out / name, state)
     write_json(out / "config.json", config)
     if statistics is not None and statistics.is_file() and statistics.resolve() != (out / STATISTICS).resolve():
         replace(out / STATISTICS, lambda path: shutil.copyfile(statistics, path))
@@ -99,9 +102,8 @@ def write_full(
     weights = fitting(weights, "reference-full", vocab_size, lambda: read_projection(base), expand)
     heads, config = _reference(weights)
     out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(base.iterdir()):
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in file.name:
-            shutil.copyfile(file, out / file.name)
+    for file in files_beside_weights(base):
+        shutil.copyfile(file, out / file.name)
     files = tensor_files(base)
     weight_map: dict[str, str] = {}
     total = 0
@@ -113,8 +115,7 @@ def write_full(
         if not state:  # the shard of heads that were there before
             continue
         name = f"model-{number:05}-of-{len(files) + 1:05}.safetensors"
-        state = _separate(state)
-        replace(out / name, lambda path, state=state: save_file(state, path, metadata={"format": "pt"}))  # type: ignore[misc]
+        _save(out / name, state)
         weight_map |= dict.fromkeys(state, name)
         total += sum(tensor.nbytes for tensor in state.values())
     write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -124,11 +125,7 @@ def write_full(
 
 
 def fitting(
-    weights: HeadWeights,
-    form: str,
-    vocab_size: int | None,
-    base_projection: Callable[[], Tensor] | None,
-    expand: bool,
+    weights: HeadWeights, form: str, vocab_size: int | None, base_projection: Callable[[], Tensor] | None, expand: bool
 ) -> HeadWeights:
     """The heads as the format can hold them.
 
@@ -138,7 +135,8 @@ def fitting(
     if form not in FORMATS:
         raise ConfigError(f"unknown format {form!r}; there are: {', '.join(FORMATS)}")
     blocks, projections, token_map = weights.blocks, weights.projections, weights.token_map
-    if form.startswith("reference") and not all(_one_module(head) for head in blocks):
+    alike = (torch.equal(w, head[0][0]) and torch.equal(b, head[0][1]) for head in blocks for w, b in head)
+    if form.startswith("reference") and not all(alike):
         raise ConfigError(
             f"the {form} format holds heads whose blocks are one module (medusa-llm builds [ResBlock] * L and would "
             "load the last block into all places); these blocks differ, so there is no way to write them"
@@ -153,36 +151,41 @@ def fitting(
         if base_projection is None:
             raise ConfigError(f"{what}, and the base is needed to write it out; give --base")
         projections = [base_projection()] * len(blocks)
-    if token_map is not None and projections is not None and form not in ("manyheads", "vllm"):
-        if not expand:
-            raise ConfigError(
+    shared = weights.shares_one_projection
+    if form == "vllm" and token_map is not None and torch.equal(token_map, torch.arange(vocab_size or 0)):
+        token_map = None  # all tokens in order, as without a map
+    if token_map is not None and projections is not None:
+        reason = None
+        if form not in _VLLM_LAYOUT:
+            reason = (
                 f"the {form} format has no token_map: its projections span the whole vocabulary; --expand writes a row "
                 f"of zeros for every token that these heads leave out ({len(token_map)} are in the map)"
             )
-        projections, token_map = _whole(projections, token_map, vocab_size), None
-    if form == "vllm" and token_map is not None and len(token_map) == vocab_size and projections is not None:
-        # vLLM passes over a map as long as the vocabulary
-        if not torch.equal(token_map, torch.arange(len(token_map))) and not expand:
-            raise ConfigError(
+        elif form == "vllm" and len(token_map) == vocab_size:
+            reason = (
                 "vLLM passes over a token_map that is as long as the vocabulary; --expand writes the rows in the "
                 "tokens' order instead"
             )
-        projections, token_map = _whole(projections, token_map, vocab_size), None
-    shared = projections is not None and len(blocks) > 1 and _one_for_all(projections)
-    if form == "vllm" and token_map is not None and not shared:
-        # vLLM gives heads of their own projections the whole vocabulary's size, whatever the map says
-        if not expand:
-            raise ConfigError(
+        elif form == "vllm" and not shared:  # vLLM gives them the whole vocabulary's size, whatever the map says
+            reason = (
                 "vLLM reads a token_map only with one projection for all heads, and these have their own; --expand "
                 f"writes a row of zeros for every token that they leave out ({len(token_map)} are in the map)"
             )
-        assert projections is not None
-        projections, token_map = _whole(projections, token_map, vocab_size), None
-    if shared and form not in ("manyheads", "vllm") and not expand:
+        if reason is not None:
+            if not expand:
+                raise ConfigError(reason)
+            projections, token_map = _whole(projections, token_map, vocab_size), None
+    if shared and form not in _VLLM_LAYOUT and not expand:
         raise ConfigError(
             f"these heads share one projection, and every head of the {form} format has its own; {_MANY_COPIES}"
         )
     return HeadWeights(blocks, projections, token_map, weights.format, weights.accuracy)
+
+
+def files_beside_weights(folder: Path) -> list[Path]:
+    """The files of a model's folder that configure it and its tokenizer."""
+    kinds = (".json", ".jinja", ".txt", ".model")
+    return [file for file in sorted(folder.iterdir()) if file.suffix in kinds and ".index." not in file.name]
 
 
 def read_projection(base: Path) -> Tensor:
@@ -239,7 +242,7 @@ def _vllm(weights: HeadWeights, vocab_size: int | None) -> tuple[State, dict[str
                 state[f"blocks.{h}.layers.{layer}.bias"] = bias
     if weights.projections is None:
         config["shares_base_lm_head"] = True
-    elif _one_for_all(weights.projections) and len(weights.projections) > 1:
+    elif weights.shares_one_projection:
         config["original_lm_head"] = True
         state["lm_head.weight"] = weights.projections[0]
     else:
@@ -259,29 +262,20 @@ def _reference(weights: HeadWeights) -> tuple[State, dict[str, Any]]:
     return state, {"medusa_num_heads": len(weights.blocks), "medusa_num_layers": len(weights.blocks[0])}
 
 
-def _one_module(head: list[tuple[Tensor, Tensor]]) -> bool:
-    return all(torch.equal(w, head[0][0]) and torch.equal(b, head[0][1]) for w, b in head)
-
-
-def _one_for_all(projections: list[Tensor]) -> bool:
-    return all(projection is projections[0] for projection in projections)
-
-
 def _whole(projections: list[Tensor], token_map: Tensor, vocab_size: int | None) -> list[Tensor]:
     """Projections of the whole vocabulary; one that is shared stays shared."""
     if vocab_size is None:
         raise ConfigError("the size of the base's vocabulary is needed, and nothing here tells it; give --base")
 
-    def whole(own: Tensor) -> Tensor:
-        return own.new_zeros(vocab_size, own.shape[1]).index_copy_(0, token_map, own)
+    distinct = {id(own): own for own in projections}
+    whole = {
+        key: own.new_zeros(vocab_size, own.shape[1]).index_copy_(0, token_map, own) for key, own in distinct.items()
+    }
+    return [whole[id(own)] for own in projections]
 
-    if _one_for_all(projections):
-        return [whole(projections[0])] * len(projections)
-    return [whole(own) for own in projections]
 
-
-def _separate(state: State) -> State:
-    """Contiguous tensors that share no memory, as safetensors wants them."""
+def _save(path: Path, state: State) -> None:
+    """Write a safetensors file, which wants contiguous tensors that share no memory."""
     seen: set[int] = set()
     result: State = {}
     for key, tensor in state.items():
@@ -289,12 +283,4 @@ def _separate(state: State) -> State:
         alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes and storage not in seen
         result[key] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
         seen.add(storage)
-    return result
-
-
-def _named(base: str, out: Path, relative: bool) -> str:
-    """How the heads name their base: relative to themselves where readers understand that."""
-    path = Path(base)
-    if not path.is_absolute() or not path.is_dir():
-        return base
-    return os.path.relpath(path.resolve(), out.resolve()) if relative else str(path.resolve())
+    replace(path, lambda beside: save_file(result, beside, metadata={"format": "pt"}))

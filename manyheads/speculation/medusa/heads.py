@@ -57,9 +57,7 @@ class MedusaHeads:
         ]
         self._projections: list[Linear] | None = None
         if weights.projections is not None:
-            own = weights.projections
-            if all(w is own[0] for w in own):  # one for all heads: one product
-                own = own[:1]
+            own = weights.projections[:1] if weights.shares_one_projection else weights.projections
             self._projections = [
                 Linear(compress_vocabulary(w.to(device, dtype), scheme), None, dtype, ops) for w in own
             ]

@@ -58,8 +58,7 @@ def inspect_heads(heads: str, base: str | None = None) -> Report:
 
 
 def _describe(report: Report, weights: HeadWeights, vocab: int | None) -> None:
-    own = weights.projections
-    shared = own is not None and len(own) > 1 and all(p is own[0] for p in own)
+    own, shared = weights.projections, weights.shares_one_projection
     tensors = {id(t): t for head in weights.blocks for pair in head for t in pair}
     tensors |= {id(p): p for p in own or []}
     hidden = len(weights.blocks[0][0][0])
@@ -92,13 +91,12 @@ def _describe(report: Report, weights: HeadWeights, vocab: int | None) -> None:
 
 def _compare(report: Report, weights: HeadWeights, config: dict[str, object]) -> None:
     """What the configuration declares against what the file holds; the file counts."""
-    found = {"heads": len(weights.blocks), "layers": len(weights.blocks[0])}
+    num_heads, num_layers = len(weights.blocks), len(weights.blocks[0])
+    found = {"medusa_num_heads": num_heads, "num_heads": num_heads, "medusa_num_layers": num_layers}
     of_heads = config.get("model_type") == "medusa"
-    for what, keys in (("heads", ("medusa_num_heads", "num_heads")), ("layers", ("medusa_num_layers",))):
-        for key in keys:
-            declared = config.get(key)
-            if (key != "num_heads" or of_heads) and declared is not None and declared != found[what]:
-                report.problems.append(
-                    f"config.json declares {key} {declared}, the weights hold {found[what]}; the weights count here, "
-                    "other readers may believe the configuration"
-                )
+    for key, number in found.items():
+        if (key != "num_heads" or of_heads) and config.get(key) not in (None, number):
+            report.problems.append(
+                f"config.json declares {key} {config[key]}, the weights hold {number}; the weights count here, "
+                "other readers may believe the configuration"
+            )
