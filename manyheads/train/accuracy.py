@@ -61,12 +61,9 @@ def right_ranks(
 
 def accuracy_table(ranks: Tensor) -> list[list[float]]:
     """[head][rank]: share of the places where the answer goes on so far at which the candidate is right."""
-    table = []
-    for column in ranks.T:
-        known = column[column >= 0]
-        counts = torch.bincount(known, minlength=NUM_RANKS + 1)[:NUM_RANKS]
-        table.append([round(p, 5) for p in (counts / max(1, len(known))).tolist()])
-    return table
+    columns = [column[column >= 0] for column in ranks.T]
+    counts = [torch.bincount(known, minlength=NUM_RANKS + 1)[:NUM_RANKS] / max(1, len(known)) for known in columns]
+    return [[round(share, 5) for share in row.tolist()] for row in counts]
 
 
 def write_statistics(folder: Path, ranks: Tensor, source: str) -> list[list[float]]:
@@ -84,19 +81,10 @@ def tokens_per_step(ranks: Tensor, accuracy: Sequence[Sequence[float]]) -> list[
     lies in the tree, at every place of the answers alike. A greedy reply is such an answer.
     """
     tree, probabilities = grow([list(row) for row in accuracy], MAX_NODES)
-    promised = list(accumulate(probabilities))
-    depths = {choice: i for i, choice in enumerate(tree.choices)}
-    # node i adds a token at every place whose right path goes through it
-    gained = [0] * len(tree.choices)
-    paths = Counter(map(tuple, ranks.tolist()))
-    for path, count in paths.items():
-        for depth in range(len(path) + 1):
-            if (node := depths.get(path[:depth])) is None:
-                break
-            gained[node] += count
-    total = max(1, len(ranks))
-    measured = [value / total for value in accumulate(gained)]
+    # a node adds a token at every place whose right path goes through it
+    gained = Counter(tuple(path[:depth]) for path in ranks.tolist() for depth in range(len(path) + 1))
+    measured = accumulate(gained[choice] for choice in tree.choices)
     return [
-        {"nodes": n + 1, "promised": round(p, 4), "measured": round(m, 4)}
-        for n, (p, m) in enumerate(zip(promised, measured, strict=True))
+        {"nodes": n, "promised": round(p, 4), "measured": round(m / max(1, len(ranks)), 4)}
+        for n, (p, m) in enumerate(zip(accumulate(probabilities), measured, strict=True), 1)
     ]

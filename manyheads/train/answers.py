@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -29,8 +31,7 @@ def answer_all(
 ) -> list[Answer]:
     """What the base says to the prompts that have no answer yet; those that are too long are left out.
 
-    The answer to a prompt depends on the prompt, its place and the seed alone, so a run that was broken off goes on
-    where it was.
+    An answer depends on the prompt, its place and the seed alone, so a run that was broken off goes on where it was.
 
     Args:
         base: a hub id, a local folder, or `builtin`.
@@ -46,7 +47,14 @@ def answer_all(
         progress.say(f"{len(prompts) - len(asked)} of {len(prompts)} prompts have more than {longest} tokens: left out")
     known = _known(file) if file is not None else []
     if len(known) < len(asked):
-        known += _ask(base, asked, len(known), longest, settings, file, progress)
+        llm: LLM | None = None
+        if not all(prompt.tokens for prompt in asked[len(known) :]):
+            engine: dict[str, Any] = {"max_model_len": longest + settings.max_new_tokens, "max_queue": GROUP}
+            llm = LLM(base, speculative=False, device=settings.device, **engine)
+        known += _ask(llm, asked, len(known), settings, file, progress)
+        del llm
+        gc.collect()
+        torch.cuda.empty_cache()
     answers = [answer for answer in known if answer.tokens]
     if len(answers) < len(known):
         progress.say(f"{len(known) - len(answers)} prompts could not be answered: left out")
@@ -56,35 +64,20 @@ def answer_all(
 
 
 def _ask(
-    base: str,
-    asked: list[Answer],
-    start: int,
-    longest: int,
-    settings: TrainSettings,
-    file: Path | None,
-    progress: Progress,
+    llm: LLM | None, asked: list[Answer], start: int, settings: TrainSettings, file: Path | None, progress: Progress
 ) -> list[Answer]:
-    """Answers from number `start` on."""
-    llm: LLM | None = None  # only where something is to be asked
+    """Answers from number `start` on; without an engine where all of these are answered already."""
     found: list[Answer] = []
     tokens = 0
     with progress.task("answers", len(asked), start) as advance:
         for first in range(start, len(asked), GROUP):
             group = asked[first : first + GROUP]
-            if llm is None and not all(prompt.tokens for prompt in group):
-                engine: dict[str, Any] = {"max_model_len": longest + settings.max_new_tokens, "max_queue": GROUP}
-                llm = LLM(base, speculative=False, device=settings.device, **engine)
             for new in _in_order(llm, group, [_params(settings, first + i) for i in range(len(group))]):
                 found += new
                 if file is not None and new:
                     append_answers(file, new)
                 tokens += sum(len(answer.tokens) for answer in new)
                 advance(len(new), f"{tokens:,} tokens")
-    if llm is not None:
-        del llm
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
     return found
 
 
@@ -95,16 +88,15 @@ def _in_order(llm: LLM | None, group: list[Answer], params: list[SamplingParams]
         for prompt, p in zip(group, params, strict=True)
     ]
     steps = llm.steps([g for g in generations if g is not None]) if llm is not None else iter(())
-    done = 0
+    waiting = deque(zip(group, generations, strict=True))
     for _ in chain(steps, [None]):
         new = []
-        while done < len(group) and ((generation := generations[done]) is None or generation.finished):
-            said = group[done].tokens
+        while waiting and ((generation := waiting[0][1]) is None or generation.finished):
+            answer, _ = waiting.popleft()
             if generation is not None:
                 output = generation.outputs[0]
-                said = [] if output.error is not None else list(output.token_ids)
-            new.append(Answer(group[done].prompt, said))
-            done += 1
+                answer = Answer(answer.prompt, [] if output.error is not None else list(output.token_ids))
+            new.append(answer)
         yield new
 
 
@@ -121,9 +113,7 @@ def _known(file: Path) -> list[Answer]:
         return []
     data = file.read_bytes()
     whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with file.open("r+b") as out:
-            out.truncate(whole)
+    os.truncate(file, whole)
     lines = (json.loads(line) for line in data[:whole].splitlines())
     return [Answer(line["prompt_token_ids"], line["token_ids"]) for line in lines]
 

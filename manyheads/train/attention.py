@@ -14,7 +14,7 @@ NAME = "manyheads_packed"
 
 
 def register() -> str:
-    """Tell transformers of it; its name."""
+    """Tell transformers of `packed_attention`, and return the name that it has there."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)

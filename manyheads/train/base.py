@@ -78,18 +78,14 @@ class Base:
 
     @property
     def projection(self) -> Tensor:
-        """[V, hidden]"""
+        """The vocabulary projection's weight, [V, hidden]."""
         weight: Tensor = self.model.lm_head.weight
         return weight
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, [R · L, hidden].
-
-        Args:
-            batch: on the CPU.
-        """
+        """Hidden states after the final norm, [R · L, hidden], of a batch on the CPU."""
         bounds = batch.bounds
-        on_device = send(bounds, self.device)
+        on_device, longest = send(bounds, self.device), int(bounds.diff().max())
         with half_precision(self.device) if self.trained else contextlib.nullcontext():
             output = self.model.model(
                 input_ids=send(batch.tokens, self.device),
@@ -97,13 +93,13 @@ class Base:
                 use_cache=False,
                 cu_seq_lens_q=on_device,
                 cu_seq_lens_k=on_device,
-                max_length_q=(longest := int(bounds.diff().max())),
+                max_length_q=longest,
                 max_length_k=longest,
             )
         states: Tensor = output.last_hidden_state
         return states.flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] → [N, V]"""
+        """What the vocabulary projection makes of hidden states: [N, hidden] → [N, V]."""
         output: Tensor = self.model.lm_head(hidden)
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,7 @@ from manyheads.train.prompts import Answer
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Packed rows, each a few conversations one after another that do not see each other; R rows of L tokens.
-
-    On the CPU.
-    """
+    """R packed rows of L tokens on the CPU, each a few conversations one after another that do not see each other."""
 
     tokens: Tensor  # [R, L] int64
     part: Tensor  # [R, L] int64, number of the conversation in its row; 0 is the padding at the end
@@ -39,6 +37,7 @@ class Batch:
         return F.pad(self.part[:, 1:] != self.part[:, :-1], (1, 0), value=True)
 
     def take(self, rows: Tensor) -> Batch:
+        """Those of the rows with these numbers [n] int64."""
         return Batch(self.tokens[rows], self.part[rows], self.answer[rows])
 
     def ahead(self, num_heads: int) -> Tensor:
@@ -47,13 +46,10 @@ class Batch:
 
 
 def ahead(tokens: Tensor, answer: Tensor, num_heads: int) -> Tensor:
-    """The tokens 1, 2, …, heads + 1 places further; -1 from where the answer ends.
+    """The tokens [R, L] 1, 2, …, heads + 1 places further, [R, L, 1 + heads] int64; -1 from where the answer ends.
 
     Args:
-        tokens, answer: [R, L] int64 and bool.
-
-    Returns:
-        [R, L, 1 + heads] int64
+        answer: [R, L] bool, whether the token is the answer's.
     """
     shifts = range(1, num_heads + 2)
     wanted = torch.stack([F.pad(tokens[:, s:], (0, s)) for s in shifts], dim=-1)
@@ -76,13 +72,11 @@ def pack(answers: list[Answer], length: int) -> Batch:
         part += [part[-1] + 1 if part else 1] * len(ids)
         answer += [i >= len(item.prompt) for i in range(len(ids))]
         tokens += ids
-    for tokens, part, answer in rows:
-        room = length - len(tokens)
-        tokens += [0] * room
-        part += [0] * room
-        answer += [False] * room
-    tokens_, part_, answer_ = zip(*rows, strict=True)
-    return Batch(torch.tensor(tokens_), torch.tensor(part_), torch.tensor(answer_))
+
+    def padded(lists: Iterable[list[int]]) -> Tensor:
+        return torch.stack([F.pad(torch.tensor(values), (0, length - len(values))) for values in lists])
+
+    return Batch(*map(padded, zip(*rows, strict=True)))
 
 
 class Order:
@@ -96,12 +90,10 @@ class Order:
     def __init__(self, num_rows: int, step_rows: int, seed: int) -> None:
         self.num_rows, self.step_rows, self.seed = num_rows, min(step_rows, num_rows), seed
         self.steps_per_epoch = num_rows // self.step_rows
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def rows(self, step: int) -> Tensor:
-        """[step_rows] int64"""
+        """The numbers of a step's rows, [step_rows] int64."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.num_rows, generator=generator)
-        return self._order[place * self.step_rows : (place + 1) * self.step_rows]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.num_rows, generator=generator)
+        return order[place * self.step_rows : (place + 1) * self.step_rows]

@@ -13,9 +13,7 @@ from manyheads.speculation.medusa.checkpoint import HeadWeights
 class TrainedHeads(nn.Module):
     """H heads of L residual blocks, x ← x + SiLU(W x + b), with a vocabulary projection.
 
-    Cai et al. 2024, section 2.1.1.
-
-    Blocks begin as zeros: untrained heads say what the base says next.
+    Cai et al. 2024, section 2.1.1. Blocks begin as zeros: untrained heads say what the base says next.
 
     Args:
         num_heads, num_blocks: H and L.
@@ -44,31 +42,21 @@ class TrainedHeads(nn.Module):
 
     @classmethod
     def of(cls, weights: HeadWeights, base_projection: Tensor) -> TrainedHeads:
-        """Heads as read from a checkpoint.
-
-        Args:
-            base_projection: [V, hidden], for heads that have none.
-        """
+        """Heads as read from a checkpoint; those without a projection take `base_projection` [V, hidden]."""
         own = weights.projections
-        one = own is not None and len(own) > 1 and all(p is own[0] for p in own)
-        kind = "base" if own is None else "shared" if one else "own"
+        kind = "base" if own is None else "shared" if weights.shares_one_projection else "own"
         start = base_projection if own is None else own[0]
         heads = cls(len(weights.blocks), len(weights.blocks[0]), start, kind, weights.token_map)
+        pairs = [pair for head in weights.blocks for pair in head]
+        values = [*(w for w, _ in pairs), *(b for _, b in pairs), *(own or [])]
         with torch.no_grad():
-            flat = [pair for head in weights.blocks for pair in head]
-            for (w, b), weight, bias in zip(flat, heads.weight, heads.bias, strict=True):
-                weight.copy_(w)
-                bias.copy_(b)
-            for projection, values in zip(heads.projection, own or [], strict=False):
-                projection.copy_(values)
+            # of one projection for all heads the copies are left over
+            for parameter, value in zip((*heads.weight, *heads.bias, *heads.projection), values, strict=False):
+                parameter.copy_(value)
         return heads
 
     def cut(self, token_map: Tensor) -> None:
-        """Keep the rows of these tokens only.
-
-        Raises:
-            ConfigError: a token has no row.
-        """
+        """Keep the rows of these tokens only. Raises ConfigError where a token has no row."""
         if self.kind == "base":
             raise ConfigError("heads that use the base's projection cannot be cut to a token_map")
         rows = token_map

@@ -24,6 +24,7 @@ class Progress:
         self.quiet = quiet
 
     def say(self, text: str) -> None:
+        """Print a line, unless quiet."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
@@ -36,8 +37,7 @@ class Progress:
             with _bar(name, total, done) as advance:
                 yield advance
         else:
-            with _lines(name, total, done) as advance:
-                yield advance
+            yield _lines(name, total, done)
 
 
 @contextlib.contextmanager
@@ -57,8 +57,7 @@ def _bar(name: str, total: int, done: int) -> Iterator[Advance]:
         yield lambda count, text: bar.update(task, advance=count, text=text)
 
 
-@contextlib.contextmanager
-def _lines(name: str, total: int, done: int) -> Iterator[Advance]:
+def _lines(name: str, total: int, done: int) -> Advance:
     last = time.monotonic()
 
     def advance(count: int, text: str) -> None:
@@ -68,4 +67,4 @@ def _lines(name: str, total: int, done: int) -> Iterator[Advance]:
             last = time.monotonic()
             print(f"{name} {done}/{total} {text}", file=sys.stderr, flush=True)
 
-    yield advance
+    return advance

@@ -42,8 +42,7 @@ def read_prompts(files: Iterable[str | Path], tokenizer: Tokenizer) -> Iterator[
     Raises:
         ConfigError: naming the file and line that is not as expected.
     """
-    for name in files:
-        path = Path(name)
+    for path in map(Path, files):
         try:
             with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
                 for number, raw in enumerate(file, 1):
@@ -68,42 +67,41 @@ def _answer(line: Any, tokenizer: Tokenizer) -> Answer:
             raise ValueError(f"token id {largest} is outside the tokenizer's {size} tokens")
         return Answer(prompt, tokens)
     messages = _messages(line)
-    text = messages[-1]["content"]
-    if "prompt" in line and not tokenizer.has_chat_template:
-        return Answer(tokenizer.encode(text), [])
-    return Answer(tokenizer.encode_chat(messages), [])
-
-
-def _messages(line: dict[str, Any]) -> list[dict[str, str]]:
-    """The conversation up to its last question."""
-    if "messages" in line or "conversations" in line:
-        turns = line.get("messages", line.get("conversations"))
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError("messages must be a list of objects")
-        messages = [
-            {"role": str(turn.get("role", turn.get("from"))), "content": turn.get("content", turn.get("value"))}
-            for turn in turns
-        ]
-        messages = [{**m, "role": ROLES.get(m["role"], m["role"])} for m in messages]
-        while messages and messages[-1]["role"] != "user":
-            messages.pop()
-    elif "turns" in line:
-        turns = line["turns"]
-        if not isinstance(turns, list):
-            raise ValueError("turns must be a list of texts")
-        messages = [{"role": "user", "content": turn} for turn in turns[:1]]
-    elif "prompt" in line:
-        messages = [{"role": "user", "content": line["prompt"]}]
-    elif "instruction" in line:
-        more = line.get("input") or ""
-        if not isinstance(more, str) or not isinstance(line["instruction"], str):
-            raise ValueError("instruction and input must be texts")
-        messages = [{"role": "user", "content": line["instruction"] + (f"\n\n{more}" if more.strip() else "")}]
-    else:
-        keys = ", ".join(sorted(line)[:4]) or "none"
-        raise ValueError(f"needs prompt, messages, conversations, turns or instruction; its keys are {keys}")
     if not messages:
         raise ValueError("holds no question")
     if not all(isinstance(m["content"], str) and m["content"].strip() for m in messages):
         raise ValueError("a message is empty or no text")
-    return messages
+    if "prompt" in line and not tokenizer.has_chat_template:
+        return Answer(tokenizer.encode(messages[-1]["content"]), [])
+    return Answer(tokenizer.encode_chat(messages), [])
+
+
+def _messages(line: dict[str, Any]) -> list[dict[str, str]]:
+    """The conversation up to its last question, its contents not checked yet."""
+    if "messages" in line or "conversations" in line:
+        turns = line.get("messages", line.get("conversations"))
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError("messages must be a list of objects")
+        roles = [str(turn.get("role", turn.get("from"))) for turn in turns]
+        messages = [
+            {"role": ROLES.get(role, role), "content": turn.get("content", turn.get("value"))}
+            for role, turn in zip(roles, turns, strict=True)
+        ]
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()
+        return messages
+    if "turns" in line:
+        if not isinstance(line["turns"], list):
+            raise ValueError("turns must be a list of texts")
+        questions = line["turns"][:1]
+    elif "prompt" in line:
+        questions = [line["prompt"]]
+    elif "instruction" in line:
+        more = line.get("input") or ""
+        if not isinstance(more, str) or not isinstance(line["instruction"], str):
+            raise ValueError("instruction and input must be texts")
+        questions = [line["instruction"] + (f"\n\n{more}" if more.strip() else "")]
+    else:
+        keys = ", ".join(sorted(line)[:4]) or "none"
+        raise ValueError(f"needs prompt, messages, conversations, turns or instruction; its keys are {keys}")
+    return [{"role": "user", "content": question} for question in questions]

@@ -20,12 +20,12 @@ from manyheads.config import BUILTIN, ConfigError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.models.config import ModelConfig
 from manyheads.models.registry import read_config
-from manyheads.speculation.medusa.checkpoint import HeadWeights, locate_heads, read_heads
-from manyheads.speculation.medusa.export import replace, write_heads, write_json
+from manyheads.speculation.medusa.checkpoint import locate_heads, read_heads
+from manyheads.speculation.medusa.export import files_beside_weights, replace, write_heads, write_json
 from manyheads.train.accuracy import accuracy_table, right_ranks, write_statistics
 from manyheads.train.answers import answer_all, append_answers
 from manyheads.train.base import Base, find_device
-from manyheads.train.dataset import Batch, pack
+from manyheads.train.dataset import pack
 from manyheads.train.heads import TrainedHeads
 from manyheads.train.progress import Progress
 from manyheads.train.prompts import Answer, read_prompts
@@ -48,7 +48,7 @@ def train(
     chat_template: str | None = None,
     progress: Progress | None = None,
 ) -> list[list[float]]:
-    """Answer the prompts, train heads, measure them, write them to `out`.
+    """Answer the prompts, train heads, write them to `out`; their accuracy [head][rank] on the held-out answers.
 
     Args:
         base: a hub id, a local folder, or `builtin`.
@@ -56,9 +56,6 @@ def train(
         out: the heads' folder; with `joint` the new base's, the heads inside it in `heads`.
         resume: go on with the run in `out`.
         chat_template: a file or a known template; None takes the tokenizer's.
-
-    Returns:
-        [head][rank] accuracy on the held-out answers.
 
     Raises:
         ConfigError, CheckpointError: a setting, a file or the base cannot be used.
@@ -77,8 +74,8 @@ def train(
     teacher = Base.load(folder, device) if settings.joint else None
     heads = start_heads(settings, model, config, learnt).to(device)
     data, valid = (pack(items, min(settings.length, config.max_position_embeddings)) for items in (learnt, held_out))
-    _check_targets(data, settings)
-
+    if not bool((data.ahead(settings.heads)[..., -1] >= 0).any()):
+        raise ConfigError(f"no answer is longer than {settings.heads} tokens: nothing for the last head to learn")
     few = valid.take(torch.arange(min(WATCHED_ROWS, len(valid.tokens))))
 
     def evaluate() -> dict[str, Any]:
@@ -91,10 +88,12 @@ def train(
         f"{len(held_out)} held out; {trainer.total} steps on {device}"
     )
     trainer.run(progress, evaluate)
-    where = out / "heads" if settings.joint else out
+    local = Path(base).expanduser()
+    where, name = out, str(local.resolve()) if base != BUILTIN and local.is_dir() else base
     if settings.joint:
         _write_base(model, config, folder, out)
-    write_heads(heads.weights(config.dtype), where, base=_name(base, out, settings.joint), vocab_size=config.vocab_size)
+        where, name = out / "heads", str(out.resolve())
+    write_heads(heads.weights(config.dtype), where, base=name, vocab_size=config.vocab_size)
     ranks = right_ranks(model, heads, valid, settings.rows)
     return write_statistics(where, ranks, f"{len(held_out)} held-out answers of the base model")
 
@@ -128,8 +127,7 @@ def start_heads(settings: TrainSettings, base: Base, config: ModelConfig, answer
     if settings.init is None:
         kept = projection if token_map is None else projection[token_map]
         return TrainedHeads(settings.heads, settings.blocks, kept, settings.projection, token_map)
-    read: HeadWeights = read_heads(locate_heads(settings.init)[0], config)
-    heads = TrainedHeads.of(read, projection)
+    heads = TrainedHeads.of(read_heads(locate_heads(settings.init)[0], config), projection)
     for name, found, wanted in (
         ("heads", heads.num_heads, settings.heads),
         ("blocks", heads.num_blocks, settings.blocks),
@@ -145,12 +143,12 @@ def start_heads(settings: TrainSettings, base: Base, config: ModelConfig, answer
 def _begin(work: Path, settings: TrainSettings, base: Path, prompts: list[Answer], resume: bool) -> None:
     """Write down what the run is, or see that it is the one that is to go on."""
     path = work / "settings.json"
-    digest = hashlib.sha256()
-    digest.update(json.dumps([[prompt.prompt, prompt.tokens] for prompt in prompts]).encode())
-    digest.update(json.dumps(read_json(base / "config.json"), sort_keys=True).encode())
+    data = json.dumps([[prompt.prompt, prompt.tokens] for prompt in prompts])
+    data += json.dumps(read_json(base / "config.json"), sort_keys=True)
+    digest = hashlib.sha256(data.encode()).hexdigest()
     if not path.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"settings": dataclasses.asdict(settings), "data": digest.hexdigest()})
+        write_json(path, {"settings": dataclasses.asdict(settings), "data": digest})
         return
     if not resume:
         raise ConfigError(f"{work} holds a run already; go on with it by --resume, or give another --out")
@@ -161,28 +159,15 @@ def _begin(work: Path, settings: TrainSettings, base: Path, prompts: list[Answer
         raise ConfigError(f"{path} is not a run of this version: {error}") from error
     if (difference := settings.differs_from(before)) is not None:
         raise ConfigError(f"{path}: the run that is to go on had other settings: {difference}")
-    if known.get("data") != digest.hexdigest():
+    if known.get("data") != digest:
         raise ConfigError(f"{path}: the run that is to go on had other prompts or another base model")
-
-
-def _check_targets(data: Batch, settings: TrainSettings) -> None:
-    if not bool((data.ahead(settings.heads)[..., -1] >= 0).any()):
-        raise ConfigError(f"no answer is longer than {settings.heads} tokens: nothing for the last head to learn")
-
-
-def _name(base: str, out: Path, joint: bool) -> str:
-    """The base model as `write_heads` takes it."""
-    if joint:
-        return str(out.resolve())
-    return base if base == BUILTIN or not Path(base).expanduser().is_dir() else str(Path(base).expanduser().resolve())
 
 
 def _write_base(model: Base, config: ModelConfig, folder: Path, out: Path) -> None:
     """The new base in the old one's precision, with its tokenizer."""
     state = {key: tensor.to("cpu", config.dtype) for key, tensor in model.model.state_dict().items()}
     model.model.to(config.dtype).save_pretrained(out, state_dict=state)
-    for file in sorted(folder.iterdir()):
-        wanted = file.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in file.name
-        if wanted and not (out / file.name).exists():
+    for file in files_beside_weights(folder):
+        if not (out / file.name).exists():
             replace(out / file.name, partial(shutil.copyfile, file))
     model.model.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -22,7 +22,7 @@ def save_state(folder: Path, step: int, parts: dict[str, Any]) -> None:
         step: steps done.
         parts: name → module or optimizer.
     """
-    state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"step": step, "rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
@@ -51,30 +51,21 @@ def load_state(folder: Path, parts: dict[str, Any]) -> int:
         raise ConfigError(f"{path} cannot be taken up again ({reason}); begin in another folder") from error
 
 
-class Metrics:
-    """JSON lines, one a step.
+def open_metrics(path: Path, step: int) -> TextIO:
+    """A file of JSON lines, one a step, that each line is added to at once.
 
     Args:
         step: steps done; lines of later ones, from before a run was broken off, are removed.
     """
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # the last line, cut off
-                    break
-                if record["step"] > step:
-                    break
-                kept.append(line + "\n")
-        replace(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+    kept = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the last line, cut off
+                break
+            if record["step"] > step:
+                break
+            kept.append(line + "\n")
+    replace(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
+    return path.open("a", encoding="utf-8", buffering=1)  # a line at a time

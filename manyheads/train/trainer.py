@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from manyheads.train.heads import TrainedHeads
 from manyheads.train.loss import chunked, cross_entropy, divergence
 from manyheads.train.progress import Progress
 from manyheads.train.settings import TrainSettings
-from manyheads.train.state import METRICS, Metrics, load_state, save_state
+from manyheads.train.state import METRICS, load_state, open_metrics, save_state
 
 Evaluate = Callable[[], dict[str, Any]]
 """Measures the heads on held-out answers, for the metrics."""
@@ -48,43 +49,31 @@ class Trainer:
             peak = settings.base_rate if settings.base_rate is not None else settings.rate / 4
             groups.append({"params": list(base.model.parameters()), "peak": peak})
             self.parts["base"] = base.model
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=settings.rate,
-            betas=(0.9, 0.98),
-            weight_decay=settings.weight_decay,
-            fused=base.device.type == "cuda",
-        )
+        fused, decay = base.device.type == "cuda", settings.weight_decay
+        self.optimizer = torch.optim.AdamW(groups, settings.rate, betas=(0.9, 0.98), weight_decay=decay, fused=fused)
         self.parts["optimizer"] = self.optimizer
 
-    def run(self, progress: Progress, evaluate: Evaluate | None = None) -> None:
+    def run(self, progress: Progress, evaluate: Evaluate) -> None:
         """Train from the last checkpoint, if there is one, to the end."""
         done = load_state(self.folder, self.parts)
-        metrics = Metrics(self.folder / METRICS, done)
-        try:
-            with progress.task("training", self.total, done) as advance:
-                advance(0, "")
-                for step in range(done, self.total):
-                    record = {"step": step + 1} | self.step(step)
-                    last = step + 1 == self.total
-                    if last or (step + 1) % self.settings.checkpoint_every == 0:
-                        if evaluate is not None:
-                            record |= evaluate()
-                        metrics.write(record)
-                        save_state(self.folder, step + 1, self.parts)
-                    else:
-                        metrics.write(record)
-                    advance(1, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s")
-        finally:
-            metrics.close()
+        metrics = open_metrics(self.folder / METRICS, done)
+        with metrics, progress.task("training", self.total, done) as advance:
+            advance(0, "")
+            for step in range(done, self.total):
+                record = {"step": step + 1} | self.step(step)
+                at_checkpoint = step + 1 == self.total or (step + 1) % self.settings.checkpoint_every == 0
+                if at_checkpoint:
+                    record |= evaluate()
+                metrics.write(json.dumps(record) + "\n")
+                if at_checkpoint:
+                    save_state(self.folder, step + 1, self.parts)
+                advance(1, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s")
 
     def step(self, step: int) -> dict[str, Any]:
         """One step of the optimizer; what came of it."""
         settings, device = self.settings, self.base.device
         start = time.perf_counter()
-        rates = self._rates(step)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        rates = self._set_rates(step)
         rows = self.data.take(self.order.rows(step))
         wanted = rows.ahead(settings.heads)  # [R, L, 1 + heads]
         wanted[..., 1:] = self.heads.place(wanted[..., 1:], self.vocab_size)
@@ -100,20 +89,19 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         *sums, norm = torch.cat([losses, norm[None]]).tolist()  # the one place where the host waits for the device
-        means = [round(v, 6) for v in (torch.tensor(sums) / counts).tolist()]
-        seconds = time.perf_counter() - start
-        weights = [settings.discount**h for h in range(settings.heads)]
+        base_loss, *head_losses = [round(v, 6) for v in (torch.tensor(sums) / counts).tolist()]
+        seconds, tokens = time.perf_counter() - start, int((rows.part > 0).sum())
         record: dict[str, Any] = {
-            "loss": round(sum(w * v for w, v in zip(weights, means[1:], strict=True)), 6),
-            "head_losses": means[1:],
+            "loss": round(sum(settings.discount**h * loss for h, loss in enumerate(head_losses)), 6),
+            "head_losses": head_losses,
             "grad_norm": round(norm, 6),
             "rate": rates[0],
-            "tokens": int((rows.part > 0).sum()),
+            "tokens": tokens,
             "seconds": round(seconds, 4),
-            "tokens_per_s": round(int((rows.part > 0).sum()) / seconds, 1),
+            "tokens_per_s": round(tokens / seconds, 1),
         }
         if settings.joint:
-            record |= {"base_rate": rates[1], "base_loss": means[0]}
+            record |= {"base_rate": rates[1], "base_loss": base_loss}
         if device.type == "cuda":
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         if not math.isfinite(record["loss"]):
@@ -167,13 +155,11 @@ class Trainer:
 
         return chunked(loss, hidden, index, 1 / int(counts[0]), self.settings.chunk, grad)
 
-    def _rates(self, step: int) -> list[float]:
+    def _set_rates(self, step: int) -> list[float]:
         """Learning rate of each group: up in a line, down in a cosine; the base joins late and warms up then."""
-        settings = self.settings
-        warmup = max(1, round(settings.warmup * self.total))
+        warmup = max(1, round(self.settings.warmup * self.total))
         down = 0.5 * (1 + math.cos(math.pi * step / self.total))
-        begins = [0, round(settings.joint_start * self.total)]
-        return [
-            group["peak"] * down * min(1.0, max(0, step + 1 - begin) / warmup)
-            for group, begin in zip(self.optimizer.param_groups, begins, strict=False)
-        ]
+        begins = (0, round(self.settings.joint_start * self.total))
+        for group, begin in zip(self.optimizer.param_groups, begins, strict=False):
+            group["lr"] = group["peak"] * down * min(1.0, max(0, step + 1 - begin) / warmup)
+        return [group["lr"] for group in self.optimizer.param_groups]
