@@ -60,11 +60,10 @@ def gptq(path: Path, config: dict[str, Any]) -> Format:
                     f"{parts.where}.g_idx: columns in another order (desc_act) are not supported; "
                     "take a checkpoint that was made with desc_act=false"
                 )
-        words = parts.take("qweight", (torch.int32,), (into // 8, out))
+        # eight inputs to a word of one output: transposed, the bytes are as they should be
+        values = parts.take("qweight", (torch.int32,), (into // 8, out)).T.contiguous().view(torch.uint8)
         zeros = unpack((parts.take("qzeros", (torch.int32,), (groups, out // 8)) + offset).view(torch.uint8))
         scale = parts.scale("scales", (groups, out))
-        # eight inputs to a word of one output: transposed, the bytes are as they should be
-        values = words.T.contiguous().view(torch.uint8)
         return Int4Weight(values, scale.T.contiguous(), zeros.T.contiguous())
 
     return Format("GPTQ", INT4, frozenset({"qweight", "qzeros", "scales", "g_idx"}), convert)

@@ -21,10 +21,8 @@ class Scheme:
     name: str
     """What users call it (`config.QUANTIZATIONS`)."""
     quantize: Callable[[Tensor], QuantizedWeight]
-    """It rounds a weight [out, in] in floating point, on its device.
-
-    It raises ConfigError where the scheme cannot hold the shape, or needs a library that is not there.
-    """
+    """It rounds a weight [out, in] in floating point, on its device. It raises ConfigError where the scheme cannot hold
+    the shape, or needs a library that is not there."""
     vocabulary: str | None
     """Name of the scheme that projections to the vocabulary take; None leaves them in floating point."""
     number_bytes: float
@@ -76,8 +74,7 @@ class QuantizedWeight(ABC):
     def cat(parts: Sequence[Any]) -> QuantizedWeight:
         """One weight for projections that read the same input: weights of this kind, one below the other.
 
-        Raises:
-            ValueError: they are not quantized alike.
+        It raises ValueError where they are not quantized alike.
         """
 
 
@@ -89,10 +86,8 @@ Weight = Tensor | QuantizedWeight
 class CodedWeight(QuantizedWeight):
     """w[o, i] = (code[o, i] − zero[o, g]) · scale[o, g], where g = i // group size.
 
-    What is said here holds for 8 bits: a code is a byte, a row has one scale, and there are no zero points.
-
-    Raises:
-        ValueError: the parts do not fit each other.
+    What is said here holds for 8 bits: a code is a byte, a row has one scale, and there are no zero points. Parts that
+    do not fit each other raise ValueError.
     """
 
     values: Tensor
@@ -130,6 +125,7 @@ class CodedWeight(QuantizedWeight):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in), as of the weight that it stands for."""
         return self.values.shape[0], self.in_features
 
     @property
@@ -144,6 +140,7 @@ class CodedWeight(QuantizedWeight):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of values, scales and zero points."""
         return self.values.nbytes + self.scale.nbytes + (self.zero.nbytes if self.zero is not None else 0)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -152,6 +149,7 @@ class CodedWeight(QuantizedWeight):
 
     @staticmethod
     def cat(parts: Sequence[CodedWeight]) -> CodedWeight:
+        """Weights that are quantized alike, one below the other; raises ValueError where they are not."""
         first = parts[0]
         if len(parts) == 1:
             return first

@@ -51,11 +51,7 @@ class BitsandbytesWeight(QuantizedWeight):
 
 
 def load_library() -> Any:
-    """The library.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """The library. Raises ConfigError where it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -64,11 +60,7 @@ def load_library() -> Any:
 
 
 def quantize_8bit(weight: Tensor) -> BitsandbytesWeight:
-    """Hand a weight [out, in] to LLM.int8(), with transformers' default threshold.
-
-    Raises:
-        ConfigError: the library is not installed.
-    """
+    """Hand a weight [out, in] to LLM.int8(), with transformers' default threshold. Raises what `load_library` does."""
     nn = load_library().nn
     out, into = weight.shape
     module = nn.Linear8bitLt(into, out, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta")

@@ -28,10 +28,9 @@ def compressed_tensors(path: Path, config: dict[str, Any]) -> Format:
     """The format of llm-compressor's checkpoints. Raises ConfigError for what is not supported."""
     layout = expect(path, config, "format", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
     expect(path, config, "quantization_status", "compressed", "frozen")
-    for key in ("kv_cache_scheme", "transform_config"):
-        expect(path, config, key, None, {})
-    sparsity = config.get("sparsity_config") or {}
-    expect(path, {"format": "dense"} | sparsity, "format", "dense")
+    expect(path, config, "kv_cache_scheme", None, {})
+    expect(path, config, "transform_config", None, {})
+    expect(path, {"format": "dense"} | (config.get("sparsity_config") or {}), "format", "dense")
     groups = config.get("config_groups") or {}
     if len(groups) != 1:
         raise ConfigError(f"{path}: config_groups in quantization_config must be one group, not {len(groups)}")
@@ -48,13 +47,12 @@ def compressed_tensors(path: Path, config: dict[str, Any]) -> Format:
     if layout == "pack-quantized":
         expect(path, weights, "type", "int")
         return _packed(path, weights, expect(path, weights, "num_bits", 4, 8))
-    wanted = {"int-quantized": "int", "float-quantized": "float", "naive-quantized": kind}[layout]
-    expect(path, weights, "type", wanted)
+    expect(path, weights, "type", {"int-quantized": "int", "float-quantized": "float"}.get(layout, kind))
     expect(path, weights, "num_bits", 8)
     expect(path, weights, "symmetric", True)
     expect(path, weights, "strategy", "tensor", "channel")
-    scheme, convert = (INT8, _int8) if kind == "int" else (FP8, _fp8)
-    return Format(f"compressed-tensors {layout}", scheme, _UNUSED | {"weight", "weight_scale"}, convert)
+    scheme, form = (INT8, Int8Weight) if kind == "int" else (FP8, Fp8Weight)
+    return Format(f"compressed-tensors {layout}", scheme, _UNUSED | {"weight", "weight_scale"}, partial(_eight, form))
 
 
 def fp8(path: Path, config: dict[str, Any]) -> Format:
@@ -66,7 +64,7 @@ def fp8(path: Path, config: dict[str, Any]) -> Format:
         )
     expect(path, config, "activation_scheme", "dynamic", "static")
     leaves = {"weight", "weight_scale", "weight_scale_inv", "activation_scale"}
-    return Format("fp8", FP8, _UNUSED | leaves, _fp8)
+    return Format("fp8", FP8, _UNUSED | leaves, partial(_eight, Fp8Weight))
 
 
 def _eight(form: type[CodedWeight], parts: Parts, out: int, into: int) -> CodedWeight:
@@ -79,10 +77,6 @@ def _eight(form: type[CodedWeight], parts: Parts, out: int, into: int) -> CodedW
     if form.dtype.is_floating_point and not torch.isfinite(values.float()).all():
         raise CheckpointError(f"{parts.where}.weight holds values that are not finite")
     return form(values, scale.reshape(-1, 1).expand(out, 1).contiguous())
-
-
-_int8 = partial(_eight, Int8Weight)
-_fp8 = partial(_eight, Fp8Weight)
 
 
 def _packed(path: Path, weights: dict[str, Any], bits: int) -> Format:

@@ -15,22 +15,17 @@ so what a checkpoint says of rounding them (`input_activations`, `input_scale`) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from manyheads.checkpoint import read_json
 from manyheads.config import ConfigError
-from manyheads.quantization import awq_gptq, compressed_tensors
+from manyheads.quantization.awq_gptq import awq, gptq
+from manyheads.quantization.compressed_tensors import compressed_tensors, fp8
 from manyheads.quantization.parts import Format
 
 
 def read_format(folder: Path) -> Format | None:
-    """The format that config.json names; None for a checkpoint in floating point.
-
-    Raises:
-        ConfigError: it is not supported; the message says what is.
-    """
+    """The format that config.json names, None for floating point. Raises ConfigError, saying what is supported."""
     path = folder / "config.json"
     raw = read_json(path)
     config = raw.get("quantization_config") or raw.get("compression_config")
@@ -38,12 +33,7 @@ def read_format(folder: Path) -> Format | None:
         return None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: quantization_config must be an object, not {config!r}")
-    readers: dict[str, Callable[[Path, dict[str, Any]], Format]] = {
-        "compressed-tensors": compressed_tensors.compressed_tensors,
-        "fp8": compressed_tensors.fp8,
-        "awq": awq_gptq.awq,
-        "gptq": awq_gptq.gptq,
-    }
+    readers = {"compressed-tensors": compressed_tensors, "fp8": fp8, "awq": awq, "gptq": gptq}
     method = config.get("quant_method")
     if method not in readers:
         raise ConfigError(f"{path}: quant_method {method!r} is not supported; supported are {', '.join(readers)}")

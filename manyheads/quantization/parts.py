@@ -21,28 +21,20 @@ class Parts:
         self.where, self.tensors = where, tensors
 
     def take(self, leaf: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]) -> Tensor:
-        """A tensor of one of these types and shapes.
-
-        Raises:
-            CheckpointError: it is missing or has others.
-        """
+        """A tensor of one of these types and shapes. Raises CheckpointError where it is missing or has others."""
         tensor = self.tensors.get(leaf)
         if tensor is None:
             raise CheckpointError(f"{self.where}.{leaf} is missing")
-        if tensor.dtype not in dtypes or tuple(tensor.shape) not in shapes:
-            types = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        found = tuple(tensor.shape)
+        if tensor.dtype not in dtypes or found not in shapes:
+            dtype, *wanted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
             raise CheckpointError(
-                f"{self.where}.{leaf} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
-                f"not {types} {' or '.join(map(str, shapes))}"
+                f"{self.where}.{leaf} is {dtype} {found}, not {' or '.join(wanted)} {' or '.join(map(str, shapes))}"
             )
         return tensor
 
     def scale(self, leaf: str, *shapes: tuple[int, ...]) -> Tensor:
-        """A tensor of scales, as float32.
-
-        Raises:
-            CheckpointError: it is missing, has another type or shape, or is not finite.
-        """
+        """A tensor of finite scales, as float32. Raises what `take` does."""
         tensor = self.take(leaf, (torch.float16, torch.bfloat16, torch.float32), *shapes).float()
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{self.where}.{leaf} holds values that are not finite")
@@ -66,15 +58,11 @@ class Format:
         return leaf in self.leaves and (leaf != "weight" or tensor.dtype in (torch.int8, torch.float8_e4m3fn))
 
     def read(self, where: str, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> CodedWeight:
-        """The weight of a module.
+        """The weight (out, in) of a module; raises CheckpointError naming the tensor that is missing or cannot hold.
 
         Args:
             where: file or folder and module, for messages.
             tensors: by the last part of their keys.
-            shape: (out, in).
-
-        Raises:
-            CheckpointError: naming the tensor that is missing or cannot hold.
         """
         return self.convert(Parts(where, tensors), *shape)
 
@@ -83,12 +71,9 @@ _REQUIRED = ("format", "bits", "num_bits")
 
 
 def expect(path: Path, config: dict[str, Any], key: str, *allowed: Any) -> Any:
-    """The value of a key, which must be one of these.
+    """The value of a key; raises ConfigError, naming what is supported, where it is none of these.
 
     The first of them is what it is where the key is missing, unless it is one that everything hangs on.
-
-    Raises:
-        ConfigError: naming the key, the value and what is supported.
     """
     value = config.get(key, None if key in _REQUIRED else allowed[0])
     if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):

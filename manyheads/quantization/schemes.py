@@ -27,11 +27,7 @@ def for_vocabulary(scheme: Scheme | None) -> Scheme | None:
 
 
 def compress(weight: Tensor, scheme: Scheme | None) -> Weight:
-    """A linear layer's weight [out, in] in a scheme; as it is without one.
-
-    Raises:
-        ConfigError: the scheme cannot hold the shape, or needs a library that is not there.
-    """
+    """A linear layer's weight [out, in] in a scheme, as it is without one; raises what `Scheme.quantize` does."""
     return weight if scheme is None else scheme.quantize(weight)
 
 
@@ -41,11 +37,7 @@ def compress_vocabulary(weight: Tensor, scheme: Scheme | None) -> Weight:
 
 
 def join(parts: Sequence[Weight]) -> Weight:
-    """One weight for projections that read the same input, one below the other.
-
-    Raises:
-        ValueError: they are not quantized alike.
-    """
+    """One weight for projections that read the same input; raises ValueError where they are not quantized alike."""
     if len(parts) == 1:
         return parts[0]
     quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
