@@ -80,10 +80,8 @@ def split_model(model: str, heads: str | None) -> tuple[Path, Path | None]:
 def locate_heads(heads: str) -> tuple[Path, str | None]:
     """The folder of heads, and their base: a local folder's absolute path, a hub id, or None where nothing names it.
 
-    Unlike `split_model`, this does not need the base to be there.
-
-    Raises:
-        ConfigError: `heads` is neither a folder nor on the hub.
+    Unlike `split_model`, this does not need the base to be there. It raises ConfigError where `heads` is neither a
+    folder nor on the hub.
     """
     folder = resolve(heads)
     if _head_file(folder) is None and (folder / "heads" / "config.json").is_file():

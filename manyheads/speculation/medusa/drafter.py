@@ -12,7 +12,7 @@ from manyheads.batch import RowState
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE, DrafterShape, Kept
-from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads
+from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.speculation.medusa.heads import MedusaHeads
 from manyheads.speculation.tree import Tree
 
@@ -68,22 +68,17 @@ class MedusaSource:
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         """Raises CheckpointError or ConfigError: the folder holds no heads, or none for this model."""
-        self._weights = read_heads(folder, model)
-        self.shape = _shape(self._weights, model.vocab_size)
+        self._weights = weights = read_heads(folder, model)
+        depth, projections = len(weights.blocks), {id(p): p for p in weights.projections or []}
+        num_tokens = model.vocab_size if weights.token_map is None else weights.token_map.numel()
+        self.shape = DrafterShape(
+            max_depth=depth,
+            num_candidates=depth * min(NUM_RANKS, num_tokens),
+            layer_weights=sum(w.numel() + b.numel() for head in weights.blocks for w, b in head),
+            vocabulary_weights=sum(projection.numel() for projection in projections.values()),
+            row_logits=depth * num_tokens,
+        )
 
     def build(self, model: Llama, dtype: torch.dtype, device: torch.device, quantization: str | None) -> MedusaDrafter:
         heads = MedusaHeads(self._weights, model, dtype, device, quantization)
         return MedusaDrafter(heads, self.shape, self._weights.accuracy)
-
-
-def _shape(weights: HeadWeights, vocab_size: int) -> DrafterShape:
-    num_tokens = vocab_size if weights.token_map is None else weights.token_map.numel()
-    own = {id(projection): projection.numel() for projection in weights.projections or []}
-    depth = len(weights.blocks)
-    return DrafterShape(
-        max_depth=depth,
-        num_candidates=depth * min(NUM_RANKS, num_tokens),
-        layer_weights=sum(w.numel() + b.numel() for head in weights.blocks for w, b in head),
-        vocabulary_weights=sum(own.values()),
-        row_logits=depth * num_tokens,
-    )

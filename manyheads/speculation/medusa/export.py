@@ -92,11 +92,7 @@ def write_full(
 ) -> None:
     """Write base and heads in one folder, as medusa-llm v1.0 does: the base's shards as they are, and one more.
 
-    Args:
-        base: the base's folder.
-
-    Raises:
-        ConfigError, CheckpointError: the format cannot hold these heads, or the base cannot be read.
+    It raises ConfigError or CheckpointError where the format cannot hold these heads, or the base cannot be read.
     """
     vocab_size = int(read_json(base / "config.json").get("vocab_size", 0))
     weights = fitting(weights, "reference-full", vocab_size, lambda: read_projection(base), expand)
@@ -127,11 +123,7 @@ def write_full(
 def fitting(
     weights: HeadWeights, form: str, vocab_size: int | None, base_projection: Callable[[], Tensor] | None, expand: bool
 ) -> HeadWeights:
-    """The heads as the format can hold them.
-
-    Raises:
-        ConfigError: it cannot, or only with `expand`.
-    """
+    """The heads as the format can hold them. Raises ConfigError where it cannot, or only with `expand`."""
     if form not in FORMATS:
         raise ConfigError(f"unknown format {form!r}; there are: {', '.join(FORMATS)}")
     blocks, projections, token_map = weights.blocks, weights.projections, weights.token_map
@@ -189,11 +181,7 @@ def files_beside_weights(folder: Path) -> list[Path]:
 
 
 def read_projection(base: Path) -> Tensor:
-    """The vocabulary projection [V, hidden] of a base model: its own, or the embedding that it shares.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The projection [V, hidden] of a base, its own or the embedding's. Raises CheckpointError where there is none."""
     tied = bool(read_json(base / "config.json").get("tie_word_embeddings", False))
     wanted = "embed_tokens.weight" if tied else "lm_head.weight"
     for file in tensor_files(base):

@@ -40,14 +40,8 @@ class MedusaHeads:
         ops, scheme = model.ops, find(quantization)
         layers = list(zip(*weights.blocks, strict=True))  # per layer: (weight, bias) of every head
         # the first layer's blocks all read the same hidden state: one product
-        self._first: Linear | None = None
-        if layers:
-            self._first = Linear(
-                compress(torch.cat([w.to(device, dtype) for w, _ in layers[0]]), scheme),
-                torch.cat([b.to(device, dtype) for _, b in layers[0]]),
-                dtype,
-                ops,
-            )
+        weight, bias = (torch.cat([part.to(device, dtype) for part in parts]) for parts in zip(*layers[0], strict=True))
+        self._first = Linear(compress(weight, scheme), bias, dtype, ops)
         self._later = [
             (
                 torch.stack([w.to(device, dtype).T for w, _ in layer]),  # [H, hidden, hidden]
@@ -74,9 +68,9 @@ class MedusaHeads:
             is the token that the base itself draws.
         """
         num_rows, size = hidden.shape
-        x = hidden[:, None].expand(num_rows, self.num_heads, size)  # [R, H, hidden]
-        if self._first is not None:
-            x = self.model.ops.head_input(hidden, self._first(hidden).view(num_rows, self.num_heads, size))
+        x = self.model.ops.head_input(
+            hidden, self._first(hidden).view(num_rows, self.num_heads, size)
+        )  # [R, H, hidden]
         for weight, bias in self._later:
             x = x + F.silu(torch.baddbmm(bias, x.transpose(0, 1), weight)).transpose(0, 1)
         if self._projections is None:
@@ -93,5 +87,5 @@ class MedusaHeads:
 
     def memory_bytes(self) -> int:
         """Bytes of the heads' own weights."""
-        linears = [*([self._first] if self._first else []), *(self._projections or [])]
+        linears = [self._first, *(self._projections or [])]
         return sum(p.nbytes for p in linears) + sum(w.nbytes + b.nbytes for w, b in self._later)

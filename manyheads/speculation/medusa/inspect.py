@@ -27,11 +27,8 @@ def inspect_heads(heads: str, base: str | None = None) -> Report:
     """Read heads and say what they are; a checkpoint that cannot be read is a problem, not an exception.
 
     Args:
-        heads: a folder or a hub id.
+        heads: a folder or a hub id; else ConfigError is raised.
         base: the base model, in place of the one that the heads name.
-
-    Raises:
-        ConfigError: `heads` is neither a folder nor on the hub.
     """
     folder, named = locate_heads(heads)
     base = base or named
