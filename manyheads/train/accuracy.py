@@ -31,10 +31,8 @@ def right_ranks(
 ) -> Tensor:
     """The rank of the right token among each head's candidates, [N, heads] int64, for every place in the answers.
 
-    NUM_RANKS where it is not among the first so many; -1 where the answer is over.
-
-    Args:
-        rows: packed rows that go through the base at once.
+    NUM_RANKS where it is not among the first so many; -1 where the answer is over. So many `rows` go through the base
+    at once.
     """
     device, vocab_size = base.device, len(base.projection)
     found: list[Tensor] = []

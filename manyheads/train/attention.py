@@ -33,16 +33,13 @@ def packed_attention(
     max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each conversation, as transformers calls it.
+    """Causal attention within each conversation, as transformers calls it: [R, L, heads, dim].
 
     Args:
         query: [R, heads, L, dim]
         key, value: [R, K/V heads, L, dim]
         cu_seq_lens_q: [conversations + 1] int32, where each begins in the R · L tokens, and the end.
         max_length_q: tokens of the longest.
-
-    Returns:
-        [R, L, heads, dim]
     """
     num_rows, num_heads, length, dim = query.shape
     # rotary embeddings can leave float32 beside bfloat16 under autocast

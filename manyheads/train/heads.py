@@ -72,8 +72,7 @@ class TrainedHeads(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Tokens that a head can say."""
-        rows = self.projection[0] if self.base_projection is None else self.base_projection
-        return len(rows)
+        return len(self.projection[0] if self.base_projection is None else self.base_projection)
 
     def logits(self, h: int, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, V] of head h, in the order of `token_map`."""

@@ -17,7 +17,7 @@ def chunked(
     chunk: int,
     grad: Tensor | None = None,
 ) -> Tensor:
-    """Sum of a loss over tokens; `weight` times its gradient is added to the parameters'.
+    """Sum of a loss over tokens, without a graph; `weight` times its gradient is added to the parameters'.
 
     The most that exists at once is what `loss` makes of `chunk` tokens.
 
@@ -26,9 +26,6 @@ def chunked(
         hidden: [N, hidden], without a graph.
         index: [M] int64, the tokens that count.
         grad: [N, hidden], takes the gradient of the hidden states; None: it is not needed.
-
-    Returns:
-        The sum, not weighted, without a graph.
     """
     total = torch.zeros((), device=hidden.device)
     for part in torch.split(index, chunk):
@@ -42,7 +39,7 @@ def chunked(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over [n, V] and [n]; in float32."""
+    """Cross-entropy of logits [n, V] and targets [n], summed in float32."""
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 

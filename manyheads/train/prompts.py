@@ -37,11 +37,7 @@ class Answer:
 
 
 def read_prompts(files: Iterable[str | Path], tokenizer: Tokenizer) -> Iterator[Answer]:
-    """Every line as token ids.
-
-    Raises:
-        ConfigError: naming the file and line that is not as expected.
-    """
+    """Every line as token ids. Raises ConfigError naming the file and line that is not as expected."""
     for path in map(Path, files):
         try:
             with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:

@@ -99,11 +99,7 @@ def train(
 
 
 def split(answers: list[Answer], settings: TrainSettings) -> tuple[list[Answer], list[Answer]]:
-    """Answers to learn from, and those to measure with; in an order of the seed's.
-
-    Raises:
-        ConfigError: one answer cannot be both.
-    """
+    """Answers to learn from and to measure with, in an order of the seed's. Raises ConfigError for less than two."""
     if len(answers) < 2:
         raise ConfigError("training needs two answers or more: to learn from, and to measure with")
     order = list(answers)
@@ -113,11 +109,7 @@ def split(answers: list[Answer], settings: TrainSettings) -> tuple[list[Answer],
 
 
 def start_heads(settings: TrainSettings, base: Base, config: ModelConfig, answers: list[Answer]) -> TrainedHeads:
-    """Heads before the first step.
-
-    Raises:
-        ConfigError: `init` names heads of another kind.
-    """
+    """Heads before the first step. Raises ConfigError where `init` names heads of another kind."""
     projection = base.projection.detach().float().cpu()
     token_map = None
     if settings.tokens is not None and settings.tokens < config.vocab_size:
@@ -154,10 +146,10 @@ def _begin(work: Path, settings: TrainSettings, base: Path, prompts: list[Answer
         raise ConfigError(f"{work} holds a run already; go on with it by --resume, or give another --out")
     known = read_json(path)
     try:
-        before = TrainSettings(**known["settings"])
+        difference = settings.differs_from(TrainSettings(**known["settings"]))
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a run of this version: {error}") from error
-    if (difference := settings.differs_from(before)) is not None:
+    if difference is not None:
         raise ConfigError(f"{path}: the run that is to go on had other settings: {difference}")
     if known.get("data") != digest:
         raise ConfigError(f"{path}: the run that is to go on had other prompts or another base model")

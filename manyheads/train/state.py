@@ -16,10 +16,9 @@ METRICS = "metrics.jsonl"
 
 
 def save_state(folder: Path, step: int, parts: dict[str, Any]) -> None:
-    """Write a checkpoint; the one before stays until this one is whole.
+    """Write a checkpoint after so many steps; the one before stays until this one is whole.
 
     Args:
-        step: steps done.
         parts: name → module or optimizer.
     """
     state = {name: part.state_dict() for name, part in parts.items()}
@@ -32,8 +31,7 @@ def save_state(folder: Path, step: int, parts: dict[str, Any]) -> None:
 def load_state(folder: Path, parts: dict[str, Any]) -> int:
     """Take up the last checkpoint, if there is one; the steps done by then.
 
-    Raises:
-        ConfigError: the checkpoint is damaged, or of another run.
+    It raises ConfigError where the checkpoint is damaged, or of another run.
     """
     path = folder / STATE
     if not path.is_file():

@@ -21,9 +21,6 @@ from manyheads.train.progress import Progress
 from manyheads.train.settings import TrainSettings
 from manyheads.train.state import METRICS, load_state, open_metrics, save_state
 
-Evaluate = Callable[[], dict[str, Any]]
-"""Measures the heads on held-out answers, for the metrics."""
-
 
 class Trainer:
     """One run.
@@ -42,7 +39,6 @@ class Trainer:
         self.folder = folder
         self.order = Order(len(data.tokens), settings.rows * settings.accumulate, settings.seed)
         self.total = settings.max_steps or settings.epochs * self.order.steps_per_epoch
-        self.vocab_size = len(base.projection)
         groups: list[dict[str, Any]] = [{"params": list(heads.parameters()), "peak": settings.rate}]
         self.parts: dict[str, Any] = {"heads": heads}
         if settings.joint:
@@ -53,8 +49,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, settings.rate, betas=(0.9, 0.98), weight_decay=decay, fused=fused)
         self.parts["optimizer"] = self.optimizer
 
-    def run(self, progress: Progress, evaluate: Evaluate) -> None:
-        """Train from the last checkpoint, if there is one, to the end."""
+    def run(self, progress: Progress, evaluate: Callable[[], dict[str, Any]]) -> None:
+        """Train from the last checkpoint, if there is one, to the end; `evaluate` adds metrics at each checkpoint."""
         done = load_state(self.folder, self.parts)
         metrics = open_metrics(self.folder / METRICS, done)
         with metrics, progress.task("training", self.total, done) as advance:
@@ -76,7 +72,7 @@ class Trainer:
         rates = self._set_rates(step)
         rows = self.data.take(self.order.rows(step))
         wanted = rows.ahead(settings.heads)  # [R, L, 1 + heads]
-        wanted[..., 1:] = self.heads.place(wanted[..., 1:], self.vocab_size)
+        wanted[..., 1:] = self.heads.place(wanted[..., 1:], len(self.base.projection))
         # of the whole step, so that accumulated groups of rows are as one large group
         counts = (wanted >= 0).sum(dim=(0, 1)).clamp(min=1)
         losses = torch.zeros(settings.heads + 1, device=device)
