@@ -71,8 +71,7 @@ def quantize_8bit(weight: Tensor) -> BitsandbytesWeight:
 def quantize_4bit(weight: Tensor) -> BitsandbytesWeight:
     """Make a weight [out, in] nf4 in blocks of 64, as QLoRA has it.
 
-    Raises:
-        ConfigError: the library is not installed, or cannot multiply with a weight of this shape.
+    It raises ConfigError where the library is not installed, or cannot multiply with a weight of this shape.
     """
     nn = load_library().nn
     out, into = weight.shape

@@ -19,8 +19,6 @@ class Report:
 
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    weights: HeadWeights | None = None
-    """None where they could not be read."""
 
 
 def inspect_heads(heads: str, base: str | None = None) -> Report:
@@ -34,7 +32,7 @@ def inspect_heads(heads: str, base: str | None = None) -> Report:
     base = base or named
     report = Report({"folder": str(folder)})
     try:
-        weights = report.weights = read_heads(folder, None)
+        weights = read_heads(folder, None)
     except (CheckpointError, ConfigError) as error:
         report.problems.append(str(error))
         return report
@@ -58,12 +56,11 @@ def _describe(report: Report, weights: HeadWeights, vocab: int | None) -> None:
     own, shared = weights.projections, weights.shares_one_projection
     tensors = {id(t): t for head in weights.blocks for pair in head for t in pair}
     tensors |= {id(p): p for p in own or []}
-    hidden = len(weights.blocks[0][0][0])
     report.facts |= {
         "format": weights.format,
         "heads": str(len(weights.blocks)),
         "blocks a head": str(len(weights.blocks[0])),
-        "hidden size": str(hidden),
+        "hidden size": str(len(weights.blocks[0][0][0])),
         "vocabulary": "not known without the base" if vocab is None else str(vocab),
         "projection": "the base's" if own is None else "one for all heads" if shared else "each head's own",
         "tokens": "all" if weights.token_map is None else f"{len(weights.token_map)} (token_map)",
@@ -79,9 +76,8 @@ def _describe(report: Report, weights: HeadWeights, vocab: int | None) -> None:
     if all(not bool(weight.any()) for head in weights.blocks for weight, _ in head):
         report.problems.append("all blocks are zero: these heads are untrained")
     if weights.accuracy is not None and len(weights.accuracy) != len(weights.blocks):
-        report.problems.append(
-            f"{STATISTICS} is of {len(weights.accuracy)} heads, the weights of {len(weights.blocks)}"
-        )
+        sizes = f"of {len(weights.accuracy)} heads, the weights of {len(weights.blocks)}"
+        report.problems.append(f"{STATISTICS} is {sizes}")
     if weights.token_map is not None and len(torch.unique(weights.token_map)) != len(weights.token_map):
         report.problems.append("token_map names a token twice")
 
