@@ -113,7 +113,8 @@ def _known(file: Path) -> list[Answer]:
         return []
     data = file.read_bytes()
     whole = data.rfind(b"\n") + 1
-    os.truncate(file, whole)
+    if whole < len(data):
+        os.truncate(file, whole)
     lines = (json.loads(line) for line in data[:whole].splitlines())
     return [Answer(line["prompt_token_ids"], line["token_ids"]) for line in lines]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bar, which --quiet would not reach."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 class Base:
     """A causal language model of transformers, its weights on the device.
 
@@ -58,22 +43,26 @@ class Base:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, trained: bool = False) -> Base:
-        """Read a checkpoint.
+        """Read a checkpoint with config.json and weights, of an architecture that `ModelConfig` knows.
 
         Args:
-            folder: with config.json and weights; an architecture that `ModelConfig` knows.
             trained: the weights are to change (float32 then); else they are as they are served: on a GPU the
                 checkpoint's own, bfloat16 for float32, and on a CPU float32.
         """
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
         dtype = torch.float32
         if device.type == "cuda" and not trained:
             own = read_config(folder).dtype
             dtype = torch.bfloat16 if own == torch.float32 else own
-        name = register()
-        with _quiet():
+        name, shown = register(), logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # --quiet would not reach it
+        try:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name, local_files_only=True)
+        finally:
+            if shown:
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         return cls(model.to(device=device, dtype=dtype), device, trained)
 
     @property

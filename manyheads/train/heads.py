@@ -31,8 +31,7 @@ class TrainedHeads(nn.Module):
         super().__init__()
         hidden = projection.shape[1]
         self.num_heads, self.num_blocks, self.kind = num_heads, num_blocks, kind
-        count = num_heads * num_blocks
-        # head by head
+        count = num_heads * num_blocks  # head by head
         self.weight = nn.ParameterList(torch.zeros(hidden, hidden) for _ in range(count))
         self.bias = nn.ParameterList(torch.zeros(hidden) for _ in range(count))
         owned = {"own": num_heads, "shared": 1, "base": 0}[kind]
@@ -61,11 +60,9 @@ class TrainedHeads(nn.Module):
             raise ConfigError("heads that use the base's projection cannot be cut to a token_map")
         rows = token_map
         if self.token_map is not None:
-            place = {int(token): i for i, token in enumerate(self.token_map)}
-            missing = [int(token) for token in token_map if int(token) not in place]
-            if missing:
-                raise ConfigError(f"the heads to start from have no row for {len(missing)} of the wanted tokens")
-            rows = torch.tensor([place[int(token)] for token in token_map])
+            rows = self.place(token_map, int(torch.cat([token_map, self.token_map]).max()) + 1)
+            if missing := int((rows < 0).sum()):
+                raise ConfigError(f"the heads to start from have no row for {missing} of the wanted tokens")
         self.projection = nn.ParameterList(p.detach()[rows].clone() for p in self.projection)
         self.token_map = token_map
 

@@ -14,11 +14,7 @@ LINE_SECONDS = 20.0
 
 
 class Progress:
-    """Progress on standard error.
-
-    Args:
-        quiet: say nothing at all.
-    """
+    """Progress on standard error; none at all where it is `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet

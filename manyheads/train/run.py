@@ -99,7 +99,7 @@ def train(
 
 
 def split(answers: list[Answer], settings: TrainSettings) -> tuple[list[Answer], list[Answer]]:
-    """Answers to learn from and to measure with, in an order of the seed's. Raises ConfigError for less than two."""
+    """Answers to learn from and to measure with, in an order of the seed's. Raises ConfigError for fewer than two."""
     if len(answers) < 2:
         raise ConfigError("training needs two answers or more: to learn from, and to measure with")
     order = list(answers)

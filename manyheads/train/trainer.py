@@ -77,9 +77,8 @@ class Trainer:
         counts = (wanted >= 0).sum(dim=(0, 1)).clamp(min=1)
         losses = torch.zeros(settings.heads + 1, device=device)
         joint = settings.joint and rates[1] > 0
-        for group_rows in torch.split(torch.arange(len(rows.tokens)), settings.rows):
-            part, targets = rows.take(group_rows), wanted[group_rows].flatten(0, 1)
-            losses += self._backward(part, targets, counts, joint)
+        for part in torch.split(torch.arange(len(rows.tokens)), settings.rows):
+            losses += self._backward(rows.take(part), wanted[part].flatten(0, 1), counts, joint)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         self.optimizer.step()
@@ -138,16 +137,16 @@ class Trainer:
 
     def _base_loss(self, batch: Batch, hidden: Tensor, index: Tensor, counts: Tensor, grad: Tensor | None) -> Tensor:
         """How far the base has gone from what it was: where it is to say what it said."""
-        assert self.teacher is not None
+        teacher = self.teacher
+        assert teacher is not None
         with torch.no_grad():
-            was = self.teacher.hidden(batch)
+            was = teacher.hidden(batch)
 
         def loss(states: Tensor, index: Tensor) -> Tensor:
-            assert self.teacher is not None
             with half_precision(self.base.device):
                 with torch.no_grad():
-                    teacher = self.teacher.logits(was[index])
-                return divergence(teacher, self.base.logits(states))
+                    wanted = teacher.logits(was[index])
+                return divergence(wanted, self.base.logits(states))
 
         return chunked(loss, hidden, index, 1 / int(counts[0]), self.settings.chunk, grad)
 
