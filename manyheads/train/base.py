@@ -59,7 +59,9 @@ class Base:
         name, shown = register(), logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # --quiet would not reach it
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, attn_implementation=name, local_files_only=True, trust_remote_code=False
+            )
         finally:
             if shown:
                 logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -169,18 +169,16 @@ def kernels(used: set[str]) -> TorchOps:
     """A step's own operations by kernels, and the model's as on a CPU; it says in `used` which kernels were."""
     from manyheads.ops.triton import TritonOps
 
-    def counted(name: str) -> Callable[..., Any]:
-        function = getattr(TritonOps, name)
-
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any) -> Any:
             used.add(name)
-            return function(triton, *args)
+            return function(*args)
 
         return called
 
     triton, ops = TritonOps(), TorchOps()
     for name in ("expand", "settle", "compact", "propose", "argmax", "best"):
-        function = counted(name)
+        function = counted(name, getattr(triton, name))
         setattr(triton, name, function)  # settling compacts
         setattr(ops, name, function)
     return ops
