@@ -145,7 +145,7 @@ def _planner(config: EngineConfig, runner: Runner, progress: Callable[[str], Non
     if drafter is None:
         planner = Planner([], config.tree_size, min_gain)
     else:
-        planner = Planner(drafter.prior, config.tree_size, min_gain, drafter.passes_per_depth)
+        planner = Planner(drafter.prior, config.tree_size, min_gain, drafter.passes_per_depth, drafter.prior_holds)
     if runner.recorded is not None:
         runner.recorded.record_chunks()
     if drafter is not None and config.tree_size is None:

@@ -73,6 +73,10 @@ class Drafter(Protocol):
     passes_per_depth: int
     """Passes that it runs one after another for each depth of a tree; 0 where all depths come at once."""
 
+    prior_holds: bool
+    """Whether one step says little of its guesses, since they depend on the place in the text: then what `prior`
+    promises fades slowly, and does not give way to the first step."""
+
     @property
     def prior(self) -> list[list[float]]:
         """Acceptance by depth and rank to start from: how often the candidate of a rank is right once its parent is."""

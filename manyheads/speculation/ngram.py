@@ -38,6 +38,7 @@ class NgramDrafter:
 
     name = "ngram"
     passes_per_depth = 0
+    prior_holds = True
 
     def __init__(self, shape: DrafterShape, device: torch.device) -> None:
         self.shape = shape

@@ -70,7 +70,7 @@ class Planner:
         prior: [depth][rank] acceptance to start from; empty where the model has no drafter.
         tree_size: this many nodes always, whatever the load; None to choose.
         min_gain: see MIN_GAIN; where step times hardly vary, less will do.
-        passes_per_depth: as the drafter's.
+        passes_per_depth, prior_holds: as the drafter's.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Planner:
         tree_size: int | None = None,
         min_gain: float = MIN_GAIN,
         passes_per_depth: int = 0,
+        prior_holds: bool = False,
     ) -> None:
         self.acceptance = Acceptance(prior)
         self.min_gain, self.tree_size, self.passes_per_depth = min_gain, tree_size, passes_per_depth
@@ -97,6 +98,7 @@ class Planner:
         if prior:
             self._regrow()
             self._hoped = [SUREST * (self._by_table(size) - 1) for size in SIZES]
+            self._gains = self._hoped if prior_holds else None
 
     def measured(self, costs: CostTable, padded: Callable[[int], int] | None = None) -> None:
         """Choose by these costs from now on.
@@ -203,8 +205,9 @@ class Planner:
         """
         share = self._share(draft)
         expected = [gain / share for gain in expected]
-        gains = self._hoped if self._gains is None else self._gains
-        self._gains = [old + GAINS_WINDOW * (new - old) for old, new in zip(gains, expected, strict=True)]
+        if self._gains is None:
+            self._gains = list(expected)
+        self._gains = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._gains, expected, strict=True)]
         means = (sum(gained) / len(gained), expected[_size_at(draft.nodes)] * share)
         self._outcome = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._outcome, means, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import weakref
 from dataclasses import replace
@@ -318,6 +319,7 @@ def test_an_engine_lives_inside_its_memory() -> None:
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("manyheads.engine.build.load_model", lambda *_: pytest.fail("it was loaded"))
+    gc.collect()  # as building does: earlier tests' engines are no part of the process itself
     config = EngineConfig(memory_bytes=base_bytes(CPU) + 40 * MIB, device="cpu")
     with pytest.raises(ConfigError, match=r"is too little: .*weights 33 MiB, heads 3 MiB, .*max_num_seqs=8 instead"):
         build_engine(config)

@@ -29,6 +29,7 @@ class MedusaDrafter:
 
     name = "medusa"
     passes_per_depth = 0
+    prior_holds = False
 
     def __init__(self, heads: MedusaHeads, shape: DrafterShape, accuracy: list[list[float]] | None) -> None:
         """accuracy: by head and rank, as the heads' checkpoint has it."""
