@@ -24,7 +24,7 @@ class CostTable:
     trees: dict[int, dict[int, float]] = field(default_factory=dict)
     """rows → in-flight tokens in all → seconds, what the drafter does once for all depths included."""
     passes: dict[int, float] = field(default_factory=dict)
-    """rows → seconds of a pass of a drafter that runs some for each depth; empty where none does."""
+    """rows → seconds of a pass of a drafter that runs some for each depth; 0 where it runs none."""
 
     def plain_cost(self, rows: int, extra_tokens: int = 0) -> float:
         """Without speculation, `extra_tokens` prompt tokens beside the rows."""

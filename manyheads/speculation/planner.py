@@ -33,6 +33,8 @@ SUREST = 1.1
 surest: 1.09 to 1.12 times at 32 to 128 rows (benchmarks/results/gpu)."""
 FORGOTTEN = 0.0005
 """Of those means, by a step without trees: text that a drafter did badly on is followed by other text."""
+TINY = 1e-12
+"""What a gain is divided by at least: guesses that never hold promise nothing."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class Planner:
         return draft
 
     def drafts(self, rows: int) -> list[Draft]:
-        """What so many rows may bring beside their roots: each more than the one before, or as much and deeper."""
+        """What so many rows may bring beside their roots, each more than the one before; of each size every depth, where
+        that costs passes."""
         self._regrow()
         most = max(MAX_INFLIGHT, 2 * rows)
         sizes = [size for size in SIZES if size <= self._grown.num_nodes and rows < int(rows * size) <= most]
@@ -189,7 +192,8 @@ class Planner:
             return 1.0
         depth, count = draft.tree.max_depth, max(2, round(draft.nodes))
         by_depth = zip(self._grown.choices[1:], self._probabilities[1:], strict=True)
-        return sum([p for choice, p in by_depth if len(choice) <= depth][: count - 1]) / (self._expected[count - 1] - 1)
+        shallow = [p for choice, p in by_depth if len(choice) <= depth]
+        return sum(shallow[: count - 1]) / max(sum(self._probabilities[1:count]), TINY)
 
     def observe(self, hits: list[list[int]], trials: list[int]) -> None:
         """Take in what a step showed of the candidates; shapes as `StepResult`'s."""
@@ -204,7 +208,7 @@ class Planner:
             gained: tokens beside its own of each decoding row.
         """
         share = self._share(draft)
-        expected = [gain / share for gain in expected]
+        expected = [gain / max(share, TINY) for gain in expected]
         if self._gains is None:
             self._gains = list(expected)
         self._gains = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._gains, expected, strict=True)]
