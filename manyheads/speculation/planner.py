@@ -143,8 +143,8 @@ class Planner:
         return draft
 
     def drafts(self, rows: int) -> list[Draft]:
-        """What so many rows may bring beside their roots, each more than the one before; of each size every depth, where
-        that costs passes."""
+        """What so many rows may bring beside their roots, each more than the one before; of each size every depth,
+        where that costs passes."""
         self._regrow()
         most = max(MAX_INFLIGHT, 2 * rows)
         sizes = [size for size in SIZES if size <= self._grown.num_nodes and rows < int(rows * size) <= most]
