@@ -33,6 +33,7 @@ class Counting:
 
     name = "counting"
     passes_per_depth = 0
+    prior_holds = False
     prior = [[0.4, 0.3]] * 2
 
     def __init__(self) -> None:
