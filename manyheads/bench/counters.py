@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
-import urllib.error
 import urllib.request
 
 import msgspec
 
-_LINE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? ([^ ]+)")
+_LINE = re.compile(r"^(?:manyheads|vllm)[_:]([\w:]+)(?:\{(.*)\})? ([^ ]+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+SUMS = {
+    "generation_tokens_total": "tokens",
+    "decoding_row_steps_total": "row_steps",
+    "spec_decode_num_drafts_total": "drafts",
+    "spec_decode_num_accepted_tokens_total": "accepted",
+}
+"""These of the server's counters are summed over their labels."""
 
 
 class Counters(msgspec.Struct):
@@ -28,30 +36,21 @@ class Counters(msgspec.Struct):
 
 def parse(text: str) -> Counters | None:
     """Read counters from Prometheus' text, ours or vLLM's; return None if it holds neither."""
-    seen = Counters(drafted_by_depth={}, accepted_by_depth={}, memory={})
+    seen = Counters()
     known = False
     for line in text.splitlines():
         match = _LINE.match(line)
         if match is None:
             continue
-        full, labels_text, value_text = match.groups()
-        prefix, _, name = full.replace(":", "_", 1).partition("_")
-        if prefix not in ("manyheads", "vllm"):
-            continue
+        name, labels_text, value_text = match.groups()
         try:
             value = float(value_text)
         except ValueError:
             continue
         known = True
         labels = dict(_LABEL.findall(labels_text or ""))
-        if name == "generation_tokens_total":
-            seen.tokens += value
-        elif name == "decoding_row_steps_total":
-            seen.row_steps += value
-        elif name == "spec_decode_num_drafts_total":
-            seen.drafts += value
-        elif name == "spec_decode_num_accepted_tokens_total":
-            seen.accepted += value
+        if name in SUMS:
+            setattr(seen, SUMS[name], getattr(seen, SUMS[name]) + value)
         elif name == "spec_decode_drafted_by_depth_total":
             seen.drafted_by_depth[int(labels["depth"])] = value
         elif name == "spec_decode_accepted_by_depth_total":
@@ -70,7 +69,7 @@ def look(url: str, api_key: str | None = None, timeout: float = 5.0) -> Counters
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{url}/metrics", headers=headers), timeout=timeout) as page:
             return parse(page.read().decode("utf-8", "replace"))
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, ValueError):
         return None
 
 

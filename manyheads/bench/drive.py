@@ -15,9 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from manyheads.bench.plan import GRACE, BenchError, Event, Question, Run, Use
+from manyheads.bench.plan import GRACE, USES, BenchError, Event, Question, Run, Use, read_lines
 from manyheads.bench.record import Record
-from manyheads.bench.recorder import read_records, read_uses
 from manyheads.interrupt import on_interrupt
 
 Listen = Callable[[Event], None]
@@ -114,8 +113,7 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
         raise KeyboardInterrupt
     elif not outcome.interrupted and (status or not outcome.end or len(outcome.begins) < len(run.stages)):
         raise BenchError(f"the load generator failed (status {status}): {trouble or said.strip()[-2000:]}")
-    outcome.records = read_records(run.records)
-    outcome.uses = read_uses(run.records)
+    outcome.records, outcome.uses = read_lines(run.records, Record), read_lines(run.records + USES, Use)
     return outcome
 
 

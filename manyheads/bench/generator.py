@@ -22,23 +22,14 @@ from locust.env import Environment
 from locust.log import setup_logging
 from locust.runners import STATE_CLEANUP, MasterRunner
 
-from manyheads.bench.plan import GRACE, Event, Part, Run, read_questions, split_address
+from manyheads.bench.plan import GRACE, Event, Part, Question, Run, read_lines, split_address
 from manyheads.bench.recorder import EVERY, Batch, Observer, Writer
 from manyheads.bench.users import ArrivalUser, AskingUser, Traffic
 
 JOIN, BATCH, HURRY = "manyheads join", "manyheads batch", "manyheads hurry"
 """These messages are a worker's first, which is answered with its part; what a worker has to tell; and to hurry up."""
 
-
-class Users(AskingUser):
-    """The users of a closed loop, as Locust wants them: a class that is not abstract."""
-
-
-class Arrivals(ArrivalUser):
-    """The users of an open loop, as Locust wants them: a class that is not abstract."""
-
-
-USERS = {"users": Users, "rate": Arrivals, "trace": Arrivals}
+USERS = {"users": AskingUser, "rate": ArrivalUser, "trace": ArrivalUser}
 
 
 class Stages(locust.LoadTestShape):
@@ -74,9 +65,9 @@ def emit(event: Event) -> None:
     sys.stdout.flush()
 
 
-def make_environment(run: Run, **more: Any) -> Environment:
+def make_environment(run: Run) -> Any:
     """Make Locust's environment of a run whose load this process sets."""
-    environment = Environment(catch_exceptions=False, **more)
+    environment = Environment(catch_exceptions=False, user_classes=[USERS[run.kind]], shape_class=Stages(run))
     environment.stop_timeout = run.drain
     return environment
 
@@ -98,9 +89,9 @@ def main(argv: list[str]) -> int:
 
 def alone(run: Run, writer: Writer) -> int:
     """Make the load in this process."""
-    environment: Any = make_environment(run, user_classes=[USERS[run.kind]], shape_class=Stages(run))
+    environment = make_environment(run)
     environment.create_local_runner()
-    environment.traffic = Traffic(run, read_questions(run.questions), environment)
+    environment.traffic = Traffic(run, read_lines(run.questions, Question), environment)
     observer = Observer(environment.traffic)
     _follow(environment, writer, lambda: writer.add(observer.take()))
     return 0
@@ -108,10 +99,10 @@ def alone(run: Run, writer: Writer) -> int:
 
 def lead(run: Run, writer: Writer) -> int:
     """Be the master of worker processes."""
-    environment: Any = make_environment(run, user_classes=[USERS[run.kind]], shape_class=Stages(run))
+    environment = make_environment(run)
     host, port = split_address(run.bind or "127.0.0.1:0")
     runner: Any = environment.create_master_runner(host, port)
-    questions = read_questions(run.questions)
+    questions = read_lines(run.questions, Question)
     joined: list[str] = []
     batches: list[bytes] = []
 
@@ -142,7 +133,7 @@ def lead(run: Run, writer: Writer) -> int:
 
 def work(address: str) -> int:
     """Make a part of the load, for the master at this address."""
-    environment: Any = Environment(user_classes=list(dict.fromkeys(USERS.values())), catch_exceptions=False)
+    environment: Any = Environment(user_classes=[AskingUser, ArrivalUser], catch_exceptions=False)
     runner: Any = environment.create_worker_runner(*split_address(address))
     observers: list[Observer] = []
 
@@ -157,12 +148,12 @@ def work(address: str) -> int:
         for observer in observers:
             runner.send_message(BATCH, msgspec.msgpack.encode(observer.take()))
 
-    def stopped(**_: Any) -> None:
-        send()  # before the worker says that it has stopped
-        environment.stop_timeout = 0.0  # for Locust's worker sleeps that long once it has stopped
-
     def hurry(**_: Any) -> None:
         environment.stop_timeout = 0.0
+
+    def stopped(**_: Any) -> None:
+        send()  # before the worker says that it has stopped
+        hurry()  # for Locust's worker sleeps that long once it has stopped
 
     def report() -> None:
         while True:
@@ -212,17 +203,7 @@ def _follow(environment: Any, writer: Writer, collect: Any) -> None:
     while not greenlet.ready() and not (give_up and time.perf_counter() > give_up[0]):
         greenlet.join(timeout=EVERY)
         collect()
-        emit(
-            Event(
-                "progress",
-                at=time.perf_counter(),
-                users=runner.user_count,
-                done=writer.done,
-                failed=writer.failed,
-                in_flight=writer.in_flight,
-                tokens=writer.tokens,
-            )
-        )
+        emit(msgspec.structs.replace(writer.seen, at=time.perf_counter(), users=runner.user_count))
     collect()
 
 

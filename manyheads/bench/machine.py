@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,14 @@ import psutil
 
 def machine() -> dict[str, Any]:
     """Return processor, memory, GPUs and versions of the machine that made the load."""
-    from importlib.metadata import version
-
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+    named = re.search(r"^model name.*?:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    tool = shutil.which("nvidia-smi")
     return {
-        "cpu": cpu,
+        "cpu": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": _gpus(),
+        "gpus": (tool and ask_gpus(tool, "name")) or [],
         "python": platform.python_version(),
         "manyheads": version("manyheads"),
         "locust": version("locust"),
@@ -35,13 +31,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _gpus() -> list[str]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    command = [tool, "--query-gpu=name", "--format=csv,noheader"]
+def ask_gpus(nvidia_smi: str, field: str, *options: str) -> list[str] | None:
+    """Return what each GPU has in a field, or None if that cannot be had."""
+    command = [nvidia_smi, f"--query-gpu={field}", "--format=csv,noheader,nounits", *options]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.split("\n")[:-1]
+        return None

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from manyheads.bench import calibrate, counters, stats
 from manyheads.bench.drive import Outcome, drive, write_questions
 from manyheads.bench.machine import machine
@@ -18,7 +20,7 @@ from manyheads.bench.plan import BenchError, BenchInputError, Kind, Question, Ru
 from manyheads.bench.progress import Progress
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.record import Record
-from manyheads.bench.result import UNITS, Level, Memory, Result
+from manyheads.bench.result import UNITS, Level, Result
 from manyheads.bench.server import Target, clean_url, identify, started
 from manyheads.bench.watch import Watch
 
@@ -248,20 +250,14 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
         kind=options.kind,
         settings=options.settings,
         target={
-            "model": target.model,
-            "server": target.owner,
-            "heads": target.heads,
-            "options": list(target.options),
-            "started_here": target.started_here,
+            **{key: getattr(target, key) for key in ("model", "server", "heads", "options", "started_here")},
             "url": None if target.started_here else target.url,
         },
         machine=bench.machine,
         objectives=options.objectives,
         levels=sorted(bench.levels, key=lambda level: level.load),
         whole=whole,
-        memory=[
-            Memory(at - start, sizes.host, sizes.gpu, sizes.parts) for at, sizes in bench.watch.memory if at <= end + 1
-        ],
+        memory=[replace(m, at=m.at - start) for m in bench.watch.memory if m.at <= end + 1],
         timeline=stats.make_timeline(records, start, end),
         limit=limit,
         counted_by=dict(Counter(r.counted_by for r in records if r.ok)),
@@ -281,5 +277,4 @@ def _near_limit(level: Level, limit: dict[str, float]) -> list[str]:
 
 
 def _name(target: Target) -> str:
-    options = " ".join(target.options)
-    return f"{target.owner} {target.model} {options}".strip() if target.owner else target.model
+    return " ".join([target.server, target.model, *target.options]) if target.server else target.model

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
+T = TypeVar("T")
 Kind = Literal["users", "rate", "trace"]
+USES = ".use"
+"""The file of uses has the name of the records' and this."""
 GRACE = 5.0
 """All processes of an interrupted run have so many seconds to stop."""
 
@@ -111,10 +116,12 @@ class Use(msgspec.Struct):
     """The seconds by which each of its timers was late."""
 
 
-def read_questions(path: str) -> list[Question]:
-    """Read the questions of a file."""
-    with open(path, "rb") as file:
-        return [msgspec.json.decode(line, type=Question) for line in file]
+def read_lines(path: str, kind: type[T]) -> list[T]:
+    """Read what a file has on its lines; there is nothing if the file is not there."""
+    if not os.path.exists(path):
+        return []
+    whole, _, _ = Path(path).read_bytes().rpartition(b"\n")  # what follows was being written when the writer was killed
+    return [msgspec.json.decode(line, type=kind) for line in whole.splitlines()]
 
 
 def split_address(text: str) -> tuple[str, int]:

@@ -28,7 +28,7 @@ class Target:
     url: str
     model: str
     pid: int | None = None
-    owner: str = ""
+    server: str = ""
     """The owner of the model by the server's word, which tells manyheads, vLLM, … apart."""
     heads: int | None = None
     options: tuple[str, ...] = ()
@@ -107,16 +107,14 @@ def identify(url: str, model: str | None, api_key: str | None) -> Target:
     try:
         models = get(f"{url}/v1/models", api_key=api_key)["data"]
         entry = next((m for m in models if m["id"] == model), models[0])
-        name, owner, heads = str(entry["id"]), str(entry.get("owned_by", "")), entry.get("num_medusa_heads")
+        target = Target(url, model or str(entry["id"]), server=str(entry.get("owned_by", "")))
+        target.heads = entry.get("num_medusa_heads")
+        return target
     except urllib.error.HTTPError as error:
-        raise BenchError(
-            f"{url}/v1/models answers {error.code} {error.reason}; is --url right, and the key?"
-        ) from error
+        trouble = f"{url}/v1/models answers {error.code} {error.reason}; is --url right, and the key?"
+        raise BenchError(trouble) from error
     except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise BenchError(
-            f"no answer from {url}: {reason}; is the server running? --no-check measures it all the same"
-        ) from error
+        trouble = f"no answer from {url}: {getattr(error, 'reason', error)}; is the server running?"
+        raise BenchError(f"{trouble} --no-check measures it all the same") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BenchError(f"{url} answers, but not as OpenAI's interface does; is --url right?") from error
-    return Target(url, model or name, owner=owner, heads=heads)

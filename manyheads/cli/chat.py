@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class Piece:
     num_steps: int = 0
 
 
-Ask = Callable[[list[dict[str, str]]], Iterator[Piece]]
+Ask = Callable[[list[dict[str, str]]], Generator[Piece, None, None]]
 
 
 def add_commands(parser: Parser) -> None:
@@ -86,13 +86,12 @@ def converse(ask: Ask, name: str, system: str | None = None) -> int:
 
 def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
     """Print a reply as it comes, and return it, or None if there is none."""
-    parts: list[str] = []
-    last = Piece()
+    text, last = "", Piece()
     begin = time.perf_counter()
     pieces = ask(messages)
     try:
         for piece in pieces:
-            parts.append(piece.text)
+            text += piece.text
             print(piece.text, end="", flush=True)
             last = piece if piece.num_tokens else last
     except KeyboardInterrupt:
@@ -101,8 +100,7 @@ def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
         print(f"error: {error}\n(/clear begins a new conversation)", file=sys.stderr)
         return None
     finally:
-        if isinstance(pieces, Iterator) and hasattr(pieces, "close"):
-            pieces.close()
+        pieces.close()
     print()
     seconds = time.perf_counter() - begin
     if last.num_tokens:
@@ -111,18 +109,17 @@ def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
             counts += f", {last.num_tokens / last.num_steps:.2f} tokens/step"
         dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
         print(f"{dim}[{counts}]{plain}", file=sys.stderr)
-    return "".join(parts)
+    return text
 
 
 def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
     from manyheads.frontend.llm import LLM
 
     config = engine_config(args)
-    settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
     print(f"loading {config.model} ...", file=sys.stderr)
-    llm = LLM(chat_template=args.chat_template, **settings)
+    llm = LLM(chat_template=args.chat_template, **vars(config))
 
-    def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
+    def ask(messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
         shown = 0
         with between_steps() as check:
             for result in llm.stream_chat(messages, params):
@@ -163,7 +160,7 @@ def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{url} answers, but not as this API does; is --url right?") from error
 
-    def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
+    def ask(messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
         body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
         with call("/v1/chat/completions", body) as response:
             for line in _lines(response):

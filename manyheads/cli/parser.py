@@ -106,8 +106,7 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, option: str) -> NoReturn:
         """End with what the option may have been meant to be."""
         name = option.split("=")[0]
-        options = [o for a in self._actions for o in a.option_strings]
-        close = difflib.get_close_matches(name, options, n=2, cutoff=0.6)
+        close = difflib.get_close_matches(name, self._option_string_actions, n=2, cutoff=0.6)
         hint = f"did you mean {' or '.join(close)}?" if close else f"see {self.prog} --help"
         kind = "option" if name.startswith("-") else "argument"
         self.exit(2, f"{self.prog}: error: unknown {kind} {name}; {hint}\n")
@@ -134,7 +133,7 @@ def add_engine(parser: Parser) -> None:
     """Add the fields of EngineConfig that the parser does not have yet."""
     group = parser.add_argument_group("engine")
     for field in fields(EngineConfig):
-        if field.name in ENGINE_HELP and not _taken(parser, field.name):
+        if field.name in ENGINE_HELP and not any(a.dest == field.name for a in parser._actions):
             add_option(group, field.name, *ENGINE_HELP[field.name], field.default)
 
 
@@ -148,12 +147,7 @@ def add_sampling(parser: Parser) -> None:
 
 
 def add_option(
-    group: argparse._ArgumentGroup,
-    name: str,
-    kind: Callable[[str], Any],
-    text: str,
-    default: Any,
-    choices: tuple[str, ...] | None = None,
+    group: argparse._ArgumentGroup, name: str, kind: Callable[[str], Any], text: str, default: Any, **more: Any
 ) -> None:
     """Add the option of a field; its help tells the default, unless that is None, no, or told by the text."""
     flag = FLAGS.get(name, "--" + name.replace("_", "-"))
@@ -162,12 +156,8 @@ def add_option(
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
     else:
-        metavar = None if choices else "SIZE" if kind is size else name.upper()
-        group.add_argument(flag, dest=name, type=kind, default=default, help=text, choices=choices, metavar=metavar)
-
-
-def _taken(parser: Parser, name: str) -> bool:
-    return any(a.dest == name for a in parser._actions)
+        metavar = None if "choices" in more else "SIZE" if kind is size else name.upper()
+        group.add_argument(flag, dest=name, type=kind, default=default, help=text, metavar=metavar, **more)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
