@@ -68,10 +68,7 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
     path = folder / "run.json"
     path.write_bytes(msgspec.json.encode(run))
     outcome = Outcome(run)
-    env = dict(os.environ)
-    env.pop("MANYHEADS_API_KEY", None)
-    if api_key:
-        env["MANYHEADS_API_KEY"] = api_key
+    env = os.environ | {"MANYHEADS_API_KEY": api_key or ""}
     command = [sys.executable, *GENERATOR, str(path)]
     trouble, last = "", 0.0
     deadline = time.perf_counter() + run.ready_within + PATIENCE

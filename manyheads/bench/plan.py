@@ -57,6 +57,7 @@ class Run(msgspec.Struct, frozen=True):
     records: str
     """The file for a Record on each line."""
     max_tokens: int | None = None
+    """The output tokens asked for, if all requests ask for as many, to count by where the server does not tell."""
     timeout: float = 120.0
     """A request has failed after so many seconds without a byte."""
     drain: float = 60.0

@@ -148,8 +148,7 @@ def load(path: Path) -> Result:
     try:
         return msgspec.json.decode(file.read_bytes(), type=Result)
     except OSError as error:
-        raise BenchInputError(
-            f"cannot read {file}: {error.strerror}; give folders that manyheads bench has written"
-        ) from error
+        trouble = f"cannot read {file}: {error.strerror}; give folders that manyheads bench has written"
+        raise BenchInputError(trouble) from error
     except msgspec.DecodeError as error:
         raise BenchInputError(f"{file} is no report of manyheads bench: {error}") from error

@@ -34,13 +34,7 @@ class Traffic:
         self.questions = questions[self.part :: self.parts] or questions
         self.bodies = [msgspec.json.encode(q.body) for q in self.questions]
         self._turn = itertools.cycle(self.bodies)
-        self.client = Client(
-            run.url,
-            run.path,
-            timeout=run.timeout,
-            max_tokens=run.max_tokens,
-            api_key=os.environ.get("MANYHEADS_API_KEY"),
-        )
+        self.client = Client(run, os.environ.get("MANYHEADS_API_KEY"))
         self.listeners: list[Callable[[Record], None]] = []
 
     def ask(self, body: bytes | None = None, due: float | None = None) -> Record:
