@@ -80,11 +80,8 @@ def main(argv: list[str]) -> int:
         return work(argv[1])
     with open(argv[0], "rb") as file:
         run = msgspec.json.decode(file.read(), type=Run)
-    writer = Writer(run.records)
-    try:
+    with contextlib.closing(Writer(run.records)) as writer:
         return lead(run, writer) if run.workers else alone(run, writer)
-    finally:
-        writer.close()
 
 
 def alone(run: Run, writer: Writer) -> int:

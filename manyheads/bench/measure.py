@@ -86,21 +86,16 @@ class _Bench:
 
     def run(self, stages: list[Stage], number: int) -> Run:
         """Make the run of the generator with these stages; its number names its files."""
-        work = self.options.work
-        same_length = all(q.body["max_tokens"] == self.questions[0].body["max_tokens"] for q in self.questions)
+        work, length = self.options.work, self.questions[0].body["max_tokens"]
         return Run(
             url=self.target.url,
             path=work.path,
-            kind=self.options.kind,
             stages=stages,
             questions=str(self.folder / "questions.jsonl"),
             records=str(self.folder / f"records-{number}.jsonl"),
-            max_tokens=self.questions[0].body["max_tokens"] if same_length else None,
-            timeout=self.options.timeout,
-            drain=self.options.drain,
-            workers=self.options.workers,
-            bind=self.options.bind,
+            max_tokens=length if all(q.body["max_tokens"] == length for q in self.questions) else None,
             seed=work.seed,
+            **{name: getattr(self.options, name) for name in ("kind", "timeout", "drain", "workers", "bind")},
         )
 
     def hold(self, stages: list[Stage]) -> None:
@@ -121,28 +116,20 @@ class _Bench:
         """Note where a run was ended, and why if not by Ctrl-C."""
         last = len(outcome.begins) - 1
         stage, (start, end) = outcome.run.stages[last], outcome.window(last)
-        self.interrupted = f"at {stage.load:g} {UNITS[self.options.kind]}"
         held = max(end - start, 0.0)
-        if outcome.held:
-            self.interrupted += ", while the last answers were awaited"
-        else:
-            self.interrupted += f", which were held for {held:.3g} of {stage.seconds:g} s"
-        if outcome.overdue:
-            self.interrupted += ", because the load generator did not end by itself"
+        at = f"at {stage.load:g} {UNITS[self.options.kind]}"
+        cut = f"which were held for {held:.3g} of {stage.seconds:g} s"
+        how = "while the last answers were awaited" if outcome.held else cut
+        why = ", because the load generator did not end by itself" if outcome.overdue else ""
+        self.interrupted = f"{at}, {how}{why}"
         if held and not outcome.held:
             self.levels[-1].interrupted, self.levels[-1].overloaded = True, False
             if not self.levels[-1].completed + self.levels[-1].failed:
                 self.levels.pop()  # too short for a single answer
 
-    @property
-    def full(self) -> bool:
-        """Tell whether more load makes no sense: the server does not keep up, or the test is to end."""
-        return bool(self.interrupted or (self.levels and self.levels[-1].overloaded))
-
     def level(self, outcome: Outcome, window: tuple[float, float], load: float) -> Level:
         """Return the figures of a window, of the requests, the generator and the server's own counters."""
-        options = self.options
-        level = stats.make_level(outcome.records, window, load, options.kind, options.objectives)
+        level = stats.make_level(outcome.records, window, load, self.options.kind, self.options.objectives)
         level.generator = stats.generator_use(outcome.uses, outcome.records, window)
         looks = self.watch.between(*window)
         if looks is not None:
@@ -168,7 +155,7 @@ class _Bench:
         options = self.options
         for load in options.loads or [2.0**i for i in range(MOST_RATES)]:
             self.hold([self.open_stage(load)])
-            if self.full:
+            if self.interrupted or (self.levels and self.levels[-1].overloaded):
                 break
         fine = [level.load for level in self.levels if not level.overloaded]
         if fine and not options.loads and not self.interrupted and self.levels[-1].overloaded:
@@ -239,13 +226,17 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
     whole = bench.level(together, (start, end), max(level.load for level in bench.levels))
     details: dict[str, list[str]] = {}
     for record in records:
-        said = details.setdefault(record.reason, []) if record.failed and record.reason else None
-        if said is not None and record.detail and record.detail not in said and len(said) < 3:
-            said.append(record.detail)
+        if record.failed and record.reason:
+            said = details.setdefault(record.reason, [])
+            said += [record.detail] if record.detail and record.detail not in said and len(said) < 3 else []
+    most = limit.get("chunks_per_s")
     for level in bench.levels:
-        level.generator.bound = level.generator.bound or _near_limit(level, limit)
+        came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
+        if most and came >= stats.NEAR_LIMIT * most and not level.generator.bound:
+            close = f"{came:.0f} chunks/s are close to the {most:.0f} that the generator can read"
+            level.generator.bound = [close]
     return Result(
-        name=options.name or _name(target),
+        name=options.name or " ".join(filter(None, (target.server, target.model, *target.options))),
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         kind=options.kind,
         settings=options.settings,
@@ -265,16 +256,3 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
         notes=notes,
         interrupted=bench.interrupted,
     )
-
-
-def _near_limit(level: Level, limit: dict[str, float]) -> list[str]:
-    """Say whether a load came close to what the generator can do at all; empty if not."""
-    most = limit.get("chunks_per_s")
-    came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
-    if not most or came < stats.NEAR_LIMIT * most:
-        return []
-    return [f"{came:.0f} chunks/s are close to the {most:.0f} that the generator can read"]
-
-
-def _name(target: Target) -> str:
-    return " ".join([target.server, target.model, *target.options]) if target.server else target.model

@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         print(compare([Path(name) for name in args.compare], folder))
         return 0
     if args.ui or args.join:
+        if args.api_key:
+            os.environ["MANYHEADS_API_KEY"] = args.api_key
         return _ui(args) if args.ui else _join(args)
     from manyheads.bench.findings import findings
     from manyheads.bench.measure import measure
@@ -106,9 +108,7 @@ def run(args: argparse.Namespace) -> int:
     for text in findings(result):
         print(text)
     print(f"report: {page}")
-    if result.interrupted:
-        return 130
-    return 0 if result.whole.completed else 1
+    return 130 if result.interrupted else 0 if result.whole.completed else 1
 
 
 def bench_options(args: argparse.Namespace) -> Options:
@@ -213,8 +213,6 @@ def _settings(options: Options, mode: str, body: str) -> dict[str, Any]:
 def _join(args: argparse.Namespace) -> int:
     """Make load for one test after the other, each in a process of its own."""
     split_address(args.join)
-    if args.api_key:
-        os.environ["MANYHEADS_API_KEY"] = args.api_key
     print(f"making load for {args.join} (Ctrl-C ends this)", flush=True)
     while True:
         # a session of its own: Ctrl-C must not reach it while it is being imported, where nothing catches it
@@ -235,7 +233,5 @@ def _ui(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "locust", "-f", web.__file__, "--prompt-tokens", str(args.prompt_tokens or 128)]
     command += ["--output-tokens", str(args.output_tokens), *(["--chat"] if args.chat else [])]
     command += ["-H", args.url] if args.url else []
-    if args.api_key:
-        os.environ["MANYHEADS_API_KEY"] = args.api_key
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -8,9 +8,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -18,10 +18,6 @@ from manyheads.cli.parser import Parser, add_engine, add_model, add_sampling, en
 from manyheads.config import ConfigError
 from manyheads.interrupt import between_steps
 from manyheads.request import RequestError, SamplingParams
-
-if TYPE_CHECKING:
-    import http.client
-    import urllib.error
 
 HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops a reply"
 
@@ -134,6 +130,7 @@ def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
 
 
 def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -147,46 +144,35 @@ def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]
         try:
             return urllib.request.urlopen(urllib.request.Request(url + path, data, headers))
         except urllib.error.HTTPError as error:
-            raise RequestError(_message(error)) from error
+            message = f"the server answered {error.code}"
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                message = str(json.load(error)["error"]["message"])
+            raise RequestError(message) from error
         except (urllib.error.URLError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ConfigError(f"no answer from {url}: {reason}; is the server running?") from error
 
-    try:
-        with call("/v1/models") as response:
+    with call("/v1/models") as response:
+        try:
             name = str(json.load(response)["data"][0]["id"])
-    except (RequestError, ConfigError):
-        raise
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{url} answers, but not as this API does; is --url right?") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"{url} answers, but not as this API does; is --url right?") from error
 
     def ask(messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
         body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
         with call("/v1/chat/completions", body) as response:
-            for line in _lines(response):
-                data = line.removeprefix(b"data: ").strip()
-                if not line.startswith(b"data: ") or data == b"[DONE]":
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise RequestError(event["error"]["message"])
-                usage = event.get("usage") or {}
-                text = "".join(c["delta"].get("content") or "" for c in event["choices"])
-                yield Piece(text, usage.get("completion_tokens", 0), usage.get("decoding_steps", 0))
+            try:
+                for line in response:
+                    data = line.removeprefix(b"data: ").strip()
+                    if not line.startswith(b"data: ") or data == b"[DONE]":
+                        continue
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise RequestError(event["error"]["message"])
+                    usage = event.get("usage") or {}
+                    text = "".join(c["delta"].get("content") or "" for c in event["choices"])
+                    yield Piece(text, usage.get("completion_tokens", 0), usage.get("decoding_steps", 0))
+            except (OSError, http.client.HTTPException) as error:
+                raise RequestError("the server broke the connection off") from error
 
     return ask, f"{name} at {url}"
-
-
-def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    import http.client
-
-    try:
-        yield from response
-    except (OSError, http.client.HTTPException) as error:
-        raise RequestError("the server broke the connection off") from error
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(json.load(error)["error"]["message"])
-    return f"the server answered {error.code}"

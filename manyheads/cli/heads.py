@@ -38,10 +38,8 @@ def run_inspect(args: argparse.Namespace) -> int:
 
     report = inspect_heads(args.heads, args.base)
     width = max(map(len, report.facts))
-    for name, value in report.facts.items():
+    for name, value in [*report.facts.items(), *(("problem", problem) for problem in report.problems)]:
         print(f"{name:{width}}  {value}")
-    for problem in report.problems:
-        print(f"{'problem':{width}}  {problem}")
     return 1 if report.problems else 0
 
 
