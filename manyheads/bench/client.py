@@ -31,12 +31,9 @@ class Client:
         self.in_flight = 0
 
     def ask(self, body: bytes, record: Record) -> None:
-        """Send a request and read its answer to the end; how it went is written into the record.
+        """Send a request and read its answer to the end; how it went is written into the record, which is a new one.
 
         NOTE: GreenletExit is not caught. Locust kills a user with it once, and waits until the user is dead.
-
-        Args:
-            record: a new one, unfinished until the end of the answer is known.
         """
         connection = self._connection()
         record.sent = time.perf_counter()
@@ -68,9 +65,8 @@ class Client:
                 connection.close()
 
     def _read(self, response: Any, record: Record) -> None:
-        status = response.status_code
-        if status != 200:
-            self._fail(record, f"HTTP {status}", _message(response.read()))
+        if response.status_code != 200:
+            self._fail(record, f"HTTP {response.status_code}", _message(response.read()))
             return
         if "event-stream" not in str(response.get("content-type", "")):
             self._fail(record, reasons.MALFORMED, f"not an event stream: {response.read(200)[:200]!r}")
@@ -110,7 +106,10 @@ class Client:
             self._fail(record, reasons.EMPTY)
         else:
             record.reason = None
-            self._count(record)
+            if record.tokens is None and record.finish == "length" and self._run.max_tokens is not None:
+                record.tokens, record.counted_by = self._run.max_tokens, "max_tokens"
+            elif record.tokens is None:
+                record.tokens, record.counted_by = len(record.chunks), "chunks"
 
     @staticmethod
     def _event(event: dict[str, Any], record: Record, now: float) -> None:
@@ -120,20 +119,10 @@ class Client:
             if any(texts):
                 record.chunks.append(now)
             record.finish = choice.get("finish_reason") or record.finish
-        usage = event.get("usage")
-        if usage:
+        if usage := event.get("usage"):
             record.prompt_tokens = usage.get("prompt_tokens")
             record.tokens = usage.get("completion_tokens")
             record.steps = usage.get("decoding_steps")
-
-    def _count(self, record: Record) -> None:
-        """Count the output tokens, if the server's usage does not tell them."""
-        if record.tokens is not None:
-            return
-        if record.finish == "length" and self._run.max_tokens is not None:
-            record.tokens, record.counted_by = self._run.max_tokens, "max_tokens"
-        else:
-            record.tokens, record.counted_by = len(record.chunks), "chunks"
 
     def _fail(self, record: Record, reason: str, detail: str = "") -> None:
         record.seconds = time.perf_counter() - record.sent

@@ -15,11 +15,7 @@ from manyheads.bench.result import Level, Result, load
 
 
 def compare(paths: Sequence[Path], folder: Path) -> Path:
-    """Write a page and a CSV file (with times in seconds) that lay runs side by side, and return the page's path.
-
-    Raises:
-        BenchInputError: there are fewer than two, or one is no report.
-    """
+    """Write a page and a CSV file (times in seconds) of several reports; BenchInputError says that one is none."""
     if len(paths) < 2:
         raise BenchInputError("--compare needs two reports or more")
     results = [load(path) for path in paths]

@@ -63,11 +63,11 @@ def parse(text: str) -> Counters | None:
     return seen if known else None
 
 
-def look(url: str, api_key: str | None = None, timeout: float = 5.0) -> Counters | None:
+def look(url: str, api_key: str | None) -> Counters | None:
     """Return the server's counters of now, or None if it has none that we know, or does not answer."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/metrics", headers=headers), timeout=timeout) as page:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/metrics", headers=headers), timeout=5.0) as page:
             return parse(page.read().decode("utf-8", "replace"))
     except (OSError, ValueError):
         return None
@@ -87,10 +87,9 @@ def acceptance(before: Counters, after: Counters) -> list[float]:
     shares = []
     for depth in sorted(after.accepted_by_depth):
         accepted = after.accepted_by_depth[depth] - before.accepted_by_depth.get(depth, 0.0)
+        drafted = after.drafts - before.drafts
         if after.drafted_by_depth:
             drafted = after.drafted_by_depth.get(depth, 0.0) - before.drafted_by_depth.get(depth, 0.0)
-        else:
-            drafted = after.drafts - before.drafts
         if drafted <= 0:
             break
         shares.append(accepted / drafted)

@@ -61,15 +61,13 @@ class Stages(locust.LoadTestShape):
 
 def emit(event: Event) -> None:
     """Tell something to the process that started this one."""
-    sys.stdout.write(msgspec.json.encode(event).decode() + "\n")
-    sys.stdout.flush()
+    print(msgspec.json.encode(event).decode(), flush=True)
 
 
 def make_environment(run: Run) -> Any:
     """Make Locust's environment of a run whose load this process sets."""
-    environment = Environment(catch_exceptions=False, user_classes=[USERS[run.kind]], shape_class=Stages(run))
-    environment.stop_timeout = run.drain
-    return environment
+    users, shape = [USERS[run.kind]], Stages(run)
+    return Environment(catch_exceptions=False, user_classes=users, shape_class=shape, stop_timeout=run.drain)
 
 
 def main(argv: list[str]) -> int:

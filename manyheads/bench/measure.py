@@ -43,7 +43,6 @@ class Options:
     """In a closed loop, one more user comes after so many seconds, until there are max(loads), who stay for `hold`."""
     work: Workload
     objectives: dict[str, float]
-    """The most seconds that `ttft` and `tpot` should take."""
     url: str | None = None
     model: str | None = None
     serve: tuple[str, ...] = ()
@@ -52,7 +51,6 @@ class Options:
     check: bool = True
     workers: int = 0
     bind: str | None = None
-    """The HOST:PORT where workers of other machines join; None starts them here."""
     timeout: float = 120.0
     drain: float = 60.0
     calibrate: bool = True

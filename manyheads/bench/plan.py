@@ -126,11 +126,7 @@ def read_lines(path: str, kind: type[T]) -> list[T]:
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Take HOST:PORT apart.
-
-    Raises:
-        BenchInputError: the text is no address.
-    """
+    """Take HOST:PORT apart, or raise BenchInputError if the text is no address."""
     host, _, port = text.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise BenchInputError(f"{text!r} is no address; it looks like 10.0.0.1:5557")

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from manyheads.bench.result import Level, Memory, Result, Summary
+from manyheads.bench.result import Level, Result, Summary
 
 COLORS = ("#2563a8", "#c2571a", "#2f8a57", "#8a4fa3", "#b3323d", "#6f6a2a", "#3f8f9b", "#555555")
 STYLE: dict[str, Any] = {
@@ -138,8 +138,13 @@ def memory(results: Sequence[Result], processes: str = "all processes") -> Plot 
         return None
     note = f"resident size of {processes}; GPU: all that is in use"
     plot = Plot("Memory of the server", "seconds", "GiB", note)
-    if len(results) == 1:
-        stack(plot, [m for m in results[0].memory if m.parts])
+    told = [m for m in results[0].memory if m.parts]
+    if len(results) == 1 and told:
+        parts = {kind for m in told for kind in m.parts}
+        kinds = [kind for kind in KINDS if kind in parts] + sorted(parts - KINDS.keys())
+        areas = [[m.parts.get(kind, 0) / GIB for m in told] for kind in kinds]
+        names = [KINDS.get(kind, kind) for kind in kinds]
+        plot.axes.stackplot([m.at for m in told], areas, labels=names, colors=AREAS, lw=0)
     for result in results:
         name = f"{shorten(result.name, 30)}, " if len(results) > 1 else ""
         for label in ("host", "GPU"):
@@ -148,16 +153,6 @@ def memory(results: Sequence[Result], processes: str = "all processes") -> Plot 
             if seen:
                 plot.line([at for at, _ in seen], [size for _, size in seen], name + label, marker="")
     return plot
-
-
-def stack(plot: Plot, memory: Sequence[Memory]) -> None:
-    """Draw areas on top of each other, one for each kind of memory."""
-    seen = {kind for m in memory for kind in m.parts}
-    kinds = [kind for kind in KINDS if kind in seen] + sorted(seen - KINDS.keys())
-    if kinds:
-        sizes = [[m.parts.get(kind, 0) / GIB for m in memory] for kind in kinds]
-        names = [KINDS.get(kind, kind) for kind in kinds]
-        plot.axes.stackplot([m.at for m in memory], sizes, labels=names, colors=AREAS, lw=0)
 
 
 def over_time(result: Result, title: str, y: str, values: Values, note: str = "") -> Plot:

@@ -9,8 +9,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from manyheads.bench.plan import Event, Run
-
-LOADS = {"users": "users: {:g}", "rate": "requests/s: {:g}", "trace": "times the trace's speed: {:g}"}
+from manyheads.bench.result import UNITS
 
 
 class Progress(Bar):
@@ -36,7 +35,7 @@ class Progress(Bar):
     def event(self, event: Event) -> None:
         """Show what an event of the run that has begun tells."""
         if event.kind == "stage":
-            self._load = LOADS[self._run.kind].format(self._run.stages[event.stage].load)
+            self._load = f"{UNITS[self._run.kind]}: {self._run.stages[event.stage].load:g}"
             self._begun = self._begun if event.stage else event.at
         elif event.kind == "end":
             self._load = "last answers"

@@ -85,11 +85,7 @@ class Workload:
 
 
 def prepare(work: Workload, target: Target, api_key: str | None) -> tuple[list[Question], list[str]]:
-    """Make the questions, and say what a reader of the report should know about them.
-
-    Raises:
-        BenchInputError: the file holds none, or is not as it should be.
-    """
+    """Make the questions, and notes for the report's reader; BenchInputError says what is wrong with the file."""
     if work.file is not None:
         return _read(work, work.file, target), [f"prompts from {work.file.name}"]
     texts, notes = _fixed_length(work, target, api_key)

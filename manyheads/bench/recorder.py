@@ -57,8 +57,7 @@ class Writer:
 class Observer:
     """An observer collects one process's records, and watches how busy the process is.
 
-    Args:
-        behind: seconds by which this machine's clock is behind that of the master.
+    This machine's clock is so many seconds `behind` that of the master.
     """
 
     def __init__(self, traffic: Any, behind: float = 0.0) -> None:

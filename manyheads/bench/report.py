@@ -86,14 +86,14 @@ def render(found: Result) -> str:
         findings=findings(found),
         warn=bool(found.interrupted or found.whole.failed or any(level.generator.bound for level in found.levels)),
         pictures=_plots(found),
-        tables=[_loads(found), *_times(found), _tokens(found), *_failures(found)],
+        tables=[_loads(found), _times(found), _tokens(found), _failures(found)],
         setups=[(found.name, setup(found))],
     )
 
 
-def page(*, pictures: Iterable[plots.Plot | None], **parts: Any) -> str:
-    """Fill the page, without the pictures that are None."""
-    parts["pictures"] = [plot for plot in pictures if plot is not None]
+def page(*, pictures: Iterable[plots.Plot | None], tables: Iterable[Table], **parts: Any) -> str:
+    """Fill the page, without the pictures that are None and tables that have no row."""
+    parts |= {"pictures": [plot for plot in pictures if plot is not None], "tables": [t for t in tables if t.rows]}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(PAGE.read_text(encoding="utf-8")).render(**parts)
 
@@ -118,9 +118,8 @@ def _tiles(found: Result) -> list[tuple[str, str]]:
         (number(best.output_tokens_per_s), f"output tokens/s, the most ({at})"),
         (f"{best.requests_per_s:.3g}", f"requests/s {at}"),
     ]
-    for label, summary in (("latency", best.e2e), ("TTFT", best.ttft), ("TPOT", best.tpot)):
-        if summary is not None:
-            tiles.append((seconds(summary.p50), f"median {label} {at}"))
+    times = (("latency", best.e2e), ("TTFT", best.ttft), ("TPOT", best.tpot))
+    tiles += [(seconds(summary.p50), f"median {label} {at}") for label, summary in times if summary is not None]
     tiles.append((str(found.whole.failed), f"failures of {found.whole.failed + found.whole.completed} requests"))
     return tiles
 
@@ -190,13 +189,12 @@ def _tokens(found: Result) -> Table:
         row += [" · ".join(f"{share:.2f}" for share in v.acceptance) or "–", optional(v.generator.cpu, "{:.0%}")]
         late = v.generator.late if v.generator.late is not None else v.generator.lag
         rows.append([*row, seconds(late) if late is not None else "–"])
-    note = (
-        "Tokens are means of a request. Generator: share of a core that its busiest process took. Late: its own delay."
-    )
+    note = "Tokens are means of a request. "
+    note += "Generator: share of a core that its busiest process took. Late: its own delay."
     return Table("Tokens and generator", head, rows, note)
 
 
-def _times(found: Result) -> list[Table]:
+def _times(found: Result) -> Table:
     rows = []
     for level in found.levels:
         for key in TIMES:
@@ -204,15 +202,13 @@ def _times(found: Result) -> list[Table]:
             if summary is not None:
                 values = [seconds(getattr(summary, statistic)) for statistic in STATISTICS]
                 rows.append([_name(found, level), NAMES[key], str(summary.n), *values])
-    return [Table("Times", ["load", "what", "n", *STATISTICS], rows)] if rows else []
+    return Table("Times", ["load", "what", "n", *STATISTICS], rows)
 
 
-def _failures(found: Result) -> list[Table]:
+def _failures(found: Result) -> Table:
     whole = found.whole.failures
-    if not whole:
-        return []
     rows = [[reason, str(count), " | ".join(found.details.get(reason, ())) or "–"] for reason, count in whole.items()]
-    return [Table("Failures", ["reason", "requests", "for example"], rows)]
+    return Table("Failures", ["reason", "requests", "for example"], rows)
 
 
 def setup(found: Result) -> list[tuple[str, str]]:

@@ -139,11 +139,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def load(path: Path) -> Result:
-    """Read a report, given its file or its folder.
-
-    Raises:
-        BenchInputError: there is no report.
-    """
+    """Read a report, given its file or its folder, or raise BenchInputError if there is none."""
     file = path / FILE if path.is_dir() else path.with_name(FILE) if path.suffix == ".html" else path
     try:
         return msgspec.json.decode(file.read_bytes(), type=Result)

@@ -37,11 +37,7 @@ class Target:
 
 @contextlib.contextmanager
 def started(model: str, options: Sequence[str], ready_seconds: float = 600.0) -> Iterator[tuple[str, int]]:
-    """Serve a model while the block lasts, which is given URL and process id.
-
-    Raises:
-        BenchError: it did not start; the message has what it said.
-    """
+    """Serve a model while the block lasts, which is given URL and process id, or raise BenchError with what it said."""
     command = [sys.executable, "-m", "manyheads", "serve", model, "--host", "127.0.0.1", "--port", "0", *options]
     with tempfile.TemporaryFile("w+") as log:
         # NOTE: a session of its own, for the terminal's Ctrl-C is to end the load and not the server
@@ -62,8 +58,7 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Any, seconds: float) -> s
     while True:
         log.seek(0)
         said = log.read()
-        found = _READY.search(said)
-        if found:
+        if found := _READY.search(said):
             return found[1]
         if process.poll() is not None or time.monotonic() > deadline:
             raise BenchError(f"the server did not start: {said.strip()[-2000:] or 'it said nothing'}")
@@ -71,11 +66,7 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Any, seconds: float) -> s
 
 
 def clean_url(url: str) -> str:
-    """Return a server's URL without `/v1` and the last slash.
-
-    Raises:
-        BenchInputError: the text is no URL.
-    """
+    """Return a server's URL without `/v1` and the last slash, or raise BenchInputError if the text is no URL."""
     parts = urlsplit(url)
     try:
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
@@ -86,24 +77,16 @@ def clean_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def get(url: str, body: Any = None, api_key: str | None = None, timeout: float = 30.0) -> Any:
-    """Get JSON from a server.
-
-    Raises:
-        OSError, ValueError: the server does not answer, refuses, or does not answer with JSON.
-    """
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+def get(url: str, body: Any = None, api_key: str | None = None) -> Any:
+    """Get JSON from a server; OSError or ValueError say that it does not answer, refuses, or answers something else."""
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as reply:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30.0) as reply:
         return json.load(reply)
 
 
 def identify(url: str, model: str | None, api_key: str | None) -> Target:
-    """Ask a server what it serves.
-
-    Raises:
-        BenchError: it does not answer as OpenAI's interface does.
-    """
+    """Ask a server what it serves, or raise BenchError if it does not answer as OpenAI's interface does."""
     try:
         models = get(f"{url}/v1/models", api_key=api_key)["data"]
         entry = next((m for m in models if m["id"] == model), models[0])

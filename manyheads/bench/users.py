@@ -113,7 +113,5 @@ class ArrivalUser(locust.User):
             group.join()
         finally:
             group.kill()
-        while True:  # until the runner stops us
+        while self._state != LOCUST_STATE_STOPPING:  # until the runner stops us
             gevent.sleep(0.1)
-            if self._state == LOCUST_STATE_STOPPING:
-                return

@@ -22,13 +22,11 @@ LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 class Watch:
     """A watch is a thread that looks at a server once a second.
 
-    Args:
-        url: the server's.
-        pid: its first process; None finds the process that listens, if it is on this machine.
+    Without the id of the server's first process it finds the one that listens, if that is on this machine.
     """
 
-    def __init__(self, url: str, pid: int | None, api_key: str | None = None, every: float = 1.0) -> None:
-        self._url, self._key, self._every = url, api_key, every
+    def __init__(self, url: str, pid: int | None, api_key: str | None) -> None:
+        self._url, self._key = url, api_key
         self.pid = pid if pid is not None else listener(url)
         self.memory: list[Memory] = []
         """The sizes; their times are seconds of the monotonic clock."""
@@ -57,7 +55,7 @@ class Watch:
     def _run(self) -> None:
         while True:
             self.look()
-            if self._stop.wait(self._every):
+            if self._stop.wait(1.0):
                 self.look()
                 return
 
@@ -110,11 +108,7 @@ def visible_gpus(pid: int) -> str | None:
 
 
 def gpu_bytes(nvidia_smi: str, gpus: str | None = None) -> int | None:
-    """Return the bytes in use on these GPUs (None: all), by whatever process, or None if they cannot be had.
-
-    Args:
-        gpus: indices or UUIDs, separated by commas.
-    """
+    """Return the bytes in use on GPUs, given as indices or UUIDs with commas (None: all), or None if not to be had."""
     used = ask_gpus(nvidia_smi, "memory.used", *([] if gpus is None else [f"--id={gpus}"]))
     try:
         return None if used is None else sum(map(int, used)) * 2**20

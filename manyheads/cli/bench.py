@@ -105,18 +105,12 @@ def run(args: argparse.Namespace) -> int:
     with ended_as_by_interrupt():
         result, records = measure(bench_options(args), Progress())
         page = write(result, records, folder)
-    for text in findings(result):
-        print(text)
-    print(f"report: {page}")
+    print(*findings(result), f"report: {page}", sep="\n")
     return 130 if result.interrupted else 0 if result.whole.completed else 1
 
 
 def bench_options(args: argparse.Namespace) -> Options:
-    """Make what is to be measured from the options.
-
-    Raises:
-        BenchInputError: they make no sense.
-    """
+    """Make what is to be measured from the options, or raise BenchInputError if they make no sense."""
     from manyheads.bench.measure import Options
     from manyheads.bench.prompts import Workload
 
@@ -198,11 +192,9 @@ def _body(text: str) -> dict[str, Any]:
 def _settings(options: Options, mode: str, body: str) -> dict[str, Any]:
     """Return what was asked for, as the report shows it."""
     work = options.work
+    settle, ramp = f"{options.settle:g} s", options.ramp
     settings: dict[str, Any] = {"mode": mode, "hold": f"{options.hold:g} s"}
-    if options.ramp is None:
-        settings["settle"] = f"{options.settle:g} s"
-    else:
-        settings["ramp"] = f"one more user every {options.ramp:g} s"
+    settings |= {"settle": settle} if ramp is None else {"ramp": f"one more user every {ramp:g} s"}
     settings |= {"prompts": work.file.name} if work.file else {"prompt_tokens": work.prompt_tokens}
     settings |= {"output_tokens": work.output_tokens, "endpoint": work.path, "temperature": work.temperature}
     settings |= {"natural": True} if work.natural else {}

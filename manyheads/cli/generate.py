@@ -55,13 +55,9 @@ def add_commands(parser: Parser) -> None:
     """Add `manyheads generate` to the program."""
     summary = "answer prompts from a file, as JSON lines"
     command = parser.add_command("generate", summary, run, "manyheads generate prompts.txt")
-    command.add_argument(
-        "input",
-        nargs="?",
-        default="-",
-        help="a text file with a prompt on each line, or JSON lines (.jsonl) with `prompt` or `messages`, and "
-        "`id` and `params` if wanted; - is standard input (default)",
-    )
+    forms = "a text file with a prompt on each line, or JSON lines (.jsonl) with `prompt` or `messages`, and "
+    forms += "`id` and `params` if wanted; - is standard input (default)"
+    command.add_argument("input", nargs="?", default="-", help=forms)
     command.add_argument("--format", choices=("auto", "txt", "jsonl"), default="auto", help="of the input")
     command.add_argument("--output", "-o", help="file for the answers (default: standard output)")
     command.add_argument("--raw", action="store_true", help="prompts are texts to continue, not instructions")
@@ -95,11 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_lines(name: str, form: str) -> list[tuple[int, _Line | str]]:
-    """Return the lines that are not blank with their numbers, parsed, or what is wrong with them.
-
-    Raises:
-        ConfigError: the file is not there or not text.
-    """
+    """Return the lines that are not blank, each with its number, parsed or as what is wrong; ConfigError if no file."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:

@@ -24,12 +24,9 @@ def add_commands(parser: Parser) -> None:
     convert.add_argument("out", help="folder to write; must not be there, or empty")
     convert.add_argument("--to", required=True, choices=FORMATS, help="format to write")
     convert.add_argument("--base", help="the base model, to be named and read (default: the one that the heads name)")
-    convert.add_argument(
-        "--expand",
-        action="store_true",
-        help="write out in full what the format cannot hold: a copy of a shared projection for every head, rows of "
-        "zeros for tokens that the heads leave out",
-    )
+    expand = "write out in full what the format cannot hold: a copy of a shared projection for every head, rows of "
+    expand += "zeros for tokens that the heads leave out"
+    convert.add_argument("--expand", action="store_true", help=expand)
 
 
 def run_inspect(args: argparse.Namespace) -> int:

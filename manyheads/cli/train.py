@@ -78,13 +78,8 @@ def add_commands(parser: Parser) -> None:
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="JSON lines (.gz or not) with prompt, messages, conversations, turns or instruction; the model answers",
-    )
+    data = "JSON lines (.gz or not) with prompt, messages, conversations, turns or instruction; the model answers"
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=data)
     parser.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress")
 
