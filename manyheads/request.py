@@ -39,6 +39,12 @@ class RequestError(ValueError):
     """The request cannot be served as asked, which is the caller's to mend (HTTP 400). Nothing was queued."""
 
 
+def require(ok: bool, message: str) -> None:
+    """Raise a RequestError with this message unless all is well."""
+    if not ok:
+        raise RequestError(message)
+
+
 class QueueFull(RuntimeError):
     """The waiting queue is at its limit; the caller may come back later (HTTP 429)."""
 
@@ -83,47 +89,36 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     typical_alpha: float = 0.3
 
     def validate(self) -> SamplingParams:
-        """Check every field by itself, and return self so that calls chain.
-
-        Raises:
-            RequestError: a value is out of its range; the message names the field.
-        """
-
-        def need(ok: bool, message: str) -> None:
-            if not ok:
-                raise RequestError(message)
-
+        """Raise RequestError for a field whose value is out of its range, else return self so that calls chain."""
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None or name != "logprobs":  # NaN is between nothing
-                need(low <= value <= high, f"{name} must be between {low:g} and {high:g}, not {value}")
-        need(self.top_p > 0, f"top_p must be above 0, not {self.top_p}")
-        need(self.max_tokens is None or self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
-        need(self.max_steps is None or self.max_steps >= 1, f"max_steps must be at least 1, not {self.max_steps}")
-        need(self.min_tokens >= 0, f"min_tokens must not be negative, not {self.min_tokens}")
-        need(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
-        )
-        need(self.top_k >= -1, f"top_k must be -1 or 0 (off) or positive, not {self.top_k}")
+                require(low <= value <= high, f"{name} must be between {low:g} and {high:g}, not {value}")
+        require(self.top_p > 0, f"top_p must be above 0, not {self.top_p}")
+        for name, limit in (("max_tokens", self.max_tokens), ("max_steps", self.max_steps)):
+            require(limit is None or limit >= 1, f"{name} must be at least 1, not {limit}")
+        least, most = self.min_tokens, self.max_tokens
+        require(least >= 0, f"min_tokens must not be negative, not {least}")
+        require(most is None or least <= most, f"min_tokens ({least}) must not exceed max_tokens ({most})")
+        require(self.top_k >= -1, f"top_k must be -1 or 0 (off) or positive, not {self.top_k}")
         for name in ("max_tokens", "min_tokens", "max_steps", "top_k"):
             value = getattr(self, name)
-            need((value or 0) < 2**31, f"{name} must be below 2**31, not {value}")
-        need(self.acceptance in ("exact", "typical"), f"acceptance must be exact or typical, not {self.acceptance!r}")
-        need(self.seed is None or -(2**63) <= self.seed < 2**63, f"seed must be a 64-bit integer, not {self.seed}")
-        for name, what, most in (
-            ("stop", "stop strings", MAX_STOP_STRINGS),
-            ("stop_token_ids", "stop token ids", MAX_STOP_TOKENS),
-            ("logit_bias", "logit_bias entries", MAX_LOGIT_BIASES),
-        ):
-            need((count := len(getattr(self, name))) <= most, f"at most {most} {what}, not {count}")
-        need(all(self.stop), "a stop string must not be empty")
-        need(all(len(s) <= 1000 for s in self.stop), "a stop string must have at most 1000 characters")
-        need(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids must not be negative")
-        need(
-            all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
-            "logit_bias values must be between -100 and 100",
+            require((value or 0) < 2**31, f"{name} must be below 2**31, not {value}")
+        require(
+            self.acceptance in ("exact", "typical"), f"acceptance must be exact or typical, not {self.acceptance!r}"
         )
+        require(self.seed is None or -(2**63) <= self.seed < 2**63, f"seed must be a 64-bit integer, not {self.seed}")
+        for count, what, room in (
+            (len(self.stop), "stop strings", MAX_STOP_STRINGS),
+            (len(self.stop_token_ids), "stop token ids", MAX_STOP_TOKENS),
+            (len(self.logit_bias), "logit_bias entries", MAX_LOGIT_BIASES),
+        ):
+            require(count <= room, f"at most {room} {what}, not {count}")
+        require(all(self.stop), "a stop string must not be empty")
+        require(all(len(s) <= 1000 for s in self.stop), "a stop string must have at most 1000 characters")
+        require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids must not be negative")
+        in_range = all(-100 <= bias <= 100 for bias in self.logit_bias.values())
+        require(in_range, "logit_bias values must be between -100 and 100")
         return self
 
     @property
@@ -251,31 +246,26 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     memory: MemoryUse = MemoryUse()
 
     def check(self, params: SamplingParams, prompts: Iterable[Sequence[int]]) -> None:
-        """Check prompts (token ids) and how they are to be continued against what is served.
+        """Check prompts (token ids) and how they are to be continued; raise RequestError if that can never be served.
 
         The front end calls it before anything runs, and the engine for whatever reaches it.
-
-        Raises:
-            RequestError: this can never be served; the message says why.
         """
         params.validate()
         longest, last_id = self.max_model_len, self.vocab_size - 1
-        if not all(0 <= t <= last_id for t in (*params.stop_token_ids, *params.logit_bias)):
-            raise RequestError(f"stop_token_ids and logit_bias: token ids must be between 0 and {last_id}")
+        are_known = all(0 <= t <= last_id for t in (*params.stop_token_ids, *params.logit_bias))
+        require(are_known, f"stop_token_ids and logit_bias: token ids must be between 0 and {last_id}")
         for prompt in prompts:
-            if (count := len(prompt)) == 0:
-                raise RequestError("the prompt is empty")
-            if min(prompt) < 0 or max(prompt) > last_id:
-                raise RequestError(f"prompt token ids must be between 0 and {last_id}")
-            if count >= longest:
-                raise RequestError(
-                    f"the prompt has {count} tokens; with one of output they exceed the context of {longest} tokens"
-                )
-            if params.max_tokens is not None and count + params.max_tokens > longest:
-                raise RequestError(
-                    f"the prompt's {count} tokens and max_tokens={params.max_tokens} together exceed the context of "
-                    f"{longest} tokens; ask for at most {longest - count}"
-                )
+            count = len(prompt)
+            require(count > 0, "the prompt is empty")
+            are_known = min(prompt) >= 0 and max(prompt) <= last_id
+            require(are_known, f"prompt token ids must be between 0 and {last_id}")
+            exceeds = f"exceed the context of {longest} tokens"
+            require(count < longest, f"the prompt has {count} tokens; with one of output they {exceeds}")
+            require(
+                count + (params.max_tokens or 0) <= longest,
+                f"the prompt's {count} tokens and max_tokens={params.max_tokens} together {exceeds}; "
+                f"ask for at most {longest - count}",
+            )
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -27,8 +27,9 @@ def add_commands(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
     config = engine_config(args)
+    from manyheads.server.app import ServerConfig
     from manyheads.server.limits import MAX_BODY_BYTES
-    from manyheads.server.run import ServerConfig, serve
+    from manyheads.server.run import serve
 
     server = ServerConfig(
         api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 
-from manyheads.request import RequestError
+from manyheads.frontend.engine_client import EngineError
+from manyheads.request import require
 from manyheads.server.auth import DOCS_FILES, ApiKey
-from manyheads.server.errors import add_error_handlers, error_response
+from manyheads.server.errors import add_error_handlers
 from manyheads.server.generate import generate_router
 from manyheads.server.limits import MAX_BODY_BYTES, BodyLimit
 from manyheads.server.openai import openai_router
@@ -21,6 +22,24 @@ from manyheads.server.schemas import DetokenizeRequest, TokenizeRequest
 from manyheads.server.service import Service
 
 PAGE = Path(__file__).parent / "page" / "index.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The web server needs to know this, beside what the engine does."""
+
+    host: str = "0.0.0.0"
+    port: int = 8000
+    """At 0, the system chooses a free one."""
+    api_key: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    """Requests may call the model by these names; without any, by the model's own."""
+    chat_template: str | None = None
+    """It is a file, or the name of a known template; None takes the tokenizer's."""
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = MAX_BODY_BYTES
+    access_log: bool = False
+    verbose: bool = False
 
 
 def package_version() -> str:
@@ -31,21 +50,8 @@ def package_version() -> str:
         return "unknown"
 
 
-def create_app(
-    service: Service,
-    *,
-    api_key: str | None = None,
-    cors_origins: Sequence[str] = (),
-    max_body_bytes: int = MAX_BODY_BYTES,
-) -> FastAPI:
-    """Make the application around a running engine.
-
-    Args:
-        service: what the endpoints share, the engine first of all.
-        api_key: what requests must bring; None lets everyone in.
-        cors_origins: origins whose pages may call this server.
-        max_body_bytes: larger bodies are answered 413.
-    """
+def create_app(service: Service, config: ServerConfig) -> FastAPI:
+    """Make the application around a running engine."""
     # Swagger's page with its scripts from this server: it works without a network
     app = FastAPIOffline(
         title="manyheads",
@@ -56,11 +62,11 @@ def create_app(
     )
     add_error_handlers(app)
     # the last one added is the outermost
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    if api_key:
-        app.add_middleware(ApiKey, key=api_key)
-    if cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if config.api_key:
+        app.add_middleware(ApiKey, key=config.api_key)
+    if origins := config.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.include_router(generate_router(service))
     app.include_router(openai_router(service))
     _add_tokenizer_routes(app, service)
@@ -72,8 +78,7 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", tags=["Tokenizer"], summary="Tokens of a text or a conversation")
     async def tokenize(body: TokenizeRequest) -> JSONResponse:
         service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise RequestError("give either prompt or messages")
+        require((body.prompt is None) != (body.messages is None), "give either prompt or messages")
         if body.messages is not None:
             ids = await service.llm.encode_chat([m.plain() for m in body.messages])
         else:
@@ -83,8 +88,8 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", tags=["Tokenizer"], summary="The text of tokens")
     async def detokenize(body: DetokenizeRequest) -> JSONResponse:
         service.check_model(body.model)
-        if not all(0 <= t < service.llm.ready.vocab_size for t in body.tokens):
-            raise RequestError(f"tokens must be between 0 and {service.llm.ready.vocab_size - 1}")
+        last = service.llm.ready.vocab_size - 1
+        require(all(0 <= t <= last for t in body.tokens), f"tokens must be between 0 and {last}")
         text = service.llm.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
         return JSONResponse({"prompt": text})
 
@@ -93,9 +98,7 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health", tags=["Service"], summary="200 while the engine serves, 503 else")
     async def health() -> Response:
         if not service.llm.client.alive:
-            return error_response(
-                503, f"the engine has stopped: {service.llm.client.failure}", code="engine_unavailable"
-            )
+            raise EngineError(f"the engine has stopped: {service.llm.client.failure}")
         return JSONResponse({"status": "ok"})
 
     @app.get("/version", tags=["Service"], summary="Of this package")

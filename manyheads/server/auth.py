@@ -6,7 +6,7 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from manyheads.server.errors import error_response
+from manyheads.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/", "/health", "/version", "/docs", "/openapi.json", "/metrics"})
 """These need no key: probes, the interface's description and the page (whose requests bring one)."""
@@ -26,8 +26,6 @@ class ApiKey:
         if scope["type"] == "http" and path not in OPEN_PATHS and not path.startswith(DOCS_FILES + "/"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
-                response = error_response(
-                    401, "send this server's API key as Authorization: Bearer KEY", code="invalid_api_key"
-                )
-                return await response(scope, receive, send)
+                error = ApiError(401, "send this server's API key as Authorization: Bearer KEY", code="invalid_api_key")
+                return await error.response()(scope, receive, send)
         return await self.app(scope, receive, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,8 +13,8 @@ from starlette.exceptions import HTTPException
 from manyheads.frontend.engine_client import EngineError
 from manyheads.request import QueueFull, RequestError
 
-RETRY_AFTER = "1"
-"""A client that was refused may try again after so many seconds: a row comes free every few steps."""
+# a client that was refused may try again after a second: a row comes free every few steps
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -23,38 +24,27 @@ _TYPES = {
 }
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
-    """It becomes an answer other than 200.
+    """It becomes an answer other than 200."""
 
-    Args:
-        status: of HTTP.
-        message: for a person: what is wrong and what to do.
-        param: the field at fault, if one is.
-        code: for a program.
-    """
+    status: int
+    """This is HTTP's number."""
+    message: str
+    """It tells a person what is wrong and what to do."""
+    param: str | None = None
+    """The field at fault, if one is."""
+    code: str | None = None
+    """It tells a program what is wrong."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
+    def body(self) -> dict[str, Any]:
+        """Make the body of the answer."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Make the body of an error's answer; arguments as for `ApiError`."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    """Make an error's answer, with the headers that its status asks for; arguments as for `ApiError`."""
-    headers = {}
-    if status in (429, 503):
-        headers["Retry-After"] = RETRY_AFTER
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(status, message, param, code), status, headers)
+    def response(self) -> JSONResponse:
+        """Make the answer, with the headers that its status asks for."""
+        return JSONResponse(self.body(), self.status, _HEADERS.get(self.status))
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -74,13 +64,11 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer everything that is raised, in one form."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        api = as_api_error(error)
-        return error_response(api.status, api.message, api.param, api.code)
+        return as_api_error(error).response()
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        message, param, code = describe(error.errors()[0], request.headers.get("content-type", ""))
-        return error_response(400, message, param, code)
+        return _finding(error.errors()[0], request.headers.get("content-type", "")).response()
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -91,7 +79,7 @@ def add_error_handlers(app: FastAPI) -> None:
             message = f"{request.method} is not offered for {request.url.path}; /docs lists what is"
         elif error.status_code == 400:
             message = "the body is not JSON in UTF-8"
-        response = error_response(error.status_code, message)
+        response = ApiError(error.status_code, message).response()
         response.headers.update(error.headers or {})
         return response
 
@@ -101,22 +89,23 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
 
 
-def describe(detail: dict[str, Any], content_type: str) -> tuple[str, str | None, str]:
-    """Describe one finding of pydantic's by a message, the field at fault (if one is) and a code."""
+def _finding(detail: dict[str, Any], content_type: str) -> ApiError:
+    """Say what pydantic has found, and in which field if it is in one."""
     kind = str(detail["type"])
     if kind == "json_invalid":
-        return f"the body is not JSON: {detail['ctx']['error']}", None, "invalid_json"
+        return ApiError(400, f"the body is not JSON: {detail['ctx']['error']}", code="invalid_json")
     # the tags of a union's branches are of no interest to the caller
     path = [str(p) for p in detail["loc"][1:] if isinstance(p, int) or str(p).isidentifier()]
     param = ".".join(path) or None
     if kind == "string_unicode":
-        return "unknown field whose name is not valid Unicode", None, "unknown_field"
+        return ApiError(400, "unknown field whose name is not valid Unicode", code="unknown_field")
     if param is None:
         hint = "" if "json" in content_type else " sent as Content-Type: application/json"
-        return f"the body must be a JSON object{hint}", None, "invalid_body"
+        return ApiError(400, f"the body must be a JSON object{hint}", code="invalid_body")
     if kind == "extra_forbidden":
-        return f"unknown field {param!r}: neither the OpenAI API nor manyheads has it", param, "unknown_field"
+        message = f"unknown field {param!r}: neither the OpenAI API nor manyheads has it"
+        return ApiError(400, message, param, "unknown_field")
     if kind == "missing":
-        return f"field {param!r} is required", param, "missing_field"
+        return ApiError(400, f"field {param!r} is required", param, "missing_field")
     text = str(detail["msg"]).removeprefix("Value error, ")
-    return f"{param}: {text[:1].lower() + text[1:]}", param, "invalid_value"
+    return ApiError(400, f"{param}: {text[:1].lower() + text[1:]}", param, "invalid_value")

@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from manyheads.frontend.generation import Generation, Prompt, Update
-from manyheads.request import RequestError
+from manyheads.request import require
 from manyheads.server.schemas import GenerateRequest
-from manyheads.server.service import Service, or_disconnect
-from manyheads.server.sse import chain, event, stream_response
+from manyheads.server.service import Service
+from manyheads.server.sse import event, stream_response
 
 
 def generate_router(service: Service) -> APIRouter:
@@ -26,7 +26,7 @@ def generate_router(service: Service) -> APIRouter:
         """The model's chat template is applied to the prompt, unless `parameters.raw` is true or it has none."""
         start = time.perf_counter()
         generation = await _prepare(service, body)
-        await or_disconnect(request, service.collect([generation]))
+        await service.collect(request, [generation])
         return JSONResponse(_answer(generation, start))
 
     @router.post("/generate_stream", summary="Follow an instruction, word by word")
@@ -34,17 +34,14 @@ def generate_router(service: Service) -> APIRouter:
         """Server-sent events `{"text": …}`; the last one is what /generate answers."""
         start = time.perf_counter()
         generation = await _prepare(service, body)
-        updates = service.updates([generation])
-        first = await or_disconnect(request, anext(updates))
-        return stream_response(_events(generation, chain(first, updates), start))
+        return stream_response(_events(generation, await service.stream(request, [generation]), start))
 
     return router
 
 
 async def _prepare(service: Service, body: GenerateRequest) -> Generation:
     params = body.parameters.generate_params()
-    if not body.prompt.strip():
-        raise RequestError("the prompt is empty")
+    require(bool(body.prompt.strip()), "the prompt is empty")
     if body.parameters.raw or not service.llm.tokenizer.has_chat_template:
         prompt = Prompt(await service.llm.encode(body.prompt), continues=True)
     else:
@@ -66,7 +63,7 @@ async def _events(
 def _answer(generation: Generation, start: float) -> dict[str, Any]:
     output = generation.outputs[0]
     tokens, steps = len(output.token_ids), output.num_steps
-    answer: dict[str, Any] = {
+    return {
         "response": output.text,
         "details": {
             "finish_reason": output.finish_reason,
@@ -78,4 +75,3 @@ def _answer(generation: Generation, start: float) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - start, 4),
         },
     }
-    return answer

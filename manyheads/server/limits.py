@@ -7,7 +7,7 @@ import contextlib
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from manyheads.server.errors import error_response
+from manyheads.server.errors import ApiError
 
 MAX_BODY_BYTES = 4 * 2**20
 DISCARD_SECONDS = 5.0
@@ -21,7 +21,7 @@ class BodyLimit:
     a body is thrown away as it comes.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
 
@@ -32,34 +32,26 @@ class BodyLimit:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
             return await self._refuse(receive, send, more=True)
-        chunks: list[bytes] = []
-        size = 0
+        body = bytearray()
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
+            body += message.get("body", b"")
             more = message.get("more_body", False)
-            if size > self.max_bytes:
+            if len(body) > self.max_bytes:
                 return await self._refuse(receive, send, more)
-        body: bytes | None = b"".join(chunks)
+        read: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
-            nonlocal body
-            if body is None:
-                return await receive()
-            message = {"type": "http.request", "body": body, "more_body": False}
-            body = None
-            return message
+            return read.pop() if read else await receive()
 
         return await self.app(scope, replay, send)
 
     async def _refuse(self, receive: Receive, send: Send, more: bool) -> None:
-        response = error_response(
-            413, f"the body is larger than {self.max_bytes} bytes, the most this server reads", code="body_too_large"
-        )
+        message = f"the body is larger than {self.max_bytes} bytes, the most this server reads"
+        response = ApiError(413, message, code="body_too_large").response()
         response.headers["Connection"] = "close"
         await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": response.body, "more_body": True})

@@ -116,28 +116,18 @@ class _EngineCollector(Collector):
             ("spec_decode_num_accepted_tokens", "Tree nodes accepted, roots left out", s.accepted_tokens),
         ):
             yield CounterMetricFamily(PREFIX + name, text, value=count)
-        yield _by_depth("spec_decode_drafted_by_depth", "Rows whose tree reached this depth", s.drafted_by_depth)
-        yield _by_depth("spec_decode_accepted_by_depth", "Rows that accepted at this depth", s.accepted_by_depth)
-        rate = GaugeMetricFamily(
-            PREFIX + "spec_decode_acceptance_rate", "Share of trees accepted to this depth", labels=["depth"]
-        )
-        for depth, (drafted, accepted) in enumerate(zip(s.drafted_by_depth, s.accepted_by_depth, strict=False), 1):
-            rate.add_metric([str(depth)], accepted / drafted if drafted else 0.0)
-        yield rate
-        drafter = GaugeMetricFamily(PREFIX + "drafter_info", "What guesses tokens", labels=["kind"])
-        if s.drafter is not None:
-            drafter.add_metric([s.drafter], 1)
-        yield drafter
-        memory = GaugeMetricFamily(
-            PREFIX + "memory_bytes", "Memory of the engine's device by what it is taken for", labels=["kind"]
-        )
-        for kind in ("weights", "heads", "kv_cache", "graphs", "rest"):
-            memory.add_metric([kind], getattr(s.memory, kind))
-        yield memory
-
-
-def _by_depth(name: str, text: str, counts: list[int]) -> CounterMetricFamily:
-    family = CounterMetricFamily(PREFIX + name, text, labels=["depth"])
-    for depth, count in enumerate(counts, 1):
-        family.add_metric([str(depth)], count)
-    return family
+        drafted, accepted = s.drafted_by_depth, s.accepted_by_depth
+        rates = [a / d if d else 0.0 for d, a in zip(drafted, accepted, strict=False)]
+        drafters = {s.drafter: 1} if s.drafter is not None else {}
+        memory = {kind: getattr(s.memory, kind) for kind in ("weights", "heads", "kv_cache", "graphs", "rest")}
+        for family, name, text, values in (
+            (CounterMetricFamily, "spec_decode_drafted_by_depth", "Rows whose tree reached this depth", drafted),
+            (CounterMetricFamily, "spec_decode_accepted_by_depth", "Rows that accepted at this depth", accepted),
+            (GaugeMetricFamily, "spec_decode_acceptance_rate", "Share of trees accepted to this depth", rates),
+            (GaugeMetricFamily, "drafter_info", "What guesses tokens", drafters),
+            (GaugeMetricFamily, "memory_bytes", "Memory of the engine's device by what it is taken for", memory),
+        ):
+            metric = family(PREFIX + name, text, labels=["kind" if isinstance(values, dict) else "depth"])
+            for key, value in values.items() if isinstance(values, dict) else enumerate(values, 1):
+                metric.add_metric([str(key)], value)
+            yield metric

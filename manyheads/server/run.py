@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import uvicorn
 
@@ -22,8 +21,7 @@ from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.llm import tokenizer_folder
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady
-from manyheads.server.app import create_app
-from manyheads.server.limits import MAX_BODY_BYTES
+from manyheads.server.app import ServerConfig, create_app
 from manyheads.server.service import Service
 from manyheads.sizes import format_size
 
@@ -31,24 +29,6 @@ DRAIN_SECONDS = 2.0
 """Running requests may go on so long after Ctrl-C; then they are aborted, each with an answer."""
 CLOSE_SECONDS = 1
 """Those answers may take so long to get out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """The web server needs to know this, beside what the engine does."""
-
-    host: str = "0.0.0.0"
-    port: int = 8000
-    """At 0, the system chooses a free one."""
-    api_key: str | None = None
-    served_model_names: tuple[str, ...] = ()
-    """Requests may call the model by these names; without any, by the model's own."""
-    chat_template: str | None = None
-    """It is a file, or the name of a known template; None takes the tokenizer's."""
-    cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = MAX_BODY_BYTES
-    access_log: bool = False
-    verbose: bool = False
 
 
 class Server(uvicorn.Server):
@@ -69,8 +49,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for what is running, but not for long."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(DRAIN_SECONDS, self._client.abort_all)
+        timer = asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._client.abort_all)
         try:
             await super().shutdown(sockets)
         finally:
@@ -109,29 +88,21 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     client = EngineClient(config, build=build, verbose=options.verbose)
-    llm: AsyncLLM | None = None
     try:
-        with _bind(options.host, options.port) as listener:
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(_bind(options.host, options.port))
             tokenizer, ready = await _start(client, config, options)
-            llm = AsyncLLM(client, tokenizer, ready)
+            llm = stack.enter_context(contextlib.closing(AsyncLLM(client, tokenizer, ready)))
             names = options.served_model_names or (ready.model,)
-            app = create_app(
-                Service(llm, names),
-                api_key=options.api_key,
-                cors_origins=options.cors_origins,
-                max_body_bytes=options.max_body_bytes,
+            web = uvicorn.Config(
+                create_app(Service(llm, names), options),
+                log_level="info" if options.access_log else "warning",
+                access_log=options.access_log,
+                lifespan="off",
+                timeout_graceful_shutdown=int(DRAIN_SECONDS) + CLOSE_SECONDS,
+                server_header=False,
             )
-            server = Server(
-                uvicorn.Config(
-                    app,
-                    log_level="info" if options.access_log else "warning",
-                    access_log=options.access_log,
-                    lifespan="off",
-                    timeout_graceful_shutdown=int(DRAIN_SECONDS) + CLOSE_SECONDS,
-                    server_header=False,
-                ),
-                client,
-            )
+            server = Server(web, client)
             host, port = listener.getsockname()[:2]
             print(_memory(ready), _greeting(ready, names[0], host, port), sep="\n", file=sys.stderr, flush=True)
             await server.serve(sockets=[listener])
@@ -141,8 +112,6 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
         if not stopping:
             raise
     finally:
-        if llm is not None:
-            llm.close()
         await client.close()
     return 0
 

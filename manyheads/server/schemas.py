@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from manyheads.request import RequestError, SamplingParams
+from manyheads.request import RequestError, SamplingParams, require
 
 MAX_PROMPTS = 256
 """A request has at most so many prompts."""
 MAX_MESSAGES = 4096
-_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 
 class Body(BaseModel):
@@ -59,17 +58,12 @@ class Sampling(Body):
     typical_alpha: float | None = None
 
     def to_params(self, **overrides: Any) -> SamplingParams:
-        """Make the engine's parameters.
-
-        Raises:
-            RequestError: a value is out of its range.
-        """
+        """Make the engine's parameters, or raise RequestError for a value out of its range."""
         given = {name: getattr(self, name) for name in Sampling.model_fields if getattr(self, name) is not None}
         given.update({name: value for name, value in overrides.items() if value is not None})
         for name in ("stop", "stop_token_ids"):
             if name in given:
                 given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
-        assert given.keys() <= _SAMPLING_FIELDS
         return SamplingParams(**given).validate()
 
 
@@ -98,11 +92,6 @@ class OpenAIRequest(Sampling):
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
 
-    @property
-    def include_usage(self) -> bool:
-        """Tell whether a stream is to end with its usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
 
 TokenIds = Annotated[list[int], Field(min_length=1)]
 
@@ -118,10 +107,8 @@ class CompletionRequest(OpenAIRequest):
 
     def check(self) -> None:
         """Raise RequestError for what this server does not do."""
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise RequestError("best_of must equal n: candidates are not ranked here")
-        if self.suffix:
-            raise RequestError("suffix is not supported: this model only continues text")
+        require(self.best_of in (None, self.n or 1), "best_of must equal n: candidates are not ranked here")
+        require(not self.suffix, "suffix is not supported: this model only continues text")
         if self.echo and self.logprobs is not None:
             raise RequestError("echo and logprobs do not go together: prompt tokens get no log-probabilities")
 
@@ -130,10 +117,8 @@ class CompletionRequest(OpenAIRequest):
         prompt: Any = self.prompt
         many = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
         prompts = prompt if many else [prompt]
-        if not prompts:
-            raise RequestError("the prompt is empty")
-        if len(prompts) > MAX_PROMPTS:
-            raise RequestError(f"at most {MAX_PROMPTS} prompts in one request, not {len(prompts)}")
+        require(len(prompts) > 0, "the prompt is empty")
+        require(len(prompts) <= MAX_PROMPTS, f"at most {MAX_PROMPTS} prompts in one request, not {len(prompts)}")
         return prompts
 
 
@@ -160,10 +145,8 @@ class Message(Body):
     def plain(self) -> dict[str, str]:
         """Reduce it to role and text. Raises RequestError for what is not text."""
         for field in ("audio", "tool_calls", "function_call"):
-            if getattr(self, field):
-                raise RequestError(f"messages with {field} are not supported: this server takes text only")
-        if self.content is None and self.role != "assistant":
-            raise RequestError(f"a {self.role} message needs content")
+            require(not getattr(self, field), f"messages with {field} are not supported: this server takes text only")
+        require(self.content is not None or self.role == "assistant", f"a {self.role} message needs content")
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
@@ -203,18 +186,15 @@ class ChatRequest(OpenAIRequest):
         """Raise RequestError for what this server does not do."""
         if self.response_format is not None and self.response_format.type != "text":
             raise RequestError(f"response_format {self.response_format.type!r} is not supported, only 'text'")
-        if self.tools or self.functions:
-            raise RequestError("tools are not supported by this server; leave tools and functions out")
-        if self.tool_choice not in (None, "none", "auto") or self.function_call not in (None, "none", "auto"):
-            raise RequestError("tools are not supported by this server; leave tool_choice and function_call out")
-        if self.audio or any(m != "text" for m in self.modalities or ()):
-            raise RequestError("modalities: this server gives text only")
-        if self.web_search_options:
-            raise RequestError("web_search_options: this server does not search the web")
-        if self.moderation:
-            raise RequestError("moderation: this server does not moderate texts")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs: true")
+        no_tools = "tools are not supported by this server; leave"
+        require(not self.tools and not self.functions, f"{no_tools} tools and functions out")
+        for choice in (self.tool_choice, self.function_call):
+            require(choice in (None, "none", "auto"), f"{no_tools} tool_choice and function_call out")
+        is_text = not self.audio and all(m == "text" for m in self.modalities or ())
+        require(is_text, "modalities: this server gives text only")
+        require(not self.web_search_options, "web_search_options: this server does not search the web")
+        require(not self.moderation, "moderation: this server does not moderate texts")
+        require(self.top_logprobs is None or bool(self.logprobs), "top_logprobs needs logprobs: true")
 
     def chat_params(self) -> SamplingParams:
         """Make the engine's parameters from this endpoint's names for the limits."""
@@ -236,8 +216,7 @@ class GenerateParameters(Sampling):
         """Make the engine's parameters from either name of the limit."""
         if None not in (self.max_tokens, self.max_new_tokens) and self.max_tokens != self.max_new_tokens:
             raise RequestError("max_tokens and max_new_tokens are the same and must not differ")
-        if self.n not in (None, 1):
-            raise RequestError("n must be 1 here; /v1/completions gives several continuations")
+        require(self.n in (None, 1), "n must be 1 here; /v1/completions gives several continuations")
         return self.to_params(max_tokens=self.max_new_tokens)
 
 

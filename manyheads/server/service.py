@@ -64,14 +64,31 @@ class Service:
                 if output.error_kind not in ("invalid", "queue_full"):
                     metrics.finish(timer, output.finish_reason or "abort")
 
-    async def collect(self, generations: Sequence[Generation]) -> None:
-        """Wait until all generations have ended."""
-        async with contextlib.aclosing(self.updates(generations)) as updates:
-            async for _ in updates:
-                pass
+    async def collect(self, request: Request, generations: Sequence[Generation]) -> None:
+        """Wait until all generations have ended, or raise ApiError 499 when the client has left."""
+
+        async def run() -> None:
+            async with contextlib.aclosing(self.updates(generations)) as updates:
+                async for _ in updates:
+                    pass
+
+        await _or_disconnect(request, run())
+
+    async def stream(self, request: Request, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
+        """Give the updates once the first one is there, so that a refusal can still be the answer's status."""
+        updates = self.updates(generations)
+        first = await _or_disconnect(request, anext(updates))
+
+        async def run() -> AsyncGenerator[Update, None]:
+            async with contextlib.aclosing(updates):
+                yield first
+                async for update in updates:
+                    yield update
+
+        return run()
 
 
-async def or_disconnect(request: Request, work: Awaitable[T]) -> T:
+async def _or_disconnect(request: Request, work: Awaitable[T]) -> T:
     """Wait for work, but no longer than the client does.
 
     Raises:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi.responses import StreamingResponse
 
-from manyheads.server.errors import as_api_error, error_body
+from manyheads.server.errors import as_api_error
 
-T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 _log = logging.getLogger(__name__)
 
@@ -31,16 +29,8 @@ async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         api = as_api_error(error)
         if api.status == 500:
             _log.exception("while streaming")
-        yield event(error_body(api.status, api.message, api.param, api.code))
+        yield event(api.body())
         yield DONE
-
-
-async def chain(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """Give the first item, taken already, and the others; closing it closes the others."""
-    async with contextlib.aclosing(rest):
-        yield first
-        async for item in rest:
-            yield item
 
 
 def stream_response(events: AsyncIterator[bytes]) -> StreamingResponse:
