@@ -39,10 +39,10 @@ class EngineError(RuntimeError):
 class EngineClient:
     """The client owns one engine process and knows which requests are open there.
 
-    The sockets live in a folder that only this user may enter; folder and process are gone after `close`.
+    It is made within a running event loop. The sockets live in a folder that only this user may enter; folder and
+    process are gone after `close`.
 
     Args:
-        config: for the engine.
         build: `module:function` that makes the engine in its process (tests put their own here).
         verbose: let the engine report what it does on standard error.
     """
@@ -55,24 +55,16 @@ class EngineClient:
         self._build = build
         self._verbose = verbose
         self._queues: dict[str, DeltaQueue] = {}
-        self._folder: str | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._context: zmq.asyncio.Context | None = None
         self._requests: zmq.Socket[bytes] | None = None
-        self._outputs: zmq.asyncio.Socket | None = None
-        self._ready: asyncio.Future[EngineReady] | None = None
-        self._encoder = msgspec.msgpack.Encoder()
+        self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
+        self._cleanup = contextlib.ExitStack()
 
     @property
     def alive(self) -> bool:
         """Tell whether the engine has started and serves."""
-        return self._ready is not None and self._ready.done() and self.failure is None
-
-    @property
-    def num_open(self) -> int:
-        """Count the requests that have had no last delta."""
-        return len(self._queues)
+        return self._ready.done() and self.failure is None
 
     async def start(self) -> EngineReady:
         """Start the engine and wait until it serves.
@@ -81,29 +73,28 @@ class EngineClient:
             ConfigError: a setting or a checkpoint cannot hold.
             EngineError: it could not start; the message says why.
         """
-        self._folder = tempfile.mkdtemp(prefix="manyheads-")
-        self._context = zmq.asyncio.Context()
+        folder = tempfile.mkdtemp(prefix="manyheads-")
+        self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        context = self._cleanup.enter_context(zmq.asyncio.Context())
         # requests go out through a plain socket: with no limit on its queue, sending never waits
-        self._requests = zmq.Socket(self._context, zmq.PUSH)
-        self._outputs = self._context.socket(zmq.PULL)
-        for socket, name in ((self._requests, "requests"), (self._outputs, "outputs")):
+        self._requests = self._cleanup.enter_context(zmq.Socket(context, zmq.PUSH))
+        outputs = self._cleanup.enter_context(context.socket(zmq.PULL))
+        for socket, name in ((self._requests, "requests"), (outputs, "outputs")):
             socket.set_hwm(0)
+            socket.linger = 0
             try:
-                socket.bind(f"ipc://{self._folder}/{name}")
+                socket.bind(f"ipc://{folder}/{name}")
             except zmq.ZMQError as error:
-                raise EngineError(f"no socket can be made in {self._folder}: {error}; set TMPDIR") from error
+                raise EngineError(f"no socket can be made in {folder}: {error}; set TMPDIR") from error
+        command = (sys.executable, "-m", "manyheads.frontend.engine_process")
+        # in a session of its own, so that the terminal's Ctrl-C reaches the server alone
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "manyheads.frontend.engine_process",
-            stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,  # so that the terminal's Ctrl-C reaches the server alone
+            *command, stdin=asyncio.subprocess.PIPE, start_new_session=True
         )
         assert self._process.stdin is not None
-        launch = EngineLaunch(config=self.config, folder=self._folder, build=self._build, verbose=self._verbose)
+        launch = EngineLaunch(config=self.config, folder=folder, build=self._build, verbose=self._verbose)
         self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        self._ready = asyncio.get_running_loop().create_future()
-        self._tasks = [asyncio.create_task(self._receive(self._outputs)), asyncio.create_task(self._watch())]
+        self._tasks = [asyncio.create_task(self._receive(outputs)), asyncio.create_task(self._watch(self._process))]
         return await self._ready
 
     def submit(self, requests: Iterable[EngineRequest]) -> DeltaQueue:
@@ -137,17 +128,11 @@ class EngineClient:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()  # it owns nothing that would have to be saved
             await self._process.wait()
-        for socket in (self._requests, self._outputs):
-            if socket is not None:
-                socket.close(linger=0)
-        if self._context is not None:
-            self._context.term()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._cleanup.close()
 
     def _send(self, message: ToEngine) -> None:
         assert self._requests is not None
-        self._requests.send(self._encoder.encode(message), zmq.NOBLOCK)
+        self._requests.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
 
     async def _receive(self, outputs: zmq.asyncio.Socket) -> None:
         decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
@@ -173,14 +158,13 @@ class EngineClient:
                 if queue is not None:
                     queue.put_nowait(delta)
         elif isinstance(message, EngineReady):
-            if self._ready is not None and not self._ready.done():
+            if not self._ready.done():
                 self._ready.set_result(message)
         else:
             self._fail(message.message, ConfigError if message.refused else EngineError)
 
-    async def _watch(self) -> None:
-        assert self._process is not None
-        status = await self._process.wait()
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        status = await process.wait()
         await asyncio.sleep(0.2)  # its last words come first
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         hint = " (out of memory?)" if -status == signal.SIGKILL else ""
@@ -190,7 +174,7 @@ class EngineClient:
         if self.failure is not None:
             return
         self.failure = message
-        if self._ready is not None and not self._ready.done():
+        if not self._ready.done():
             self._ready.set_exception(kind(message))
             self._ready.exception()  # retrieved: nobody may be waiting any more
         queues, self._queues = self._queues, {}

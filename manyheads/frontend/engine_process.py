@@ -7,15 +7,15 @@ standard input. Standard input stays open as long as the parent lives: when it c
 from __future__ import annotations
 
 import contextlib
-import importlib
+import functools
 import os
+import pkgutil
 import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -61,7 +61,6 @@ class Loop:
         self._inbox = inbox
         self._outbox = outbox
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-        self._encoder = msgspec.msgpack.Encoder()
         self._stats_at = 0.0
 
     def run(self) -> None:
@@ -80,7 +79,7 @@ class Loop:
 
     def send(self, message: FromEngine) -> None:
         """Send a message to the parent."""
-        self._outbox.send(self._encoder.encode(message))
+        self._outbox.send(msgspec.msgpack.encode(message))
 
     def _receive(self) -> list[RequestDelta]:
         """Give the engine everything that has arrived; return a last delta for each request that it refuses."""
@@ -113,10 +112,10 @@ def main() -> None:
     outbox.set_hwm(0)
     inbox.connect(f"ipc://{launch.folder}/requests")
     outbox.connect(f"ipc://{launch.folder}/outputs")
-    status = 0
     serving = False
     try:
-        engine = _build(launch)
+        say = functools.partial(print, "engine:", file=sys.stderr, flush=True)
+        engine = pkgutil.resolve_name(launch.build)(launch.config, say if launch.verbose else lambda line: None)
         loop = Loop(engine, inbox, outbox)
         loop.send(engine.ready)
         loop.send(StepOutputs(deltas=[], stats=engine.stats()))
@@ -128,19 +127,8 @@ def main() -> None:
             traceback.print_exc()
         text = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
         outbox.send(msgspec.msgpack.encode(EngineFailed(text, refused=expected and isinstance(error, ValueError))))
-        status = 1
-    context.destroy(linger=2000)
-    sys.exit(status)
-
-
-def _build(launch: EngineLaunch) -> Engine:
-    module, _, name = launch.build.partition(":")
-    build: Callable[[EngineConfig, Callable[[str], None]], Engine] = getattr(importlib.import_module(module), name)
-    return build(launch.config, _say if launch.verbose else lambda line: None)
-
-
-def _say(line: str) -> None:
-    print(f"engine: {line}", file=sys.stderr, flush=True)
+        context.destroy(linger=2000)
+        sys.exit(1)
 
 
 def _end_with_parent(folder: str) -> None:
