@@ -13,7 +13,7 @@ import msgspec
 from manyheads.frontend.engine_client import DeltaQueue, EngineClient, EngineError
 from manyheads.frontend.generation import Generation, OpenSequences, Prompt, Update, take
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import EngineReady, QueueFull, RequestDelta, RequestError, SamplingParams
+from manyheads.request import EngineReady, QueueFull, RequestDelta, RequestError, SamplingParams, require
 
 _ERRORS = {"invalid": RequestError, "queue_full": QueueFull, "engine": EngineError}
 INLINE_CHARACTERS = 4000
@@ -37,14 +37,10 @@ class AsyncLLM:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
-        """Check the prompts of one call; nothing runs before their updates are read.
-
-        Raises:
-            RequestError: they can never be served.
-        """
+        """Check the prompts of one call (RequestError if they can't be served); nothing runs before `updates` does."""
         self.ready.check(params, [prompt.token_ids for prompt in prompts])
-        if len(prompts) * params.n > (most := self.client.config.max_queue):
-            raise RequestError(f"{len(prompts)} prompts with n={params.n} are too many: this server queues {most}")
+        count, n, most = len(prompts), params.n, self.client.config.max_queue
+        require(count * n <= most, f"{count} prompts with n={n} are too many: this server queues {most}")
         base = uuid.uuid4().hex
         return [Generation(f"{base}-{i}", prompt, params, self.tokenizer) for i, prompt in enumerate(prompts)]
 
@@ -65,8 +61,7 @@ class AsyncLLM:
                     update = take(delta, sequences, self.client.abort)
                     if update is None:
                         continue
-                    output = update.output
-                    if output.finish_reason == "error":
+                    if (output := update.output).finish_reason == "error":
                         raise _ERRORS[output.error_kind or "engine"](output.error or "the engine gave no reason")
                     yield update
         finally:
@@ -74,11 +69,7 @@ class AsyncLLM:
                 self.client.abort(request_id)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Encode a text, without stopping everyone else while a long one is encoded.
-
-        Raises:
-            RequestError: the context cannot hold it, whatever its tokens are.
-        """
+        """Encode a text, without stopping everyone else for a long one; RequestError if no context can hold it."""
         work = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return await self._encode(len(text), work)
 
@@ -93,10 +84,10 @@ class AsyncLLM:
 
     async def _encode(self, size: int, work: Callable[[], list[int]], is_quick: bool = True) -> list[int]:
         longest = self.ready.max_model_len
-        if size > longest * self.tokenizer.longest_token:
-            raise RequestError(
-                f"the prompt has {size} characters, which cannot fit into this model's context of {longest} tokens"
-            )
+        require(
+            size <= longest * self.tokenizer.longest_token,
+            f"the prompt has {size} characters, which cannot fit into this model's context of {longest} tokens",
+        )
         if is_quick and size < INLINE_CHARACTERS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -109,8 +100,7 @@ async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
     is_behind = not queue.empty()
     while not queue.empty():
         delta = queue.get_nowait()
-        before = found.get(delta.request_id)
-        found[delta.request_id] = delta if before is None else _joined(before, delta)
+        found[delta.request_id] = _joined(found[delta.request_id], delta) if delta.request_id in found else delta
     if is_behind:  # a task that only waits for what is there already cannot be cancelled
         await asyncio.sleep(0)
     return list(found.values())
@@ -118,13 +108,10 @@ async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
 
 def _joined(earlier: RequestDelta, later: RequestDelta) -> RequestDelta:
     """Join what two steps added to a request, as if one had."""
-    logprobs = None
-    if earlier.logprobs is not None or later.logprobs is not None:
-        logprobs = [*(earlier.logprobs or ()), *(later.logprobs or ())]
     return msgspec.structs.replace(
         later,
         new_token_ids=earlier.new_token_ids + later.new_token_ids,
-        logprobs=logprobs,
+        logprobs=[*(earlier.logprobs or ()), *(later.logprobs or ())] or None,
         num_cached_tokens=max(earlier.num_cached_tokens, later.num_cached_tokens),
         num_steps=max(earlier.num_steps, later.num_steps),
     )

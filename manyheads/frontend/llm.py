@@ -13,7 +13,7 @@ from manyheads.config import BUILTIN, ConfigError, EngineConfig
 from manyheads.frontend.generation import Generation, OpenSequences, Prompt, take
 from manyheads.frontend.output import RequestOutput, SequenceOutput
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import EngineRequest, QueueFull, RequestDelta, RequestError, SamplingParams
+from manyheads.request import EngineRequest, QueueFull, RequestDelta, RequestError, SamplingParams, require
 
 if TYPE_CHECKING:
     from manyheads.engine.engine import Engine
@@ -66,10 +66,9 @@ class LLM:
         if unknown := sorted(settings.keys() - known):
             raise ConfigError(f"unknown setting {unknown[0]!r}; there are: {', '.join(sorted(known))}")
         self.config = EngineConfig(model=model, heads=heads, speculative=speculative, **settings)
-        if isinstance(tokenizer, Tokenizer):
-            self.tokenizer = tokenizer
-        else:
-            self.tokenizer = Tokenizer.load(tokenizer or tokenizer_folder(self.config), chat_template)
+        if not isinstance(tokenizer, Tokenizer):
+            tokenizer = Tokenizer.load(tokenizer or tokenizer_folder(self.config), chat_template)
+        self.tokenizer = tokenizer
         if engine is None:
             from manyheads.engine.build import build_engine
 
@@ -100,8 +99,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters cannot be served; nothing has run then.
         """
-        many = _as_list(prompts)
-        generations = [self.prepare(prompt, p) for prompt, p in _pair(many, params)]
+        generations = [self.prepare(prompt, p) for prompt, p in _pair(_as_list(prompts), params)]
         return self._run(generations, progress if use_tqdm is None else use_tqdm)
 
     def chat(
@@ -112,12 +110,10 @@ class LLM:
         progress: bool = False,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations by the model's chat template.
+        """Answer conversations by the model's chat template, as `generate` continues prompts.
 
         Args:
             messages: dicts with `role` and `content`, or a list of such conversations.
-            params: for all conversations, or a list with one for each.
-            progress: as for `generate`.
         """
         many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         generations = [self.prepare_chat(conversation, p) for conversation, p in _pair(many, params)]
@@ -130,17 +126,12 @@ class LLM:
             yield generation.result()
 
     def prepare(self, prompt: PromptLike, params: SamplingParams) -> Generation:
-        """Check a prompt to continue, for `steps`.
-
-        Raises:
-            RequestError: it cannot be served.
-        """
+        """Check a prompt to continue, for `steps`; raise RequestError if it cannot be served."""
         name = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
         given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {name: prompt}
         text, ids = given.get("prompt"), given.get("prompt_token_ids")
         if ids is None:
-            if not isinstance(text, str):
-                raise RequestError("a prompt dict needs 'prompt' (a text) or 'prompt_token_ids'")
+            require(isinstance(text, str), "a prompt dict needs 'prompt' (a text) or 'prompt_token_ids'")
             ids = self.tokenizer.encode(text) if text else []
         return self._prepare(Prompt(list(ids), continues=True, text=text), params)
 
@@ -229,6 +220,5 @@ def _pair(
     """Pair each prompt with its parameters."""
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-        raise RequestError(f"{len(prompts)} prompts but {len(params)} sampling parameters")
+    require(len(params) == len(prompts), f"{len(prompts)} prompts but {len(params)} sampling parameters")
     return zip(prompts, params, strict=True)

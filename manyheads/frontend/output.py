@@ -89,7 +89,6 @@ class SequenceOutput:
     """A sequence output is one continuation as it grows.
 
     Args:
-        params: of the request.
         context: the prompt's tokens when the text continues the prompt's text (completions), empty for a reply.
         index: among the `n` continuations of a prompt.
     """
@@ -112,7 +111,7 @@ class SequenceOutput:
         self._special_ids = tokenizer.special_ids
         self._text: list[str] = []
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, context=context)
-        self._scanner = StopScanner(params.stop, params.include_stop_str_in_output) if params.stop else None
+        self._scanner = StopScanner(params.stop, params.include_stop_str_in_output)
 
     @property
     def text(self) -> str:
@@ -132,8 +131,8 @@ class SequenceOutput:
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         tokens = delta.new_token_ids
         text, kept = self._read(tokens, delta)
-        if self._stopped:
-            self.finish_reason, self.stop_reason = "stop", self._scanner.matched if self._scanner else None
+        if self._scanner.matched is not None:
+            self.finish_reason, self.stop_reason = "stop", self._scanner.matched
             self.needs_abort = delta.finish_reason is None
         elif delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
@@ -151,43 +150,26 @@ class SequenceOutput:
 
     def result(self) -> CompletionOutput:
         """Return the continuation so far."""
-        return CompletionOutput(
-            index=self.index,
-            text=self.text,
-            token_ids=self.token_ids,
-            logprobs=self.logprobs,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            num_steps=self.num_steps,
-            error=self.error,
-        )
-
-    @property
-    def _stopped(self) -> bool:
-        return self._scanner is not None and self._scanner.matched is not None
+        return msgspec.convert(self, CompletionOutput, from_attributes=True)
 
     def _read(self, tokens: list[int], delta: RequestDelta) -> tuple[str, int]:
         """Return the new text, and how many of the tokens belong to it."""
         shown = tokens[:-1] if self._hides(delta.stop_token_id) else tokens
-        scanner = self._scanner
-        if scanner is None:
-            text = self._detokenizer.push(shown)
-            return (text + self._detokenizer.flush() if delta.finish_reason else text), len(tokens)
         text = ""
-        for i, token in enumerate(shown):  # one by one, to know which token completes a stop string
-            piece = self._detokenizer.push([token])
-            text += self._scan(scanner, piece, len(self.token_ids) + i + 1)
-            if scanner.matched is not None:
+        # one by one where it matters which token completes a stop string
+        for i, piece in enumerate([[token] for token in shown] if self._params.stop else [shown]):
+            text += self._scan(self._detokenizer.push(piece), len(self.token_ids) + i + 1)
+            if self._scanner.matched is not None:
                 return text, i + 1
         if delta.finish_reason is not None:
-            text += self._scan(scanner, self._detokenizer.flush(), len(self.token_ids) + len(tokens))
-            if scanner.matched is None:
-                text += scanner.release()
+            text += self._scan(self._detokenizer.flush(), len(self.token_ids) + len(tokens))
+            if self._scanner.matched is None:
+                text += self._scanner.release()
         return text, len(tokens)
 
-    def _scan(self, scanner: StopScanner, text: str, num_tokens: int) -> str:
+    def _scan(self, text: str, num_tokens: int) -> str:
         """A stop string counts only from the token number `min_tokens` on."""
-        return text if num_tokens < self._params.min_tokens else scanner.feed(text)
+        return text if num_tokens < self._params.min_tokens else self._scanner.feed(text)
 
     def _hides(self, stop_token_id: int | None) -> bool:
         """A stop token is not part of the text unless asked for; a special one (eos) shows with the special tokens."""

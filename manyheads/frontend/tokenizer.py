@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manyheads.config import ConfigError
-from manyheads.request import RequestError
+from manyheads.request import RequestError, require
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 64
@@ -17,6 +17,10 @@ MAX_HELD_TOKENS = 64
 CONTEXT_TOKENS = 6
 _BREAK = "\ufdd0"  # a Unicode noncharacter: never part of a text
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+_BYTE_OF_CHAR = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+"""GPT-2's printable characters stand for these bytes (byte-level BPE)."""
 
 VICUNA_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
@@ -64,7 +68,6 @@ class Tokenizer:
         """Load a tokenizer from a local folder.
 
         Args:
-            folder: with the tokenizer's files.
             chat_template: a file with a Jinja template, or the name of one in CHAT_TEMPLATES.
 
         Raises:
@@ -91,46 +94,34 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text, with the special tokens (bos) that the model's tokenizer adds."""
         if self._backend is not None:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         with self._lock:
             return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Encode a conversation by the chat template; special tokens in the messages' own text stay text.
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Encode a conversation by the chat template, up to the opening of the assistant's turn.
 
-        Args:
-            messages: dicts with `role` and `content`.
-            add_generation_prompt: end with the opening of the assistant's turn.
-
-        Raises:
-            RequestError: there is no template, or it refuses these messages.
+        Special tokens in the messages' own text stay text. RequestError says that no template takes these messages.
         """
-        if not self.has_chat_template:
-            raise RequestError(
-                "this model's tokenizer has no chat template: use /v1/completions (or LLM.generate) with a complete "
-                "prompt, or start with --chat-template FILE, or --chat-template vicuna for Vicuna checkpoints"
-            )
-        if not messages:
-            raise RequestError("messages must not be empty")
+        require(
+            self.has_chat_template,
+            "this model's tokenizer has no chat template: use /v1/completions (or LLM.generate) with a complete "
+            "prompt, or start with --chat-template FILE, or --chat-template vicuna for Vicuna checkpoints",
+        )
+        require(len(messages) > 0, "messages must not be empty")
         guarded = [{**m, "content": self._break_specials(m["content"])} for m in messages]
         try:
-            text: str = self.hf.apply_chat_template(
-                guarded, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            text: str = self.hf.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise whatever they like
             raise RequestError(f"the chat template refuses these messages: {error}") from error
-        ids: list[int] = []
-        for part in text.split(_BREAK):
-            ids += self.encode(part, add_special_tokens=False) if part else []
-        return ids
+        parts = filter(None, text.split(_BREAK))
+        return [token for part in parts for token in self.encode(part, add_special_tokens=False)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens."""
         ids = [t for t in token_ids if t not in self.special_ids] if skip_special_tokens else list(token_ids)
         if self._backend is not None:
-            text: str = self._backend.decode(ids, skip_special_tokens=False)
-            return text
+            return str(self._backend.decode(ids, skip_special_tokens=False))
         with self._lock:
             return str(self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -164,7 +155,6 @@ class Detokenizer:
     SentencePiece vocabulary are no UTF-8, `decode` spoils valid characters beside them and this class does not.)
 
     Args:
-        skip_special_tokens: leave special tokens out.
         context: tokens before the first, so that a continuation keeps its leading space where the tokenizer
             drops a text's first one.
     """
@@ -209,19 +199,6 @@ class Detokenizer:
 def _read_template(name: str) -> str:
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(CHAT_TEMPLATES)
-        raise ConfigError(f"chat template {name!r} is neither a file nor one of: {known}")
-    return path.read_text(encoding="utf-8")
-
-
-def _byte_of_char() -> dict[str, int]:
-    """Make the table of GPT-2's printable stand-ins for bytes (byte-level BPE)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {chr(b): b for b in printable}
-    others = [b for b in range(256) if b not in printable]
-    return table | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
+    if not Path(name).is_file():
+        raise ConfigError(f"chat template {name!r} is neither a file nor one of: {', '.join(CHAT_TEMPLATES)}")
+    return Path(name).read_text(encoding="utf-8")
