@@ -66,12 +66,15 @@ def add_error_handlers(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
+    for kind in (ApiError, RequestError, QueueFull, EngineError, Exception):
+        app.add_exception_handler(kind, known)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return _finding(error.errors()[0], request.headers.get("content-type", "")).response()
 
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
         if error.status_code == 404:
             message = f"there is no {request.url.path}; /docs lists what there is"
@@ -82,11 +85,6 @@ def add_error_handlers(app: FastAPI) -> None:
         response = ApiError(error.status_code, message).response()
         response.headers.update(error.headers or {})
         return response
-
-    for kind in (ApiError, RequestError, QueueFull, EngineError, Exception):
-        app.add_exception_handler(kind, known)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
 
 
 def _finding(detail: dict[str, Any], content_type: str) -> ApiError:

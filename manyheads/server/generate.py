@@ -61,7 +61,7 @@ async def _events(
 
 
 def _answer(generation: Generation, start: float) -> dict[str, Any]:
-    output = generation.outputs[0]
+    (output,) = generation.outputs
     tokens, steps = len(output.token_ids), output.num_steps
     return {
         "response": output.text,

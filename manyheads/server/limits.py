@@ -28,8 +28,7 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
+        length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
             return await self._refuse(receive, send, more=True)
         body = bytearray()
@@ -50,6 +49,11 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
     async def _refuse(self, receive: Receive, send: Send, more: bool) -> None:
+
+        async def discard() -> None:
+            while (await receive()).get("more_body", False):
+                pass
+
         message = f"the body is larger than {self.max_bytes} bytes, the most this server reads"
         response = ApiError(413, message, code="body_too_large").response()
         response.headers["Connection"] = "close"
@@ -57,10 +61,5 @@ class BodyLimit:
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         if more:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(_discard(receive), DISCARD_SECONDS)
+                await asyncio.wait_for(discard(), DISCARD_SECONDS)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _discard(receive: Receive) -> None:
-    while (await receive()).get("more_body", False):
-        pass

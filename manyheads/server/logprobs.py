@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from manyheads.frontend.tokenizer import Tokenizer
@@ -38,15 +39,14 @@ class CompletionLogprobs:
         """Write those of the next tokens; None where there are none."""
         if not logprobs:
             return None
-        answer: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for entry in logprobs:
-            text = self._text(entry.token_id)
-            answer["tokens"].append(text)
-            answer["token_logprobs"].append(_finite(entry.logprob))
-            answer["top_logprobs"].append({self._text(t): _finite(value) for t, value in entry.top})
-            answer["text_offset"].append(self._offset)
-            self._offset += len(text)
-        return answer
+        texts = [self._text(entry.token_id) for entry in logprobs]
+        *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
+            "top_logprobs": [{self._text(t): _finite(value) for t, value in entry.top} for entry in logprobs],
+            "text_offset": offsets,
+        }
 
     def _text(self, token_id: int) -> str:
         data = self._tokenizer.token_bytes(token_id)

@@ -30,13 +30,17 @@ class SequenceTimer:
     num_tokens: int = 0
 
 
-class Metrics:
+class Metrics(Collector):
     """Metrics are what the server counts itself, and the engine's latest statistics, for `/metrics`."""
 
     def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine_stats))
-        histogram = self._histogram
+        self.registry.register(self)
+        self._engine_stats = engine_stats
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
+
         self._ttft = histogram("time_to_first_token_seconds", "Time to the first token", _FIRST_TOKEN)
         self._itl = histogram("inter_token_latency_seconds", "Time between tokens of a request", _PER_TOKEN)
         self._tpot = histogram("request_time_per_output_token_seconds", "Mean time per token after first", _PER_TOKEN)
@@ -82,18 +86,9 @@ class Metrics:
         """Write everything in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
-
-
-class _EngineCollector(Collector):
-    """At a scrape, this reads the engine's statistics."""
-
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
-
     def collect(self) -> Iterator[Metric]:
-        s = self._stats()
+        """Make the metrics of the engine's latest statistics, at a scrape."""
+        s = self._engine_stats()
         used = (s.num_pages - s.num_free_pages) / s.num_pages if s.num_pages else 0.0
         for name, text, value in (
             ("num_requests_running", "Requests in the running batch", s.num_running),

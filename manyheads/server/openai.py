@@ -31,9 +31,8 @@ def openai_router(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         body.check()
-        params = body.to_params(
-            logprobs=body.logprobs, max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        )
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        params = body.to_params(logprobs=body.logprobs, max_tokens=max_tokens)
         prompts = []
         for text in body.prompts():
             ids = await service.llm.encode(text) if isinstance(text, str) and text else []

@@ -132,11 +132,7 @@ async def _start(client: EngineClient, config: EngineConfig, options: ServerConf
     tokenizer = asyncio.wrap_future(loaded)
     engine = asyncio.create_task(client.start())
     try:
-        await asyncio.wait((engine, tokenizer), return_when=asyncio.FIRST_EXCEPTION)
-        for future in (engine, tokenizer):
-            if future.done():
-                future.result()
-        return tokenizer.result(), engine.result()
+        return await asyncio.gather(tokenizer, engine)
     finally:
         tokenizer.cancel()
         engine.cancel()
@@ -161,9 +157,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _greeting(ready: EngineReady, name: str, host: str, port: int) -> str:
-    shown = f"[{host}]" if ":" in host else host
-    if host in ("0.0.0.0", "::"):
-        shown = "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     drafters = {None: "no Medusa heads", "medusa": f"{ready.draft_depth} Medusa heads"}
     drafter = drafters.get(ready.drafter, f"{ready.drafter} drafts")
     weights = f"{ready.quantization} weights, " if ready.quantization else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from manyheads.request import RequestError, SamplingParams, require
 
@@ -13,10 +13,8 @@ MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
 
 
-class Body(BaseModel):
+class Body(BaseModel, extra="forbid", allow_inf_nan=False):
     """No part of a body has unknown fields, NaN, or text that is none."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="after")
     @classmethod
@@ -152,10 +150,8 @@ class Message(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(BaseModel, extra="allow"):
     """The form of an answer can be chosen, but only text is supported."""
-
-    model_config = ConfigDict(extra="allow")
 
     type: str = "text"
 
@@ -220,20 +216,11 @@ class GenerateParameters(Sampling):
         return self.to_params(max_tokens=self.max_new_tokens)
 
 
-class GenerateRequest(Body):
-    """This body goes to POST /generate and /generate_stream."""
+_EXAMPLE = {"prompt": "Tell me something about hip hop.", "parameters": {"temperature": 0.5, "max_steps": 100}}
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {
-                    "prompt": "Tell me something about hip hop.",
-                    "parameters": {"temperature": 0.5, "max_steps": 100},
-                }
-            ]
-        },
-    )
+
+class GenerateRequest(Body, json_schema_extra={"examples": [_EXAMPLE]}):
+    """This body goes to POST /generate and /generate_stream."""
 
     prompt: str
     parameters: GenerateParameters = GenerateParameters()

@@ -36,13 +36,8 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 for a model that is not served; None is the one there is."""
         if name is not None and name not in self.names:
-            served = ", ".join(map(repr, self.names))
-            raise ApiError(
-                404,
-                f"the model {name[:200]!r} does not exist; this server has {served}",
-                param="model",
-                code="model_not_found",
-            )
+            message = f"the model {name[:200]!r} does not exist; this server has {', '.join(map(repr, self.names))}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def updates(self, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
         """Give the updates of the front end (`AsyncLLM.updates`), and count them in the metrics."""
@@ -89,11 +84,7 @@ class Service:
 
 
 async def _or_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Wait for work, but no longer than the client does.
-
-    Raises:
-        ApiError: 499, which nobody reads; the work was cancelled.
-    """
+    """Wait for work, but no longer than the client does: then it is cancelled, and ApiError 499 is read by nobody."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
