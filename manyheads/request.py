@@ -104,9 +104,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("max_tokens", "min_tokens", "max_steps", "top_k"):
             value = getattr(self, name)
             require((value or 0) < 2**31, f"{name} must be below 2**31, not {value}")
-        require(
-            self.acceptance in ("exact", "typical"), f"acceptance must be exact or typical, not {self.acceptance!r}"
-        )
+        is_rule = self.acceptance in ("exact", "typical")
+        require(is_rule, f"acceptance must be exact or typical, not {self.acceptance!r}")
         require(self.seed is None or -(2**63) <= self.seed < 2**63, f"seed must be a 64-bit integer, not {self.seed}")
         for count, what, room in (
             (len(self.stop), "stop strings", MAX_STOP_STRINGS),
@@ -261,11 +260,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
             require(are_known, f"prompt token ids must be between 0 and {last_id}")
             exceeds = f"exceed the context of {longest} tokens"
             require(count < longest, f"the prompt has {count} tokens; with one of output they {exceeds}")
-            require(
-                count + (params.max_tokens or 0) <= longest,
-                f"the prompt's {count} tokens and max_tokens={params.max_tokens} together {exceeds}; "
-                f"ask for at most {longest - count}",
-            )
+            both = f"the prompt's {count} tokens and max_tokens={params.max_tokens} together {exceeds}"
+            require(count + (params.max_tokens or 0) <= longest, f"{both}; ask for at most {longest - count}")
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

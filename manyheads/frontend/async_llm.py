@@ -84,10 +84,9 @@ class AsyncLLM:
 
     async def _encode(self, size: int, work: Callable[[], list[int]], is_quick: bool = True) -> list[int]:
         longest = self.ready.max_model_len
-        require(
-            size <= longest * self.tokenizer.longest_token,
-            f"the prompt has {size} characters, which cannot fit into this model's context of {longest} tokens",
-        )
+        fits = size <= longest * self.tokenizer.longest_token
+        context = f"this model's context of {longest} tokens"
+        require(fits, f"the prompt has {size} characters, which cannot fit into {context}")
         if is_quick and size < INLINE_CHARACTERS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -108,10 +108,9 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(launch.folder,), daemon=True).start()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    inbox.set_hwm(0)
-    outbox.set_hwm(0)
-    inbox.connect(f"ipc://{launch.folder}/requests")
-    outbox.connect(f"ipc://{launch.folder}/outputs")
+    for socket, name in ((inbox, "requests"), (outbox, "outputs")):
+        socket.set_hwm(0)
+        socket.connect(f"ipc://{launch.folder}/{name}")
     serving = False
     try:
         say = functools.partial(print, "engine:", file=sys.stderr, flush=True)

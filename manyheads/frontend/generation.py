@@ -48,12 +48,9 @@ class Generation:
     def requests(self) -> Iterator[tuple[EngineRequest, SequenceOutput]]:
         """Make the engine's request for each continuation."""
         for output in self.outputs:
-            request = EngineRequest(
-                request_id=f"{self.request_id}-{output.index}",
-                prompt_token_ids=self.prompt.token_ids,
-                params=child_params(self.params, output.index),
-            )
-            yield request, output
+            params = child_params(self.params, output.index)
+            request_id = f"{self.request_id}-{output.index}"
+            yield EngineRequest(request_id=request_id, prompt_token_ids=self.prompt.token_ids, params=params), output
 
     def result(self) -> RequestOutput:
         """Return the answer so far."""

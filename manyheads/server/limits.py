@@ -49,7 +49,6 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
     async def _refuse(self, receive: Receive, send: Send, more: bool) -> None:
-
         async def discard() -> None:
             while (await receive()).get("more_body", False):
                 pass

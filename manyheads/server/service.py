@@ -41,23 +41,22 @@ class Service:
 
     async def updates(self, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
         """Give the updates of the front end (`AsyncLLM.updates`), and count them in the metrics."""
-        metrics = self.metrics
         timers = {o: SequenceTimer(len(g.prompt.token_ids)) for g in generations for o in g.outputs}
         try:
             async with contextlib.aclosing(self.llm.updates(generations)) as updates:
                 async for update in updates:
                     output = update.output
-                    metrics.tokens(timers[output], len(update.delta.token_ids))
+                    self.metrics.tokens(timers[output], len(update.delta.token_ids))
                     if output.finish_reason is not None:
-                        metrics.finish(timers.pop(output), output.finish_reason)
+                        self.metrics.finish(timers.pop(output), output.finish_reason)
                     yield update
         except (RequestError, QueueFull):
-            metrics.rejected.inc()
+            self.metrics.rejected.inc()
             raise
         finally:
             for output, timer in timers.items():  # of those that failed or that nobody waits for any more
                 if output.error_kind not in ("invalid", "queue_full"):
-                    metrics.finish(timer, output.finish_reason or "abort")
+                    self.metrics.finish(timer, output.finish_reason or "abort")
 
     async def collect(self, request: Request, generations: Sequence[Generation]) -> None:
         """Wait until all generations have ended, or raise ApiError 499 when the client has left."""
