@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_lines(name: str, form: str) -> list[tuple[int, _Line | str]]:
-    """Return the lines that are not blank, each with its number, parsed or as what is wrong; ConfigError if no file."""
+    """Return the lines that are not blank, numbered, each parsed or what is wrong with it; ConfigError for no file."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
