@@ -63,7 +63,7 @@ def parse(text: str) -> Counters | None:
     return seen if known else None
 
 
-def look(url: str, api_key: str | None) -> Counters | None:
+def look(url: str, api_key: str | None = None) -> Counters | None:
     """Return the server's counters of now, or None if it has none that we know, or does not answer."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
