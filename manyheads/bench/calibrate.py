@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,21 +36,22 @@ def pieces(chunks: int) -> list[bytes]:
     return [_HEAD + framed[0], *framed[1:-1], framed[-1] + b"0\r\n\r\n"]
 
 
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, parts: list[bytes]) -> None:
+    """Answer the requests of one connection."""
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            lengths = [line[15:] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+            await reader.readexactly(int(lengths[0]) if lengths else 0)
+            for part in parts:
+                writer.write(part)
+                await asyncio.sleep(GAP)
+
+
 async def serve(chunks: int) -> None:
     """Answer requests until the process is ended."""
     parts = pieces(chunks)
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = re.search(rb"content-length: *(\d+)", head.lower())
-                await reader.readexactly(int(length[1]) if length else 0)
-                for part in parts:
-                    writer.write(part)
-                    await asyncio.sleep(GAP)
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    server = await asyncio.start_server(lambda r, w: answer(r, w, parts), "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -72,9 +72,11 @@ def running(chunks: int) -> Iterator[str]:
 
 def limit_run(url: str, run: Run, folder: Path, seconds: float) -> Run:
     """Make the run that measures the limit: it sends the same requests with the same number of processes."""
-    stages = [Stage(float(USERS * max(1, run.workers)), seconds, 1.0)]
-    records = str(folder / "limit.jsonl")
-    return msgspec.structs.replace(run, url=url, kind="users", stages=stages, records=records, drain=10.0)
+    users = float(USERS * max(1, run.workers))
+    stages = [Stage(users, seconds, 1.0)]
+    return msgspec.structs.replace(
+        run, url=url, kind="users", stages=stages, records=str(folder / "limit.jsonl"), drain=10.0
+    )
 
 
 def limit(outcome: Outcome, chunks: int) -> dict[str, float]:
@@ -83,7 +85,7 @@ def limit(outcome: Outcome, chunks: int) -> dict[str, float]:
     It is extrapolated from the processor time of a chunk at a load that is far from the limit.
     """
     start, end = outcome.window(0)
-    came = sum(r.chunks_between(start, end) for r in outcome.records)
+    came = sum(start <= r.sent + at < end for r in outcome.records for at in r.chunks)
     inside = [use for use in outcome.uses if start <= use.at < end]
     cpu, wall = sum(use.cpu for use in inside), sum(use.seconds for use in inside)
     if not came or not cpu or not wall:

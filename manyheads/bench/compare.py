@@ -2,67 +2,99 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from manyheads.bench import plots
 from manyheads.bench.findings import comparison, number, seconds
 from manyheads.bench.plan import BenchInputError
-from manyheads.bench.report import Table, optional, page, quantile, setup, write_csv
+from manyheads.bench.report import Table, optional, page, quantile, setup
 from manyheads.bench.result import Level, Result, load
 
 
 def compare(paths: Sequence[Path], folder: Path) -> Path:
-    """Write a page and a CSV file (times in seconds) of several reports; BenchInputError says that one is none."""
+    """Write a page and a CSV file that lay runs side by side, and return the page's path.
+
+    Raises:
+        BenchInputError: there are fewer than two, or one is no report.
+    """
     if len(paths) < 2:
         raise BenchInputError("--compare needs two reports or more")
-    results = [load(path) for path in paths]
-    _number(results)
+    results = distinct([load(path) for path in paths])
     folder.mkdir(parents=True, exist_ok=True)
-    plain = ("load", "requests_per_s", "output_tokens_per_s", "goodput", "failed", "tokens_per_step")
-    times = [(key, statistic) for key in ("ttft", "tpot", "e2e") for statistic in ("p50", "p99")]
-    figures = [*map(attrgetter, plain), *(quantile(*time) for time in times)]
-    rows = [[r.name, *(take(level) for take in figures)] for r in results for level in r.levels]
-    write_csv(folder / "compare.csv", ["run", *plain, *map("_".join, times)], rows)
+    write_csv(results, folder / "compare.csv")
     target = folder / "compare.html"
-    target.write_text(_render(results), encoding="utf-8")
+    target.write_text(render(results), encoding="utf-8")
     return target
 
 
-def _number(results: Sequence[Result]) -> None:
-    """Put numbers behind names that several results share."""
-    for name, count in Counter(result.name for result in results).items():
-        if count > 1:
-            for i, result in enumerate([result for result in results if result.name == name], 1):
-                result.name = f"{name} ({i})"
+def distinct(results: Sequence[Result]) -> list[Result]:
+    """Return the same results, with numbers behind names that they share."""
+    names = Counter(result.name for result in results)
+    seen: Counter[str] = Counter()
+    renamed = []
+    for result in results:
+        seen[result.name] += 1
+        new = f"{result.name} ({seen[result.name]})" if names[result.name] > 1 else result.name
+        renamed.append(msgspec.structs.replace(result, name=new))
+    return renamed
 
 
-def _render(results: Sequence[Result]) -> str:
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """Write a row for each run and load; times are in seconds."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        head = ("run", "load", "requests_per_s", "output_tokens_per_s", "goodput", "failed", "tokens_per_step")
+        out.writerow([*head, "ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50", "e2e_p99"])
+        for result in results:
+            for v in result.levels:
+                speed = (v.requests_per_s, v.output_tokens_per_s, v.goodput, v.failed, v.tokens_per_step)
+                times = [getattr(s, p, None) for s in (v.ttft, v.tpot, v.e2e) for p in ("p50", "p99")]
+                out.writerow([result.name, v.load, *speed, *times])
+
+
+def render(results: Sequence[Result]) -> str:
+    """Return the page that lays the runs side by side, as HTML."""
     return page(
         title="Load tests side by side",
         subtitle=" · ".join(f"{result.name}, {result.created}" for result in results),
         tiles=[],
         findings=comparison(results),
         warn=any(result.whole.failed for result in results),
-        pictures=_plots(results),
+        plots=_plots(results),
         tables=_tables(results),
         setups=[(result.name, setup(result)) for result in results],
     )
 
 
-def _plots(results: Sequence[Result]) -> Iterator[plots.Plot | None]:
+def _plots(results: Sequence[Result]) -> list[tuple[str, str, str]]:
+    made: list[tuple[str, str, str]] = []
+    loads = sorted({level.load for result in results for level in result.levels})
+
+    def add(plot: plots.Plot | None, note: str = "", **how: Any) -> None:
+        if plot is not None:
+            made.append((plot.title, note, plot.svg(**how)))
+
     if len({result.kind for result in results}) == 1:
-        yield plots.by_load(results, "Throughput by load", "output tokens/s", {"": attrgetter("output_tokens_per_s")})
+        speed = {"": lambda level: level.output_tokens_per_s}
+        add(plots.by_load(results, "Throughput by load", "output tokens/s", speed), whole_x=loads)
         for key, short in (("e2e", "latency"), ("ttft", "TTFT"), ("tpot", "TPOT")):
-            yield plots.by_load(results, f"Median {short} by load", "seconds", {"": quantile(key, "p50")})
-        yield plots.tokens_per_step(results)
-    yield plots.frontier(results, "a load")
-    yield plots.memory(results)
+            plot = plots.by_load(results, f"Median {short} by load", "seconds", {"": quantile(key, "p50")})
+            add(plot, whole_x=loads)
+        if any(level.tokens_per_step for result in results for level in result.levels):
+            steps = {"": lambda level: level.tokens_per_step}
+            add(plots.by_load(results, "Tokens per step by load", "tokens per row and step", steps), whole_x=loads)
+    add(plots.frontier(results), "each point is a load; up and to the left is better")
+    add(plots.memory(results), "resident size of all processes; GPU: all that is in use")
     for key, title in (("ttft", "Time to first token"), ("tpot", "Time per output token")):
         series = [(r.name, getattr(r.whole, key)) for r in results]
-        yield plots.distribution(title, series, "all loads of a run together")
+        add(plots.distribution(title, series, 1e3, "ms"), "all loads of a run together")
+    return made
 
 
 def _tables(results: Sequence[Result]) -> list[Table]:

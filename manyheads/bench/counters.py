@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import re
+import urllib.error
 import urllib.request
 
 import msgspec
 
-_LINE = re.compile(r"^(?:manyheads|vllm)[_:]([\w:]+)(?:\{(.*)\})? ([^ ]+)")
+_LINE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? ([^ ]+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-
-
-SUMS = {
-    "generation_tokens_total": "tokens",
-    "decoding_row_steps_total": "row_steps",
-    "spec_decode_num_drafts_total": "drafts",
-    "spec_decode_num_accepted_tokens_total": "accepted",
-}
-"""These of the server's counters are summed over their labels."""
 
 
 class Counters(msgspec.Struct):
@@ -36,21 +28,30 @@ class Counters(msgspec.Struct):
 
 def parse(text: str) -> Counters | None:
     """Read counters from Prometheus' text, ours or vLLM's; return None if it holds neither."""
-    seen = Counters()
+    seen = Counters(drafted_by_depth={}, accepted_by_depth={}, memory={})
     known = False
     for line in text.splitlines():
         match = _LINE.match(line)
         if match is None:
             continue
-        name, labels_text, value_text = match.groups()
+        full, labels_text, value_text = match.groups()
+        prefix, _, name = full.replace(":", "_", 1).partition("_")
+        if prefix not in ("manyheads", "vllm"):
+            continue
         try:
             value = float(value_text)
         except ValueError:
             continue
         known = True
         labels = dict(_LABEL.findall(labels_text or ""))
-        if name in SUMS:
-            setattr(seen, SUMS[name], getattr(seen, SUMS[name]) + value)
+        if name == "generation_tokens_total":
+            seen.tokens += value
+        elif name == "decoding_row_steps_total":
+            seen.row_steps += value
+        elif name == "spec_decode_num_drafts_total":
+            seen.drafts += value
+        elif name == "spec_decode_num_accepted_tokens_total":
+            seen.accepted += value
         elif name == "spec_decode_drafted_by_depth_total":
             seen.drafted_by_depth[int(labels["depth"])] = value
         elif name == "spec_decode_accepted_by_depth_total":
@@ -63,13 +64,13 @@ def parse(text: str) -> Counters | None:
     return seen if known else None
 
 
-def look(url: str, api_key: str | None = None) -> Counters | None:
+def look(url: str, api_key: str | None = None, timeout: float = 5.0) -> Counters | None:
     """Return the server's counters of now, or None if it has none that we know, or does not answer."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/metrics", headers=headers), timeout=5.0) as page:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/metrics", headers=headers), timeout=timeout) as page:
             return parse(page.read().decode("utf-8", "replace"))
-    except (OSError, ValueError):
+    except (OSError, urllib.error.URLError, ValueError):
         return None
 
 
@@ -87,9 +88,10 @@ def acceptance(before: Counters, after: Counters) -> list[float]:
     shares = []
     for depth in sorted(after.accepted_by_depth):
         accepted = after.accepted_by_depth[depth] - before.accepted_by_depth.get(depth, 0.0)
-        drafted = after.drafts - before.drafts
         if after.drafted_by_depth:
             drafted = after.drafted_by_depth.get(depth, 0.0) - before.drafted_by_depth.get(depth, 0.0)
+        else:
+            drafted = after.drafts - before.drafts
         if drafted <= 0:
             break
         shares.append(accepted / drafted)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from manyheads.bench.plan import GRACE, USES, BenchError, Event, Question, Run, Use, read_lines
+from manyheads.bench.plan import GRACE, BenchError, Event, Question, Run, Use
 from manyheads.bench.record import Record
+from manyheads.bench.recorder import read_records, read_uses
 from manyheads.interrupt import on_interrupt
 
 Listen = Callable[[Event], None]
@@ -68,7 +69,10 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
     path = folder / "run.json"
     path.write_bytes(msgspec.json.encode(run))
     outcome = Outcome(run)
-    env = os.environ | {"MANYHEADS_API_KEY": api_key or ""}
+    env = dict(os.environ)
+    env.pop("MANYHEADS_API_KEY", None)
+    if api_key:
+        env["MANYHEADS_API_KEY"] = api_key
     command = [sys.executable, *GENERATOR, str(path)]
     trouble, last = "", 0.0
     deadline = time.perf_counter() + run.ready_within + PATIENCE
@@ -110,7 +114,8 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
         raise KeyboardInterrupt
     elif not outcome.interrupted and (status or not outcome.end or len(outcome.begins) < len(run.stages)):
         raise BenchError(f"the load generator failed (status {status}): {trouble or said.strip()[-2000:]}")
-    outcome.records, outcome.uses = read_lines(run.records, Record), read_lines(run.records + USES, Use)
+    outcome.records = read_records(run.records)
+    outcome.uses = read_uses(run.records)
     return outcome
 
 

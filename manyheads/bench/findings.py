@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 
 from manyheads.bench.result import Level, Result
 
@@ -31,42 +30,39 @@ def number(value: float) -> str:
 
 def findings(result: Result) -> list[str]:
     """Return what the figures say, a sentence each."""
-    return list(_findings(result))
-
-
-def _findings(result: Result) -> Iterator[str]:
+    said = [_counts(result)]
     if result.interrupted:
-        yield f"The test was interrupted {result.interrupted}; what was measured until then is here."
-    yield _counts(result.whole)
-    cores, load = result.machine.get("cores"), result.machine.get("load_average")
-    if cores and load is not None and load >= BUSY * cores:
-        yield (
-            f"The machine was busy before the test began (load average {load:g}, {cores} cores): what it measured on "
-            "this machine may be too slow."
-        )
-    yield from _generator(result)
+        said.insert(0, f"The test was interrupted {result.interrupted}; what was measured until then is here.")
+    said += _busy(result) + _generator(result)
     levels = [level for level in result.levels if level.completed]
     if len(levels) > 1:
-        yield from _sweep(levels) if result.kind == "users" else _rates(result, levels)
-    yield from _speculation(result, levels)
-    for name, key in (("The server's processes", "host"), ("The GPUs", "gpu")):
-        sizes = [size / 2**30 for size in (getattr(m, key) for m in result.memory) if size is not None]
-        if len(sizes) > 1:
-            yield (
-                f"{name} held {sizes[0]:.2f} GiB at the start, {max(sizes):.2f} GiB at most and {sizes[-1]:.2f} GiB at "
-                "the end."
-            )
-    few = [f"{level.load:g} ({level.completed})" for level in result.levels if level.completed < FEW]
+        said += _sweep(result, levels) if result.kind == "users" else _rates(result, levels)
+    said += _speculation(result, levels)
+    said += _memory(result)
+    few = [level for level in result.levels if level.completed < FEW]
     if few:
-        yield f"Loads with fewer than {FEW} answers, whose percentiles say little: {', '.join(few)} {result.unit}."
+        loads = ", ".join(f"{level.load:g} ({level.completed})" for level in few)
+        said.append(f"Loads with fewer than {FEW} answers, whose percentiles say little: {loads} {result.unit}.")
     if result.counted_by.get("chunks"):
-        yield (
+        said.append(
             f"The server did not tell the tokens of {result.counted_by['chunks']} answers; their chunks were counted "
             "in their place, so tokens/s and time per output token are off where chunks have several tokens."
         )
+    return said
 
 
-def _counts(whole: Level) -> str:
+def _busy(result: Result) -> list[str]:
+    cores, load = result.machine.get("cores"), result.machine.get("load_average")
+    if not cores or load is None or load < BUSY * cores:
+        return []
+    return [
+        f"The machine was busy before the test began (load average {load:g}, {cores} cores): what it measured on this "
+        "machine may be too slow."
+    ]
+
+
+def _counts(result: Result) -> str:
+    whole = result.whole
     text = f"{whole.completed} requests were answered and {whole.failed} failed in {number(whole.seconds)} s"
     if whole.failures:
         text += ": " + ", ".join(f"{count} × {reason}" for reason, count in whole.failures.items())
@@ -80,29 +76,31 @@ def _counts(whole: Level) -> str:
     return text + "."
 
 
-def _generator(result: Result) -> Iterator[str]:
-    bound = [(f"{level.load:g}", reason) for level in result.levels for reason in level.generator.bound]
-    shares = [level.generator.cpu for level in result.levels if level.generator.cpu is not None]
-    lags = [level.generator.lag for level in result.levels if level.generator.lag is not None]
+def _generator(result: Result) -> list[str]:
+    bound = [(level, reason) for level in result.levels for reason in level.generator.bound]
     if bound:
-        loads = ", ".join(dict(bound))
-        yield (
+        loads = ", ".join(dict.fromkeys(f"{level.load:g}" for level, _ in bound))
+        return [
             f"The load generator was the bottleneck at {loads} {result.unit}: {bound[0][1]}. Those figures are limits "
             "of the generator, not of the server; more --workers or another machine for the load would help."
-        )
-    elif shares and lags:
-        yield (
-            f"The load generator was not the bottleneck: its busiest process took at most {max(shares):.0%} of a core, "
-            f"and its timers were late by at most {seconds(max(lags))} (p95)."
-        )
+        ]
+    shares = [level.generator.cpu for level in result.levels if level.generator.cpu is not None]
+    lags = [level.generator.lag for level in result.levels if level.generator.lag is not None]
+    if not shares or not lags:
+        return []
+    return [
+        f"The load generator was not the bottleneck: its busiest process took at most {max(shares):.0%} of a core, and "
+        f"its timers were late by at most {seconds(max(lags))} (p95)."
+    ]
 
 
-def _sweep(levels: Sequence[Level]) -> Iterator[str]:
+def _sweep(result: Result, levels: Sequence[Level]) -> list[str]:
     first, last = levels[0], levels[-1]
     best = max(levels, key=lambda level: level.output_tokens_per_s)
     knee = next(level for level in levels if level.output_tokens_per_s >= KNEE * best.output_tokens_per_s)
+    said = []
     if first.e2e and last.e2e and first.output_tokens_per_s:
-        yield (
+        said.append(
             f"From {first.load:g} to {last.load:g} users, output tokens/s went from "
             f"{number(first.output_tokens_per_s)} to {number(last.output_tokens_per_s)} ("
             f"{last.output_tokens_per_s / first.output_tokens_per_s:.2g} times) "
@@ -110,77 +108,95 @@ def _sweep(levels: Sequence[Level]) -> Iterator[str]:
             f"({last.e2e.p50 / first.e2e.p50:.2g} times)."
         )
     if knee is last:
-        yield f"Throughput still rose at {last.load:g} users, the most that were tried: no knee yet."
+        said.append(f"Throughput still rose at {last.load:g} users, the most that were tried: no knee yet.")
     else:
-        yield (
+        said.append(
             f"The knee is at {knee.load:g} users: with {number(knee.output_tokens_per_s)} output tokens/s, that has "
             f"{knee.output_tokens_per_s / best.output_tokens_per_s:.0%} of the best throughput (at {best.load:g})."
         )
+    return said
 
 
-def _rates(result: Result, levels: Sequence[Level]) -> Iterator[str]:
+def _rates(result: Result, levels: Sequence[Level]) -> list[str]:
     well = [level for level in levels if not level.overloaded]
     over = [level for level in levels if level.overloaded]
+    said = []
     if well and over:
-        yield (
+        said.append(
             f"The server kept up with {well[-1].load:g} and not with {over[0].load:g} {result.unit}, where "
             f"{over[0].requests_per_s:.3g} requests/s were answered."
         )
     elif well:
-        yield f"The server kept up with all loads, up to {well[-1].load:g} {result.unit}: no overload was seen."
+        said.append(f"The server kept up with all loads, up to {well[-1].load:g} {result.unit}: no overload was seen.")
     else:
-        yield "The server kept up with none of these loads."
+        said.append("The server kept up with none of these loads.")
     best = max(levels, key=lambda level: level.goodput)
     ttft, tpot = result.objectives["ttft"], result.objectives["tpot"]
-    yield (
+    said.append(
         f"Goodput (first token within {seconds(ttft)}, {seconds(tpot)} a token or less) was best at {best.load:g} "
         f"{result.unit}: {best.goodput:.3g} requests/s, {best.good} of {best.completed + best.failed} requests."
     )
+    return said
 
 
-def _speculation(result: Result, levels: Sequence[Level]) -> Iterator[str]:
-    steps = [(level.tokens_per_step, level.load) for level in levels if level.tokens_per_step is not None]
+def _speculation(result: Result, levels: Sequence[Level]) -> list[str]:
+    steps = [(level.load, level.tokens_per_step) for level in levels if level.tokens_per_step is not None]
     if not steps:
-        return
-    low, high = min(steps, key=itemgetter(0)), max(steps, key=itemgetter(0))
-    if f"{low[0]:.2f}" == f"{high[0]:.2f}":
-        yield f"The server gave {high[0]:.2f} tokens per row and step."
-    else:
-        yield (
-            f"The server gave between {low[0]:.2f} (at {low[1]:g} {result.unit}) and {high[0]:.2f} (at {high[1]:g}) "
-            "tokens per row and step."
-        )
+        return []
+    low, high = min(steps, key=lambda s: s[1]), max(steps, key=lambda s: s[1])
+    if len(steps) == 1 or f"{low[1]:.2f}" == f"{high[1]:.2f}":
+        return [f"The server gave {high[1]:.2f} tokens per row and step."]
+    return [
+        f"The server gave between {low[1]:.2f} (at {low[0]:g} {result.unit}) and {high[1]:.2f} (at {high[0]:g}) "
+        "tokens per row and step."
+    ]
+
+
+def _memory(result: Result) -> list[str]:
+    said = []
+    for name, values in (
+        ("The server's processes", [m.host for m in result.memory if m.host is not None]),
+        ("The GPUs", [m.gpu for m in result.memory if m.gpu is not None]),
+    ):
+        if len(values) > 1:
+            said.append(
+                f"{name} held {values[0] / 2**30:.2f} GiB at the start, {max(values) / 2**30:.2f} GiB at most and "
+                f"{values[-1] / 2**30:.2f} GiB at the end."
+            )
+    return said
 
 
 def comparison(results: Sequence[Result]) -> list[str]:
     """Return what the figures of several runs say against the first of them, where loads are the same."""
-    return list(_comparison(results))
-
-
-def _comparison(results: Sequence[Result]) -> Iterator[str]:
     base = results[0]
+    said = []
     for other in results[1:]:
-        pairs = [(a, b) for a in base.levels for b in other.levels if a.load == b.load and a.completed and b.completed]
         if other.kind != base.kind:
-            yield f"{base.name} and {other.name} had loads of different kinds; they are not compared by load."
+            said.append(f"{base.name} and {other.name} had loads of different kinds; they are not compared by load.")
             continue
+        pairs = [(a, b) for a in base.levels for b in other.levels if a.load == b.load]
+        pairs = [(a, b) for a, b in pairs if a.completed and b.completed]
         if not pairs:
-            yield f"{base.name} and {other.name} have no answered load in common."
+            said.append(f"{base.name} and {other.name} have no answered load in common.")
+            continue
         for a, b in pairs:
             if a.e2e and b.e2e and a.output_tokens_per_s:
-                yield (
+                said.append(
                     f"At {a.load:g} {base.unit}, {other.name} had {b.output_tokens_per_s / a.output_tokens_per_s:.2f} "
                     f"times the output tokens/s of {base.name} ({number(b.output_tokens_per_s)} against "
                     f"{number(a.output_tokens_per_s)}) and {b.e2e.p50 / a.e2e.p50:.2f} times its median latency."
                 )
     asked = ("prompt_tokens", "prompts", "output_tokens", "natural", "endpoint", "temperature")
-    differ = [key.replace("_", " ") for key in asked if len({str(r.settings.get(key)) for r in results}) > 1]
+    same = {key: {str(r.settings.get(key)) for r in results} for key in asked}
+    differ = [key.replace("_", " ") for key, values in same.items() if len(values) > 1]
+    machines = {(r.machine.get("cpu"), tuple(r.machine.get("gpus", ()))) for r in results}
     if differ:
-        yield f"The runs do not ask for the same work ({', '.join(differ)}): ratios mix that with speed."
-    if len({(r.machine.get("cpu"), tuple(r.machine.get("gpus", ()))) for r in results}) > 1:
-        yield "The runs were made on different machines: ratios mix that with the servers' speed."
-    yield "Each run was made once, at its own time: differences of a few per cent may be chance."
-    yield from (f"{r.name} was interrupted {r.interrupted}." for r in results if r.interrupted)
-    yield from (f"{r.name}: {r.whole.failed} requests failed." for r in results if r.whole.failed)
+        said.append(f"The runs do not ask for the same work ({', '.join(differ)}): ratios mix that with speed.")
+    if len(machines) > 1:
+        said.append("The runs were made on different machines: ratios mix that with the servers' speed.")
+    said.append("Each run was made once, at its own time: differences of a few per cent may be chance.")
+    said += [f"{r.name} was interrupted {r.interrupted}." for r in results if r.interrupted]
+    failed = [r for r in results if r.whole.failed]
+    said += [f"{r.name}: {r.whole.failed} requests failed." for r in failed]
     bound = [r for r in results if any(v.generator.bound for v in r.levels)]
-    yield from (f"{r.name}: the load generator was the bottleneck at some loads." for r in bound)
+    return said + [f"{r.name}: the load generator was the bottleneck at some loads." for r in bound]

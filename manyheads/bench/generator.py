@@ -22,14 +22,23 @@ from locust.env import Environment
 from locust.log import setup_logging
 from locust.runners import STATE_CLEANUP, MasterRunner
 
-from manyheads.bench.plan import GRACE, Event, Part, Question, Run, read_lines, split_address
+from manyheads.bench.plan import GRACE, Event, Part, Run, read_questions, split_address
 from manyheads.bench.recorder import EVERY, Batch, Observer, Writer
 from manyheads.bench.users import ArrivalUser, AskingUser, Traffic
 
 JOIN, BATCH, HURRY = "manyheads join", "manyheads batch", "manyheads hurry"
 """These messages are a worker's first, which is answered with its part; what a worker has to tell; and to hurry up."""
 
-USERS = {"users": AskingUser, "rate": ArrivalUser, "trace": ArrivalUser}
+
+class Users(AskingUser):
+    """The users of a closed loop, as Locust wants them: a class that is not abstract."""
+
+
+class Arrivals(ArrivalUser):
+    """The users of an open loop, as Locust wants them: a class that is not abstract."""
+
+
+USERS = {"users": Users, "rate": Arrivals, "trace": Arrivals}
 
 
 class Stages(locust.LoadTestShape):
@@ -61,13 +70,15 @@ class Stages(locust.LoadTestShape):
 
 def emit(event: Event) -> None:
     """Tell something to the process that started this one."""
-    print(msgspec.json.encode(event).decode(), flush=True)
+    sys.stdout.write(msgspec.json.encode(event).decode() + "\n")
+    sys.stdout.flush()
 
 
-def make_environment(run: Run) -> Any:
+def make_environment(run: Run, **more: Any) -> Environment:
     """Make Locust's environment of a run whose load this process sets."""
-    users, shape = [USERS[run.kind]], Stages(run)
-    return Environment(catch_exceptions=False, user_classes=users, shape_class=shape, stop_timeout=run.drain)
+    environment = Environment(catch_exceptions=False, **more)
+    environment.stop_timeout = run.drain
+    return environment
 
 
 def main(argv: list[str]) -> int:
@@ -78,15 +89,18 @@ def main(argv: list[str]) -> int:
         return work(argv[1])
     with open(argv[0], "rb") as file:
         run = msgspec.json.decode(file.read(), type=Run)
-    with contextlib.closing(Writer(run.records)) as writer:
+    writer = Writer(run.records)
+    try:
         return lead(run, writer) if run.workers else alone(run, writer)
+    finally:
+        writer.close()
 
 
 def alone(run: Run, writer: Writer) -> int:
     """Make the load in this process."""
-    environment = make_environment(run)
+    environment: Any = make_environment(run, user_classes=[USERS[run.kind]], shape_class=Stages(run))
     environment.create_local_runner()
-    environment.traffic = Traffic(run, read_lines(run.questions, Question), environment)
+    environment.traffic = Traffic(run, read_questions(run.questions), environment)
     observer = Observer(environment.traffic)
     _follow(environment, writer, lambda: writer.add(observer.take()))
     return 0
@@ -94,10 +108,10 @@ def alone(run: Run, writer: Writer) -> int:
 
 def lead(run: Run, writer: Writer) -> int:
     """Be the master of worker processes."""
-    environment = make_environment(run)
+    environment: Any = make_environment(run, user_classes=[USERS[run.kind]], shape_class=Stages(run))
     host, port = split_address(run.bind or "127.0.0.1:0")
     runner: Any = environment.create_master_runner(host, port)
-    questions = read_lines(run.questions, Question)
+    questions = read_questions(run.questions)
     joined: list[str] = []
     batches: list[bytes] = []
 
@@ -128,7 +142,7 @@ def lead(run: Run, writer: Writer) -> int:
 
 def work(address: str) -> int:
     """Make a part of the load, for the master at this address."""
-    environment: Any = Environment(user_classes=[AskingUser, ArrivalUser], catch_exceptions=False)
+    environment: Any = Environment(user_classes=list(dict.fromkeys(USERS.values())), catch_exceptions=False)
     runner: Any = environment.create_worker_runner(*split_address(address))
     observers: list[Observer] = []
 
@@ -143,12 +157,12 @@ def work(address: str) -> int:
         for observer in observers:
             runner.send_message(BATCH, msgspec.msgpack.encode(observer.take()))
 
-    def hurry(**_: Any) -> None:
-        environment.stop_timeout = 0.0
-
     def stopped(**_: Any) -> None:
         send()  # before the worker says that it has stopped
-        hurry()  # for Locust's worker sleeps that long once it has stopped
+        environment.stop_timeout = 0.0  # for Locust's worker sleeps that long once it has stopped
+
+    def hurry(**_: Any) -> None:
+        environment.stop_timeout = 0.0
 
     def report() -> None:
         while True:
@@ -198,7 +212,17 @@ def _follow(environment: Any, writer: Writer, collect: Any) -> None:
     while not greenlet.ready() and not (give_up and time.perf_counter() > give_up[0]):
         greenlet.join(timeout=EVERY)
         collect()
-        emit(msgspec.structs.replace(writer.seen, at=time.perf_counter(), users=runner.user_count))
+        emit(
+            Event(
+                "progress",
+                at=time.perf_counter(),
+                users=runner.user_count,
+                done=writer.done,
+                failed=writer.failed,
+                in_flight=writer.in_flight,
+                tokens=writer.tokens,
+            )
+        )
     collect()
 
 

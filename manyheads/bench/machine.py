@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,20 @@ import psutil
 
 def machine() -> dict[str, Any]:
     """Return processor, memory, GPUs and versions of the machine that made the load."""
+    from importlib.metadata import version
+
+    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name.*?:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
-    tool = shutil.which("nvidia-smi")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
     return {
-        "cpu": named[1].strip() if named else platform.processor() or platform.machine(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": (tool and ask_gpus(tool, "name")) or [],
+        "gpus": _gpus(),
         "python": platform.python_version(),
         "manyheads": version("manyheads"),
         "locust": version("locust"),
@@ -31,10 +35,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def ask_gpus(nvidia_smi: str, field: str, *options: str) -> list[str] | None:
-    """Return what each GPU has in a field, or None if that cannot be had."""
-    command = [nvidia_smi, f"--query-gpu={field}", "--format=csv,noheader,nounits", *options]
+def _gpus() -> list[str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return []
+    return done.stdout.split("\n")[:-1]

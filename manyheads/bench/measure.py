@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from manyheads.bench import calibrate, counters, stats
 from manyheads.bench.drive import Outcome, drive, write_questions
 from manyheads.bench.machine import machine
@@ -20,7 +18,7 @@ from manyheads.bench.plan import BenchError, BenchInputError, Kind, Question, Ru
 from manyheads.bench.progress import Progress
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.record import Record
-from manyheads.bench.result import UNITS, Level, Result
+from manyheads.bench.result import UNITS, Level, Memory, Result
 from manyheads.bench.server import Target, clean_url, identify, started
 from manyheads.bench.watch import Watch
 
@@ -43,6 +41,7 @@ class Options:
     """In a closed loop, one more user comes after so many seconds, until there are max(loads), who stay for `hold`."""
     work: Workload
     objectives: dict[str, float]
+    """The most seconds that `ttft` and `tpot` should take."""
     url: str | None = None
     model: str | None = None
     serve: tuple[str, ...] = ()
@@ -51,6 +50,7 @@ class Options:
     check: bool = True
     workers: int = 0
     bind: str | None = None
+    """The HOST:PORT where workers of other machines join; None starts them here."""
     timeout: float = 120.0
     drain: float = 60.0
     calibrate: bool = True
@@ -84,16 +84,21 @@ class _Bench:
 
     def run(self, stages: list[Stage], number: int) -> Run:
         """Make the run of the generator with these stages; its number names its files."""
-        work, length = self.options.work, self.questions[0].body["max_tokens"]
+        work = self.options.work
+        same_length = all(q.body["max_tokens"] == self.questions[0].body["max_tokens"] for q in self.questions)
         return Run(
             url=self.target.url,
             path=work.path,
+            kind=self.options.kind,
             stages=stages,
             questions=str(self.folder / "questions.jsonl"),
             records=str(self.folder / f"records-{number}.jsonl"),
-            max_tokens=length if all(q.body["max_tokens"] == length for q in self.questions) else None,
+            max_tokens=self.questions[0].body["max_tokens"] if same_length else None,
+            timeout=self.options.timeout,
+            drain=self.options.drain,
+            workers=self.options.workers,
+            bind=self.options.bind,
             seed=work.seed,
-            **{name: getattr(self.options, name) for name in ("kind", "timeout", "drain", "workers", "bind")},
         )
 
     def hold(self, stages: list[Stage]) -> None:
@@ -114,20 +119,28 @@ class _Bench:
         """Note where a run was ended, and why if not by Ctrl-C."""
         last = len(outcome.begins) - 1
         stage, (start, end) = outcome.run.stages[last], outcome.window(last)
+        self.interrupted = f"at {stage.load:g} {UNITS[self.options.kind]}"
         held = max(end - start, 0.0)
-        at = f"at {stage.load:g} {UNITS[self.options.kind]}"
-        cut = f"which were held for {held:.3g} of {stage.seconds:g} s"
-        how = "while the last answers were awaited" if outcome.held else cut
-        why = ", because the load generator did not end by itself" if outcome.overdue else ""
-        self.interrupted = f"{at}, {how}{why}"
+        if outcome.held:
+            self.interrupted += ", while the last answers were awaited"
+        else:
+            self.interrupted += f", which were held for {held:.3g} of {stage.seconds:g} s"
+        if outcome.overdue:
+            self.interrupted += ", because the load generator did not end by itself"
         if held and not outcome.held:
             self.levels[-1].interrupted, self.levels[-1].overloaded = True, False
             if not self.levels[-1].completed + self.levels[-1].failed:
                 self.levels.pop()  # too short for a single answer
 
+    @property
+    def full(self) -> bool:
+        """Tell whether more load makes no sense: the server does not keep up, or the test is to end."""
+        return bool(self.interrupted or (self.levels and self.levels[-1].overloaded))
+
     def level(self, outcome: Outcome, window: tuple[float, float], load: float) -> Level:
         """Return the figures of a window, of the requests, the generator and the server's own counters."""
-        level = stats.make_level(outcome.records, window, load, self.options.kind, self.options.objectives)
+        options = self.options
+        level = stats.make_level(outcome.records, window, load, options.kind, options.objectives)
         level.generator = stats.generator_use(outcome.uses, outcome.records, window)
         looks = self.watch.between(*window)
         if looks is not None:
@@ -153,7 +166,7 @@ class _Bench:
         options = self.options
         for load in options.loads or [2.0**i for i in range(MOST_RATES)]:
             self.hold([self.open_stage(load)])
-            if self.interrupted or (self.levels and self.levels[-1].overloaded):
+            if self.full:
                 break
         fine = [level.load for level in self.levels if not level.overloaded]
         if fine and not options.loads and not self.interrupted and self.levels[-1].overloaded:
@@ -224,29 +237,31 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
     whole = bench.level(together, (start, end), max(level.load for level in bench.levels))
     details: dict[str, list[str]] = {}
     for record in records:
-        if record.failed and record.reason:
-            said = details.setdefault(record.reason, [])
-            said += [record.detail] if record.detail and record.detail not in said and len(said) < 3 else []
-    most = limit.get("chunks_per_s")
+        said = details.setdefault(record.reason, []) if record.failed and record.reason else None
+        if said is not None and record.detail and record.detail not in said and len(said) < 3:
+            said.append(record.detail)
     for level in bench.levels:
-        came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
-        if most and came >= stats.NEAR_LIMIT * most and not level.generator.bound:
-            close = f"{came:.0f} chunks/s are close to the {most:.0f} that the generator can read"
-            level.generator.bound = [close]
+        level.generator.bound = level.generator.bound or _near_limit(level, limit)
     return Result(
-        name=options.name or " ".join(filter(None, (target.server, target.model, *target.options))),
+        name=options.name or _name(target),
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         kind=options.kind,
         settings=options.settings,
         target={
-            **{key: getattr(target, key) for key in ("model", "server", "heads", "options", "started_here")},
+            "model": target.model,
+            "server": target.owner,
+            "heads": target.heads,
+            "options": list(target.options),
+            "started_here": target.started_here,
             "url": None if target.started_here else target.url,
         },
         machine=bench.machine,
         objectives=options.objectives,
         levels=sorted(bench.levels, key=lambda level: level.load),
         whole=whole,
-        memory=[replace(m, at=m.at - start) for m in bench.watch.memory if m.at <= end + 1],
+        memory=[
+            Memory(at - start, sizes.host, sizes.gpu, sizes.parts) for at, sizes in bench.watch.memory if at <= end + 1
+        ],
         timeline=stats.make_timeline(records, start, end),
         limit=limit,
         counted_by=dict(Counter(r.counted_by for r in records if r.ok)),
@@ -254,3 +269,17 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
         notes=notes,
         interrupted=bench.interrupted,
     )
+
+
+def _near_limit(level: Level, limit: dict[str, float]) -> list[str]:
+    """Say whether a load came close to what the generator can do at all; empty if not."""
+    most = limit.get("chunks_per_s")
+    came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
+    if not most or came < stats.NEAR_LIMIT * most:
+        return []
+    return [f"{came:.0f} chunks/s are close to the {most:.0f} that the generator can read"]
+
+
+def _name(target: Target) -> str:
+    options = " ".join(target.options)
+    return f"{target.owner} {target.model} {options}".strip() if target.owner else target.model

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
-T = TypeVar("T")
 Kind = Literal["users", "rate", "trace"]
-USES = ".use"
-"""The file of uses has the name of the records' and this."""
 GRACE = 5.0
 """All processes of an interrupted run have so many seconds to stop."""
 
@@ -57,7 +52,6 @@ class Run(msgspec.Struct, frozen=True):
     records: str
     """The file for a Record on each line."""
     max_tokens: int | None = None
-    """The output tokens asked for, if all requests ask for as many, to count by where the server does not tell."""
     timeout: float = 120.0
     """A request has failed after so many seconds without a byte."""
     drain: float = 60.0
@@ -117,16 +111,18 @@ class Use(msgspec.Struct):
     """The seconds by which each of its timers was late."""
 
 
-def read_lines(path: str, kind: type[T]) -> list[T]:
-    """Read what a file has on its lines; there is nothing if the file is not there."""
-    if not os.path.exists(path):
-        return []
-    whole, _, _ = Path(path).read_bytes().rpartition(b"\n")  # what follows was being written when the writer was killed
-    return [msgspec.json.decode(line, type=kind) for line in whole.splitlines()]
+def read_questions(path: str) -> list[Question]:
+    """Read the questions of a file."""
+    with open(path, "rb") as file:
+        return [msgspec.json.decode(line, type=Question) for line in file]
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Take HOST:PORT apart, or raise BenchInputError if the text is no address."""
+    """Take HOST:PORT apart.
+
+    Raises:
+        BenchInputError: the text is no address.
+    """
     host, _, port = text.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise BenchInputError(f"{text!r} is no address; it looks like 10.0.0.1:5557")

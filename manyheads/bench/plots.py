@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import matplotlib
@@ -12,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from manyheads.bench.result import Level, Result, Summary
+from manyheads.bench.result import Level, Memory, Result, Summary
 
 COLORS = ("#2563a8", "#c2571a", "#2f8a57", "#8a4fa3", "#b3323d", "#6f6a2a", "#3f8f9b", "#555555")
 STYLE: dict[str, Any] = {
@@ -46,15 +45,15 @@ def shorten(label: str, most: int = 48) -> str:
 class Plot:
     """A plot is a figure with one pair of axes, which ends as SVG."""
 
-    def __init__(self, title: str, x: str, y: str, note: str = "") -> None:
+    def __init__(self, title: str, x: str, y: str) -> None:
         with matplotlib.rc_context(STYLE):
             self.figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
             self.axes: Any = self.figure.add_subplot()
-        self.title, self.note = title, note
-        self.ticks: Sequence[float] = ()
+        self.title = title
         self.axes.set_xlabel(x)
         self.axes.set_ylabel(y)
         self._count = 0
+        self._labels = False
 
     def line(self, x: Sequence[float], y: Values, label: str = "", marker: str = "o", **style: Any) -> None:
         """Draw a line through the points that are there."""
@@ -63,6 +62,7 @@ class Plot:
             marker = marker if len(points) > 1 else "o"  # a line through a single point is nothing to see
             style = {"color": COLORS[self._count % len(COLORS)], "marker": marker, "markersize": 4, "lw": 1.8} | style
             self.axes.plot([p[0] for p in points], [p[1] for p in points], label=shorten(label) or None, **style)
+            self._labels |= bool(label)
         self._count += 1
 
     def svg(self, *, zero: bool = True, whole_x: Sequence[float] = ()) -> str:
@@ -70,24 +70,25 @@ class Plot:
         with matplotlib.rc_context(STYLE):
             if zero:
                 self.axes.set_ylim(0, self.axes.get_ylim()[1] * 1.05 or 1)
-            ticks = whole_x or self.ticks
-            if ticks and len(ticks) <= 8:
-                self.axes.set_xticks(list(ticks), [f"{x:g}" for x in ticks])
+            if whole_x and len(whole_x) <= 8:
+                self.axes.set_xticks(list(whole_x), [f"{x:g}" for x in whole_x])
                 self.axes.minorticks_off()
-            handles, labels = self.axes.get_legend_handles_labels()
-            if labels:
+            if self._labels:
+                handles, labels = self.axes.get_legend_handles_labels()
                 columns = 4 if max(map(len, labels)) < 12 else 1
                 self.figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.2)
             out = io.StringIO()
             self.figure.savefig(out, format="svg", metadata={"Date": None})
+        text = out.getvalue()
+        text = text[text.index("<svg") :]
         label = self.title.replace("&", "and").replace('"', "").replace("<", "")
-        return f'<svg role="img" aria-label="{label}"' + out.getvalue().partition("<svg")[2]
+        return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def by_load(results: Sequence[Result], title: str, y: str, lines: Lines, note: str = "") -> Plot:
+def by_load(results: Sequence[Result], title: str, y: str, lines: Lines) -> Plot:
     """Plot figures over the load; with several runs, each line is named after its run."""
-    plot = Plot(title, results[0].unit, y, note)
-    plot.ticks = loads = sorted({level.load for result in results for level in result.levels})
+    plot = Plot(title, results[0].unit, y)
+    loads = sorted({level.load for result in results for level in result.levels})
     for result in results:
         for label, take in lines.items():
             names = [result.name] if len(results) > 1 else []
@@ -98,67 +99,72 @@ def by_load(results: Sequence[Result], title: str, y: str, lines: Lines, note: s
     return plot
 
 
-def tokens_per_step(results: Sequence[Result], note: str = "") -> Plot | None:
-    """Plot tokens per step over the load; return None if they are not known."""
-    if not any(level.tokens_per_step for result in results for level in result.levels):
-        return None
-    lines = {"": attrgetter("tokens_per_step")}
-    return by_load(results, "Tokens per step by load", "tokens per row and step", lines, note)
-
-
-def frontier(results: Sequence[Result], point: str) -> Plot:
-    """Plot throughput against the latency that it costs; its note says what a point is."""
-    note = f"each point is {point}; up and to the left is better"
-    plot = Plot("Latency and throughput", "median latency, s", "output tokens/s", note)
+def frontier(results: Sequence[Result]) -> Plot:
+    """Plot throughput against the latency that it costs, with a point for each load."""
+    plot = Plot("Latency and throughput", "median latency, s", "output tokens/s")
     for result in results:
-        points = [(v.e2e.p50, v.output_tokens_per_s, v.load) for v in result.levels if v.e2e]
-        plot.line([p[0] for p in points], [p[1] for p in points], result.name if len(results) > 1 else "")
-        for latency, speed, load in points:
-            at = (latency, speed)
-            plot.axes.annotate(f"{load:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=9)
+        levels = [v for v in result.levels if v.e2e is not None]
+        plot.line(
+            [v.e2e.p50 for v in levels if v.e2e],
+            [v.output_tokens_per_s for v in levels],
+            result.name if len(results) > 1 else "",
+        )
+        for level in levels:
+            if level.e2e:
+                at = (level.e2e.p50, level.output_tokens_per_s)
+                plot.axes.annotate(f"{level.load:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=9)
     plot.axes.set_xlim(left=0)
     return plot
 
 
-def distribution(title: str, series: Sequence[tuple[str, Summary | None]], note: str) -> Plot:
-    """Plot which share of requests was at most how long, in ms."""
-    plot = Plot(title, "ms", "share of requests, %", note)
+def distribution(title: str, series: Sequence[tuple[str, Summary | None]], unit: float, x: str) -> Plot:
+    """Plot which share of requests was at most how long."""
+    plot = Plot(title, x, "share of requests, %")
+    shares = list(range(0, 101, 2))
     for name, summary in series:
         if summary is not None:
-            plot.line([q * 1e3 for q in summary.quantiles], range(0, 101, 2), name, marker="")
+            plot.line([q * unit for q in summary.quantiles], [float(s) for s in shares], name, marker="")
     positive = [v for _, s in series if s for v in s.quantiles if v > 0]
     if positive and max(positive) / min(positive) > 50:
         plot.axes.set_xscale("log")
     return plot
 
 
-def memory(results: Sequence[Result], processes: str = "all processes") -> Plot | None:
+def memory(results: Sequence[Result]) -> Plot | None:
     """Plot memory over time, that of one run by what it is for if the server tells; return None if none was seen."""
     if not any(result.memory for result in results):
         return None
-    note = f"resident size of {processes}; GPU: all that is in use"
-    plot = Plot("Memory of the server", "seconds", "GiB", note)
-    told = [m for m in results[0].memory if m.parts]
-    if len(results) == 1 and told:
-        parts = {kind for m in told for kind in m.parts}
-        kinds = [kind for kind in KINDS if kind in parts] + sorted(parts - KINDS.keys())
-        areas = [[m.parts.get(kind, 0) / GIB for m in told] for kind in kinds]
-        names = [KINDS.get(kind, kind) for kind in kinds]
-        plot.axes.stackplot([m.at for m in told], areas, labels=names, colors=AREAS, lw=0)
+    plot = Plot("Memory of the server", "seconds", "GiB")
+    if len(results) == 1:
+        stack(plot, [m for m in results[0].memory if m.parts])
     for result in results:
         name = f"{shorten(result.name, 30)}, " if len(results) > 1 else ""
-        for label in ("host", "GPU"):
-            sizes = [(m.at, getattr(m, label.lower())) for m in result.memory]
-            seen = [(at, size / GIB) for at, size in sizes if size is not None]
-            if seen:
-                plot.line([at for at, _ in seen], [size for _, size in seen], name + label, marker="")
+        times = [m.at for m in result.memory]
+        for label, values in (
+            ("host", [m.host for m in result.memory]),
+            ("GPU", [m.gpu for m in result.memory]),
+        ):
+            if any(v is not None for v in values):
+                plot.line(times, [None if v is None else v / GIB for v in values], name + label, marker="")
     return plot
 
 
-def over_time(result: Result, title: str, y: str, values: Values, note: str = "") -> Plot:
-    """Plot a figure over the time of a run."""
-    plot = Plot(title, "seconds", y, note)
-    plot.line([p.at for p in result.timeline], values, marker="")
+def stack(plot: Plot, memory: Sequence[Memory]) -> None:
+    """Draw areas on top of each other, one for each kind of memory."""
+    seen = {kind for m in memory for kind in m.parts}
+    kinds = [kind for kind in KINDS if kind in seen] + sorted(seen - KINDS.keys())
+    if kinds:
+        sizes = [[m.parts.get(kind, 0) / GIB for m in memory] for kind in kinds]
+        names = [KINDS.get(kind, kind) for kind in kinds]
+        plot.axes.stackplot([m.at for m in memory], sizes, labels=names, colors=AREAS, lw=0)
+        plot._labels = True
+
+
+def over_time(result: Result, title: str, y: str, lines: Mapping[str, Values]) -> Plot:
+    """Plot figures over the time of a run."""
+    plot = Plot(title, "seconds", y)
+    for label, values in lines.items():
+        plot.line([p.at for p in result.timeline], values, label if len(lines) > 1 else "", marker="")
     return plot
 
 
@@ -174,4 +180,5 @@ def failures(result: Result) -> Plot | None:
         counts = [level.failures.get(reason, 0) for level in result.levels]
         plot.axes.bar(names, counts, bottom=base, label=reason, color=COLORS[i % len(COLORS)])
         base = [a + b for a, b in zip(base, counts, strict=True)]
+    plot._labels = True
     return plot

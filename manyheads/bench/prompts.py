@@ -12,13 +12,48 @@ import msgspec
 from manyheads.bench.plan import BenchInputError, Question
 from manyheads.bench.server import Target, get
 
-_SUBJECTS = (
-    "hip hop, the moon, Paris, football, the Beatles, gold, whales, chess, New York, the sun, coffee, jazz, "
-    "bread, the sea, Mozart, winter, horses, volcanoes, the Alps, tea, trains, bees, the desert, cinema, glass, "
-    "rivers, Rome, ships, clocks, maps, rain, dogs, islands, paper, salt, the wind, bridges, gardens, castles, "
-    "stars"
-)
-SUBJECTS = _SUBJECTS.split(", ")
+SUBJECTS = [
+    "hip hop",
+    "the moon",
+    "Paris",
+    "football",
+    "the Beatles",
+    "gold",
+    "whales",
+    "chess",
+    "New York",
+    "the sun",
+    "coffee",
+    "jazz",
+    "bread",
+    "the sea",
+    "Mozart",
+    "winter",
+    "horses",
+    "volcanoes",
+    "the Alps",
+    "tea",
+    "trains",
+    "bees",
+    "the desert",
+    "cinema",
+    "glass",
+    "rivers",
+    "Rome",
+    "ships",
+    "clocks",
+    "maps",
+    "rain",
+    "dogs",
+    "islands",
+    "paper",
+    "salt",
+    "the wind",
+    "bridges",
+    "gardens",
+    "castles",
+    "stars",
+]
 OPENINGS = (
     "Tell me something about {}.",
     "What should a traveller know about {}?",
@@ -40,17 +75,6 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     max_tokens: int | None = None
     at: float | None = None
     id: Any = None
-
-    def check(self, chat: bool) -> None:
-        """Raise ValueError for what JSON's types cannot tell."""
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("needs either `prompt` or `messages`")
-        if self.messages is not None and not chat:
-            raise ValueError("`messages` need --chat")
-        if self.at is not None and not 0 <= self.at < 1e7:
-            raise ValueError(f"`at` must be seconds from the start, not {self.at}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be 1 or more, not {self.max_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,44 +99,65 @@ class Workload:
 
     def body(self, target: Target, prompt: str | list[int] | None, messages: Any, max_tokens: int | None) -> Any:
         """Return the body of one request."""
+        body: dict[str, Any] = {"model": target.model}
         if messages is not None or self.chat:
-            asked = {"messages": messages or [{"role": "user", "content": prompt}]}
+            body["messages"] = messages or [{"role": "user", "content": prompt}]
         else:
-            asked = {"prompt": prompt}
-        body = {"model": target.model, **asked, "max_tokens": max_tokens or self.output_tokens}
-        body |= {"temperature": self.temperature, "stream": True, "stream_options": {"include_usage": True}}
-        return body | ({} if self.natural else {"ignore_eos": True}) | self.extra
+            body["prompt"] = prompt
+        body |= {"max_tokens": max_tokens or self.output_tokens, "temperature": self.temperature}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        if not self.natural:
+            body["ignore_eos"] = True
+        return body | self.extra
 
 
 def prepare(work: Workload, target: Target, api_key: str | None) -> tuple[list[Question], list[str]]:
-    """Make the questions, and notes for the report's reader; BenchInputError says what is wrong with the file."""
+    """Make the questions, and say what a reader of the report should know about them.
+
+    Raises:
+        BenchInputError: the file holds none, or is not as it should be.
+    """
     if work.file is not None:
-        return _read(work, work.file, target), [f"prompts from {work.file.name}"]
-    texts, notes = _fixed_length(work, target, api_key)
+        return read(work, target), [f"prompts from {work.file.name}"]
+    texts, notes = fixed_length(work, target, api_key)
     return [Question(work.body(target, text, None, None)) for text in texts], notes
 
 
-def _read(work: Workload, file: Path, target: Target) -> list[Question]:
+def read(work: Workload, target: Target) -> list[Question]:
+    """Read questions from JSON lines with `prompt` or `messages`, and `max_tokens` and `at` (seconds) if wanted.
+
+    Raises:
+        BenchInputError: a line is not as it should be.
+    """
+    assert work.file is not None
     try:
-        lines = file.read_bytes().split(b"\n")
+        lines = work.file.read_bytes().split(b"\n")
     except OSError as error:
-        raise BenchInputError(f"cannot read {file}: {error.strerror}") from error
+        raise BenchInputError(f"cannot read {work.file}: {error.strerror}") from error
     questions = []
     for number, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
+        where = f"{work.file}, line {number}"
         try:
             line = msgspec.json.decode(raw, type=_Line)
-            line.check(work.chat)
-        except ValueError as error:
-            raise BenchInputError(f"{file}, line {number}: {error}") from error
+        except msgspec.DecodeError as error:
+            raise BenchInputError(f"{where}: {error}") from error
+        if (line.prompt is None) == (line.messages is None):
+            raise BenchInputError(f"{where}: needs either `prompt` or `messages`")
+        if line.messages is not None and not work.chat:
+            raise BenchInputError(f"{where}: `messages` need --chat")
+        if line.at is not None and not 0 <= line.at < 1e7:
+            raise BenchInputError(f"{where}: `at` must be seconds from the start, not {line.at}")
+        if line.max_tokens is not None and line.max_tokens < 1:
+            raise BenchInputError(f"{where}: max_tokens must be 1 or more, not {line.max_tokens}")
         questions.append(Question(work.body(target, line.prompt, line.messages, line.max_tokens), line.at))
     if not questions:
-        raise BenchInputError(f"{file} holds no prompt")
+        raise BenchInputError(f"{work.file} holds no prompt")
     return questions
 
 
-def _fixed_length(work: Workload, target: Target, api_key: str | None) -> tuple[list[Any], list[str]]:
+def fixed_length(work: Workload, target: Target, api_key: str | None) -> tuple[list[Any], list[str]]:
     """Make English prompts of `prompt_tokens`: token ids if the server has `/tokenize`, or else about as many words."""
     chance = random.Random(work.seed)
     if not work.chat:
@@ -146,7 +191,7 @@ def _cut(chance: random.Random, count: int, target: Target, api_key: str | None)
 
 def _text(chance: random.Random, words: int) -> str:
     """Return sentences with at least so many words in all."""
-    text = chance.choice(OPENINGS).format(chance.choice(SUBJECTS))
-    while len(text.split()) < words:
-        text += " " + chance.choice(OPENINGS).format(chance.choice(SUBJECTS))
+    text = ""
+    while len(text.split()) < words or not text:
+        text += (" " if text else "") + chance.choice(OPENINGS).format(chance.choice(SUBJECTS))
     return text

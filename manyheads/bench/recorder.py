@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import gevent
 import msgspec
 
-from manyheads.bench.plan import USES, Event, Use
+from manyheads.bench.plan import Use
 from manyheads.bench.record import Record
 
 EVERY = 0.5
@@ -30,23 +32,26 @@ class Writer:
 
     def __init__(self, records: str) -> None:
         self._records = open(records, "wb")  # noqa: SIM115 (closed by `close`)
-        self._uses = open(records + USES, "wb")  # noqa: SIM115
+        self._uses = open(uses_path(records), "wb")  # noqa: SIM115
+        self.done = self.failed = self.tokens = 0
         self._in_flight: dict[int, int] = {}
-        self.seen = Event("progress")
-        """The counts of all batches; the requests under way are those of the last batch of each process."""
+
+    @property
+    def in_flight(self) -> int:
+        """The number of requests under way in all processes, by their last batches."""
+        return sum(self._in_flight.values())
 
     def add(self, batch: Batch) -> None:
         """Write and count a batch."""
         for record in batch.records:
             self._records.write(msgspec.json.encode(record) + b"\n")
-            self.seen.done += record.ok
-            self.seen.failed += record.failed
-            self.seen.tokens += record.tokens or 0
+            self.done += record.ok
+            self.failed += record.failed
+            self.tokens += record.tokens or 0
         self._uses.write(msgspec.json.encode(batch.use) + b"\n")
         self._records.flush()  # this process may have to be killed
         self._uses.flush()
         self._in_flight[batch.use.worker] = batch.in_flight
-        self.seen.in_flight = sum(self._in_flight.values())
 
     def close(self) -> None:
         """Close the files."""
@@ -57,7 +62,8 @@ class Writer:
 class Observer:
     """An observer collects one process's records, and watches how busy the process is.
 
-    This machine's clock is so many seconds `behind` that of the master.
+    Args:
+        behind: seconds by which this machine's clock is behind that of the master.
     """
 
     def __init__(self, traffic: Any, behind: float = 0.0) -> None:
@@ -86,3 +92,24 @@ class Observer:
             due = time.perf_counter() + TIMER
             gevent.sleep(TIMER)
             self._lags.append(time.perf_counter() - due)
+
+
+def uses_path(records: str) -> str:
+    """Return the path of the file of uses, which stands beside the records."""
+    return f"{records}.use"
+
+
+def read_records(path: str) -> list[Record]:
+    """Read the records of a run; there are none if it wrote none."""
+    return _read(path, Record) if os.path.exists(path) else []
+
+
+def read_uses(records: str) -> list[Use]:
+    """Read how busy the processes were, which stands in the file beside the records."""
+    path = uses_path(records)
+    return _read(path, Use) if os.path.exists(path) else []
+
+
+def _read(path: str, kind: Any) -> list[Any]:
+    whole, _, _ = Path(path).read_bytes().rpartition(b"\n")  # what follows was being written when the writer was killed
+    return [msgspec.json.decode(line, type=kind) for line in whole.splitlines()]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,6 @@ PAGE = Path(__file__).parent / "page" / "report.html"
 TIMES = ("ttft", "tpot", "gap", "e2e")
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "gap": "gap", "e2e": "latency"}
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
-PLAIN: tuple[str, ...] = (
-    "load",
-    "seconds",
-    "sent",
-    "completed",
-    "failed",
-    "unfinished",
-    "requests_per_s",
-    "output_tokens_per_s",
-)
-PLAIN += ("total_tokens_per_s", "goodput", "in_flight", "prompt_tokens", "output_tokens", "tokens_per_chunk")
-PLAIN += ("tokens_per_step", "overloaded", "interrupted")
-"""These figures of a level stand in `levels.csv` as they are."""
 
 
 @dataclass
@@ -46,66 +32,81 @@ class Table:
 
 
 def write(found: Result, records: Sequence[Record], folder: Path) -> Path:
-    """Write everything into a folder, and return the page's path; times are in seconds, `sent` from the first."""
+    """Write everything into a folder, and return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     result.save(found, folder / result.FILE)
-    head = [*PLAIN, *(f"{t}_{s}" for t in TIMES for s in STATISTICS), "generator_cpu", "generator_bound"]
-    write_csv(folder / "levels.csv", head, map(_level_row, found.levels))
-    head = ["sent", "seconds", "ttft", "tpot", "chunks", "prompt_tokens", "tokens", "counted_by", "steps"]
-    begin = min((r.sent for r in records), default=0.0)
-    rows = (_request_row(r, begin) for r in sorted(records, key=lambda r: r.sent))
-    write_csv(folder / "requests.csv", [*head, "finish", "reason", "detail"], rows)
+    write_levels(found, folder / "levels.csv")
+    write_requests(records, folder / "requests.csv")
     page = folder / "report.html"
     page.write_text(render(found), encoding="utf-8")
     return page
 
 
-def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write rows of figures below their names."""
+def write_levels(found: Result, path: Path) -> None:
+    """Write a row for each load; times are in seconds."""
+    plain: tuple[str, ...] = (
+        "load",
+        "seconds",
+        "sent",
+        "completed",
+        "failed",
+        "unfinished",
+        "requests_per_s",
+        "output_tokens_per_s",
+    )
+    plain += ("total_tokens_per_s", "goodput", "in_flight", "prompt_tokens", "output_tokens", "tokens_per_chunk")
+    plain += ("tokens_per_step", "overloaded", "interrupted")
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([head, *rows])
+        out = csv.writer(file)
+        out.writerow([*plain, *(f"{t}_{s}" for t in TIMES for s in STATISTICS), "generator_cpu", "generator_bound"])
+        for level in found.levels:
+            times = [getattr(getattr(level, t), s, None) for t in TIMES for s in STATISTICS]
+            generator = [level.generator.cpu, "; ".join(level.generator.bound)]
+            out.writerow([*(getattr(level, name) for name in plain), *times, *generator])
 
 
-def _level_row(level: Level) -> list[Any]:
-    times = [getattr(getattr(level, t), s, None) for t in TIMES for s in STATISTICS]
-    plain = [getattr(level, name) for name in PLAIN]
-    return [*plain, *times, level.generator.cpu, "; ".join(level.generator.bound)]
-
-
-def _request_row(r: Record, begin: float) -> list[Any]:
-    counts = (len(r.chunks), r.prompt_tokens, r.tokens, r.counted_by if r.ok else None, r.steps)
-    return [r.sent - begin, r.seconds, r.ttft, r.tpot, *counts, r.finish, r.reason, r.detail]
+def write_requests(records: Sequence[Record], path: Path) -> None:
+    """Write a row for each request; `sent` is in seconds from the first."""
+    begin = min((r.sent for r in records), default=0.0)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        head = ("sent", "seconds", "ttft", "tpot", "chunks", "prompt_tokens", "tokens", "counted_by", "steps")
+        out.writerow([*head, "finish", "reason", "detail"])
+        for r in sorted(records, key=lambda r: r.sent):
+            counts = (len(r.chunks), r.prompt_tokens, r.tokens, r.counted_by if r.ok else None, r.steps)
+            out.writerow([r.sent - begin, r.seconds, r.ttft, r.tpot, *counts, r.finish, r.reason, r.detail])
 
 
 def render(found: Result) -> str:
     """Return the page, as HTML."""
     return page(
         title=f"Load test: {found.name}",
-        subtitle=f"{found.created} · {_work(found)}{' · interrupted' if found.interrupted else ''}",
+        subtitle=f"{found.created} · {work(found)}{' · interrupted' if found.interrupted else ''}",
         tiles=_tiles(found),
         findings=findings(found),
         warn=bool(found.interrupted or found.whole.failed or any(level.generator.bound for level in found.levels)),
-        pictures=_plots(found),
-        tables=[_loads(found), _times(found), _tokens(found), _failures(found)],
+        plots=_plots(found),
+        tables=[_loads(found), *_times(found), _tokens(found), *_failures(found)],
         setups=[(found.name, setup(found))],
     )
 
 
-def page(*, pictures: Iterable[plots.Plot | None], tables: Iterable[Table], **parts: Any) -> str:
-    """Fill the page, without the pictures that are None and tables that have no row."""
-    parts |= {"pictures": [plot for plot in pictures if plot is not None], "tables": [t for t in tables if t.rows]}
+def page(**parts: Any) -> str:
+    """Fill the page."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(PAGE.read_text(encoding="utf-8")).render(**parts)
 
 
-def _work(found: Result) -> str:
+def work(found: Result) -> str:
+    """Return what every request asked for, in words."""
     settings = found.settings
     given = settings.get("prompts") or f"{settings.get('prompt_tokens')} tokens in"
     most = "up to " if settings.get("natural") else ""
     return f"{given}, {most}{settings.get('output_tokens')} out"
 
 
-def _name(found: Result, level: Level) -> str:
+def name(found: Result, level: Level) -> str:
+    """Return a load's name in legends."""
     if found.kind == "users":
         return "1 user" if level.load == 1 else f"{level.load:g} users"
     return f"{level.load:g}/s" if found.kind == "rate" else f"{level.load:g} ×"
@@ -113,49 +114,61 @@ def _name(found: Result, level: Level) -> str:
 
 def _tiles(found: Result) -> list[tuple[str, str]]:
     best = max(found.levels, key=lambda level: level.output_tokens_per_s)
-    at = f"at {_name(found, best)}"
+    at = f"at {name(found, best)}"
     tiles = [
         (number(best.output_tokens_per_s), f"output tokens/s, the most ({at})"),
         (f"{best.requests_per_s:.3g}", f"requests/s {at}"),
     ]
-    times = (("latency", best.e2e), ("TTFT", best.ttft), ("TPOT", best.tpot))
-    tiles += [(seconds(summary.p50), f"median {label} {at}") for label, summary in times if summary is not None]
+    for label, summary in (("latency", best.e2e), ("TTFT", best.ttft), ("TPOT", best.tpot)):
+        if summary is not None:
+            tiles.append((seconds(summary.p50), f"median {label} {at}"))
     tiles.append((str(found.whole.failed), f"failures of {found.whole.failed + found.whole.completed} requests"))
     return tiles
 
 
-def _plots(found: Result) -> Iterator[plots.Plot | None]:
-    sweep = [found] if len(found.levels) > 1 else []
-    if sweep:
+def _plots(found: Result) -> list[tuple[str, str, str]]:
+    made: list[tuple[str, str, str]] = []
+    loads = [level.load for level in found.levels]
+
+    def add(plot: plots.Plot | None, note: str = "", **how: Any) -> None:
+        if plot is not None:
+            made.append((plot.title, note, plot.svg(**how)))
+
+    if len(loads) > 1:
         lines = {q: quantile("e2e", q) for q in ("p50", "p90", "p99")}
-        yield plots.by_load(sweep, "Latency by load", "seconds", lines)
-        yield plots.by_load(sweep, "Throughput by load", "output tokens/s", {"": attrgetter("output_tokens_per_s")})
-        yield plots.frontier(sweep, f"a load in {found.unit}")
+        add(plots.by_load([found], "Latency by load", "seconds", lines), whole_x=loads)
+        lines = {"": lambda level: level.output_tokens_per_s}
+        add(plots.by_load([found], "Throughput by load", "output tokens/s", lines), whole_x=loads)
+        add(plots.frontier([found]), f"each point is a load in {found.unit}; up and to the left is better")
         if found.kind != "users":
-            lines = {"answered": attrgetter("requests_per_s"), "within the objectives": attrgetter("goodput")}
-            yield plots.by_load(sweep, "Goodput", "requests/s", lines, _objectives(found))
+            lines = {"answered": lambda level: level.requests_per_s, "within the objectives": lambda v: v.goodput}
+            add(plots.by_load([found], "Goodput", "requests/s", lines), _objectives(found), whole_x=loads)
     picked = found.levels if len(found.levels) <= 8 else found.levels[:: len(found.levels) // 6]
     for key, title in (("ttft", "Time to first token"), ("tpot", "Time per output token")):
-        series = [(_name(found, level), getattr(level, key)) for level in picked]
+        series = [(name(found, level), getattr(level, key)) for level in picked]
         if any(summary for _, summary in series):
-            yield plots.distribution(title, series, "share of requests that took at most so long")
-    points = found.timeline
-    if points:
-        speeds, running = [p.tokens_per_s for p in points], [p.in_flight for p in points]
-        yield plots.over_time(found, "Output tokens per second over time", "tokens/s", speeds)
-        yield plots.over_time(found, "Requests under way over time", "requests", running)
-    latencies = [p.p50 for p in points]
-    if any(p50 is not None for p50 in latencies):
-        note = "of the requests that ended then"
-        yield plots.over_time(found, "Latency over time", "seconds, median", latencies, note)
-    yield plots.memory([found], "all its processes")
-    if sweep:
-        yield plots.tokens_per_step(sweep, "1 is plain decoding; more is what speculation gives")
-    yield plots.failures(found)
+            add(plots.distribution(title, series, 1e3, "ms"), "share of requests that took at most so long")
+    if found.timeline:
+        points = found.timeline
+        lines_t: dict[str, plots.Values] = {"tokens/s": [p.tokens_per_s for p in points]}
+        add(plots.over_time(found, "Output tokens per second over time", "tokens/s", lines_t))
+        lines_t = {"under way": [p.in_flight for p in points]}
+        add(plots.over_time(found, "Requests under way over time", "requests", lines_t))
+        lines_t = {"median latency": [p.p50 for p in points]}
+        if any(p.p50 is not None for p in points):
+            plot = plots.over_time(found, "Latency over time", "seconds, median", lines_t)
+            add(plot, "of the requests that ended then")
+    add(plots.memory([found]), "resident size of all its processes; GPU: all that is in use")
+    if any(level.tokens_per_step for level in found.levels) and len(loads) > 1:
+        lines = {"": lambda level: level.tokens_per_step}
+        plot = plots.by_load([found], "Tokens per step by load", "tokens per row and step", lines)
+        add(plot, "1 is plain decoding; more is what speculation gives", whole_x=loads)
+    add(plots.failures(found))
+    return made
 
 
 def quantile(key: str, statistic: str) -> Any:
-    """Return a function that takes a figure of a load, or None if the load does not have it."""
+    """Return a function that takes a figure of a load."""
     return lambda level: getattr(getattr(level, key), statistic, None)
 
 
@@ -189,26 +202,29 @@ def _tokens(found: Result) -> Table:
         row += [" · ".join(f"{share:.2f}" for share in v.acceptance) or "–", optional(v.generator.cpu, "{:.0%}")]
         late = v.generator.late if v.generator.late is not None else v.generator.lag
         rows.append([*row, seconds(late) if late is not None else "–"])
-    note = "Tokens are means of a request. "
-    note += "Generator: share of a core that its busiest process took. Late: its own delay."
+    note = (
+        "Tokens are means of a request. Generator: share of a core that its busiest process took. Late: its own delay."
+    )
     return Table("Tokens and generator", head, rows, note)
 
 
-def _times(found: Result) -> Table:
+def _times(found: Result) -> list[Table]:
     rows = []
     for level in found.levels:
         for key in TIMES:
             summary: Summary | None = getattr(level, key)
             if summary is not None:
                 values = [seconds(getattr(summary, statistic)) for statistic in STATISTICS]
-                rows.append([_name(found, level), NAMES[key], str(summary.n), *values])
-    return Table("Times", ["load", "what", "n", *STATISTICS], rows)
+                rows.append([name(found, level), NAMES[key], str(summary.n), *values])
+    return [Table("Times", ["load", "what", "n", *STATISTICS], rows)] if rows else []
 
 
-def _failures(found: Result) -> Table:
+def _failures(found: Result) -> list[Table]:
     whole = found.whole.failures
+    if not whole:
+        return []
     rows = [[reason, str(count), " | ".join(found.details.get(reason, ())) or "–"] for reason, count in whole.items()]
-    return Table("Failures", ["reason", "requests", "for example"], rows)
+    return [Table("Failures", ["reason", "requests", "for example"], rows)]
 
 
 def setup(found: Result) -> list[tuple[str, str]]:
@@ -229,9 +245,11 @@ def setup(found: Result) -> list[tuple[str, str]]:
         ("load average before", str(where.get("load_average"))),
     ]
     if limit:
-        most = (
-            f"about {number(limit['chunks_per_s'])} chunks/s ({limit.get('processes', 1):.0f} process(es), each with a "
-            "core to itself; from the time that a chunk took with a server that computes nothing)"
+        facts.append(
+            (
+                "the generator's limit",
+                f"about {number(limit['chunks_per_s'])} chunks/s ({limit.get('processes', 1):.0f} process(es), each "
+                "with a core to itself; from the time that a chunk took with a server that computes nothing)",
+            )
         )
-        facts.append(("the generator's limit", most))
     return facts + [("note", note) for note in found.notes]

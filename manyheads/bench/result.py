@@ -139,12 +139,17 @@ def save(result: Result, path: Path) -> None:
 
 
 def load(path: Path) -> Result:
-    """Read a report, given its file or its folder, or raise BenchInputError if there is none."""
+    """Read a report, given its file or its folder.
+
+    Raises:
+        BenchInputError: there is no report.
+    """
     file = path / FILE if path.is_dir() else path.with_name(FILE) if path.suffix == ".html" else path
     try:
         return msgspec.json.decode(file.read_bytes(), type=Result)
     except OSError as error:
-        trouble = f"cannot read {file}: {error.strerror}; give folders that manyheads bench has written"
-        raise BenchInputError(trouble) from error
+        raise BenchInputError(
+            f"cannot read {file}: {error.strerror}; give folders that manyheads bench has written"
+        ) from error
     except msgspec.DecodeError as error:
         raise BenchInputError(f"{file} is no report of manyheads bench: {error}") from error

@@ -28,7 +28,7 @@ class Target:
     url: str
     model: str
     pid: int | None = None
-    server: str = ""
+    owner: str = ""
     """The owner of the model by the server's word, which tells manyheads, vLLM, … apart."""
     heads: int | None = None
     options: tuple[str, ...] = ()
@@ -37,7 +37,11 @@ class Target:
 
 @contextlib.contextmanager
 def started(model: str, options: Sequence[str], ready_seconds: float = 600.0) -> Iterator[tuple[str, int]]:
-    """Serve a model while the block lasts, which is given URL and process id, or raise BenchError with what it said."""
+    """Serve a model while the block lasts, which is given URL and process id.
+
+    Raises:
+        BenchError: it did not start; the message has what it said.
+    """
     command = [sys.executable, "-m", "manyheads", "serve", model, "--host", "127.0.0.1", "--port", "0", *options]
     with tempfile.TemporaryFile("w+") as log:
         # NOTE: a session of its own, for the terminal's Ctrl-C is to end the load and not the server
@@ -58,7 +62,8 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Any, seconds: float) -> s
     while True:
         log.seek(0)
         said = log.read()
-        if found := _READY.search(said):
+        found = _READY.search(said)
+        if found:
             return found[1]
         if process.poll() is not None or time.monotonic() > deadline:
             raise BenchError(f"the server did not start: {said.strip()[-2000:] or 'it said nothing'}")
@@ -66,7 +71,11 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Any, seconds: float) -> s
 
 
 def clean_url(url: str) -> str:
-    """Return a server's URL without `/v1` and the last slash, or raise BenchInputError if the text is no URL."""
+    """Return a server's URL without `/v1` and the last slash.
+
+    Raises:
+        BenchInputError: the text is no URL.
+    """
     parts = urlsplit(url)
     try:
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
@@ -77,27 +86,37 @@ def clean_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def get(url: str, body: Any = None, api_key: str | None = None) -> Any:
-    """Get JSON from a server; OSError or ValueError say that it does not answer, refuses, or answers something else."""
-    data = None if body is None else json.dumps(body).encode()
+def get(url: str, body: Any = None, api_key: str | None = None, timeout: float = 30.0) -> Any:
+    """Get JSON from a server.
+
+    Raises:
+        OSError, ValueError: the server does not answer, refuses, or does not answer with JSON.
+    """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30.0) as reply:
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as reply:
         return json.load(reply)
 
 
 def identify(url: str, model: str | None, api_key: str | None) -> Target:
-    """Ask a server what it serves, or raise BenchError if it does not answer as OpenAI's interface does."""
+    """Ask a server what it serves.
+
+    Raises:
+        BenchError: it does not answer as OpenAI's interface does.
+    """
     try:
         models = get(f"{url}/v1/models", api_key=api_key)["data"]
         entry = next((m for m in models if m["id"] == model), models[0])
-        target = Target(url, model or str(entry["id"]), server=str(entry.get("owned_by", "")))
-        target.heads = entry.get("num_medusa_heads")
-        return target
+        name, owner, heads = str(entry["id"]), str(entry.get("owned_by", "")), entry.get("num_medusa_heads")
     except urllib.error.HTTPError as error:
-        trouble = f"{url}/v1/models answers {error.code} {error.reason}; is --url right, and the key?"
-        raise BenchError(trouble) from error
+        raise BenchError(
+            f"{url}/v1/models answers {error.code} {error.reason}; is --url right, and the key?"
+        ) from error
     except OSError as error:
-        trouble = f"no answer from {url}: {getattr(error, 'reason', error)}; is the server running?"
-        raise BenchError(f"{trouble} --no-check measures it all the same") from error
+        reason = getattr(error, "reason", error)
+        raise BenchError(
+            f"no answer from {url}: {reason}; is the server running? --no-check measures it all the same"
+        ) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BenchError(f"{url} answers, but not as OpenAI's interface does; is --url right?") from error
+    return Target(url, model or name, owner=owner, heads=heads)

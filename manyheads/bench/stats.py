@@ -44,7 +44,11 @@ def summarize(values: Sequence[float | None]) -> Summary | None:
 
 
 def make_level(
-    records: Sequence[Record], window: tuple[float, float], load: float, kind: Kind, objectives: dict[str, float]
+    records: Sequence[Record],
+    window: tuple[float, float],
+    load: float,
+    kind: Kind,
+    objectives: dict[str, float],
 ) -> Level:
     """Return the figures of a window of the monotonic clock.
 

@@ -34,7 +34,13 @@ class Traffic:
         self.questions = questions[self.part :: self.parts] or questions
         self.bodies = [msgspec.json.encode(q.body) for q in self.questions]
         self._turn = itertools.cycle(self.bodies)
-        self.client = Client(run, os.environ.get("MANYHEADS_API_KEY"))
+        self.client = Client(
+            run.url,
+            run.path,
+            timeout=run.timeout,
+            max_tokens=run.max_tokens,
+            api_key=os.environ.get("MANYHEADS_API_KEY"),
+        )
         self.listeners: list[Callable[[Record], None]] = []
 
     def ask(self, body: bytes | None = None, due: float | None = None) -> Record:
@@ -65,20 +71,21 @@ class Traffic:
 
 def fire(environment: Any, path: str, record: Record) -> None:
     """Fill rows of Locust's tables: the request, its time to first token, its time per output token (all in ms)."""
+    fire_event = environment.events.request.fire
     error = None if record.ok else RuntimeError(f"{record.reason} {record.detail}".strip())
-    rows: list[tuple[str, str, float | None]] = [("POST", path, record.seconds)]
-    if record.ok:
-        rows += [("TTFT", "time to first token", record.ttft), ("TPOT", "time per output token", record.tpot)]
-    for kind, name, seconds in rows:
-        if seconds is not None:
-            length = record.tokens or 0 if kind == "POST" else 0
-            told: dict[str, Any] = {"response_length": length, "exception": error, "context": {}}
-            environment.events.request.fire(request_type=kind, name=name, response_time=seconds * 1e3, **told)
+    common: dict[str, Any] = {"context": {}, "exception": None, "response_length": 0}
+    tokens = {"exception": error, "response_length": record.tokens or 0}
+    fire_event(request_type="POST", name=path, response_time=record.seconds * 1e3, **common | tokens)
+    if record.ok and record.ttft is not None:
+        fire_event(request_type="TTFT", name="time to first token", response_time=record.ttft * 1e3, **common)
+    if record.ok and record.tpot is not None:
+        fire_event(request_type="TPOT", name="time per output token", response_time=record.tpot * 1e3, **common)
 
 
 class AskingUser(locust.User):
     """A user of a closed loop asks, reads the answer to its end, and asks the next question."""
 
+    abstract = True
     wait_time = locust.constant(0)
 
     @locust.task
@@ -96,6 +103,7 @@ class AskingUser(locust.User):
 class ArrivalUser(locust.User):
     """In an open loop each process has one user, which sends at the times of `Traffic.arrivals`, answered or not."""
 
+    abstract = True
     wait_time = locust.constant(0)
 
     @locust.task
@@ -113,5 +121,7 @@ class ArrivalUser(locust.User):
             group.join()
         finally:
             group.kill()
-        while self._state != LOCUST_STATE_STOPPING:  # until the runner stops us
+        while True:  # until the runner stops us
             gevent.sleep(0.1)
+            if self._state == LOCUST_STATE_STOPPING:
+                return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
+import subprocess
 import threading
 import time
 from typing import Any
@@ -13,7 +13,6 @@ import psutil
 
 from manyheads.bench import counters
 from manyheads.bench.counters import Counters
-from manyheads.bench.machine import ask_gpus
 from manyheads.bench.result import Memory
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
@@ -22,14 +21,16 @@ LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 class Watch:
     """A watch is a thread that looks at a server once a second.
 
-    Without the id of the server's first process it finds the one that listens, if that is on this machine.
+    Args:
+        url: the server's.
+        pid: its first process; None finds the process that listens, if it is on this machine.
     """
 
-    def __init__(self, url: str, pid: int | None, api_key: str | None) -> None:
-        self._url, self._key = url, api_key
+    def __init__(self, url: str, pid: int | None, api_key: str | None = None, every: float = 1.0) -> None:
+        self._url, self._key, self._every = url, api_key, every
         self.pid = pid if pid is not None else listener(url)
-        self.memory: list[Memory] = []
-        """The sizes; their times are seconds of the monotonic clock."""
+        self.memory: list[tuple[float, Memory]] = []
+        """Pairs of the monotonic time in seconds and the sizes then."""
         self.counters: list[tuple[float, Counters]] = []
         self._gpu = shutil.which("nvidia-smi") if self.pid is not None else None
         self._visible = visible_gpus(self.pid) if self.pid is not None else None
@@ -55,7 +56,7 @@ class Watch:
     def _run(self) -> None:
         while True:
             self.look()
-            if self._stop.wait(1.0):
+            if self._stop.wait(self._every):
                 self.look()
                 return
 
@@ -68,19 +69,22 @@ class Watch:
         host = resident(self.pid) if self.pid is not None else None
         gpu = gpu_bytes(self._gpu, self._visible) if self._gpu else None
         if host is not None or gpu is not None:
-            self.memory.append(Memory(now, host, gpu, seen.memory if seen else {}))
+            self.memory.append((now, Memory(0.0, host, gpu, seen.memory if seen else {})))
 
 
 def resident(pid: int) -> int | None:
     """Return the resident bytes of a process and its children, shared pages once for each; None if it is gone."""
     try:
-        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        parent = psutil.Process(pid)
+        processes = [parent, *parent.children(recursive=True)]
     except psutil.Error:
         return None
     total = 0
     for process in processes:
-        with contextlib.suppress(psutil.Error):  # it ended just now
+        try:
             total += int(process.memory_info().rss)
+        except psutil.Error:  # it ended just now
+            continue
     return total
 
 
@@ -108,9 +112,16 @@ def visible_gpus(pid: int) -> str | None:
 
 
 def gpu_bytes(nvidia_smi: str, gpus: str | None = None) -> int | None:
-    """Return the bytes in use on GPUs, given as indices or UUIDs with commas (None: all), or None if not to be had."""
-    used = ask_gpus(nvidia_smi, "memory.used", *([] if gpus is None else [f"--id={gpus}"]))
+    """Return the bytes in use on these GPUs (None: all), by whatever process, or None if they cannot be had.
+
+    Args:
+        gpus: indices or UUIDs, separated by commas.
+    """
+    command = [nvidia_smi, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if gpus is not None:
+        command.append(f"--id={gpus}")
     try:
-        return None if used is None else sum(map(int, used)) * 2**20
-    except ValueError:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return sum(int(line) for line in done.stdout.split()) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None

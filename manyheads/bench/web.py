@@ -10,13 +10,13 @@ from typing import Any
 
 from locust import events, runners
 
-from manyheads.bench import users
 from manyheads.bench.plan import Run
 from manyheads.bench.prompts import Workload, prepare
 from manyheads.bench.server import clean_url, identify
+from manyheads.bench.users import AskingUser, Traffic
 
 
-class ChatUser(users.AskingUser):  # NOTE: Locust takes every class of users that this module names
+class ChatUser(AskingUser):
     """A user of the page asks, reads the answer to its end, and asks the next question."""
 
     host = "http://127.0.0.1:8000"
@@ -37,10 +37,14 @@ def _prepare(environment: Any, **_: Any) -> None:
     if isinstance(environment.runner, runners.MasterRunner):
         return
     options = environment.parsed_options
-    asked = ("prompt_tokens", "output_tokens", "natural", "chat")
-    work = Workload(**{name: getattr(options, name) for name in asked})
+    work = Workload(
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        natural=options.natural,
+        chat=options.chat,
+    )
     key = os.environ.get("MANYHEADS_API_KEY")
     target = identify(clean_url(environment.host or ChatUser.host), options.model or None, key)
     questions, _notes = prepare(work, target, key)
     run = Run(target.url, work.path, "users", [], "", "", max_tokens=work.output_tokens)
-    environment.traffic = users.Traffic(run, questions, environment)
+    environment.traffic = Traffic(run, questions, environment)

@@ -26,20 +26,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        return int(args.run(args))
+        status: int = args.run(args)
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 141
     except Exception as error:
-        # Errors of ours and of the system say all in their message (a wrong setting, a missing file).
-        # NOTE: ours are known by their modules' names, for this must not import what a command did not need
-        ours = type(error).__module__.startswith("manyheads.")
-        if getattr(args, "debug", False) or not (ours or isinstance(error, OSError)):
+        if getattr(args, "debug", False) or not _expected(error):
             raise
         print(f"manyheads: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+
+
+def _expected(error: Exception) -> bool:
+    """Tell whether the message says it all (a wrong setting, a missing file, an engine that told why it stopped)."""
+    # NOTE: by the names of the classes' modules, for this must not import what a command did not need
+    ours = type(error).__module__.startswith("manyheads.")
+    return ours or isinstance(error, OSError)
 
 
 def _no_command(args: argparse.Namespace, parser: Parser) -> int:

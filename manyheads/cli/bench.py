@@ -29,14 +29,7 @@ MODES = {
     "trace": "the requests of --prompts at the times that they tell",
     "first": "the test of the first version: 5 users, one more every 10 s, 150 s, 7 tokens in, 100 out",
 }
-LOADS = {"users": ("users", "1,2,4,8"), "first": ("users", "5"), "rate": ("rates", ""), "trace": ("speeds", "1")}
-"""The option that has a mode's loads, and what they are without it."""
-AS_GIVEN = ("url", "model", "check", "workers", "bind", "timeout", "drain", "name")
-"""These options go into the load test's as they are."""
-RANGES = {"hold": (0, 1e6), "settle": (-1, 1e6), "drain": (0, 1e6), "timeout": (0, 1e6), "ramp": (0, 1e6)}
-RANGES |= {"prompt_tokens": (0, 1e7), "output_tokens": (0, 1e7), "ttft_ms": (0, 1e9), "tpot_ms": (0, 1e9)}
-RANGES |= {"workers": (-1, 256)}
-"""Options lie above the first and are at most the second."""
+MOST_USERS = 10_000
 
 
 def add_commands(program: Parser) -> None:
@@ -45,41 +38,59 @@ def add_commands(program: Parser) -> None:
     parser = program.add_command("bench", "load a server and report how it does", run, example)
     modes = "; ".join(f"{mode}: {text}" for mode, text in MODES.items())
     parser.add_argument("mode", nargs="?", choices=tuple(MODES), help=f"{modes} (default: users)")
-    add = parser.add_argument_group("server").add_argument
-    add("--url", help="measure this running server (default: start one here)")
-    add("--model", help="what to serve here, or the model's name at --url (default: builtin; its first)")
-    add("--serve", default="", metavar="OPTIONS", help="of `manyheads serve`, as in --serve='--dtype float32'")
-    add("--api-key", help="for the server (default: $MANYHEADS_API_KEY, if set)")
-    add("--no-check", dest="check", action="store_false", help="do not ask the server first who it is")
-    add = parser.add_argument_group("load").add_argument
-    add("--users", help="numbers of users, such as 1,2,4,8 (default)")
-    add("--ramp", type=float, metavar="SECONDS", help="users: one more after so long, up to --users")
-    add("--rates", help="requests a second, such as 1,2,4 (default: doubled until the server is overloaded)")
-    add("--speeds", help="speeds of the trace, such as 1,2 (default: 1)")
-    add("--hold", type=float, help="seconds to measure each load (default: 20)")
-    add("--settle", type=float, help="seconds before that do not count (default: 3)")
-    add("--drain", type=float, default=60.0, help="seconds for the last answers (default: 60)")
-    add("--timeout", type=float, default=120.0, help="seconds of silence until a request fails (default: 120)")
-    add("--workers", type=int, default=0, help="processes that make the load (default: one, without a master)")
-    add("--bind", metavar="HOST:PORT", help="wait there for the --workers, which other machines start with --join")
-    add("--join", metavar="HOST:PORT", help="be a worker of the tests of another machine, until Ctrl-C; nothing else")
-    add("--no-limit", dest="limit", action="store_false", help="do not measure the generator itself first")
-    add = parser.add_argument_group("requests").add_argument
-    add("--prompt-tokens", type=int, help="tokens in each prompt (default: 128)")
-    add("--prompts", metavar="FILE", help="JSON lines with `prompt` or `messages`, `max_tokens`, `at`")
-    add("--output-tokens", type=int, default=100, help="tokens in each answer (default: 100)")
-    add("--natural", action="store_true", help="let the model end its answers; --output-tokens is the most")
-    add("--chat", action="store_true", help="ask /v1/chat/completions (default: /v1/completions)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    add("--body", default="{}", metavar="JSON", help="more fields of every request")
-    add("--seed", type=int, default=0, help="of prompts and arrivals (default: 0)")
-    add = parser.add_argument_group("report").add_argument
-    add("--ttft-ms", type=float, default=1000.0, help="goodput: first token within (default: 1000)")
-    add("--tpot-ms", type=float, default=100.0, help="goodput: time per output token (default: 100)")
-    add("--name", help="of the run, in reports (default: the server's and the model's)")
-    add("--output", "-o", metavar="FOLDER", help="where the report goes (default: bench-DATE)")
-    add("--compare", nargs="+", metavar="FOLDER", help="lay reports side by side; nothing is measured")
-    add("--ui", action="store_true", help="open Locust's web page for --url; nothing else is done")
+    target = parser.add_argument_group("server")
+    target.add_argument("--url", help="measure this running server (default: start one here)")
+    target.add_argument(
+        "--model", help="what to serve here, or the model's name at --url (default: builtin; its first)"
+    )
+    target.add_argument(
+        "--serve", default="", metavar="OPTIONS", help="of `manyheads serve`, as in --serve='--dtype float32'"
+    )
+    target.add_argument("--api-key", help="for the server (default: $MANYHEADS_API_KEY, if set)")
+    target.add_argument("--no-check", dest="check", action="store_false", help="do not ask the server first who it is")
+    load = parser.add_argument_group("load")
+    load.add_argument("--users", help="numbers of users, such as 1,2,4,8 (default)")
+    load.add_argument("--ramp", type=float, metavar="SECONDS", help="users: one more after so long, up to --users")
+    load.add_argument(
+        "--rates", help="requests a second, such as 1,2,4 (default: doubled until the server is overloaded)"
+    )
+    load.add_argument("--speeds", help="speeds of the trace, such as 1,2 (default: 1)")
+    load.add_argument("--hold", type=float, help="seconds to measure each load (default: 20)")
+    load.add_argument("--settle", type=float, help="seconds before that do not count (default: 3)")
+    load.add_argument("--drain", type=float, default=60.0, help="seconds for the last answers (default: 60)")
+    load.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds of silence until a request fails (default: 120)"
+    )
+    load.add_argument(
+        "--workers", type=int, default=0, help="processes that make the load (default: one, without a master)"
+    )
+    load.add_argument(
+        "--bind", metavar="HOST:PORT", help="wait there for the --workers, which other machines start with --join"
+    )
+    load.add_argument(
+        "--join", metavar="HOST:PORT", help="be a worker of the tests of another machine, until Ctrl-C; nothing else"
+    )
+    load.add_argument(
+        "--no-limit", dest="limit", action="store_false", help="do not measure the generator itself first"
+    )
+    work = parser.add_argument_group("requests")
+    work.add_argument("--prompt-tokens", type=int, help="tokens in each prompt (default: 128)")
+    work.add_argument("--prompts", metavar="FILE", help="JSON lines with `prompt` or `messages`, `max_tokens`, `at`")
+    work.add_argument("--output-tokens", type=int, default=100, help="tokens in each answer (default: 100)")
+    work.add_argument(
+        "--natural", action="store_true", help="let the model end its answers; --output-tokens is the most"
+    )
+    work.add_argument("--chat", action="store_true", help="ask /v1/chat/completions (default: /v1/completions)")
+    work.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    work.add_argument("--body", default="{}", metavar="JSON", help="more fields of every request")
+    work.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default: 0)")
+    report = parser.add_argument_group("report")
+    report.add_argument("--ttft-ms", type=float, default=1000.0, help="goodput: first token within (default: 1000)")
+    report.add_argument("--tpot-ms", type=float, default=100.0, help="goodput: time per output token (default: 100)")
+    report.add_argument("--name", help="of the run, in reports (default: the server's and the model's)")
+    report.add_argument("--output", "-o", metavar="FOLDER", help="where the report goes (default: bench-DATE)")
+    report.add_argument("--compare", nargs="+", metavar="FOLDER", help="lay reports side by side; nothing is measured")
+    report.add_argument("--ui", action="store_true", help="open Locust's web page for --url; nothing else is done")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
 
         print(compare([Path(name) for name in args.compare], folder))
         return 0
-    if args.ui or args.join:
-        if args.api_key:
-            os.environ["MANYHEADS_API_KEY"] = args.api_key
-        return _ui(args) if args.ui else _join(args)
+    if args.ui:
+        return _ui(args)
+    if args.join:
+        return _join(args)
     from manyheads.bench.findings import findings
     from manyheads.bench.measure import measure
     from manyheads.bench.progress import Progress
@@ -105,22 +116,30 @@ def run(args: argparse.Namespace) -> int:
     with ended_as_by_interrupt():
         result, records = measure(bench_options(args), Progress())
         page = write(result, records, folder)
-    print(*findings(result), f"report: {page}", sep="\n")
-    return 130 if result.interrupted else 0 if result.whole.completed else 1
+    for text in findings(result):
+        print(text)
+    print(f"report: {page}")
+    if result.interrupted:
+        return 130
+    return 0 if result.whole.completed else 1
 
 
 def bench_options(args: argparse.Namespace) -> Options:
-    """Make what is to be measured from the options, or raise BenchInputError if they make no sense."""
+    """Make what is to be measured from the options.
+
+    Raises:
+        BenchInputError: they make no sense.
+    """
     from manyheads.bench.measure import Options
     from manyheads.bench.prompts import Workload
 
     mode = args.mode or "users"
     _check(args, mode)
     first = mode == "first"
-    flag, usual = LOADS[mode]
     kind: Any = "users" if first else mode
-    given = getattr(args, flag)
-    loads = parse_loads(usual if given is None else given, kind)
+    usual = {"users": "1,2,4,8", "first": "5", "rate": "", "trace": "1"}[mode]
+    given = {"users": args.users, "first": args.users, "rate": args.rates, "trace": args.speeds}[mode]
+    loads = parse_loads(usual if given is None else given, kind, float(MOST_USERS) if kind == "users" else 1e6)
     if args.workers and kind == "users" and min(loads) < args.workers and args.ramp is None and not first:
         raise BenchInputError(f"--workers {args.workers} are more than the {min(loads):g} users of a load")
     options = Options(
@@ -132,14 +151,25 @@ def bench_options(args: argparse.Namespace) -> Options:
         work=Workload(
             prompt_tokens=args.prompt_tokens or (7 if first else 128),
             file=Path(args.prompts) if args.prompts else None,
+            output_tokens=args.output_tokens,
+            natural=args.natural,
+            chat=args.chat,
+            temperature=args.temperature,
             extra=_body(args.body),
-            **{name: getattr(args, name) for name in ("output_tokens", "natural", "chat", "temperature", "seed")},
+            seed=args.seed,
         ),
         objectives={"ttft": args.ttft_ms / 1e3, "tpot": args.tpot_ms / 1e3},
+        url=args.url,
+        model=args.model,
         serve=tuple(shlex.split(args.serve)),
         api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
+        check=args.check,
+        workers=args.workers,
+        bind=args.bind,
+        timeout=args.timeout,
+        drain=args.drain,
         calibrate=args.limit,
-        **{name: getattr(args, name) for name in AS_GIVEN},
+        name=args.name,
     )
     return replace(options, settings=_settings(options, mode, args.body))
 
@@ -158,22 +188,28 @@ def _check(args: argparse.Namespace, mode: str) -> None:
         split_address(args.bind)
     if args.url and args.serve:
         raise BenchInputError("--serve is for servers that are started here, not for --url")
-    for option, (low, high) in RANGES.items():
+    ranges = {"hold": (0, 1e6), "settle": (-1, 1e6), "drain": (0, 1e6), "timeout": (0, 1e6), "ramp": (0, 1e6)}
+    ranges |= {"prompt_tokens": (0, 1e7), "output_tokens": (0, 1e7), "ttft_ms": (0, 1e9), "tpot_ms": (0, 1e9)}
+    ranges |= {"workers": (-1, 256)}
+    for option, (low, high) in ranges.items():
         value = getattr(args, option)
         if value is not None and not low < value <= high:
             raise BenchInputError(f"--{option.replace('_', '-')} must be above {max(low, 0):g}, not {value:g}")
 
 
-def parse_loads(text: str, kind: str) -> tuple[float, ...]:
-    """Return the numbers of a text with commas in rising order, or raise BenchInputError if it has something else."""
-    users = kind == "users"
+def parse_loads(text: str, kind: str, most: float) -> tuple[float, ...]:
+    """Return the numbers of a text, which has commas between them, in rising order.
+
+    Raises:
+        BenchInputError: the text has something else.
+    """
     try:
         loads = sorted({float(part) for part in text.split(",") if part.strip()})
     except ValueError:
         raise BenchInputError(f"{text!r} are no numbers; loads look like 1,2,4") from None
-    fine = all(0 < load <= (1e4 if users else 1e6) and (load == int(load) or not users) for load in loads)
-    if not fine or (text.strip() and not loads):
-        raise BenchInputError(f"loads must be {'whole numbers ' if users else ''}above 0, not {text!r}")
+    wrong = [load for load in loads if not 0 < load <= most or (kind == "users" and load != int(load))]
+    if wrong or (text.strip() and not loads):
+        raise BenchInputError(f"loads must be {'whole numbers ' if kind == 'users' else ''}above 0, not {text!r}")
     return tuple(loads)
 
 
@@ -192,9 +228,11 @@ def _body(text: str) -> dict[str, Any]:
 def _settings(options: Options, mode: str, body: str) -> dict[str, Any]:
     """Return what was asked for, as the report shows it."""
     work = options.work
-    settle, ramp = f"{options.settle:g} s", options.ramp
     settings: dict[str, Any] = {"mode": mode, "hold": f"{options.hold:g} s"}
-    settings |= {"settle": settle} if ramp is None else {"ramp": f"one more user every {ramp:g} s"}
+    if options.ramp is None:
+        settings["settle"] = f"{options.settle:g} s"
+    else:
+        settings["ramp"] = f"one more user every {options.ramp:g} s"
     settings |= {"prompts": work.file.name} if work.file else {"prompt_tokens": work.prompt_tokens}
     settings |= {"output_tokens": work.output_tokens, "endpoint": work.path, "temperature": work.temperature}
     settings |= {"natural": True} if work.natural else {}
@@ -205,6 +243,8 @@ def _settings(options: Options, mode: str, body: str) -> dict[str, Any]:
 def _join(args: argparse.Namespace) -> int:
     """Make load for one test after the other, each in a process of its own."""
     split_address(args.join)
+    if args.api_key:
+        os.environ["MANYHEADS_API_KEY"] = args.api_key
     print(f"making load for {args.join} (Ctrl-C ends this)", flush=True)
     while True:
         # a session of its own: Ctrl-C must not reach it while it is being imported, where nothing catches it
@@ -225,5 +265,7 @@ def _ui(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "locust", "-f", web.__file__, "--prompt-tokens", str(args.prompt_tokens or 128)]
     command += ["--output-tokens", str(args.output_tokens), *(["--chat"] if args.chat else [])]
     command += ["-H", args.url] if args.url else []
+    if args.api_key:
+        os.environ["MANYHEADS_API_KEY"] = args.api_key
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -8,9 +8,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,6 +18,10 @@ from manyheads.cli.parser import Parser, add_engine, add_model, add_sampling, en
 from manyheads.config import ConfigError
 from manyheads.interrupt import between_steps
 from manyheads.request import RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    import http.client
+    import urllib.error
 
 HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops a reply"
 
@@ -31,7 +35,7 @@ class Piece:
     num_steps: int = 0
 
 
-Ask = Callable[[list[dict[str, str]]], Generator[Piece, None, None]]
+Ask = Callable[[list[dict[str, str]]], Iterator[Piece]]
 
 
 def add_commands(parser: Parser) -> None:
@@ -82,12 +86,13 @@ def converse(ask: Ask, name: str, system: str | None = None) -> int:
 
 def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
     """Print a reply as it comes, and return it, or None if there is none."""
-    text, last = "", Piece()
+    parts: list[str] = []
+    last = Piece()
     begin = time.perf_counter()
     pieces = ask(messages)
     try:
         for piece in pieces:
-            text += piece.text
+            parts.append(piece.text)
             print(piece.text, end="", flush=True)
             last = piece if piece.num_tokens else last
     except KeyboardInterrupt:
@@ -96,7 +101,8 @@ def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
         print(f"error: {error}\n(/clear begins a new conversation)", file=sys.stderr)
         return None
     finally:
-        pieces.close()
+        if isinstance(pieces, Iterator) and hasattr(pieces, "close"):
+            pieces.close()
     print()
     seconds = time.perf_counter() - begin
     if last.num_tokens:
@@ -105,17 +111,18 @@ def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
             counts += f", {last.num_tokens / last.num_steps:.2f} tokens/step"
         dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
         print(f"{dim}[{counts}]{plain}", file=sys.stderr)
-    return text
+    return "".join(parts)
 
 
 def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
     from manyheads.frontend.llm import LLM
 
     config = engine_config(args)
+    settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
     print(f"loading {config.model} ...", file=sys.stderr)
-    llm = LLM(chat_template=args.chat_template, **vars(config))
+    llm = LLM(chat_template=args.chat_template, **settings)
 
-    def ask(messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
+    def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
         shown = 0
         with between_steps() as check:
             for result in llm.stream_chat(messages, params):
@@ -130,7 +137,6 @@ def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
 
 
 def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
-    import http.client
     import urllib.error
     import urllib.request
 
@@ -144,35 +150,46 @@ def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]
         try:
             return urllib.request.urlopen(urllib.request.Request(url + path, data, headers))
         except urllib.error.HTTPError as error:
-            message = f"the server answered {error.code}"
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                message = str(json.load(error)["error"]["message"])
-            raise RequestError(message) from error
+            raise RequestError(_message(error)) from error
         except (urllib.error.URLError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ConfigError(f"no answer from {url}: {reason}; is the server running?") from error
 
-    with call("/v1/models") as response:
-        try:
+    try:
+        with call("/v1/models") as response:
             name = str(json.load(response)["data"][0]["id"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise ConfigError(f"{url} answers, but not as this API does; is --url right?") from error
+    except (RequestError, ConfigError):
+        raise
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{url} answers, but not as this API does; is --url right?") from error
 
-    def ask(messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
+    def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
         body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
         with call("/v1/chat/completions", body) as response:
-            try:
-                for line in response:
-                    data = line.removeprefix(b"data: ").strip()
-                    if not line.startswith(b"data: ") or data == b"[DONE]":
-                        continue
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise RequestError(event["error"]["message"])
-                    usage = event.get("usage") or {}
-                    text = "".join(c["delta"].get("content") or "" for c in event["choices"])
-                    yield Piece(text, usage.get("completion_tokens", 0), usage.get("decoding_steps", 0))
-            except (OSError, http.client.HTTPException) as error:
-                raise RequestError("the server broke the connection off") from error
+            for line in _lines(response):
+                data = line.removeprefix(b"data: ").strip()
+                if not line.startswith(b"data: ") or data == b"[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise RequestError(event["error"]["message"])
+                usage = event.get("usage") or {}
+                text = "".join(c["delta"].get("content") or "" for c in event["choices"])
+                yield Piece(text, usage.get("completion_tokens", 0), usage.get("decoding_steps", 0))
 
     return ask, f"{name} at {url}"
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    import http.client
+
+    try:
+        yield from response
+    except (OSError, http.client.HTTPException) as error:
+        raise RequestError("the server broke the connection off") from error
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.load(error)["error"]["message"])
+    return f"the server answered {error.code}"

@@ -55,9 +55,13 @@ def add_commands(parser: Parser) -> None:
     """Add `manyheads generate` to the program."""
     summary = "answer prompts from a file, as JSON lines"
     command = parser.add_command("generate", summary, run, "manyheads generate prompts.txt")
-    forms = "a text file with a prompt on each line, or JSON lines (.jsonl) with `prompt` or `messages`, and "
-    forms += "`id` and `params` if wanted; - is standard input (default)"
-    command.add_argument("input", nargs="?", default="-", help=forms)
+    command.add_argument(
+        "input",
+        nargs="?",
+        default="-",
+        help="a text file with a prompt on each line, or JSON lines (.jsonl) with `prompt` or `messages`, and "
+        "`id` and `params` if wanted; - is standard input (default)",
+    )
     command.add_argument("--format", choices=("auto", "txt", "jsonl"), default="auto", help="of the input")
     command.add_argument("--output", "-o", help="file for the answers (default: standard output)")
     command.add_argument("--raw", action="store_true", help="prompts are texts to continue, not instructions")
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     lines = read_lines(args.input, args.format)
     if not lines:
         raise ConfigError("the input holds no prompt")
-    llm = LLM(chat_template=args.chat_template, **vars(engine_config(args)))
+    llm = LLM(chat_template=args.chat_template, **_settings(args))
     items = [_item(llm, number, parsed, params, args.raw) for number, parsed in lines]
     for item in items:
         if item.error is not None:
@@ -91,16 +95,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_lines(name: str, form: str) -> list[tuple[int, _Line | str]]:
-    """Return the lines that are not blank, numbered, each parsed or what is wrong with it; ConfigError for no file."""
+    """Return the lines that are not blank with their numbers, parsed, or what is wrong with them.
+
+    Raises:
+        ConfigError: the file is not there or not text.
+    """
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror}; give a file, or - for standard input") from error
     if form == "auto":
-        is_json = name.endswith((".jsonl", ".ndjson")) or (name == "-" and data.lstrip().startswith(b"{"))
+        first = data.lstrip()[:1]
+        is_json = name.endswith((".jsonl", ".ndjson")) or (name == "-" and first == b"{")
         form = "jsonl" if is_json else "txt"
-    lines = enumerate(data.split(b"\n"), 1)
-    return [(number, _parse(raw.strip(b"\r"), form)) for number, raw in lines if raw.strip()]
+    lines: list[tuple[int, _Line | str]] = []
+    for number, raw in enumerate(data.split(b"\n"), 1):
+        if raw.strip():
+            lines.append((number, _parse(raw.strip(b"\r"), form)))
+    return lines
 
 
 def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) -> int:
@@ -110,12 +122,15 @@ def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) 
 
     def flush() -> None:
         nonlocal failed, written
+        before = written
         while written < len(items) and items[written].ended:
             records = list(_records(items[written]))
             failed += any("error" in record for record in records)
-            out.writelines(msgspec.json.encode(record).decode() + "\n" for record in records)
+            for record in records:
+                out.write(msgspec.json.encode(record).decode() + "\n")
             written += 1
-        out.flush()
+        if written > before:
+            out.flush()
 
     try:
         with between_steps() as check:
@@ -127,6 +142,11 @@ def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) 
         print(f"stopped: {written} of {len(items)} lines are answered and written", file=sys.stderr)
         raise
     return failed
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    config = engine_config(args)
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def _parse(raw: bytes, form: str) -> _Line | str:
@@ -148,19 +168,22 @@ def _item(llm: LLM, number: int, parsed: _Line | str, params: SamplingParams, ra
     if isinstance(parsed, str):
         return Item(number, {}, error=parsed)
     echo: dict[str, Any] = {} if parsed.id is None else {"id": parsed.id}
-    said = msgspec.to_builtins(parsed.messages)
-    echo |= {"prompt": parsed.prompt} if said is None else {"messages": said}
+    if parsed.messages is not None:
+        messages = [{"role": m.role, "content": m.content} for m in parsed.messages]
+        echo["messages"] = messages
+    else:
+        assert parsed.prompt is not None
+        messages = [{"role": "user", "content": parsed.prompt}]
+        echo["prompt"] = parsed.prompt
     try:
         if parsed.params:
             given = {**msgspec.to_builtins(params, str_keys=True), **parsed.params}
             params = msgspec.convert(given, SamplingParams, str_keys=True)
-        if parsed.prompt is None:
-            return Item(number, echo, llm.prepare_chat(said, params))
-        if raw or not llm.tokenizer.has_chat_template:
+        if parsed.prompt is not None and (raw or not llm.tokenizer.has_chat_template):
             return Item(number, echo, llm.prepare(parsed.prompt, params))
-        if not parsed.prompt.strip():
+        if parsed.prompt is not None and not parsed.prompt.strip():
             raise RequestError("the prompt is empty")
-        return Item(number, echo, llm.prepare_chat([{"role": "user", "content": parsed.prompt}], params))
+        return Item(number, echo, llm.prepare_chat(messages, params))
     except (RequestError, msgspec.ValidationError) as error:
         return Item(number, echo, error=str(error))
 
@@ -170,8 +193,14 @@ def _records(item: Item) -> Iterable[dict[str, Any]]:
         yield {"line": item.line, **item.echo, "error": item.error}
         return
     for output in item.generation.result().outputs:
-        record = {"line": item.line, **item.echo, "text": output.text, "finish_reason": output.finish_reason}
-        record |= {"tokens": len(output.token_ids), "steps": output.num_steps}
+        record = {
+            "line": item.line,
+            **item.echo,
+            "text": output.text,
+            "finish_reason": output.finish_reason,
+            "tokens": len(output.token_ids),
+            "steps": output.num_steps,
+        }
         if item.generation.params.n > 1:
             record["index"] = output.index
         if output.error is not None:

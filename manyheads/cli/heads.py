@@ -24,9 +24,12 @@ def add_commands(parser: Parser) -> None:
     convert.add_argument("out", help="folder to write; must not be there, or empty")
     convert.add_argument("--to", required=True, choices=FORMATS, help="format to write")
     convert.add_argument("--base", help="the base model, to be named and read (default: the one that the heads name)")
-    expand = "write out in full what the format cannot hold: a copy of a shared projection for every head, rows of "
-    expand += "zeros for tokens that the heads leave out"
-    convert.add_argument("--expand", action="store_true", help=expand)
+    convert.add_argument(
+        "--expand",
+        action="store_true",
+        help="write out in full what the format cannot hold: a copy of a shared projection for every head, rows of "
+        "zeros for tokens that the heads leave out",
+    )
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -35,8 +38,10 @@ def run_inspect(args: argparse.Namespace) -> int:
 
     report = inspect_heads(args.heads, args.base)
     width = max(map(len, report.facts))
-    for name, value in [*report.facts.items(), *(("problem", problem) for problem in report.problems)]:
+    for name, value in report.facts.items():
         print(f"{name:{width}}  {value}")
+    for problem in report.problems:
+        print(f"{'problem':{width}}  {problem}")
     return 1 if report.problems else 0
 
 

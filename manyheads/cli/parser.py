@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
@@ -95,6 +96,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the options' values; an unknown option ends the program, with advice from its command."""
+        args = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = self.commands.get(getattr(parsed, "command", None) or "", self)
@@ -104,7 +106,8 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, option: str) -> NoReturn:
         """End with what the option may have been meant to be."""
         name = option.split("=")[0]
-        close = difflib.get_close_matches(name, self._option_string_actions, n=2, cutoff=0.6)
+        options = [o for a in self._actions for o in a.option_strings]
+        close = difflib.get_close_matches(name, options, n=2, cutoff=0.6)
         hint = f"did you mean {' or '.join(close)}?" if close else f"see {self.prog} --help"
         kind = "option" if name.startswith("-") else "argument"
         self.exit(2, f"{self.prog}: error: unknown {kind} {name}; {hint}\n")
@@ -131,7 +134,7 @@ def add_engine(parser: Parser) -> None:
     """Add the fields of EngineConfig that the parser does not have yet."""
     group = parser.add_argument_group("engine")
     for field in fields(EngineConfig):
-        if field.name in ENGINE_HELP and not any(a.dest == field.name for a in parser._actions):
+        if field.name in ENGINE_HELP and not _taken(parser, field.name):
             add_option(group, field.name, *ENGINE_HELP[field.name], field.default)
 
 
@@ -145,7 +148,12 @@ def add_sampling(parser: Parser) -> None:
 
 
 def add_option(
-    group: argparse._ArgumentGroup, name: str, kind: Callable[[str], Any], text: str, default: Any, **more: Any
+    group: argparse._ArgumentGroup,
+    name: str,
+    kind: Callable[[str], Any],
+    text: str,
+    default: Any,
+    choices: tuple[str, ...] | None = None,
 ) -> None:
     """Add the option of a field; its help tells the default, unless that is None, no, or told by the text."""
     flag = FLAGS.get(name, "--" + name.replace("_", "-"))
@@ -154,8 +162,12 @@ def add_option(
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
     else:
-        metavar = None if "choices" in more else "SIZE" if kind is size else name.upper()
-        group.add_argument(flag, dest=name, type=kind, default=default, help=text, metavar=metavar, **more)
+        metavar = None if choices else "SIZE" if kind is size else name.upper()
+        group.add_argument(flag, dest=name, type=kind, default=default, help=text, choices=choices, metavar=metavar)
+
+
+def _taken(parser: Parser, name: str) -> bool:
+    return any(a.dest == name for a in parser._actions)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from manyheads.train.settings import PROJECTIONS, TrainSettings
 
 SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """The table shows these sizes of trees."""
-TREE_SETTINGS = ("max_new_tokens", "sampled", "temperature", "seed", "device")
-"""`manyheads tree` has these options of training, too."""
 
 GROUPS: dict[str, dict[str, tuple[type, str]]] = {
     "heads": {
@@ -74,12 +71,18 @@ def add_commands(parser: Parser) -> None:
     tree.add_argument("--base", help="the base model (default: the one that the heads name)")
     tree.add_argument("--plot", metavar="FILE", help="draw tokens a step by nodes (.png, .svg, .pdf)")
     known = {name: option for options in GROUPS.values() for name, option in options.items()}
-    _add_settings(tree.add_argument_group("answers"), {name: known[name] for name in TREE_SETTINGS})
+    names = ("max_new_tokens", "sampled", "temperature", "seed", "device")
+    _add_settings(tree.add_argument_group("answers"), {name: known[name] for name in names})
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    data = "JSON lines (.gz or not) with prompt, messages, conversations, turns or instruction; the model answers"
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=data)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines (.gz or not) with prompt, messages, conversations, turns or instruction; the model answers",
+    )
     parser.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress")
 
@@ -87,8 +90,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _add_settings(group: argparse._ArgumentGroup, options: dict[str, tuple[type, str]]) -> None:
     defaults = {field.name: field.default for field in fields(TrainSettings)}
     for name, (kind, text) in options.items():
-        choices = {"choices": PROJECTIONS} if name == "projection" else {}
-        add_option(group, name, kind, text, defaults[name], **choices)
+        add_option(group, name, kind, text, defaults[name], PROJECTIONS if name == "projection" else None)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -97,9 +99,17 @@ def run_train(args: argparse.Namespace) -> int:
     from manyheads.train.run import train
 
     settings = TrainSettings(**{f.name: getattr(args, f.name) for f in fields(TrainSettings)})
-    out, template, progress = Path(args.out), args.chat_template, Progress(args.quiet)
-    accuracy = train(args.base, args.data, out, settings, resume=args.resume, chat_template=template, progress=progress)
-    _print_accuracy(accuracy)
+    accuracy = train(
+        args.base,
+        args.data,
+        Path(args.out),
+        settings,
+        resume=args.resume,
+        chat_template=args.chat_template,
+        progress=Progress(args.quiet),
+    )
+    for h, ranks in enumerate(accuracy):
+        print(f"head {h}: right {ranks[0]:.1%} of the time, among its first {len(ranks)} {sum(ranks):.1%}")
     model = args.out if settings.joint else f"{args.base} --heads {args.out}"
     print(f"manyheads serve {model}")
     return 0
@@ -127,7 +137,9 @@ def run_tree(args: argparse.Namespace) -> int:
     config = read_config(base)
     weights = read_heads(folder, config)
     progress = Progress(args.quiet)
-    settings = TrainSettings(**{key: getattr(args, key) for key in TREE_SETTINGS})
+    settings = TrainSettings(
+        **{key: getattr(args, key) for key in ("max_new_tokens", "sampled", "temperature", "seed", "device")}
+    )
     prompts = list(read_prompts(args.data, Tokenizer.load(base, args.chat_template)))
     answers = answer_all(name, prompts, settings, None, progress)
     model = Base.load(base, find_device(settings.device))
@@ -138,7 +150,8 @@ def run_tree(args: argparse.Namespace) -> int:
         raise ConfigError("the answers are too short to measure anything")
     accuracy = write_statistics(folder, ranks, f"{len(answers)} answers of the base model")
     table = tokens_per_step(ranks, accuracy)
-    _print_accuracy(accuracy)
+    for h, row in enumerate(accuracy):
+        print(f"head {h}: right {row[0]:.1%} of the time, among its first {len(row)} {sum(row):.1%}")
     print("nodes  tokens a step  by the accuracies alone")
     for point in table:
         if point["nodes"] in SHOWN:
@@ -147,11 +160,6 @@ def run_tree(args: argparse.Namespace) -> int:
     if args.plot:
         _plot(table, Path(args.plot), folder.resolve().name)
     return 0
-
-
-def _print_accuracy(accuracy: Sequence[Sequence[float]]) -> None:
-    for h, ranks in enumerate(accuracy):
-        print(f"head {h}: right {ranks[0]:.1%} of the time, among its first {len(ranks)} {sum(ranks):.1%}")
 
 
 def _plot(table: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -165,6 +173,7 @@ def _plot(table: list[dict[str, Any]], path: Path, title: str) -> None:
     nodes = [point["nodes"] for point in table]
     axes.plot(nodes, [point["measured"] for point in table], label="measured on held-out answers")
     axes.plot(nodes, [point["promised"] for point in table], "--", label="by the heads' accuracies alone")
-    axes.set(xlim=(1, nodes[-1]), ylim=(1, None))
+    axes.set_xlim(1, nodes[-1])
+    axes.set_ylim(1)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -13,17 +13,18 @@ from typing import Any
 import gevent
 from locust.env import Environment
 
+from manyheads.bench.generator import Users
 from manyheads.bench.plan import Question, Run
 from manyheads.bench.record import Record
-from manyheads.bench.users import AskingUser, Traffic
+from manyheads.bench.users import Traffic
 
 
 def main(how: str, url: str) -> None:
-    environment: Any = Environment(user_classes=[AskingUser], catch_exceptions=False)
+    environment: Any = Environment(user_classes=[Users], catch_exceptions=False)
     runner = environment.create_local_runner()
     run = Run(url, "/v1/completions", "users", [], "", "", timeout=60.0)
     environment.traffic = Traffic(run, [Question({"prompt": "x"})], environment)
-    (user,) = runner.spawn_users({"AskingUser": 1})
+    (user,) = runner.spawn_users({"Users": 1})
     records: list[Record] = []
 
     def heard(record: Record) -> None:

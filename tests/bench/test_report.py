@@ -92,7 +92,7 @@ def test_a_generator_at_its_limit_is_told() -> None:
 
 def test_no_empty_pictures() -> None:
     """A single point is drawn as one; without an answer there is no picture of latencies."""
-    one = plots.over_time(result(), "Latency over time", "seconds", [0.1, None])
+    one = plots.over_time(result(), "Latency over time", "seconds", {"median latency": [0.1, None]})
     assert [line.get_marker() for line in one.axes.lines] == ["o"]
     silent = result(timeline=[Point(0.5, 1.0, 0.0, 0.0, 1.0), Point(1.5, 1.0, 0.0, 0.0, 1.0)])
     assert "Latency over time" not in render(silent)
