@@ -50,6 +50,9 @@ class Engine:
         self._done: dict[str, int] = {}
         self._due = 0.0
 
+    def listen(self, admitted: object, beat: object) -> None:
+        pass
+
     def add_request(self, message: EngineRequest) -> None:
         self._open[message.request_id], self._done[message.request_id] = message, 0
 

@@ -30,9 +30,9 @@ _RANGES: dict[str, tuple[float, float]] = {
 """These fields of `SamplingParams` have a least and a greatest value."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ErrorKind = Literal["invalid", "queue_full", "engine"]
-"""A delta that says `error` has a reason: the request can't be served as asked (HTTP 400), too many wait (429), or the
-engine has died (503)."""
+ErrorKind = Literal["invalid", "queue_full", "engine", "model"]
+"""A delta that says `error` has a reason: the request can't be served as asked (HTTP 400), too many wait (429), the
+engine has died (503), or the model gives no numbers for this text (500)."""
 
 
 class RequestError(ValueError):
@@ -47,6 +47,14 @@ def require(ok: bool, message: str) -> None:
 
 class QueueFull(RuntimeError):
     """The waiting queue is at its limit; the caller may come back later (HTTP 429)."""
+
+
+class EngineError(RuntimeError):
+    """The engine could not start, or has died (HTTP 503)."""
+
+
+class ModelError(RuntimeError):
+    """The model gave logits that are not finite (HTTP 500)."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -132,6 +140,12 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    output_token_ids: list[int] = []
+    """These tokens of the answer are known already, from an engine that has died; the request goes on behind them."""
+    num_steps: int = 0
+    """They took so many decoding steps."""
+    resumes: bool = False
+    """If True, an engine had accepted it before it died, so that no queue is too long for it."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -272,12 +286,18 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """If True, a setting or a checkpoint cannot hold, which is the caller's to mend."""
 
 
-class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
+class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="outputs"):
     """One step of the engine has this to say."""
 
-    deltas: list[RequestDelta]
+    deltas: list[RequestDelta] = []
+    admitted: list[str] = []
+    """These requests run from this step on; it is told before the step begins, which may be the end of the engine."""
     stats: EngineStats | None = None
 
 
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """The engine is alive, and in the middle of something long."""
+
+
 ToEngine = EngineRequest | Abort
-FromEngine = EngineReady | EngineFailed | StepOutputs
+FromEngine = EngineReady | EngineFailed | StepOutputs | Beat

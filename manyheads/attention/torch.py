@@ -63,6 +63,11 @@ class TorchAttention:
         self._cos, self._sin = self.rope[0][positions], self.rope[1][positions]  # [T, 1, d]
         self._parts = [part for group in groups for part in self._split(group)]
 
+    def clear(self, pages: list[int]) -> None:
+        # a mask multiplies by 0, which makes nothing of a number, and NaN of NaN
+        if pages:
+            self.cache.clear(torch.tensor(pages, device=self.cache.device))
+
     def _split(self, group: Group) -> list[_Part]:
         """Rows of about one length, and of all of their tokens, stand together: the rest would be padding.
 
@@ -88,7 +93,10 @@ class TorchAttention:
         num_rows, tokens = len(counts), max(counts)
         longest = max(length + count for length, count in zip(lengths, counts, strict=True))
         num_pages = -(-longest // self.page_size)
-        pages = group.page_table[rows, :num_pages].reshape(-1)
+        # what stands behind a row's own pages may be a page of another row's, whose NaN no mask would hide
+        own = torch.arange(num_pages, device=group.page_table.device) * self.page_size
+        ends = group.cached_len[rows, None] + torch.tensor(counts, device=own.device)[:, None]
+        pages = torch.where(own < ends, group.page_table[rows, :num_pages], 0).reshape(-1)
         device = pages.device
         start, stop = group.start + starts[0], group.start + starts[-1]
         bits = group.bits[starts[0] : starts[-1]]

@@ -6,6 +6,7 @@ import argparse
 import os
 
 from manyheads.cli.parser import Parser, add_engine, add_model, engine_config
+from manyheads.server.config import ServerConfig
 
 
 def add_commands(parser: Parser) -> None:
@@ -18,8 +19,16 @@ def add_commands(parser: Parser) -> None:
     web.add_argument("--api-key", help="what requests must bring (default: $MANYHEADS_API_KEY, if set)")
     web.add_argument("--served-model-name", action="append", default=[], help="the model's name in requests")
     web.add_argument("--cors-origin", action="append", default=[], help="origin whose pages may call; * is any")
-    web.add_argument("--max-body-bytes", type=int, help="largest body of a request (default: 4 MiB)")
+    web.add_argument(
+        "--max-body-bytes", type=int, default=ServerConfig.max_body_bytes, help="largest body (default: 4 MiB)"
+    )
     web.add_argument("--access-log", action="store_true", help="log every request")
+    for name, unit, default, text in (
+        ("watchdog", float, ServerConfig.watchdog, "seconds after which an engine that does nothing is replaced"),
+        ("max-restarts", int, ServerConfig.max_restarts, "engines that may die in ten minutes before the server ends"),
+        ("drain-timeout", float, ServerConfig.drain_timeout, "seconds that running requests have after SIGTERM"),
+    ):
+        web.add_argument(f"--{name}", type=unit, default=default, help=f"{text} (default: {default:g})")
     web.add_argument("--verbose", action="store_true", help="tell what the engine does while it starts")
     add_engine(command)
 
@@ -27,8 +36,6 @@ def add_commands(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
     config = engine_config(args)
-    from manyheads.server.app import ServerConfig
-    from manyheads.server.limits import MAX_BODY_BYTES
     from manyheads.server.run import serve
 
     return serve(
@@ -40,8 +47,11 @@ def run(args: argparse.Namespace) -> int:
             served_model_names=tuple(args.served_model_name),
             chat_template=args.chat_template,
             cors_origins=tuple(args.cors_origin),
-            max_body_bytes=args.max_body_bytes or MAX_BODY_BYTES,
+            max_body_bytes=args.max_body_bytes,
             access_log=args.access_log,
+            watchdog=args.watchdog,
+            max_restarts=args.max_restarts,
+            drain_timeout=args.drain_timeout,
             verbose=args.verbose or args.debug,
         ),
     )

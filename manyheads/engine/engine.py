@@ -19,6 +19,8 @@ from manyheads.request import (
     MemoryUse,
     RequestDelta,
     RequestError,
+    SamplingParams,
+    require,
 )
 
 
@@ -38,6 +40,9 @@ class StepRunner(Protocol):
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run a step, after those launched before; the row state advances without the host."""
+
+    def listen(self, beat: Callable[[], None]) -> None:
+        """Call this now and then in the middle of a step that the host computes itself."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,12 @@ class Engine:
         self._drafted_by_depth: list[int] = [0] * ready.draft_depth
         self._accepted_by_depth: list[int] = [0] * ready.draft_depth
         self._tree_size = 1
+        self._announce: Callable[[list[str]], None] = lambda admitted: None
+
+    def listen(self, admitted: Callable[[list[str]], None], beat: Callable[[], None]) -> None:
+        """Call `admitted` with the ids of requests before their first step, and `beat` now and then in a long step."""
+        self._announce = admitted
+        self.runner.listen(beat)
 
     def add_request(self, message: EngineRequest) -> None:
         """Queue a request.
@@ -93,13 +104,20 @@ class Engine:
             RequestError: it can never be served; nothing was queued.
             QueueFull: too many are waiting; nothing was queued.
         """
-        params, prompt = message.params, message.prompt_token_ids
+        params, known = message.params, message.prompt_token_ids + message.output_token_ids
         if message.request_id in self._requests:
             raise RequestError(f"request id {message.request_id!r} is in use")
         if params.n != 1:
             raise RequestError("the engine takes one sequence a request; n is the front end's to fan out")
-        self.ready.check(params, [prompt])
-        max_len = self.ready.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+        self.ready.check(params, [message.prompt_token_ids])
+        max_len = self.ready.max_model_len
+        if params.max_tokens is not None:
+            max_len = len(message.prompt_token_ids) + params.max_tokens
+        if message.output_token_ids:
+            self.ready.check(SamplingParams(), [known])
+            require(
+                len(known) < max_len, f"{len(message.output_token_ids)} tokens of output are all that was asked for"
+            )
         request = Request.from_message(message, max_len, tuple(self.ready.eos_token_ids), self._random.getrandbits(62))
         self.scheduler.add(request)
         self._requests[request.request_id] = request
@@ -133,6 +151,8 @@ class Engine:
         return deltas if self.runner.overlaps else deltas + self._read_unread()
 
     def _launch(self, plan: StepPlan) -> _Launched:
+        if plan.admitted:
+            self._announce([request.request_id for request in plan.admitted])
         launched = _Launched(plan, self.runner.launch(plan), time.perf_counter())
         for chunk in plan.chunks:
             chunk.request.cached_len += chunk.num_inflight
@@ -190,7 +210,7 @@ class Engine:
         computing = {chunk.request.request_id for chunk in plan.chunks}
         self.planner.observe(result.hits, result.trials)
         if result.gains:
-            gained = [len(row.tokens) - 1 for row in result.rows if row.request.request_id not in computing]
+            gained = [max(len(row.tokens) - 1, 0) for row in result.rows if row.request.request_id not in computing]
             self.planner.observe_gains(plan.draft, result.gains, gained)
         elif plan.decoding and not plan.draft.propose:
             self.planner.observe_plain()
@@ -224,6 +244,8 @@ class Engine:
                 self._drafted_by_depth[depth] += 1
                 self._accepted_by_depth[depth] += depth < len(tokens) - 1
         request.num_steps += 1
+        if not row.is_finite:
+            return self._fail(request)
 
         reason: FinishReason | None = None
         stop_token: int | None = None
@@ -242,6 +264,17 @@ class Engine:
             self._register(request)
             return self._delta(request, tokens, row)
         return self._finish(request, tokens, reason, row, stop_token)
+
+    def _fail(self, request: Request) -> RequestDelta:
+        """End a request whose logits are not finite. What it computed is shared with nobody."""
+        self.scheduler.pages.forget(request.table)
+        self.scheduler.remove(request)
+        del self._requests[request.request_id]
+        where = f"after {request.num_output} tokens" if request.num_output else "for the prompt"
+        why = (
+            f"the model's logits are not finite {where}: its numbers overflow in {self.ready.dtype}, or weights are NaN"
+        )
+        return RequestDelta.failure(request.request_id, why, "model")
 
     def _register(self, request: Request) -> None:
         self.scheduler.pages.register(request.table, request.tokens, min(request.cached_len, len(request.tokens)))

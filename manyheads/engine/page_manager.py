@@ -132,6 +132,12 @@ class PageManager:
                 self._page_of[digest] = table.pages[i]
                 self._digest_of[table.pages[i]] = digest
 
+    def forget(self, table: PageTable) -> None:
+        """Share what a table's pages hold with nobody else from now on."""
+        for page in table.pages:
+            if (digest := self._digest_of.pop(page, None)) is not None:
+                del self._page_of[digest]
+
     def free(self, table: PageTable) -> None:
         """Take all pages back; known ones stay in the prefix cache, last pages first to be evicted."""
         for page in reversed(table.pages):

@@ -48,11 +48,15 @@ class PendingStep:
             for i, request in enumerate(drawn.requests):
                 gained, brought, depth = values[i][:3]
                 tokens = values[i][3 : 3 + gained]
+                is_finite = tokens[-1] >= 0
+                if not is_finite:
+                    del tokens[-1]
+                    gained -= 1
                 logprobs = None
                 if i in drawn.logits:
                     path = torch.tensor(values[i][3 + width : 3 + width + gained], device=drawn.logits[i].device)
                     logprobs = token_logprobs(drawn.logits[i][path], tokens, request.params.logprobs or 0)
-                result.rows.append(RowResult(request, tokens, logprobs, depth, brought - 1))
+                result.rows.append(RowResult(request, tokens, logprobs, depth, brought - 1, is_finite))
                 if i in drawn.known and self._drafter is not None:
                     count_hits(result, tokens, values[i][3 + 2 * width :], self._drafter)
             if drawn.gains is not None:

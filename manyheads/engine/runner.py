@@ -6,6 +6,7 @@ needed to launch the next one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 
@@ -80,11 +81,16 @@ class Runner:
         """What recorded steps take of the device."""
         return self.recorded.recorder.memory_bytes if self.recorded is not None else 0
 
+    def listen(self, beat: Callable[[], None]) -> None:
+        """Call this at each layer of a pass that the host launches itself."""
+        self.model.beat = beat
+
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step, after those launched before."""
         admit(self.state, self.drafter, plan.admitted)
-        sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
+        new = sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
+        self.run.attention.clear(new)
         drawn: list[Drawn] = []
         chunks, decoding = plan.chunks, plan.decoding
         if self.recorded is not None:
@@ -162,7 +168,7 @@ class Runner:
         logits = self.model.logits(last)
         raw = {i: logits[i : i + 1].clone() for i, r in enumerate(requests) if r.params.logprobs is not None}
         target, _ = draw(logits, last_nodes(requests, index, self._tensors(ROOT), state), state)
-        state.drafts[index, 0] = target
+        state.drafts[index, 0] = target.clamp(min=0)
         one, none = torch.ones_like(target), torch.zeros_like(target)
         values = torch.stack((one, one, none, target, none), dim=1)
         self.run.propose(index, last, values[:, 3:4], values[:, :1], plan.draft.tree.max_depth)

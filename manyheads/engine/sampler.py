@@ -73,8 +73,8 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[in
         logits: [T, V] float32, overwritten for rows whose parameters change them.
 
     Returns:
-        [T] int64 tokens, and for each request with typical acceptance (by its place among them) the distributions of
-        its tree's nodes, [n, V].
+        [T] int64 tokens (-1 where the logits are not finite), and for each request with typical acceptance (by its
+        place among them) the distributions of its tree's nodes, [n, V].
     """
     for i, request in enumerate(nodes.requests):
         if edits_logits(request):
@@ -83,7 +83,8 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[in
             # nodes that the row did not bring write to its root, and must write what the root does
             absent = (nodes.place[i] == nodes.place[i, 0])[:, None]
             logits[nodes.place[i]] = torch.where(absent, edited[:1], edited)
-    target = logits.argmax(dim=-1)
+    most, target = logits.max(dim=-1)
+    target.masked_fill_(~most.isfinite(), -1)
     params = [request.params for request in nodes.requests]
     if all(p.greedy for p in params):
         return target, {}
@@ -100,7 +101,7 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[in
     positions = nodes.first[:, None] + torch.arange(nodes.max_depth + 1, device=logits.device)
     noise = gumbel(state.seed[nodes.rows], positions, logits.shape[-1])  # [R, D + 1, V]
     sampled = (chosen + noise[nodes.row, nodes.depth]).argmax(dim=-1)
-    return torch.where(temperature[:, 0] > 0, sampled, target), typical
+    return torch.where((temperature[:, 0] > 0) & (target >= 0), sampled, target), typical
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:

@@ -160,7 +160,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             if request.num_preemptions == 0:
-                request.num_cached_prompt_tokens = request.cached_len
+                request.num_cached_prompt_tokens = min(request.cached_len, request.prompt_len)
                 self.prefix_queries += request.prompt_len
                 self.prefix_hits += request.cached_len
             request.held_row = self._free_rows.pop()

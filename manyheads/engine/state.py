@@ -38,8 +38,13 @@ def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> 
             _count_known(state, request)
 
 
-def sync_pages(state: RowState, requests: list[Request]) -> None:
-    """Bring the device's page tables up to date with the pages that the requests hold."""
+def sync_pages(state: RowState, requests: list[Request]) -> list[int]:
+    """Bring the device's page tables up to date with the pages that the requests hold.
+
+    Returns:
+        The pages that are new to them and that hold nothing yet.
+    """
+    fresh: list[int] = []
     rows: list[int] = []
     columns: list[int] = []
     pages: list[int] = []
@@ -50,10 +55,12 @@ def sync_pages(state: RowState, requests: list[Request]) -> None:
             rows += [request.row] * len(new)
             columns += range(table.num_synced, len(table.pages))
             pages += new
+            fresh += table.pages[max(table.num_synced, len(table.digests)) :]  # in front of them stand shared ones
             table.num_synced = len(table.pages)
     if rows:
         where = state.tensor([rows, columns, pages])
         state.page_table[where[0], where[1]] = where[2]
+    return fresh
 
 
 def has_penalties(request: Request) -> bool:

@@ -53,11 +53,12 @@ class Request:
         return cls(
             request_id=message.request_id,
             params=params,
-            tokens=list(message.prompt_token_ids),
+            tokens=message.prompt_token_ids + message.output_token_ids,
             prompt_len=len(message.prompt_token_ids),
             max_len=max_len,
             stop_ids=frozenset(params.stop_token_ids) | frozenset(eos),
             seed=params.seed if params.seed is not None else default_seed,
+            num_steps=message.num_steps,
         )
 
     @property
@@ -133,6 +134,8 @@ class RowResult:
     """Depth of the tree the row brought; 0 for a root alone."""
     num_drafted: int = 0
     """Nodes of it, the root left out."""
+    is_finite: bool = True
+    """Whether the target could draw a token; if not, its own is missing, since its logits were NaN or infinite."""
 
 
 @dataclass(frozen=True)

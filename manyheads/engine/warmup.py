@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from manyheads.batch import MAX_NODES
+from manyheads.config import ConfigError
 from manyheads.engine.page_manager import DUMMY_PAGE, PageTable
 from manyheads.engine.recorded import TREE_ROWS, padded_rows
 from manyheads.engine.runner import Runner
@@ -96,7 +97,9 @@ def _time(runner: Runner, plans: list[StepPlan], context: int) -> list[float]:
             runner.state.cached_len[: len(plan.decoding)] = context
             began = time.perf_counter()
             for step in [runner.launch(plan) for _ in range(burst)]:
-                step.read()
+                if not all(row.is_finite for row in step.read().rows):
+                    dtype = str(runner.model.dtype).removeprefix("torch.")
+                    raise ConfigError(f"the model's logits are not finite in {dtype}; dtype=float32 has more range")
             taken.append((time.perf_counter() - began) / burst)
     return [min(taken[1:]) for taken in times]
 

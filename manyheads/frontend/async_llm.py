@@ -10,12 +10,21 @@ from functools import partial
 
 import msgspec
 
-from manyheads.frontend.engine_client import DeltaQueue, EngineClient, EngineError
+from manyheads.frontend.engine_client import DeltaQueue, EngineClient
 from manyheads.frontend.generation import Generation, OpenSequences, Prompt, Update, take
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import EngineReady, QueueFull, RequestDelta, RequestError, SamplingParams, require
+from manyheads.request import (
+    EngineError,
+    EngineReady,
+    ModelError,
+    QueueFull,
+    RequestDelta,
+    RequestError,
+    SamplingParams,
+    require,
+)
 
-_ERRORS = {"invalid": RequestError, "queue_full": QueueFull, "engine": EngineError}
+_ERRORS = {"invalid": RequestError, "queue_full": QueueFull, "engine": EngineError, "model": ModelError}
 INLINE_CHARACTERS = 4000
 """Shorter texts are encoded at once: that takes less time than handing them to a thread."""
 
@@ -48,7 +57,7 @@ class AsyncLLM:
         """Run generations and give their text as it comes. Closing the iterator early aborts what still runs.
 
         Raises:
-            RequestError, QueueFull, EngineError: the engine refused or failed one of the continuations.
+            RequestError, QueueFull, EngineError, ModelError: the engine refused or failed one of the continuations.
         """
         pairs = [pair for generation in generations for pair in generation.requests()]
         sequences: OpenSequences = {request.request_id: output for request, output in pairs}

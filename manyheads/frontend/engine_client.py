@@ -1,70 +1,126 @@
-"""The front end's end of an engine process starts it, talks to it and notices its death."""
+"""The front end's end of an engine starts the process, knows which requests are open there, and starts another where
+one dies or hangs. Open requests go on in the new one with the tokens that they have, and their readers see a pause."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import signal
+import dataclasses
+import random
 import sys
-import tempfile
+import time
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.frontend.engine_link import EngineLink
 from manyheads.frontend.engine_process import BUILD_ENGINE, EngineLaunch
 from manyheads.request import (
     Abort,
+    EngineError,
+    EngineFailed,
     EngineReady,
     EngineRequest,
     EngineStats,
     FromEngine,
     RequestDelta,
     StepOutputs,
-    ToEngine,
 )
 
 DeltaQueue = asyncio.Queue[RequestDelta]
-MOST_STEPS = 8
-"""The client takes the outputs of at most so many further steps before it lets the readers of the first ones run."""
+"""Holds at most what its requests may gain: a reader that is behind costs no more than the context's tokens."""
+START_SECONDS = 900.0
+"""While it loads and measures, an engine may be silent for so long."""
+RESTART_WINDOW = 600.0
+"""Deaths of engines are counted within so many seconds."""
+MOST_BACKOFF = 30.0
+"""The longest pause before a restart, in seconds."""
+MOST_DEATHS = 2
+"""A request that ran at so many deaths in a row is not tried again."""
 
 
-class EngineError(RuntimeError):
-    """The engine could not start, or has died (HTTP 503)."""
+@dataclass(eq=False)
+class _Open:
+    """A request that has not ended, and what came of it."""
+
+    request: EngineRequest
+    queue: DeltaQueue
+    tokens: list[int] = field(default_factory=list)
+    num_steps: int = 0
+    sent: bool = False
+    """Whether an engine has got it."""
+    runs: bool = False
+    """Whether the engine that is there now has begun with it."""
+    deaths: int = 0
+    """Of engines in a row, at which it ran."""
+    aborted: bool = False
+
+    def to_send(self) -> EngineRequest:
+        """What an engine that knows nothing of it needs."""
+        if not self.sent:
+            return self.request
+        return msgspec.structs.replace(
+            self.request, output_token_ids=list(self.tokens), num_steps=self.num_steps, resumes=True
+        )
 
 
 class EngineClient:
-    """The client owns one engine process and knows which requests are open there.
+    """The client owns an engine process at a time and supervises it.
 
-    It is made within a running event loop. The sockets live in a folder that only this user may enter; folder and
-    process are gone after `close`.
+    It is made within a running event loop.
 
     Args:
+        watchdog: an engine that says nothing for so many seconds is ended; it speaks once a second at least.
+        max_restarts: in RESTART_WINDOW seconds; one death more is the end.
         build: `module:function` that makes the engine in its process (tests put their own here).
         verbose: let the engine report what it does on standard error.
     """
 
-    def __init__(self, config: EngineConfig, *, build: str = BUILD_ENGINE, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        watchdog: float,
+        max_restarts: int,
+        build: str = BUILD_ENGINE,
+        verbose: bool = False,
+    ) -> None:
         self.config = config
         self.stats = EngineStats()
         self.failure: str | None = None
-        """Once the engine is not there any more, this says why."""
-        self._build = build
-        self._verbose = verbose
-        self._queues: dict[str, DeltaQueue] = {}
-        self._process: asyncio.subprocess.Process | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._requests: zmq.Socket[bytes] | None = None
+        """Once there will be no engine any more, this says why."""
+        self.num_restarts = 0
+        self.num_resumed = 0
+        """Requests that went on in another engine, each time counted."""
+        self._launch = EngineLaunch(config=config, folder="", build=build, verbose=verbose)
+        self._watchdog, self._max_restarts = watchdog, max_restarts
+        self._open: dict[str, _Open] = {}
+        self._link: EngineLink | None = None  # of an engine that serves
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
-        self._cleanup = contextlib.ExitStack()
+        self._supervisor: asyncio.Task[None] | None = None
+        self._random = random.Random(config.seed)
+        self._heard = 0.0
+        self._deaths: deque[float] = deque()
+        self._idle_deaths = 0  # in a row, of engines that finished no request
+
+    @property
+    def serving(self) -> bool:
+        """Tell whether an engine is there that takes requests."""
+        return self._link is not None and self.failure is None
 
     @property
     def alive(self) -> bool:
-        """Tell whether the engine has started and serves."""
-        return self._ready.done() and self.failure is None
+        """Tell whether the engine speaks, or another is being started."""
+        return self.failure is None and (self._link is None or time.monotonic() - self._heard <= self._watchdog)
+
+    @property
+    def num_open(self) -> int:
+        """Count the requests that have not ended."""
+        return len(self._open)
 
     async def start(self) -> EngineReady:
         """Start the engine and wait until it serves.
@@ -73,28 +129,7 @@ class EngineClient:
             ConfigError: a setting or a checkpoint cannot hold.
             EngineError: it could not start; the message says why.
         """
-        folder = tempfile.mkdtemp(prefix="manyheads-")
-        self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-        context = self._cleanup.enter_context(zmq.asyncio.Context())
-        # requests go out through a plain socket: with no limit on its queue, sending never waits
-        self._requests = self._cleanup.enter_context(zmq.Socket(context, zmq.PUSH))
-        outputs = self._cleanup.enter_context(context.socket(zmq.PULL))
-        for socket, name in ((self._requests, "requests"), (outputs, "outputs")):
-            socket.set_hwm(0)
-            socket.linger = 0
-            try:
-                socket.bind(f"ipc://{folder}/{name}")
-            except zmq.ZMQError as error:
-                raise EngineError(f"no socket can be made in {folder}: {error}; set TMPDIR") from error
-        command = (sys.executable, "-m", "manyheads.frontend.engine_process")
-        # in a session of its own, so that the terminal's Ctrl-C reaches the server alone
-        self._process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.PIPE, start_new_session=True
-        )
-        assert self._process.stdin is not None
-        launch = EngineLaunch(config=self.config, folder=folder, build=self._build, verbose=self._verbose)
-        self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        self._tasks = [asyncio.create_task(self._receive(outputs)), asyncio.create_task(self._watch(self._process))]
+        self._supervisor = asyncio.create_task(self._supervise())
         return await self._ready
 
     def submit(self, requests: Iterable[EngineRequest]) -> DeltaQueue:
@@ -104,82 +139,172 @@ class EngineClient:
             if self.failure is not None:
                 queue.put_nowait(self._last(request.request_id))
                 continue
-            self._queues[request.request_id] = queue
-            self._send(request)
+            if request.params.seed is None:  # drawn here, so that another engine can go on with it
+                params = msgspec.structs.replace(request.params, seed=self._random.getrandbits(62))
+                request = msgspec.structs.replace(request, params=params)
+            self._open[request.request_id] = entry = _Open(request, queue)
+            if self._link is not None:
+                self._send(self._link, entry)
         return queue
 
     def abort(self, request_id: str) -> None:
         """Ask for the end of a request; its last delta follows. An unknown id is fine."""
-        if request_id in self._queues:
-            self._send(Abort(request_id))
+        entry = self._open.get(request_id)
+        if entry is None or entry.aborted:
+            return
+        entry.aborted = True
+        if self._link is None:
+            self._end(request_id)
+        else:
+            self._link.send(Abort(request_id))
 
     def abort_all(self) -> None:
         """Ask for the end of all open requests."""
-        for request_id in self._queues:
-            self._send(Abort(request_id))
+        for request_id in list(self._open):
+            self.abort(request_id)
 
     async def close(self) -> None:
-        """End the process and remove the sockets. Open requests get a last delta that says so."""
-        self._fail("the server is shutting down")
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()  # it owns nothing that would have to be saved
-            await self._process.wait()
-        self._cleanup.close()
+        """End the process and remove its sockets. Open requests get a last delta that says so."""
+        self._fail(EngineFailed("the server is shutting down"))
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
 
-    def _send(self, message: ToEngine) -> None:
-        assert self._requests is not None
-        self._requests.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
-
-    async def _receive(self, outputs: zmq.asyncio.Socket) -> None:
-        decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-        unread: zmq.Socket[bytes] = zmq.Socket.shadow(outputs.underlying)
+    async def _supervise(self) -> None:
+        """Run an engine after another until one cannot be replaced."""
         while True:
-            self._take(decoder.decode(await outputs.recv()))
-            # Steps that have come meanwhile, before any of their readers runs: a server that does not keep up writes
-            # the tokens of several steps at once (`AsyncLLM.updates`).
-            for _ in range(MOST_STEPS):
-                try:
-                    message = unread.recv(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                self._take(decoder.decode(message))
-            await asyncio.sleep(0)  # now the readers, even if more is there
+            try:
+                cause = await self._run()
+            except OSError as error:  # no process or socket can be made
+                cause = EngineFailed(str(error))
+            delay = self._bury(cause)
+            if delay is None:
+                return
+            print(f"engine: {cause.message}; starting another", file=sys.stderr, flush=True)
+            await asyncio.sleep(delay)
 
-    def _take(self, message: FromEngine) -> None:
+    async def _run(self) -> EngineFailed:
+        """Run one engine from its start to its end, and return why it ended."""
+        link = EngineLink()
+        tasks: list[asyncio.Task[EngineFailed]] = []
+        try:
+            await link.start(self._launch)
+            self._heard = time.monotonic()
+            tasks = [asyncio.create_task(self._read(link)), asyncio.create_task(self._watch_silence())]
+            ends: list[asyncio.Future[Any]] = [*tasks, link.ended]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if link.ended.done():
+                await asyncio.wait(tasks[:1], timeout=0.2)  # its last words come first
+            told = [task.result() for task in tasks if task.done()]
+            return told[0] if told else EngineFailed(await link.ended)
+        finally:
+            self._link = None
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await link.close()
+
+    async def _read(self, link: EngineLink) -> EngineFailed:
+        """Take what an engine says until it says why it ends."""
+        async with contextlib.aclosing(link.messages()) as messages:
+            async for message in messages:
+                self._heard = time.monotonic()
+                if isinstance(message, EngineFailed):
+                    return message
+                self._take(link, message)
+        raise AssertionError("an engine's messages do not end")
+
+    async def _watch_silence(self) -> EngineFailed:
+        """Wait until the engine has said nothing for too long."""
+        while True:
+            limit = START_SECONDS if self._link is None else self._watchdog
+            left = self._heard + limit - time.monotonic()
+            if left <= 0:
+                await asyncio.sleep(0.1)  # this process may have stood still itself: what is there is read first
+                if time.monotonic() - self._heard > limit:
+                    return EngineFailed(f"the engine did nothing for {limit:g} s (--watchdog)")
+            await asyncio.sleep(min(max(left, 0.05), 1.0))
+
+    def _take(self, link: EngineLink, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):
             self.stats = message.stats or self.stats
+            for request_id in message.admitted:
+                if request_id in self._open:
+                    self._open[request_id].runs = True
             for delta in message.deltas:
-                ended = delta.finish_reason is not None
-                queue = self._queues.pop(delta.request_id, None) if ended else self._queues.get(delta.request_id)
-                if queue is not None:
-                    queue.put_nowait(delta)
+                self._add(delta)
+                if delta.finish_reason is not None:
+                    self._idle_deaths = 0
         elif isinstance(message, EngineReady):
-            if not self._ready.done():
-                self._ready.set_result(message)
+            self._serve(link, message)
+
+    def _add(self, delta: RequestDelta) -> None:
+        entry = self._open.get(delta.request_id)
+        if entry is None:
+            return
+        entry.tokens += delta.new_token_ids
+        entry.num_steps = max(entry.num_steps, delta.num_steps)
+        if delta.finish_reason is not None:
+            del self._open[delta.request_id]
+        entry.queue.put_nowait(delta)
+
+    def _serve(self, link: EngineLink, ready: EngineReady) -> None:
+        """Give an engine that has started what is open."""
+        self._link = link
+        if self._ready.done():
+            self.num_restarts += 1
+            self.num_resumed += sum(entry.sent for entry in self._open.values())
         else:
-            self._fail(message.message, ConfigError if message.refused else EngineError)
+            self._ready.set_result(ready)
+            # another engine has the same room, or what runs here could not go on there
+            config = dataclasses.replace(self.config, num_blocks=ready.num_pages, max_model_len=ready.max_model_len)
+            self._launch = msgspec.structs.replace(self._launch, config=config)
+        for entry in list(self._open.values()):
+            self._send(link, entry)
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        status = await process.wait()
-        await asyncio.sleep(0.2)  # its last words come first
-        how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        hint = " (out of memory?)" if -status == signal.SIGKILL else ""
-        self._fail(f"the engine process ended {how}{hint}")
+    def _send(self, link: EngineLink, entry: _Open) -> None:
+        try:
+            link.send(entry.to_send())
+        except EngineError as error:
+            self._add(RequestDelta.failure(entry.request.request_id, str(error), "queue_full"))
+            return
+        entry.sent = True
 
-    def _fail(self, message: str, kind: type[Exception] = EngineError) -> None:
+    def _bury(self, cause: EngineFailed) -> float | None:
+        """Say which requests died with an engine, and after how many seconds another is to start; None: never."""
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - RESTART_WINDOW:
+            self._deaths.popleft()
+        if not self._ready.done() or len(self._deaths) > self._max_restarts:
+            self._fail(cause)
+            return None
+        for request_id, entry in list(self._open.items()):
+            entry.deaths = entry.deaths + 1 if entry.runs else 0
+            entry.runs = False
+            if entry.aborted:
+                self._end(request_id)
+            elif entry.deaths >= MOST_DEATHS:
+                why = f"the engine died {MOST_DEATHS} times in a row while this request ran: {cause.message}"
+                self._add(RequestDelta.failure(request_id, why, "engine"))
+        self._idle_deaths += 1
+        return 0.0 if self._idle_deaths == 1 else min(2.0 ** (self._idle_deaths - 2), MOST_BACKOFF)
+
+    def _fail(self, cause: EngineFailed) -> None:
         if self.failure is not None:
             return
-        self.failure = message
+        self.failure = cause.message
         if not self._ready.done():
-            self._ready.set_exception(kind(message))
+            self._ready.set_exception((ConfigError if cause.refused else EngineError)(cause.message))
             self._ready.exception()  # retrieved: nobody may be waiting any more
-        queues, self._queues = self._queues, {}
-        for request_id, queue in queues.items():
-            queue.put_nowait(self._last(request_id))
+        opened, self._open = self._open, {}
+        for request_id, entry in opened.items():
+            entry.queue.put_nowait(self._last(request_id))
+
+    def _end(self, request_id: str) -> None:
+        """Answer an abort for an engine that is not there."""
+        self._add(RequestDelta(request_id=request_id, new_token_ids=[], finish_reason="abort"))
 
     def _last(self, request_id: str) -> RequestDelta:
         """Answer for the engine, which cannot answer any more."""

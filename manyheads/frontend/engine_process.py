@@ -24,6 +24,7 @@ import zmq
 from manyheads.config import EngineConfig
 from manyheads.request import (
     Abort,
+    Beat,
     EngineFailed,
     ErrorKind,
     FromEngine,
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 BUILD_ENGINE = "manyheads.engine.build:build_engine"
 STATS_INTERVAL = 0.2
 """So many seconds pass between two snapshots of the statistics while there is work."""
+MOST_UNREAD = 1000
+"""Steps that may wait for a parent that does not read; then the engine waits, too."""
+BEAT_SECONDS = 1.0
+"""An engine that has nothing to say says so after as many seconds."""
 
 
 class EngineLaunch(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,25 +66,36 @@ class Loop:
         self._inbox = inbox
         self._outbox = outbox
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-        self._stats_at = 0.0
+        self._stats_at = self._sent_at = 0.0
+        engine.listen(lambda ids: self.send(StepOutputs(admitted=ids)), self._beat)
 
     def run(self) -> None:
-        """Serve until the process is ended. With nothing to do it sleeps in the socket."""
+        """Serve until the process is ended. With nothing to do it sleeps in the socket, and says that it is alive."""
         while True:
             if not self.engine.has_work():
-                self._inbox.poll()
-            deltas = self._receive()
-            deltas += self.engine.step()
-            now = time.monotonic()
-            stats = None
-            if now - self._stats_at >= STATS_INTERVAL or not self.engine.has_work():
-                stats, self._stats_at = self.engine.stats(), now
-            if deltas or stats is not None:
-                self.send(StepOutputs(deltas=deltas, stats=stats))
+                self._inbox.poll(int(BEAT_SECONDS * 1000))
+            self.turn()
+
+    def turn(self) -> None:
+        """Take what has arrived, run a step, and send what came of both."""
+        deltas = self._receive()
+        deltas += self.engine.step()
+        now = time.monotonic()
+        stats = None
+        if now - self._stats_at >= STATS_INTERVAL or not self.engine.has_work():
+            stats, self._stats_at = self.engine.stats(), now
+        if deltas or stats is not None:
+            self.send(StepOutputs(deltas=deltas, stats=stats))
 
     def send(self, message: FromEngine) -> None:
-        """Send a message to the parent."""
+        """Send a message to the parent; it waits while the parent takes none."""
         self._outbox.send(msgspec.msgpack.encode(message))
+        self._sent_at = time.monotonic()
+
+    def _beat(self) -> None:
+        """Say in the middle of a long step that the engine is alive."""
+        if time.monotonic() - self._sent_at >= BEAT_SECONDS:
+            self.send(Beat())
 
     def _receive(self) -> list[RequestDelta]:
         """Give the engine everything that has arrived; return a last delta for each request that it refuses."""
@@ -89,7 +105,11 @@ class Loop:
                 data = self._inbox.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return refused
-            message = self._decoder.decode(data)
+            try:
+                message = self._decoder.decode(data)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                print(f"engine: dropped a message of {len(data)} bytes: {error}", file=sys.stderr, flush=True)
+                continue
             if isinstance(message, Abort):
                 self.engine.abort(message.request_id)
                 continue
@@ -109,7 +129,7 @@ def main() -> None:
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket, name in ((inbox, "requests"), (outbox, "outputs")):
-        socket.set_hwm(0)
+        socket.set_hwm(MOST_UNREAD)
         socket.connect(f"ipc://{launch.folder}/{name}")
     serving = False
     try:
@@ -117,7 +137,7 @@ def main() -> None:
         engine = pkgutil.resolve_name(launch.build)(launch.config, say if launch.verbose else lambda line: None)
         loop = Loop(engine, inbox, outbox)
         loop.send(engine.ready)
-        loop.send(StepOutputs(deltas=[], stats=engine.stats()))
+        loop.send(StepOutputs(stats=engine.stats()))
         serving = True
         loop.run()
     except Exception as error:

@@ -160,7 +160,7 @@ def _settle_kernel(
     tl.store(path_offsets + row * WIDTH + step, offset, mask=on_path)
     if slot_row != dummy:
         tl.store(cached_len + slot_row, tl.load(cached_len + slot_row) + accepted)
-        tl.store(drafts + slot_row * stride_drafts, newest)
+        tl.store(drafts + slot_row * stride_drafts, tl.maximum(newest, 0))
 
 
 @triton.jit(do_not_specialize=["dummy"])

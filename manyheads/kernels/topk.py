@@ -36,7 +36,7 @@ def topk(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """[N, V] → [N] int64, of equals the first; types as `topk`."""
+    """[N, V] → [N] int64, of equals the first; -1 where what is found is not a finite number. Types as `topk`."""
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     _launch(logits, tokens[:, None], None)
     return tokens
@@ -162,14 +162,16 @@ def _merge_kernel(
         key = tl.where(key == best, LOWEST, key)
         column = tl.where(rank == i, 0xFFFFFFFF - (best & 0xFFFFFFFF), column)
     column = tl.minimum(column, width - 1)  # there are COUNT columns, unless a NaN's bits are those of LOWEST
+    value = tl.load(logits + row * stride_logits + column, mask=rank < COUNT, other=float("-inf")).to(tl.float32)
+    if not CHANCES:
+        column = tl.where(tl.abs(value) < float("inf"), column, -1)
     tl.store(tokens + row * COUNT + rank, column, mask=rank < COUNT)
     if CHANCES:
         most = tl.load(stats + row * 2 * blocks + block, mask=block < blocks, other=float("-inf"))
         total = tl.load(stats + (row * 2 + 1) * blocks + block, mask=block < blocks, other=0.0)
-        value = tl.load(logits + row * stride_logits + column, mask=rank < COUNT, other=float("-inf"))
         shift = tl.max(most, 0)
         shift = tl.where(shift == float("-inf"), 0.0, shift)
         total = tl.sum(total * tl.exp(most - shift), 0)
         # never above 1: no node may be more probable than its parent
-        chance = tl.minimum(tl.exp(value.to(tl.float32) - shift) / total, 1.0)
+        chance = tl.minimum(tl.exp(value - shift) / total, 1.0)
         tl.store(chances + row * COUNT + rank, tl.where(total > 0, chance, 0.0), mask=rank < COUNT)

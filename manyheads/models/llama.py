@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,8 @@ class Llama:
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
         self.rope = _rope_table(config, self.device, self.dtype)
+        self.beat: Callable[[], None] = lambda: None
+        """Called at each layer: a long prompt can take a CPU minutes, and a watchdog wants to know that it goes on."""
 
     def forward(self, tokens: Tensor, attention: AttentionBackend) -> Tensor:
         """Hidden states after the final norm.
@@ -96,6 +99,7 @@ class Llama:
         residual = F.embedding(tokens, self.embedding)
         x: Tensor | QuantizedRows = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
+            self.beat()
             y = layer.o(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
             x = ops.add_rms_norm(y, residual, layer.post_norm, eps, layer.gate_up.takes(residual))
             y = layer.down(ops.silu_mul(layer.gate_up(x), layer.down.takes(residual)))

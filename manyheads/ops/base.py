@@ -112,7 +112,7 @@ class Ops(Protocol):
         """A Medusa head's residual block: hidden [R, D] + silu(block_out [R, H, D])."""
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """[N, V] → [N] int64, of equals the first."""
+        """[N, V] → [N] int64, of equals the first; -1 where the greatest is not a finite number."""
 
     def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The best tokens of [N, V] logits, best first, and their probabilities: [N, count] int64 and float32."""

@@ -62,11 +62,12 @@ class TorchOps:
         return hidden[:, None] + F.silu(block_out)
 
     def argmax(self, logits: Tensor) -> Tensor:
-        return logits.argmax(dim=-1)
+        most, tokens = logits.max(dim=-1)
+        return tokens.masked_fill_(~most.isfinite(), -1)
 
     def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, tokens = logits.topk(count, dim=-1)
-        return tokens, (values.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp_()
+        return tokens, (values.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp_().nan_to_num_(0.0)
 
     def expand(
         self, state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, sizes: Tensor | None = None
@@ -125,7 +126,7 @@ class TorchOps:
         )
         state.cached_len.index_add_(0, index, gained)
         state.cached_len[state.num_rows] = 0
-        state.drafts[index, 0] = emitted.gather(1, gained[:, None] - 1)[:, 0]
+        state.drafts[index, 0] = emitted.gather(1, gained[:, None] - 1)[:, 0].clamp_(min=0)
         return Outcome(values, trees.place.gather(1, last[:, None])[:, 0])
 
     def compact(self, cache: KVCache, trees: Trees, path: Tensor, gained: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,35 +10,17 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 
-from manyheads.frontend.engine_client import EngineError
-from manyheads.request import require
+from manyheads.request import EngineError, require
 from manyheads.server.auth import DOCS_FILES, ApiKey
-from manyheads.server.errors import add_error_handlers
+from manyheads.server.config import ServerConfig
+from manyheads.server.errors import ApiError, add_error_handlers
 from manyheads.server.generate import generate_router
-from manyheads.server.limits import MAX_BODY_BYTES, BodyLimit
+from manyheads.server.limits import BodyLimit
 from manyheads.server.openai import openai_router
 from manyheads.server.schemas import DetokenizeRequest, TokenizeRequest
 from manyheads.server.service import Service
 
 PAGE = Path(__file__).parent / "page" / "index.html"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """The web server needs to know this, beside what the engine does."""
-
-    host: str = "0.0.0.0"
-    port: int = 8000
-    """At 0, the system chooses a free one."""
-    api_key: str | None = None
-    served_model_names: tuple[str, ...] = ()
-    """Requests may call the model by these names; without any, by the model's own."""
-    chat_template: str | None = None
-    """It is a file, or the name of a known template; None takes the tokenizer's."""
-    cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = MAX_BODY_BYTES
-    access_log: bool = False
-    verbose: bool = False
 
 
 def package_version() -> str:
@@ -95,11 +76,18 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_service_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/health", tags=["Service"], summary="200 while the engine serves, 503 else")
+    @app.get("/health", tags=["Service"], summary="200 while the engine works or is being started again, 503 else")
     async def health() -> Response:
-        if not service.llm.client.alive:
-            raise EngineError(f"the engine has stopped: {service.llm.client.failure}")
-        return JSONResponse({"status": "ok"})
+        client = service.llm.client
+        if not client.alive:
+            raise EngineError(f"the engine has stopped: {client.failure or 'it says nothing'}")
+        return JSONResponse({"status": "ok" if client.serving else "restarting"})
+
+    @app.get("/ready", tags=["Service"], summary="200 while new requests are welcome, 503 else")
+    async def ready() -> Response:
+        if (why := service.not_ready()) is not None:
+            raise ApiError(503, why, code="not_ready")
+        return JSONResponse({"status": "ready"})
 
     @app.get("/version", tags=["Service"], summary="Of this package")
     async def get_version() -> JSONResponse:

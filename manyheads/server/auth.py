@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from manyheads.server.errors import ApiError
 
-OPEN_PATHS = frozenset({"/", "/health", "/version", "/docs", "/openapi.json", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/openapi.json", "/metrics"})
 """These need no key: probes, the interface's description and the page (whose requests bring one)."""
 DOCS_FILES = "/docs-files"
 """The scripts of /docs are served from here."""

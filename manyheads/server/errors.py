@@ -10,8 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from manyheads.frontend.engine_client import EngineError
-from manyheads.request import QueueFull, RequestError
+from manyheads.request import EngineError, ModelError, QueueFull, RequestError
 
 # a client that was refused may try again after a second: a row comes free every few steps
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
@@ -42,9 +41,9 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """Make the answer, with the headers that its status asks for."""
-        return JSONResponse(self.body(), self.status, _HEADERS.get(self.status))
+    def response(self, **more: Any) -> JSONResponse:
+        """Make the answer, with the headers that its status asks for, and with more beside the error."""
+        return JSONResponse({**self.body(), **more}, self.status, _HEADERS.get(self.status))
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -57,6 +56,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, EngineError):
         return ApiError(503, str(error), code="engine_unavailable")
+    if isinstance(error, ModelError):
+        return ApiError(500, str(error), code="model_error")
     return ApiError(500, "internal error; the server's log has the details", code="internal_error")
 
 
@@ -66,7 +67,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in (ApiError, RequestError, QueueFull, EngineError, Exception):
+    for kind in (ApiError, RequestError, QueueFull, EngineError, ModelError, Exception):
         app.add_exception_handler(kind, known)
 
     @app.exception_handler(RequestValidationError)

@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.request import require
 from manyheads.server.schemas import GenerateRequest
-from manyheads.server.service import Service
+from manyheads.server.service import Service, whole_or_cut
 from manyheads.server.sse import event, stream_response
 
 
@@ -27,7 +27,7 @@ def generate_router(service: Service) -> APIRouter:
         start = time.perf_counter()
         generation = await _prepare(service, body)
         await service.collect(request, [generation])
-        return JSONResponse(_answer(generation, start))
+        return whole_or_cut(generation.outputs, _answer(generation, start))
 
     @router.post("/generate_stream", summary="Follow an instruction, word by word")
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:

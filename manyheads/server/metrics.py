@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -30,12 +31,20 @@ class SequenceTimer:
     num_tokens: int = 0
 
 
+class EngineCounts(Protocol):
+    """The client of an engine knows this (`EngineClient`)."""
+
+    stats: EngineStats
+    num_restarts: int
+    num_resumed: int
+
+
 class Metrics(Collector):
     """Metrics are what the server counts itself, and the engine's latest statistics, for `/metrics`."""
 
-    def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, engine: EngineCounts) -> None:
         self.registry = CollectorRegistry()
-        self._engine_stats = engine_stats
+        self._engine = engine
         self.registry.register(self)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -88,7 +97,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Make the metrics of the engine's latest statistics, at a scrape."""
-        s = self._engine_stats()
+        engine, s = self._engine, self._engine.stats
         used = (s.num_pages - s.num_free_pages) / s.num_pages if s.num_pages else 0.0
         for name, text, value in (
             ("num_requests_running", "Requests in the running batch", s.num_running),
@@ -107,6 +116,8 @@ class Metrics(Collector):
             ("num_preemptions", "Requests set back because pages ran out", s.preemptions),
             ("engine_steps", "Model steps", s.steps),
             ("decoding_row_steps", "Decoding rows, summed over steps", s.row_steps),
+            ("engine_restarts", "Engines that replaced one that died or hung", engine.num_restarts),
+            ("requests_resumed", "Requests that went on in another engine", engine.num_resumed),
             ("spec_decode_num_draft_tokens", "Tree nodes verified, roots left out", s.drafted_tokens),
             ("spec_decode_num_accepted_tokens", "Tree nodes accepted, roots left out", s.accepted_tokens),
         ):

@@ -16,7 +16,7 @@ from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.frontend.output import SequenceOutput, TextDelta
 from manyheads.server.logprobs import CompletionLogprobs, chat_logprobs
 from manyheads.server.schemas import ChatRequest, CompletionRequest, StreamOptions
-from manyheads.server.service import Service
+from manyheads.server.service import Service, whole_or_cut
 from manyheads.server.sse import DONE, event, stream_response
 
 DEFAULT_MAX_TOKENS = 16
@@ -82,7 +82,8 @@ class _Answer(ABC):
             return stream_response(self.events(await self.service.stream(request, self.generations)))
         await self.service.collect(request, self.generations)
         choices = [self.choice(generation, output) for generation, output in self.outputs]
-        return JSONResponse({**self.head(self.object), "choices": choices, "usage": _usage(self.generations)})
+        body = {**self.head(self.object), "choices": choices, "usage": _usage(self.generations)}
+        return whole_or_cut(self.numbers, body)
 
     async def events(self, updates: AsyncGenerator[Update, None]) -> AsyncGenerator[bytes, None]:
         """Make the server-sent events of a stream."""

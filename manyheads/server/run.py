@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -16,23 +17,22 @@ import uvicorn
 
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.frontend.async_llm import AsyncLLM
-from manyheads.frontend.engine_client import EngineClient, EngineError
+from manyheads.frontend.engine_client import EngineClient
 from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.llm import tokenizer_folder
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import EngineReady
-from manyheads.server.app import ServerConfig, create_app
+from manyheads.request import EngineError, EngineReady
+from manyheads.server.app import create_app
+from manyheads.server.config import ServerConfig
 from manyheads.server.service import Service
 from manyheads.sizes import format_size
 
-DRAIN_SECONDS = 2.0
-"""Running requests may go on so long after Ctrl-C; then they are aborted, each with an answer."""
 CLOSE_SECONDS = 1
-"""Those answers may take so long to get out."""
+"""The last answers may take so long to get out."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn gets our end: drain, abort, close, whatever the signal. It ends with its engine, too."""
+    """uvicorn ends when we say so: after the requests that run, or when there is no engine any more."""
 
     def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
         super().__init__(config)
@@ -47,13 +47,17 @@ class Server(uvicorn.Server):
         """Tell, ten times a second, whether to end."""
         return await super().on_tick(counter) or self._client.failure is not None
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for what is running, but not for long."""
-        timer = asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._client.abort_all)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()
+    async def drain(self, service: Service, seconds: float) -> None:
+        """Take no new requests, finish those that run within so many seconds, abort the others, and end."""
+        service.draining = True
+        if self._client.num_open:
+            what = f"{self._client.num_open} requests in at most {seconds:g} s; a second signal ends them now"
+            print(f"manyheads: finishing {what}", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + seconds
+        while self._client.num_open and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self._client.abort_all()  # each gets an answer that says so
+        self.should_exit = True
 
 
 def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD_ENGINE) -> int:
@@ -71,35 +75,42 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
     main = asyncio.current_task()
     assert main is not None
     server: Server | None = None
+    service: Service | None = None
+    draining: asyncio.Task[None] | None = None
     stopping = False
 
-    def stop(number: int) -> None:
-        nonlocal stopping
-        if server is None:
+    def stop() -> None:
+        nonlocal draining, stopping
+        if server is None or service is None:
             if not stopping:
                 main.cancel()
-        elif stopping:  # in a hurry: everyone gets an answer now
+        elif draining is None:
+            draining = asyncio.create_task(server.drain(service, options.drain_timeout))
+        else:  # in a hurry: everyone gets an answer now
+            draining.cancel()
             client.abort_all()
+            server.should_exit = True
             loop.call_later(CLOSE_SECONDS, setattr, server, "force_exit", True)
-        else:
-            server.handle_exit(number, None)
         stopping = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    client = EngineClient(config, build=build, verbose=options.verbose)
+        loop.add_signal_handler(number, stop)
+    client = EngineClient(
+        config, watchdog=options.watchdog, max_restarts=options.max_restarts, build=build, verbose=options.verbose
+    )
     try:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_bind(options.host, options.port))
             tokenizer, ready = await _start(client, config, options)
             llm = stack.enter_context(contextlib.closing(AsyncLLM(client, tokenizer, ready)))
             names = options.served_model_names or (ready.model,)
+            service = Service(llm, names)
             web = uvicorn.Config(
-                create_app(Service(llm, names), options),
+                create_app(service, options),
                 log_level="info" if options.access_log else "warning",
                 access_log=options.access_log,
                 lifespan="off",
-                timeout_graceful_shutdown=int(DRAIN_SECONDS) + CLOSE_SECONDS,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
                 server_header=False,
             )
             server = Server(web, client)

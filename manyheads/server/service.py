@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from typing import Any, TypeVar
 
+from fastapi.responses import JSONResponse
 from starlette.requests import Request
 
 from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.generation import Generation, Update
+from manyheads.frontend.output import SequenceOutput
 from manyheads.request import QueueFull, RequestError
 from manyheads.server.errors import ApiError
 from manyheads.server.metrics import Metrics, SequenceTimer
@@ -30,8 +32,10 @@ class Service:
     def __init__(self, llm: AsyncLLM, names: Sequence[str]) -> None:
         self.llm = llm
         self.names = list(names)
-        self.metrics = Metrics(lambda: llm.client.stats)
+        self.metrics = Metrics(llm.client)
         self.started = int(time.time())
+        self.draining = False
+        """Whether the server is about to end, and takes no new requests."""
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 for a model that is not served; None is the one there is."""
@@ -39,8 +43,21 @@ class Service:
             message = f"the model {name[:200]!r} does not exist; this server has {', '.join(map(repr, self.names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    def not_ready(self) -> str | None:
+        """Say why new requests are not welcome; None if they are."""
+        client = self.llm.client
+        if self.draining:
+            return "the server is about to end"
+        if not client.serving:
+            return "the engine is being started again" if client.failure is None else client.failure
+        if client.stats.num_waiting >= client.config.max_queue:
+            return f"{client.stats.num_waiting} requests wait, the most that may"
+        return None
+
     async def updates(self, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
         """Give the updates of the front end (`AsyncLLM.updates`), and count them in the metrics."""
+        if self.draining:
+            raise ApiError(503, "the server is about to end, and takes no new requests", code="shutting_down")
         timers = {o: SequenceTimer(len(g.prompt.token_ids)) for g in generations for o in g.outputs}
         try:
             async with contextlib.aclosing(self.llm.updates(generations)) as updates:
@@ -80,6 +97,14 @@ class Service:
                     yield update
 
         return run()
+
+
+def whole_or_cut(outputs: Iterable[SequenceOutput], body: dict[str, Any]) -> JSONResponse:
+    """Answer with a body, or where a continuation was cut short with an error that holds what there is."""
+    if all(output.finish_reason != "abort" for output in outputs):
+        return JSONResponse(body)
+    error = ApiError(503, "the server ended before the answer was whole; what there is stands in partial", code="cut")
+    return error.response(partial=body)
 
 
 async def _or_disconnect(request: Request, work: Awaitable[T]) -> T:

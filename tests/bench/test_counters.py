@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from manyheads.bench.counters import Counters, acceptance, parse, tokens_per_step
@@ -20,7 +22,7 @@ vllm:e2e_request_latency_seconds_bucket{le="+Inf"} 3.0
 
 def test_ours() -> None:
     stats = EngineStats(generation_tokens=30, row_steps=20, drafted_by_depth=[20, 10], accepted_by_depth=[8, 2])
-    seen = parse(Metrics(lambda: stats).render().decode())
+    seen = parse(Metrics(SimpleNamespace(stats=stats, num_restarts=0, num_resumed=0)).render().decode())
     assert seen is not None
     assert (seen.tokens, seen.row_steps) == (30, 20)
     assert tokens_per_step(Counters(), seen) == 1.5

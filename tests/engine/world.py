@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,9 @@ class FakeRunner:
         self.writers: dict[int, Request] = {}  # page → who writes it in this step
         self.plans: list[StepPlan] = []
         self.unread: deque[FakeStep] = deque()
+
+    def listen(self, beat: Callable[[], None]) -> None:
+        pass
 
     def launch(self, plan: StepPlan) -> FakeStep:
         assert len(self.unread) <= self.overlaps, "the host is too far ahead"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,11 +65,17 @@ class FakeEngine:
             memory=MEMORY,
         )
 
+    def listen(self, admitted: Callable[[list[str]], None], beat: Callable[[], None]) -> None:
+        self.admitted = admitted
+
     def add_request(self, message: EngineRequest) -> None:
         self.ready.check(message.params, [message.prompt_token_ids])
         if len(self.open) >= self.config.max_queue:
             raise QueueFull(f"{len(self.open)} requests are waiting")
-        self.open[message.request_id] = _Open(message, list(self.text))
+        done, steps = len(message.output_token_ids), message.num_steps
+        assert message.output_token_ids == self.text[:done]
+        self.open[message.request_id] = _Open(message, list(self.text), done, steps)
+        self.admitted([message.request_id])
         self.counts["prompt"] += len(message.prompt_token_ids)
 
     def abort(self, request_id: str) -> None:

@@ -145,7 +145,8 @@ def test_eight_clients_at_once(server: Running, client: httpx.Client) -> None:
 def test_a_signal_ends_it_with_requests_running(tmp_path: Path, number: signal.Signals) -> None:
     # once with everything as it is in earnest
     launcher = launch if number == signal.SIGINT else start
-    running = launcher(tmp_path, "--api-key", "key", FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+    options = ("--api-key", "key", "--drain-timeout", "2")
+    running = launcher(tmp_path, *options, FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
     refused = httpx.post(running.url + "/generate", json=LONG)
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     with httpx.Client(base_url=running.url, headers={"Authorization": "Bearer key"}, timeout=30) as client:
@@ -156,7 +157,7 @@ def test_a_signal_ends_it_with_requests_running(tmp_path: Path, number: signal.S
             assert eventually(lambda: num_running(running.url) == 3)
             assert running.stop(number) < 5
         assert short.result().json()["details"]["finish_reason"] == "length"  # there was time for this one
-        assert long.result().json()["details"]["finish_reason"] == "abort"
+        check_cut(long.result())
         *_, last, done = data_lines(stream.result())
         assert (json.loads(last)["choices"][0]["finish_reason"], done) == ("abort", "[DONE]")
     assert running.process.returncode == 0
@@ -171,12 +172,42 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         running.process.send_signal(signal.SIGINT)
         time.sleep(0.2)
         assert running.stop(signal.SIGINT) < 2
-        assert clients.whole.result().json()["details"]["finish_reason"] == "abort"
+        check_cut(clients.whole.result())
+    assert running.is_gone()
+
+
+def check_cut(response: httpx.Response) -> None:
+    """An answer that was not finished does not look whole, and what there is of it is not lost."""
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "cut")
+    partial = response.json()["partial"]
+    assert partial["details"]["finish_reason"] == "abort"
+    assert partial["response"]
+    assert TEXT.startswith(partial["response"].rstrip("\ufffd"))
+
+
+def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.02").wait_ready()
+    assert httpx.get(running.url + "/ready").status_code == 200
+    with ThreadPoolExecutor(24) as pool:
+        body = {"messages": HELLO, "stream": True, "max_tokens": 200}
+        url = running.url + "/v1/chat/completions"
+        streams = [pool.submit(httpx.post, url, json=body, timeout=30) for _ in range(24)]
+        assert eventually(lambda: num_running(running.url) == 24)
+        running.process.send_signal(signal.SIGTERM)
+        assert eventually(lambda: httpx.get(running.url + "/ready").status_code == 503, 1.0)
+        assert httpx.get(running.url + "/health").status_code == 200
+        refused = httpx.post(running.url + "/generate", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert refused.headers["Retry-After"]
+        for stream in streams:
+            *_, last, done = data_lines(stream.result())
+            assert (json.loads(last)["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+    assert running.process.wait(10) == 0
     assert running.is_gone()
 
 
 def test_a_stuck_engine_does_not_keep_it(tmp_path: Path) -> None:
-    running = start(tmp_path).wait_ready()
+    running = start(tmp_path, "--drain-timeout", "1").wait_ready()
     os.kill(running.engine_pid(), signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(Clients.ask, running.url)
@@ -198,28 +229,85 @@ def test_a_signal_while_it_starts(tmp_path: Path) -> None:
 # ends that nobody asked for
 
 
-def test_the_engine_is_killed(tmp_path: Path) -> None:
-    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+def check_whole(clients: Clients, running: Running) -> None:
+    """The texts are as if nothing had happened."""
+    answer, again = clients.whole.result().json(), Clients.ask(running.url).json()
+    assert answer["response"] == again["response"]
+    assert answer["details"]["generated_tokens"] == again["details"]["generated_tokens"] == 2000
+    text, again_text = (streamed(lines) for lines in (clients.stream.result(), Clients.read(running.url)))
+    assert text == again_text
+
+
+def streamed(lines: list[str]) -> tuple[str, str]:
+    """The text of a stream, and why it ended."""
+    *chunks, done = lines
+    assert done == "[DONE]"
+    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    return "".join(choice["delta"].get("content") or "" for choice in choices), choices[-1]["finish_reason"]
+
+
+def metric(running: Running, name: str) -> int:
+    lines = httpx.get(running.url + "/metrics").text.splitlines()
+    return int(float(next(line for line in lines if line.startswith(f"manyheads_{name}_total")).split()[1]))
+
+
+def test_answers_survive_the_engine(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.01").wait_ready()
     with ThreadPoolExecutor(2) as pool:
         clients = Clients(pool, running)
         os.kill(running.engine_pid(), signal.SIGKILL)
-        check_engine_died(clients.whole, clients.stream, "the engine process ended by signal 9")
-    assert running.process.wait(5) == 1
-    assert "manyheads: error: the engine has stopped: the engine process ended by signal 9" in running.errors()
+        assert eventually(lambda: httpx.get(running.url + "/health").json()["status"] == "restarting")
+        assert httpx.get(running.url + "/ready").status_code == 503
+        check_whole(clients, running)
+    assert (metric(running, "engine_restarts"), metric(running, "requests_resumed")) == (1, 2)
+    assert httpx.get(running.url + "/ready").status_code == 200
+    assert "the engine process ended by signal 9 (out of memory?); starting another" in running.errors()
+    assert running.stop(signal.SIGTERM) < 5
     assert running.is_gone()
 
 
-def test_the_engine_crashes(tmp_path: Path) -> None:
-    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+def test_a_stopped_engine_is_replaced(tmp_path: Path) -> None:
+    running = start(tmp_path, "--watchdog", "2", FAKE_ENGINE_STEP_SECONDS="0.01").wait_ready()
     with ThreadPoolExecutor(2) as pool:
         clients = Clients(pool, running)
-        crash = httpx.post(running.url + "/generate", json=LONG | {"prompt": "CRASH"})
-        assert crash.status_code == 503
-        check_engine_died(clients.whole, clients.stream, "the fake engine was told to crash")
+        os.kill(running.engine_pid(), signal.SIGSTOP)
+        check_whole(clients, running)
+    assert metric(running, "engine_restarts") == 1
+    assert "the engine did nothing for 2 s" in running.errors()
+
+
+def test_an_idle_engine_that_stops_is_replaced(tmp_path: Path) -> None:
+    running = start(tmp_path, "--watchdog", "2").wait_ready()
+    time.sleep(3)  # an engine with nothing to do is alive
+    os.kill(running.engine_pid(), signal.SIGSTOP)
+    assert eventually(lambda: len(list(running.pids.iterdir())) == 2, 10)
+    assert eventually(lambda: httpx.get(running.url + "/ready").status_code == 200)
+    assert metric(running, "engine_restarts") == 1
+
+
+def test_a_request_that_kills_engines_is_given_up(tmp_path: Path) -> None:
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.01").wait_ready()
+    crash = httpx.post(running.url + "/generate", json=LONG | {"prompt": "CRASH"}, timeout=30)
+    assert (crash.status_code, crash.json()["error"]["code"]) == (503, "engine_unavailable")
+    assert "2 times in a row while this request ran: RuntimeError: the fake engine was told" in crash.text
+    answer = httpx.post(running.url + "/generate", json=LONG, timeout=30)
+    assert (answer.status_code, answer.json()["details"]["generated_tokens"]) == (200, 2000)
+    assert metric(running, "engine_restarts") == 2
+    assert "Traceback" in running.errors()  # of the engine, for whoever mends it
+
+
+def test_engines_that_go_on_dying_end_the_server(tmp_path: Path) -> None:
+    running = start(tmp_path, "--max-restarts", "1", FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, running)
+        os.kill(running.engine_pid(), signal.SIGKILL)
+        assert eventually(lambda: metric(running, "engine_restarts") == 1)
+        for pid in running.pids.iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid.name), signal.SIGKILL)
+        check_engine_died(clients.whole, clients.stream, "the engine process ended by signal 9")
     assert running.process.wait(5) == 1
-    errors = running.errors()
-    assert "Traceback" in errors  # of the engine, for whoever mends it
-    assert "manyheads: error: the engine has stopped: RuntimeError: the fake engine was told to crash" in errors
+    assert "manyheads: error: the engine has stopped: the engine process ended by signal 9" in running.errors()
     assert running.is_gone()
 
 
