@@ -103,12 +103,6 @@ class KVCache:
             for (keys, values), (key_scale, value_scale) in zip(self.data, scales, strict=True)
         ]
 
-    def clear(self, pages: Tensor) -> None:
-        """Fill pages [N] int64 with zeros, in all layers."""
-        for tensor in (as_bytes(self.data), self.scale):
-            if tensor is not None:
-                tensor.index_fill_(2, pages, 0)
-
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy the K/V at slots `source` [N] int64 to slots `destination`, in all layers and all at once."""
         for tensor in (as_bytes(self.data), self.scale):

@@ -44,9 +44,6 @@ class AttentionBackend(Protocol):
             slots: [T] int64, the cache slot (page · page size + offset) that each in-flight token's K/V goes to.
         """
 
-    def clear(self, pages: list[int]) -> None:
-        """Take note of pages that rows have got: what others left there must not matter, NaN included."""
-
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         """Norm (if there are weights) and rotate queries and keys, write the in-flight K/V, and attend.
 

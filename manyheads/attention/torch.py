@@ -63,11 +63,6 @@ class TorchAttention:
         self._cos, self._sin = self.rope[0][positions], self.rope[1][positions]  # [T, 1, d]
         self._parts = [part for group in groups for part in self._split(group)]
 
-    def clear(self, pages: list[int]) -> None:
-        # a mask multiplies by 0, which makes nothing of a number, and NaN of NaN
-        if pages:
-            self.cache.clear(torch.tensor(pages, device=self.cache.device))
-
     def _split(self, group: Group) -> list[_Part]:
         """Rows of about one length, and of all of their tokens, stand together: the rest would be padding.
 
@@ -93,10 +88,7 @@ class TorchAttention:
         num_rows, tokens = len(counts), max(counts)
         longest = max(length + count for length, count in zip(lengths, counts, strict=True))
         num_pages = -(-longest // self.page_size)
-        # what stands behind a row's own pages may be a page of another row's, whose NaN no mask would hide
-        own = torch.arange(num_pages, device=group.page_table.device) * self.page_size
-        ends = group.cached_len[rows, None] + torch.tensor(counts, device=own.device)[:, None]
-        pages = torch.where(own < ends, group.page_table[rows, :num_pages], 0).reshape(-1)
+        pages = group.page_table[rows, :num_pages].reshape(-1)
         device = pages.device
         start, stop = group.start + starts[0], group.start + starts[-1]
         bits = group.bits[starts[0] : starts[-1]]
@@ -138,6 +130,10 @@ class TorchAttention:
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         num_rotated = self.num_heads + self.num_kv_heads
         qkv = qkv.view(-1, num_rotated + self.num_kv_heads, self.head_dim)
+        # A mask multiplies by 0, which makes NaN of NaN: no token may put one where others look. A token that has some
+        # is found by what its own residual makes of it. A quarter of the most leaves room for the rotation.
+        most = torch.finfo(qkv.dtype).max / 4
+        qkv[:, self.num_heads :].nan_to_num_(0.0, most, -most)
         qk = qkv[:, :num_rotated]
         if q_norm is not None and k_norm is not None:
             q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]

@@ -30,9 +30,6 @@ class TritonAttention:
         self._positions, self._slots = positions, slots
         self._calls = [(group, self._num_splits(group)) for group in groups]
 
-    def clear(self, pages: list[int]) -> None:
-        pass  # kernels read a row's own slots alone
-
     def _num_splits(self, group: Group) -> int:
         """Programs that share a row's prefix."""
         tokens, per_kv = group.stop - group.start, self.num_heads // self.num_kv_heads

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from manyheads.engine.scheduler import Scheduler, StepsUnread
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
 from manyheads.request import (
@@ -244,9 +246,6 @@ class Engine:
                 self._drafted_by_depth[depth] += 1
                 self._accepted_by_depth[depth] += depth < len(tokens) - 1
         request.num_steps += 1
-        if not row.is_finite:
-            return self._fail(request)
-
         reason: FinishReason | None = None
         stop_token: int | None = None
         room = request.max_len - len(request.tokens)
@@ -260,21 +259,22 @@ class Engine:
             reason = "length"
         request.tokens.extend(tokens)
         self._count["generation_tokens"] += len(tokens)
+        if reason is None and not row.is_finite:
+            return self._fail(request, tokens, row)
         if reason is None:
             self._register(request)
             return self._delta(request, tokens, row)
         return self._finish(request, tokens, reason, row, stop_token)
 
-    def _fail(self, request: Request) -> RequestDelta:
+    def _fail(self, request: Request, tokens: list[int], row: RowResult) -> RequestDelta:
         """End a request whose logits are not finite. What it computed is shared with nobody."""
         self.scheduler.pages.forget(request.table)
         self.scheduler.remove(request)
         del self._requests[request.request_id]
         where = f"after {request.num_output} tokens" if request.num_output else "for the prompt"
-        why = (
-            f"the model's logits are not finite {where}: its numbers overflow in {self.ready.dtype}, or weights are NaN"
-        )
-        return RequestDelta.failure(request.request_id, why, "model")
+        why = f"the model's logits are not finite {where}; its numbers overflow in {self.ready.dtype}"
+        delta = self._delta(request, tokens, row, "error")
+        return msgspec.structs.replace(delta, error=why, error_kind="model")
 
     def _register(self, request: Request) -> None:
         self.scheduler.pages.register(request.table, request.tokens, min(request.cached_len, len(request.tokens)))

@@ -53,7 +53,7 @@ class PendingStep:
                     del tokens[-1]
                     gained -= 1
                 logprobs = None
-                if i in drawn.logits:
+                if tokens and i in drawn.logits:
                     path = torch.tensor(values[i][3 + width : 3 + width + gained], device=drawn.logits[i].device)
                     logprobs = token_logprobs(drawn.logits[i][path], tokens, request.params.logprobs or 0)
                 result.rows.append(RowResult(request, tokens, logprobs, depth, brought - 1, is_finite))

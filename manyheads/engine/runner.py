@@ -89,8 +89,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step, after those launched before."""
         admit(self.state, self.drafter, plan.admitted)
-        new = sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
-        self.run.attention.clear(new)
+        sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
         drawn: list[Drawn] = []
         chunks, decoding = plan.chunks, plan.decoding
         if self.recorded is not None:
@@ -158,6 +157,9 @@ class Runner:
         state, chunks = self.state, plan.chunks
         moved = state.tensor([[chunk.request.row, chunk.num_inflight] for chunk in chunks])
         state.cached_len.index_add_(0, moved[:, 0], moved[:, 1])
+        count = sum(chunk.num_inflight for chunk in chunks)
+        broken = ~hidden[:count].isfinite().all(dim=-1)
+        state.broken.index_add_(0, moved[:, 0].repeat_interleave(moved[:, 1], output_size=count), broken.int())
         ends = accumulate(chunk.num_inflight for chunk in chunks)
         finished = [(chunk.request, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
         if not finished:
@@ -168,6 +170,7 @@ class Runner:
         logits = self.model.logits(last)
         raw = {i: logits[i : i + 1].clone() for i, r in enumerate(requests) if r.params.logprobs is not None}
         target, _ = draw(logits, last_nodes(requests, index, self._tensors(ROOT), state), state)
+        target.masked_fill_(state.broken[index] > 0, -1)
         state.drafts[index, 0] = target.clamp(min=0)
         one, none = torch.ones_like(target), torch.zeros_like(target)
         values = torch.stack((one, one, none, target, none), dim=1)

@@ -29,6 +29,7 @@ def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> 
     state.cached_len[rows] = values[:, 1]
     state.drafts[rows, 0] = values[:, 2]
     state.ints[rows] = values[:, 3:]
+    state.broken.index_fill_(0, rows, 0)
     state.forget_candidates(rows)
     state.floats[rows] = state.tensor(floats, torch.float32)
     for request in requests:
@@ -38,13 +39,8 @@ def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> 
             _count_known(state, request)
 
 
-def sync_pages(state: RowState, requests: list[Request]) -> list[int]:
-    """Bring the device's page tables up to date with the pages that the requests hold.
-
-    Returns:
-        The pages that are new to them and that hold nothing yet.
-    """
-    fresh: list[int] = []
+def sync_pages(state: RowState, requests: list[Request]) -> None:
+    """Bring the device's page tables up to date with the pages that the requests hold."""
     rows: list[int] = []
     columns: list[int] = []
     pages: list[int] = []
@@ -55,12 +51,10 @@ def sync_pages(state: RowState, requests: list[Request]) -> list[int]:
             rows += [request.row] * len(new)
             columns += range(table.num_synced, len(table.pages))
             pages += new
-            fresh += table.pages[max(table.num_synced, len(table.digests)) :]  # in front of them stand shared ones
             table.num_synced = len(table.pages)
     if rows:
         where = state.tensor([rows, columns, pages])
         state.page_table[where[0], where[1]] = where[2]
-    return fresh
 
 
 def has_penalties(request: Request) -> bool:

@@ -33,8 +33,8 @@ from manyheads.request import (
 
 DeltaQueue = asyncio.Queue[RequestDelta]
 """Holds at most what its requests may gain: a reader that is behind costs no more than the context's tokens."""
-START_SECONDS = 900.0
-"""While it loads and measures, an engine may be silent for so long."""
+START_SECONDS = 1800.0
+"""While it loads and measures, an engine may be silent for so long: a checkpoint may have to come over the network."""
 RESTART_WINDOW = 600.0
 """Deaths of engines are counted within so many seconds."""
 MOST_BACKOFF = 30.0

@@ -7,7 +7,6 @@ standard input. Standard input stays open as long as the parent lives: when it c
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import pkgutil
 import shutil
@@ -118,6 +117,10 @@ class Loop:
             except (RequestError, QueueFull) as error:
                 kind: ErrorKind = "invalid" if isinstance(error, RequestError) else "queue_full"
                 refused.append(RequestDelta.failure(message.request_id, str(error), kind))
+            except Exception as error:  # a defect that one request meets is the end of that request alone
+                traceback.print_exc()
+                why = f"the engine cannot take this request: {type(error).__name__}: {error}"
+                refused.append(RequestDelta.failure(message.request_id, why, "engine"))
 
 
 def main() -> None:
@@ -133,8 +136,13 @@ def main() -> None:
         socket.connect(f"ipc://{launch.folder}/{name}")
     serving = False
     try:
-        say = functools.partial(print, "engine:", file=sys.stderr, flush=True)
-        engine = pkgutil.resolve_name(launch.build)(launch.config, say if launch.verbose else lambda line: None)
+
+        def progress(line: str) -> None:
+            outbox.send(msgspec.msgpack.encode(Beat()))
+            if launch.verbose:
+                print("engine:", line, file=sys.stderr, flush=True)
+
+        engine = pkgutil.resolve_name(launch.build)(launch.config, progress)
         loop = Loop(engine, inbox, outbox)
         loop.send(engine.ready)
         loop.send(StepOutputs(stats=engine.stats()))

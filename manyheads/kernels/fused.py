@@ -152,6 +152,7 @@ def rope_store(
         MOST=LARGEST.get(k_pages.dtype, 0.0),
         IS_INT8=k_pages.dtype == torch.int8,
         SMALLEST=SMALLEST,
+        FINITE=torch.finfo(qkv.dtype).max,
         num_warps=4,
         **dependent(qkv.device),
     )
@@ -291,6 +292,7 @@ def _rope_store_kernel(
     MOST: tl.constexpr,  # largest code; 0: the cache is not of codes
     IS_INT8: tl.constexpr,
     SMALLEST: tl.constexpr,
+    FINITE: tl.constexpr,  # largest number of the model's type
     DEPENDENT: tl.constexpr,
 ):
     """One program: one token, a block of its heads; q, k and v heads may meet in one block."""
@@ -329,8 +331,11 @@ def _rope_store_kernel(
     k_at = k_ptr + page * stride_k_page + offset * stride_k_slot + (head - NUM_HEADS)[:, None] * stride_k_head
     v_head = head - NUM_HEADS - NUM_KV_HEADS
     v_at = v_ptr + page * stride_v_page + offset * stride_v_slot + v_head[:, None] * stride_v_head
+    # a mask multiplies by 0, which makes NaN of NaN: no token may put one where others look. A token that has some is
+    # found by what its own residual makes of it.
+    wide = tl.where(is_v[:, None], raw, result).to(tl.float32)
+    wide = tl.where(wide == wide, tl.minimum(tl.maximum(wide, -FINITE), FINITE), 0.0)
     if MOST > 0:
-        wide = tl.where(is_v[:, None], raw, result).to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(wide), 1), SMALLEST) / MOST
         codes = wide / scale[:, None]
         # a division may round up, and not every conversion saturates
@@ -342,8 +347,8 @@ def _rope_store_kernel(
         tl.store(k_scale_at, scale, mask=is_k)
         tl.store(v_scale_at, scale, mask=is_v)
     else:
-        k_new = result
-        v_new = raw
+        k_new = wide.to(k_ptr.dtype.element_ty)
+        v_new = k_new
     tl.store(k_at + dim[None, :], k_new, mask=is_k[:, None] & in_dim[None, :])
     tl.store(v_at + dim[None, :], v_new, mask=is_v[:, None] & in_dim[None, :])
 

@@ -1,0 +1,75 @@
+"""A request that another engine began goes on with the same text, the same log-probabilities and the same end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from manyheads import EngineConfig, SamplingParams
+from manyheads.engine.build import build_engine
+from manyheads.engine.engine import Engine
+from manyheads.request import EngineRequest, RequestDelta, RequestError
+from tests.tiny import save_model
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+CASES = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=40),
+    "sampled": SamplingParams(temperature=0.9, seed=11, max_tokens=40, top_p=0.95, top_k=12),
+    "penalties": SamplingParams(
+        temperature=0.7, seed=4, max_tokens=40, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4
+    ),
+    "log-probabilities": SamplingParams(temperature=0.0, max_tokens=40, logprobs=3),
+    "bias and stops": SamplingParams(
+        temperature=0.8, seed=2, max_tokens=60, min_tokens=20, stop_token_ids=(7,), logit_bias={7: 1.0}
+    ),
+    "to the end of the context": SamplingParams(temperature=0.8, seed=3),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_model(folder)
+    return folder
+
+
+def engine(folder: Path, tree_size: int) -> Engine:
+    settings = {"max_num_batched_tokens": 16, "block_size": 4, "num_blocks": 80, "num_threads": 1}
+    return build_engine(EngineConfig(model=str(folder), dtype="float32", tree_size=tree_size, **settings))
+
+
+def run(served: Engine, **fields: object) -> list[RequestDelta]:
+    served.add_request(EngineRequest(request_id="r", prompt_token_ids=PROMPT, **fields))  # type: ignore[arg-type]
+    deltas = []
+    while served.has_work():
+        deltas += served.step()
+        served.check_integrity()
+    return deltas
+
+
+@pytest.mark.parametrize("tree_size", [1, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_it_goes_on_as_if_nothing_had_happened(tiny: Path, case: str, tree_size: int, overlaps: bool) -> None:
+    params = CASES[case]
+    whole = run(engine(tiny, tree_size), params=params)
+    tokens = [token for delta in whole for token in delta.new_token_ids]
+    logprobs = [entry for delta in whole for entry in delta.logprobs or ()]
+    for cut in sorted({1, 2, 7, len(tokens) // 2, len(tokens) - 1}):
+        served = engine(tiny, tree_size)
+        rest = run(served, params=params, output_token_ids=tokens[:cut], num_steps=cut, resumes=True)
+        assert [token for delta in rest for token in delta.new_token_ids] == tokens[cut:]
+        assert (rest[-1].finish_reason, rest[-1].stop_token_id) == (whole[-1].finish_reason, whole[-1].stop_token_id)
+        assert cut < rest[-1].num_steps <= len(tokens)
+        again = [entry for delta in rest for entry in delta.logprobs or ()]
+        assert [entry.token_id for entry in again] == [entry.token_id for entry in logprobs[cut:]]
+        for entry, other in zip(again, logprobs[cut:], strict=True):
+            assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert entry.rank == other.rank
+        assert served.stats().prompt_tokens == 0  # the prompt was counted by the engine that began with it
+
+
+@pytest.mark.parametrize("output", [[1, 99], [-1], list(range(10))])
+def test_what_no_engine_said_is_refused(tiny: Path, output: list[int]) -> None:
+    with pytest.raises(RequestError):
+        run(engine(tiny, 1), params=SamplingParams(max_tokens=10), output_token_ids=output)
