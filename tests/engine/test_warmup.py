@@ -11,7 +11,7 @@ import torch
 
 from manyheads.batch import RowState
 from manyheads.engine import warmup
-from manyheads.engine.step import StepPlan
+from manyheads.engine.step import StepPlan, StepResult
 from manyheads.speculation.costs import CostTable
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.planner import NO_DRAFT, Planner
@@ -28,7 +28,7 @@ class Clock:
     def launch(self, plan: StepPlan) -> Any:
         tokens = plan.draft.num_tokens(len(plan.decoding))
         self.now += self.seconds + 1e-4 * tokens + self.one_pass * plan.draft.passes + next(self.delays)
-        return SimpleNamespace(read=lambda: None)
+        return SimpleNamespace(read=lambda: StepResult(rows=[], hits=[], trials=[]))
 
 
 def measure(clock: Clock, monkeypatch: pytest.MonkeyPatch, planner: Planner | None = None) -> CostTable:
