@@ -74,7 +74,8 @@ def test_rows_without_a_sum_have_no_chances() -> None:
     tokens, chances = topk(logits, 10)
     assert chances.count_nonzero() == 0
     assert tokens[0].tolist() == list(range(10))
-    assert int(tokens[1, 0]) == int(argmax(logits)[1]) == 7
+    assert int(tokens[1, 0]) == 7
+    assert argmax(logits).tolist() == [-1, -1, -1]  # what is no number is no token
     assert bool(((tokens >= 0) & (tokens < 1500)).all())
 
 
