@@ -2,7 +2,10 @@
 #
 #   docker build -t manyheads .
 #   docker run --rm -p 127.0.0.1:8000:8000 manyheads
-#   docker run --rm -p 127.0.0.1:8000:8000 -v manyheads:/home/manyheads manyheads serve MODEL    # keeps what it downloads
+#   docker run --rm -p 127.0.0.1:8000:8000 -v manyheads:/home/manyheads manyheads serve MODEL --host 0.0.0.0
+#
+# The volume keeps what it downloads. Inside a container the server must listen on all addresses (--host 0.0.0.0), and -p
+# says who reaches it: beyond this machine, give it a key (-e MANYHEADS_API_KEY=...).
 
 FROM python:3.13-slim
 
@@ -21,4 +24,4 @@ EXPOSE 8000
 HEALTHCHECK --start-period=10m \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
 ENTRYPOINT ["manyheads"]
-CMD ["serve"]
+CMD ["serve", "--host", "0.0.0.0"]

@@ -98,7 +98,7 @@ def test_unknown_option(capsys: Capture, command: str) -> None:
         (["--prot"], ["unknown option --prot; see manyheads --help"]),
         (["serve", "--port"], ["--port: expected one argument; see manyheads serve --help"]),
         (["serve", "--port", "http"], ["--port: invalid int value: 'http'; see manyheads serve --help"]),
-        (["serve", "--port", "70000"], ["cannot listen on 0.0.0.0:70000", "choose another --port"]),
+        (["serve", "--port", "70000"], ["cannot listen on 127.0.0.1:70000", "choose another --port"]),
         (["serve", "--quantization", "int3"], ["quantization must be one of none, int8, fp8, int4", "not 'int3'"]),
         (["serve", "--dtype", "int4"], ["dtype must be auto, float32, bfloat16 or float16, not 'int4'"]),
         (["serve", "--memory", "15G"], ["--memory: '15G' is no size; write it like 15GiB, 500MiB or 16GB"]),

@@ -14,15 +14,21 @@ def add_commands(parser: Parser) -> None:
     command = parser.add_command("serve", "serve a model over HTTP", run, "manyheads serve --port 8000")
     add_model(command)
     web = command.add_argument_group("server")
-    web.add_argument("--host", default="0.0.0.0", help="address to listen on (default: 0.0.0.0, all)")
+    web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1)")
     web.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default: 8000)")
     web.add_argument("--api-key", help="what requests must bring (default: $MANYHEADS_API_KEY, if set)")
+    web.add_argument("--api-key-file", metavar="FILE", help="keys by name, hashed; lines come from `manyheads key`")
+    web.add_argument("--protect-info", action="store_true", help="a key for /metrics, /docs and /version, too")
+    web.add_argument("--ssl-certfile", metavar="FILE", help="speak HTTPS with this certificate (PEM)")
+    web.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, unless it is in the same file")
+    web.add_argument("--root-path", default="", metavar="PATH", help="where a proxy offers the server, such as /llm")
     web.add_argument("--served-model-name", action="append", default=[], help="the model's name in requests")
     web.add_argument("--cors-origin", action="append", default=[], help="origin whose pages may call; * is any")
     web.add_argument(
         "--max-body-bytes", type=int, default=ServerConfig.max_body_bytes, help="largest body (default: 4 MiB)"
     )
-    web.add_argument("--access-log", action="store_true", help="log every request")
+    web.add_argument("--access-log", action="store_true", help="log every request, without its text")
+    web.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the log's lines")
     for name, unit, default, text in (
         ("watchdog", float, ServerConfig.watchdog, "seconds after which an engine that does nothing is replaced"),
         ("max-restarts", int, ServerConfig.max_restarts, "engines that may die in ten minutes before the server ends"),
@@ -44,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
             host=args.host,
             port=args.port,
             api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
+            api_key_file=args.api_key_file,
+            protect_info=args.protect_info,
+            ssl_certfile=args.ssl_certfile,
+            ssl_keyfile=args.ssl_keyfile,
+            root_path=args.root_path,
             served_model_names=tuple(args.served_model_name),
             chat_template=args.chat_template,
             cors_origins=tuple(args.cors_origin),
@@ -52,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             watchdog=args.watchdog,
             max_restarts=args.max_restarts,
             drain_timeout=args.drain_timeout,
+            log_format=args.log_format,
             verbose=args.verbose or args.debug,
         ),
     )

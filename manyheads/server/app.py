@@ -9,13 +9,16 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
+from starlette.types import ASGIApp
 
 from manyheads.request import EngineError, require
-from manyheads.server.auth import DOCS_FILES, ApiKey
+from manyheads.server.auth import DOCS_FILES, ApiKeys
 from manyheads.server.config import ServerConfig
 from manyheads.server.errors import ApiError, add_error_handlers
 from manyheads.server.generate import generate_router
+from manyheads.server.keys import Keys
 from manyheads.server.limits import BodyLimit
+from manyheads.server.logs import RequestLog
 from manyheads.server.openai import openai_router
 from manyheads.server.schemas import DetokenizeRequest, TokenizeRequest
 from manyheads.server.service import Service
@@ -31,7 +34,7 @@ def package_version() -> str:
         return "unknown"
 
 
-def create_app(service: Service, config: ServerConfig) -> FastAPI:
+def create_app(service: Service, config: ServerConfig) -> ASGIApp:
     """Make the application around a running engine."""
     # Swagger's page with its scripts from this server: it works without a network
     app = FastAPIOffline(
@@ -44,15 +47,23 @@ def create_app(service: Service, config: ServerConfig) -> FastAPI:
     add_error_handlers(app)
     # the last one added is the outermost
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    if config.api_key:
-        app.add_middleware(ApiKey, key=config.api_key)
+    if config.needs_key:
+        keys = Keys(config.api_key, config.api_key_file)
+        app.add_middleware(ApiKeys, keys=keys, protect_info=config.protect_info)
     if origins := config.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.include_router(generate_router(service))
     app.include_router(openai_router(service))
     _add_tokenizer_routes(app, service)
     _add_service_routes(app, service)
-    return app
+    # not one of the application's own, for those do not see the answer to an unexpected error
+    return RequestLog(app, access_log=config.access_log)
 
 
 def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:

@@ -35,6 +35,8 @@ class ApiError(Exception):
     """The field at fault, if one is."""
     code: str | None = None
     """It tells a program what is wrong."""
+    retry_after: int | None = None
+    """The client may try again after so many seconds; None leaves it to the status."""
 
     def body(self) -> dict[str, Any]:
         """Make the body of the answer."""
@@ -43,7 +45,8 @@ class ApiError(Exception):
 
     def response(self, **more: Any) -> JSONResponse:
         """Make the answer, with the headers that its status asks for, and with more beside the error."""
-        return JSONResponse({**self.body(), **more}, self.status, _HEADERS.get(self.status))
+        later = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return JSONResponse({**self.body(), **more}, self.status, _HEADERS.get(self.status, {}) | later)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -24,6 +24,7 @@ from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineError, EngineReady
 from manyheads.server.app import create_app
 from manyheads.server.config import ServerConfig
+from manyheads.server.logs import log_config
 from manyheads.server.service import Service
 from manyheads.sizes import format_size
 
@@ -66,6 +67,9 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD_ENGI
     Raises:
         ConfigError, EngineError: it could not start, or the engine has died; nothing is left behind.
     """
+    server.check()
+    if server.is_exposed:
+        print(f"warning: anybody who reaches {server.host} may ask: no --api-key or --api-key-file", file=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processors are the engine's
     return asyncio.run(_serve(config, server, build))
 
@@ -107,15 +111,20 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
             service = Service(llm, names)
             web = uvicorn.Config(
                 create_app(service, options),
-                log_level="info" if options.access_log else "warning",
-                access_log=options.access_log,
+                log_config=log_config(options.log_format),
+                log_level="warning",
+                access_log=False,  # RequestLog writes it
+                root_path=options.root_path,
+                ssl_certfile=options.ssl_certfile,
+                ssl_keyfile=options.ssl_keyfile,
                 lifespan="off",
                 timeout_graceful_shutdown=CLOSE_SECONDS,
                 server_header=False,
             )
             server = Server(web, client)
             host, port = listener.getsockname()[:2]
-            print(_memory(ready), _greeting(ready, names[0], host, port), sep="\n", file=sys.stderr, flush=True)
+            scheme = "https" if options.ssl_certfile else "http"
+            print(_memory(ready), _greeting(ready, names[0], host, port, scheme), sep="\n", file=sys.stderr, flush=True)
             await server.serve(sockets=[listener])
             if client.failure is not None and not stopping:
                 raise EngineError(f"the engine has stopped: {client.failure}")
@@ -167,14 +176,14 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _greeting(ready: EngineReady, name: str, host: str, port: int) -> str:
+def _greeting(ready: EngineReady, name: str, host: str, port: int, scheme: str) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     drafters = {None: "no Medusa heads", "medusa": f"{ready.draft_depth} Medusa heads"}
     drafter = drafters.get(ready.drafter, f"{ready.drafter} drafts")
     weights = f"{ready.quantization} weights, " if ready.quantization else ""
     weights += f"{ready.kv_cache_dtype} K/V, " if ready.kv_cache_dtype != "auto" else ""
     return (
-        f"manyheads serves {name} ({drafter}, {weights}{ready.dtype} on {ready.device}) at http://{shown}:{port}  "
+        f"manyheads serves {name} ({drafter}, {weights}{ready.dtype} on {ready.device}) at {scheme}://{shown}:{port}  "
         "- Ctrl-C stops it"
     )
 

@@ -83,10 +83,12 @@ class Service:
                 async for _ in updates:
                     pass
 
+        request.state.generations = generations  # for the log and the limits of a key
         await _or_disconnect(request, run())
 
     async def stream(self, request: Request, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
         """Give the updates once the first one is there, so that a refusal can still be the answer's status."""
+        request.state.generations = generations
         updates = self.updates(generations)
         first = await _or_disconnect(request, anext(updates))
 
