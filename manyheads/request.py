@@ -11,11 +11,12 @@ from typing import Literal
 import msgspec
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKENS = 256
 MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_LOGIT_BIASES = 1024
-_RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[float, float]] = {
     "n": (1, MAX_N),
     "temperature": (0, 100),
     "top_p": (0, 1),
@@ -98,7 +99,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def validate(self) -> SamplingParams:
         """Raise RequestError for a field whose value is out of its range, else return self so that calls chain."""
-        for name, (low, high) in _RANGES.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None or name != "logprobs":  # NaN is between nothing
                 require(low <= value <= high, f"{name} must be between {low:g} and {high:g}, not {value}")
@@ -122,7 +123,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ):
             require(count <= room, f"at most {room} {what}, not {count}")
         require(all(self.stop), "a stop string must not be empty")
-        require(all(len(s) <= 1000 for s in self.stop), "a stop string must have at most 1000 characters")
+        is_short = all(len(s) <= MAX_STOP_CHARACTERS for s in self.stop)
+        require(is_short, f"a stop string must have at most {MAX_STOP_CHARACTERS} characters")
         require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids must not be negative")
         in_range = all(-100 <= bias <= 100 for bias in self.logit_bias.values())
         require(in_range, "logit_bias values must be between -100 and 100")

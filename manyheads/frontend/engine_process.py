@@ -106,7 +106,7 @@ class Loop:
                 return refused
             try:
                 message = self._decoder.decode(data)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 print(f"engine: dropped a message of {len(data)} bytes: {error}", file=sys.stderr, flush=True)
                 continue
             if isinstance(message, Abort):

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 from manyheads.request import EngineError, require
-from manyheads.server.auth import DOCS_FILES, ApiKeys
+from manyheads.server.answers import Text, Tokens, Version
+from manyheads.server.auth import DOCS_FILES, ApiKeys, needs_key
 from manyheads.server.config import ServerConfig
 from manyheads.server.errors import ApiError, add_error_handlers
 from manyheads.server.generate import generate_router
@@ -20,6 +21,7 @@ from manyheads.server.keys import Keys
 from manyheads.server.limits import BodyLimit
 from manyheads.server.logs import RequestLog
 from manyheads.server.openai import openai_router
+from manyheads.server.openapi import describe, errors
 from manyheads.server.schemas import DetokenizeRequest, TokenizeRequest
 from manyheads.server.service import Service
 
@@ -62,12 +64,20 @@ def create_app(service: Service, config: ServerConfig) -> ASGIApp:
     app.include_router(openai_router(service))
     _add_tokenizer_routes(app, service)
     _add_service_routes(app, service)
+    describe(app, lambda path: config.needs_key and needs_key(path, config.protect_info))
     # not one of the application's own, for those do not see the answer to an unexpected error
     return RequestLog(app, access_log=config.access_log)
 
 
 def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", tags=["Tokenizer"], summary="Tokens of a text or a conversation")
+    bad = errors(400, 404, 413)
+
+    @app.post(
+        "/tokenize",
+        tags=["Tokenizer"],
+        summary="Tokens of a text or a conversation",
+        responses={200: {"model": Tokens}, **bad},
+    )
     async def tokenize(body: TokenizeRequest) -> JSONResponse:
         service.check_model(body.model)
         require((body.prompt is None) != (body.messages is None), "give either prompt or messages")
@@ -77,7 +87,7 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
             ids = await service.llm.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.llm.ready.max_model_len})
 
-    @app.post("/detokenize", tags=["Tokenizer"], summary="The text of tokens")
+    @app.post("/detokenize", tags=["Tokenizer"], summary="The text of tokens", responses={200: {"model": Text}, **bad})
     async def detokenize(body: DetokenizeRequest) -> JSONResponse:
         service.check_model(body.model)
         last = service.llm.ready.vocab_size - 1
@@ -87,24 +97,24 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_service_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/health", tags=["Service"], summary="200 while the engine works or is being started again, 503 else")
+    @app.get("/health", tags=["Service"], summary="200 while the engine works or is replaced", responses=errors(503))
     async def health() -> Response:
         client = service.llm.client
         if not client.alive:
             raise EngineError(f"the engine has stopped: {client.failure or 'it says nothing'}")
         return JSONResponse({"status": "ok" if client.serving else "restarting"})
 
-    @app.get("/ready", tags=["Service"], summary="200 while new requests are welcome, 503 else")
+    @app.get("/ready", tags=["Service"], summary="200 while new requests are welcome", responses=errors(503))
     async def ready() -> Response:
         if (why := service.not_ready()) is not None:
             raise ApiError(503, why, code="not_ready")
         return JSONResponse({"status": "ready"})
 
-    @app.get("/version", tags=["Service"], summary="Of this package")
+    @app.get("/version", tags=["Service"], summary="Of this package", responses={200: {"model": Version}})
     async def get_version() -> JSONResponse:
         return JSONResponse({"version": package_version()})
 
-    @app.get("/metrics", tags=["Service"], summary="For Prometheus")
+    @app.get("/metrics", tags=["Service"], summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

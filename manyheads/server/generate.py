@@ -8,10 +8,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 
 from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.request import require
+from manyheads.server.answers import GenerateAnswer, GenerateText
+from manyheads.server.openapi import generates
 from manyheads.server.schemas import GenerateRequest
 from manyheads.server.service import Service, whole_or_cut
 from manyheads.server.sse import event, stream_response
@@ -21,7 +23,7 @@ def generate_router(service: Service) -> APIRouter:
     """Make the routes of these endpoints."""
     router = APIRouter(tags=["Generate"])
 
-    @router.post("/generate", summary="Follow an instruction")
+    @router.post("/generate", summary="Follow an instruction", responses=generates(whole=GenerateAnswer))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """The model's chat template is applied to the prompt, unless `parameters.raw` is true or it has none."""
         start = time.perf_counter()
@@ -29,7 +31,12 @@ def generate_router(service: Service) -> APIRouter:
         await service.collect(request, [generation])
         return whole_or_cut(generation.outputs, _answer(generation, start))
 
-    @router.post("/generate_stream", summary="Follow an instruction, word by word")
+    @router.post(
+        "/generate_stream",
+        summary="Follow an instruction, word by word",
+        response_class=StreamingResponse,
+        responses=generates(GenerateText, GenerateAnswer),
+    )
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Server-sent events `{"text": …}`; the last one is what /generate answers."""
         start = time.perf_counter()

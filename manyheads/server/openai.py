@@ -14,7 +14,9 @@ from fastapi.responses import JSONResponse, Response
 
 from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.frontend.output import SequenceOutput, TextDelta
+from manyheads.server.answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, Model, Models
 from manyheads.server.logprobs import CompletionLogprobs, chat_logprobs
+from manyheads.server.openapi import errors, generates
 from manyheads.server.schemas import ChatRequest, CompletionRequest, StreamOptions
 from manyheads.server.service import Service, whole_or_cut
 from manyheads.server.sse import DONE, event, stream_response
@@ -27,7 +29,11 @@ def openai_router(service: Service) -> APIRouter:
     """Make the routes of these endpoints."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions", summary="Continue a text")
+    @router.post(
+        "/v1/completions",
+        summary="Continue a text",
+        responses=generates(CompletionChunk, whole=Completion, also=(404,)),
+    )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         body.check()
@@ -39,18 +45,22 @@ def openai_router(service: Service) -> APIRouter:
             prompts.append(Prompt(list(text) if isinstance(text, list) else ids, continues=True))
         return await _Completions(service, service.llm.prepare(prompts, params), body).respond(request)
 
-    @router.post("/v1/chat/completions", summary="Answer a conversation")
+    @router.post(
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        responses=generates(ChatCompletionChunk, whole=ChatCompletion, also=(404,)),
+    )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         params = body.chat_params()
         ids = await service.llm.encode_chat([m.plain() for m in body.messages])
         return await _Chat(service, service.llm.prepare([Prompt(ids)], params), body).respond(request)
 
-    @router.get("/v1/models", summary="What is served")
+    @router.get("/v1/models", summary="What is served", responses={200: {"model": Models}})
     async def models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
 
-    @router.get("/v1/models/{name:path}", summary="One model")
+    @router.get("/v1/models/{name:path}", summary="One model", responses={200: {"model": Model}, **errors(404)})
     async def model(name: str) -> JSONResponse:
         service.check_model(name)
         return JSONResponse(_model(service, name))

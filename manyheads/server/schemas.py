@@ -6,15 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from manyheads.request import RequestError, SamplingParams, require
+from manyheads.request import MAX_STOP_STRINGS, MAX_STOP_TOKENS, RequestError, SamplingParams, require
+from manyheads.server.fields import EMPTY, Count, Empty, Ids, Limits, LogitBias, StopString, Whole, between
 
 MAX_PROMPTS = 256
 """A request has at most so many prompts."""
 MAX_MESSAGES = 4096
 
 
-class Body(BaseModel, extra="forbid", allow_inf_nan=False):
-    """No part of a body has unknown fields, NaN, or text that is none."""
+class Body(BaseModel, extra="forbid", allow_inf_nan=False, strict=True):
+    """No part of a body has unknown fields, values of another type, NaN, or text that is none."""
 
     @field_validator("*", mode="after")
     @classmethod
@@ -32,28 +33,28 @@ class Body(BaseModel, extra="forbid", allow_inf_nan=False):
 class Sampling(Body):
     """These are SamplingParams as JSON; null is the default. See `manyheads.SamplingParams` for the meanings."""
 
-    n: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    max_steps: int | None = Field(default=None, description="most decoding steps; a step can give several tokens")
-    temperature: float | None = Field(default=None, description="0 is greedy")
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    n: Annotated[Whole, between("n")] | None = None
+    max_tokens: Count | None = None
+    min_tokens: Annotated[Whole, Limits(minimum=0, exclusiveMaximum=2**31)] | None = None
+    max_steps: Count | None = Field(default=None, description="most decoding steps; a step can give several tokens")
+    temperature: Annotated[float, between("temperature")] | None = Field(default=None, description="0 is greedy")
+    top_p: Annotated[float, Limits(exclusiveMinimum=0, maximum=1)] | None = None
+    top_k: Annotated[Whole, Limits(minimum=-1, exclusiveMaximum=2**31)] | None = None
+    min_p: Annotated[float, between("min_p")] | None = None
+    repetition_penalty: Annotated[float, between("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, between("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, between("frequency_penalty")] | None = None
+    logit_bias: LogitBias | None = Field(default=None, description="by token id, from -100 to 100")
+    seed: Annotated[Whole, Limits(minimum=-(2**63), exclusiveMaximum=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Limits(maxItems=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[Ids, Limits(maxItems=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     speculative: bool | None = Field(default=None, description="false decodes one token a step")
     acceptance: Literal["exact", "typical"] | None = Field(default=None, description="rule for temperature > 0")
-    typical_epsilon: float | None = None
-    typical_alpha: float | None = None
+    typical_epsilon: Annotated[float, between("typical_epsilon")] | None = None
+    typical_alpha: Annotated[float, between("typical_alpha")] | None = None
 
     def to_params(self, **overrides: Any) -> SamplingParams:
         """Make the engine's parameters, or raise RequestError for a value out of its range."""
@@ -91,17 +92,19 @@ class OpenAIRequest(Sampling):
     prompt_cache_options: Any = None
 
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+Prompt = Annotated[str, Limits(minLength=1)]
+TokenIds = Annotated[Ids, Field(min_length=1)]
+_SOME = Limits(minItems=1, maxItems=MAX_PROMPTS)
 
 
 class CompletionRequest(OpenAIRequest):
     """This body goes to POST /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
-    logprobs: int | None = None
-    echo: bool | None = None
-    best_of: int | None = None
-    suffix: str | None = None
+    prompt: Prompt | Annotated[list[Prompt], _SOME] | TokenIds | Annotated[list[TokenIds], _SOME]
+    logprobs: Annotated[Whole, between("logprobs")] | None = None
+    echo: bool | None = Field(default=None, description="not together with logprobs")
+    best_of: Annotated[Whole, between("n")] | None = Field(default=None, description="the same as n")
+    suffix: Annotated[str, Limits(maxLength=0)] | None = Field(default=None, description="not supported")
 
     def check(self) -> None:
         """Raise RequestError for what this server does not do."""
@@ -128,7 +131,11 @@ class TextPart(Body):
     prompt_cache_breakpoint: Any = None
 
 
-class Message(Body):
+_HAS_CONTENT = {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]}
+_IS_ASSISTANT = {"properties": {"role": {"const": "assistant"}}}
+
+
+class Message(Body, json_schema_extra={"anyOf": [_HAS_CONTENT, _IS_ASSISTANT]}):
     """A message of an assistant may hold the empty fields that OpenAI's client sends back."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -136,14 +143,16 @@ class Message(Body):
     name: Any = None
     refusal: Any = None
     annotations: Any = None
-    audio: Any = None
-    tool_calls: Any = None
-    function_call: Any = None
+    audio: Empty = None
+    tool_calls: Empty = None
+    function_call: Empty = None
 
     def plain(self) -> dict[str, str]:
         """Reduce it to role and text. Raises RequestError for what is not text."""
         for field in ("audio", "tool_calls", "function_call"):
-            require(not getattr(self, field), f"messages with {field} are not supported: this server takes text only")
+            require(
+                getattr(self, field) in EMPTY, f"messages with {field} are not supported: this server takes text only"
+            )
         require(self.content is not None or self.role == "assistant", f"a {self.role} message needs content")
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
@@ -153,25 +162,29 @@ class Message(Body):
 class ResponseFormat(BaseModel, extra="allow"):
     """The form of an answer can be chosen, but only text is supported."""
 
-    type: str = "text"
+    type: Annotated[str, Limits(enum=["text"])] = "text"
+
+
+_NO_TOOLS = (None, "none", "auto")
+NoTools = Annotated[Any, Limits(enum=_NO_TOOLS)]
 
 
 class ChatRequest(OpenAIRequest):
     """This body goes to POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Count | None = Field(default=None, description="most output tokens (the same as max_tokens)")
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[Whole, between("logprobs")] | None = Field(default=None, description="needs logprobs: true")
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    modalities: list[str] | None = None
-    audio: Any = None
-    web_search_options: Any = None
-    moderation: Any = None
+    tools: Empty = None
+    tool_choice: NoTools = None
+    functions: Empty = None
+    function_call: NoTools = None
+    modalities: list[Annotated[str, Limits(enum=["text"])]] | None = None
+    audio: Empty = None
+    web_search_options: Empty = None
+    moderation: Empty = None
 
     parallel_tool_calls: Any = None
     reasoning_effort: Any = None
@@ -183,13 +196,13 @@ class ChatRequest(OpenAIRequest):
         if self.response_format is not None and self.response_format.type != "text":
             raise RequestError(f"response_format {self.response_format.type!r} is not supported, only 'text'")
         no_tools = "tools are not supported by this server; leave"
-        require(not self.tools and not self.functions, f"{no_tools} tools and functions out")
+        require(self.tools in EMPTY and self.functions in EMPTY, f"{no_tools} tools and functions out")
         for choice in (self.tool_choice, self.function_call):
-            require(choice in (None, "none", "auto"), f"{no_tools} tool_choice and function_call out")
-        is_text = not self.audio and all(m == "text" for m in self.modalities or ())
+            require(choice in _NO_TOOLS, f"{no_tools} tool_choice and function_call out")
+        is_text = self.audio in EMPTY and all(m == "text" for m in self.modalities or ())
         require(is_text, "modalities: this server gives text only")
-        require(not self.web_search_options, "web_search_options: this server does not search the web")
-        require(not self.moderation, "moderation: this server does not moderate texts")
+        require(self.web_search_options in EMPTY, "web_search_options: this server does not search the web")
+        require(self.moderation in EMPTY, "moderation: this server does not moderate texts")
         require(self.top_logprobs is None or bool(self.logprobs), "top_logprobs needs logprobs: true")
 
     def chat_params(self) -> SamplingParams:
@@ -205,7 +218,8 @@ class ChatRequest(OpenAIRequest):
 class GenerateParameters(Sampling):
     """`parameters` of /generate are those of SamplingParams, also by TGI's names for them."""
 
-    max_new_tokens: int | None = Field(default=None, description="most output tokens (max_tokens is the same)")
+    n: Annotated[Whole, Limits(const=1)] | None = None
+    max_new_tokens: Count | None = Field(default=None, description="most output tokens (max_tokens is the same)")
     raw: bool = Field(default=False, description="the prompt is text to continue, not an instruction")
 
     def generate_params(self) -> SamplingParams:
@@ -222,16 +236,25 @@ _EXAMPLE = {"prompt": "Tell me something about hip hop.", "parameters": {"temper
 class GenerateRequest(Body, json_schema_extra={"examples": [_EXAMPLE]}):
     """This body goes to POST /generate and /generate_stream."""
 
-    prompt: str
+    prompt: Annotated[str, Limits(pattern=r"\S")]
     parameters: GenerateParameters = GenerateParameters()
 
 
-class TokenizeRequest(Body):
+def _given(name: str, other: str) -> dict[str, Any]:
+    """Describe that one field is given and the other one is not."""
+    null = {"type": "null"}
+    return {"properties": {name: {"not": null}, other: null}, "required": [name]}
+
+
+_EITHER = {"oneOf": [_given("prompt", "messages"), _given("messages", "prompt")]}
+
+
+class TokenizeRequest(Body, json_schema_extra=_EITHER):
     """This body goes to POST /tokenize, with a text, or with messages for the chat template."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Limits(minItems=1)] | None = None
     add_special_tokens: bool = True
 
 
@@ -239,5 +262,5 @@ class DetokenizeRequest(Body):
     """This body goes to POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Ids
     skip_special_tokens: bool = False

@@ -20,8 +20,8 @@ import pytest
 from manyheads.cli import main, make_parser
 from manyheads.config import ConfigError
 from manyheads.server import keys as keys_module
-from manyheads.server.app import ServerConfig
 from manyheads.server.auth import Usage, needs_key
+from manyheads.server.config import ServerConfig
 from manyheads.server.errors import ApiError
 from manyheads.server.keys import Key, Keys, hash_key, parse_keys
 from manyheads.server.logs import LineFormatter, RequestLog

@@ -1,0 +1,218 @@
+"""What the endpoints answer, for the description of the interface alone: answers are written without these models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from manyheads.request import FinishReason
+
+
+class Error(BaseModel):
+    """It says what went wrong."""
+
+    message: str = Field(description="for a person: what is wrong and what to do")
+    type: str
+    param: str | None = Field(description="the field at fault, if one is")
+    code: str | None = Field(description="for a program: what is wrong")
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer other than 200 is one of these; in a stream that fails later, the last event but [DONE] is one."""
+
+    error: Error
+
+
+class PromptTokensDetails(BaseModel):
+    """It says what of a prompt did not have to be computed."""
+
+    cached_tokens: int = Field(ge=0)
+
+
+class Usage(BaseModel):
+    """It counts what an answer took."""
+
+    prompt_tokens: int = Field(ge=0)
+    completion_tokens: int = Field(ge=0)
+    total_tokens: int = Field(ge=0)
+    prompt_tokens_details: PromptTokensDetails
+    decoding_steps: int = Field(ge=0)
+
+
+class CompletionLogprobs(BaseModel):
+    """Each list has an entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """It is one continuation, or in a stream what came of it."""
+
+    index: int = Field(ge=0)
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None = Field(description="the stop string or token that ended it, if one did")
+
+
+class CompletionChunk(BaseModel):
+    """It is an event of a stream of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class Completion(CompletionChunk):
+    """It is an answer of /v1/completions."""
+
+    usage: Usage
+
+
+class TopLogprob(BaseModel):
+    """It is a token that could have stood here."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """It is a token of an answer, with those that were likely beside it."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """It has an entry for each token."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    """It is what the assistant says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """It is one answer."""
+
+    index: int = Field(ge=0)
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+
+class ChatCompletion(BaseModel):
+    """It is an answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(BaseModel):
+    """It is what an event adds to a message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """It is what came of one answer."""
+
+    index: int = Field(ge=0)
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    """It is an event of a stream of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class Model(BaseModel):
+    """It is a name by which the model is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    drafter: str | None
+    num_medusa_heads: int
+
+
+class Models(BaseModel):
+    """It is what is served."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class GenerateDetails(BaseModel):
+    """It counts what an answer took."""
+
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+    tokens_per_step: float
+    seconds: float
+
+
+class GenerateAnswer(BaseModel):
+    """It is an answer of /generate, and the last event of /generate_stream."""
+
+    response: str
+    details: GenerateDetails
+
+
+class GenerateText(BaseModel):
+    """It is an event of /generate_stream but the last."""
+
+    text: str
+
+
+class Tokens(BaseModel):
+    """It is an answer of /tokenize."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Text(BaseModel):
+    """It is an answer of /detokenize."""
+
+    prompt: str
+
+
+class Version(BaseModel):
+    """It is an answer of /version."""
+
+    version: str
