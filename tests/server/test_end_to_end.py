@@ -24,7 +24,18 @@ QUESTION = "Tell me something about hip hop."
 @pytest.fixture(scope="module")
 def builtin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     port = free_port()
-    command = [sys.executable, "-m", "manyheads", "serve", "--port", str(port), "--max-num-seqs", "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "manyheads",
+        "serve",
+        "--port",
+        str(port),
+        "--drain-timeout",
+        "1",
+        "--max-num-seqs",
+        "8",
+    ]
     command += ["--tree-size", "8"]  # whatever speculation pays on this machine
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     temp = tmp_path_factory.mktemp("served")
