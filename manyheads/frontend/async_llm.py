@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import msgspec
 
 from manyheads.frontend.engine_client import DeltaQueue, EngineClient
 from manyheads.frontend.generation import Generation, OpenSequences, Prompt, Update, take
+from manyheads.frontend.text_queue import TextQueue
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import (
     EngineError,
@@ -43,7 +43,7 @@ class AsyncLLM:
         self.client = client
         self.tokenizer = tokenizer
         self.ready = ready
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._texts = TextQueue()
 
     def prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
         """Check the prompts of one call (RequestError if they can't be served); nothing runs before `updates` does."""
@@ -78,7 +78,12 @@ class AsyncLLM:
                 self.client.abort(request_id)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Encode a text, without stopping everyone else for a long one; RequestError if no context can hold it."""
+        """Encode a text, without stopping everyone else for a long one.
+
+        Raises:
+            RequestError: no context can hold it.
+            QueueFull: too many long texts wait.
+        """
         work = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return await self._encode(len(text), work)
 
@@ -89,7 +94,7 @@ class AsyncLLM:
 
     def close(self) -> None:
         """Stop encoding; the engine's client is the caller's to close."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._texts.close()
 
     async def _encode(self, size: int, work: Callable[[], list[int]], is_quick: bool = True) -> list[int]:
         longest = self.ready.max_model_len
@@ -97,8 +102,10 @@ class AsyncLLM:
         context = f"this model's context of {longest} tokens"
         require(fits, f"the prompt has {size} characters, which cannot fit into {context}")
         if is_quick and size < INLINE_CHARACTERS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            token_ids = work()
+            await asyncio.sleep(0)  # a request may bring hundreds of texts: the others go on between them
+            return token_ids
+        return await self._texts.run(size, work)
 
 
 async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
