@@ -6,7 +6,15 @@ import argparse
 import os
 
 from manyheads.cli.parser import Parser, add_engine, add_model, engine_config
-from manyheads.server.config import ServerConfig
+from manyheads.server.config import ConnectionLimits, ServerConfig
+
+CONNECTION_HELP = {
+    "header_timeout": (float, "seconds in which the headers of a request must arrive (default: 10)"),
+    "body_timeout": (float, "seconds in which a request's body must arrive, or each MiB of it (default: 30)"),
+    "write_timeout": (float, "seconds that a client may read nothing while there is something for it (default: 30)"),
+    "keep_alive": (int, "seconds that a connection may be idle between requests (default: 20)"),
+    "max_connections": (int, "most open connections (default, and at most: what the limit of open files allows)"),
+}
 
 
 def add_commands(parser: Parser) -> None:
@@ -35,6 +43,8 @@ def add_commands(parser: Parser) -> None:
         ("drain-timeout", float, ServerConfig.drain_timeout, "seconds that running requests have after SIGTERM"),
     ):
         web.add_argument(f"--{name}", type=unit, default=default, help=f"{text} (default: {default:g})")
+    for name, (kind, text) in CONNECTION_HELP.items():
+        web.add_argument("--" + name.replace("_", "-"), type=kind, metavar=name.upper(), help=text)
     web.add_argument("--verbose", action="store_true", help="tell what the engine does while it starts")
     add_engine(command)
 
@@ -44,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     from manyheads.server.run import serve
 
+    given = {name: getattr(args, name) for name in CONNECTION_HELP if getattr(args, name) is not None}
     return serve(
         config,
         ServerConfig(
@@ -59,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             chat_template=args.chat_template,
             cors_origins=tuple(args.cors_origin),
             max_body_bytes=args.max_body_bytes,
+            connections=ConnectionLimits(**given),
             access_log=args.access_log,
             watchdog=args.watchdog,
             max_restarts=args.max_restarts,

@@ -48,7 +48,8 @@ def create_app(service: Service, config: ServerConfig) -> ASGIApp:
     )
     add_error_handlers(app)
     # the last one added is the outermost
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    body_timeout = config.connections.body_timeout
+    app.add_middleware(BodyLimit, config.max_body_bytes, seconds=body_timeout, drops=service.metrics.drops)
     if config.needs_key:
         keys = Keys(config.api_key, config.api_key_file)
         app.add_middleware(ApiKeys, keys=keys, protect_info=config.protect_info)

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from manyheads.config import ConfigError
 from manyheads.server.keys import Keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """A client may take so long, in seconds, and so many connections may be open."""
+
+    header_timeout: float = 10.0
+    """From when a connection is opened, or a further request begun, until its headers are whole."""
+    body_timeout: float = 30.0
+    """From when the headers are whole until the body is; for a body above 1 MiB, so long for each MiB."""
+    write_timeout: float = 30.0
+    """A client may read nothing for so long while something is to be written."""
+    keep_alive: int = 20
+    """From an answer to the next request. Clients that keep connections (httpx for 5 s, aiohttp for 15 s) should close
+    them first: a request sent while the server closes is lost."""
+    max_connections: int | None = None
+    """None is as many as the limit of open files allows."""
+
+    def __post_init__(self) -> None:
+        for some in fields(self):
+            value = getattr(self, some.name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{some.name} must be above 0, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +56,7 @@ class ServerConfig:
     """It is a file, or the name of a known template; None takes the tokenizer's."""
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     access_log: bool = False
     log_format: str = "text"
     """One of `logs.LOG_FORMATS`."""

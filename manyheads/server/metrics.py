@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from manyheads.request import EngineStats, FinishReason
+from manyheads.server.drops import Drops
 
 PREFIX = "manyheads_"
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -46,6 +47,7 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self._engine = engine
         self.registry.register(self)
+        self.drops = Drops(self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)

@@ -24,6 +24,7 @@ from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineError, EngineReady
 from manyheads.server.app import create_app
 from manyheads.server.config import ServerConfig
+from manyheads.server.connections import Guard, GuardedServer, raise_file_limit
 from manyheads.server.logs import log_config
 from manyheads.server.service import Service
 from manyheads.sizes import format_size
@@ -32,11 +33,11 @@ CLOSE_SECONDS = 1
 """The last answers may take so long to get out."""
 
 
-class Server(uvicorn.Server):
+class Server(GuardedServer):
     """uvicorn ends when we say so: after the requests that run, or when there is no engine any more."""
 
-    def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
-        super().__init__(config)
+    def __init__(self, config: uvicorn.Config, guard: Guard, client: EngineClient) -> None:
+        super().__init__(config, guard)
         self._client = client
 
     @contextlib.contextmanager
@@ -71,6 +72,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD_ENGI
     if server.is_exposed:
         print(f"warning: anybody who reaches {server.host} may ask: no --api-key or --api-key-file", file=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processors are the engine's
+    raise_file_limit()
     return asyncio.run(_serve(config, server, build))
 
 
@@ -111,6 +113,9 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
             service = Service(llm, names)
             web = uvicorn.Config(
                 create_app(service, options),
+                http="h11",
+                ws="none",
+                timeout_keep_alive=options.connections.keep_alive,
                 log_config=log_config(options.log_format),
                 log_level="warning",
                 access_log=False,  # RequestLog writes it
@@ -121,7 +126,7 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
                 timeout_graceful_shutdown=CLOSE_SECONDS,
                 server_header=False,
             )
-            server = Server(web, client)
+            server = Server(web, Guard(options.connections, service.metrics.drops, service.metrics.registry), client)
             host, port = listener.getsockname()[:2]
             scheme = "https" if options.ssl_certfile else "http"
             print(_memory(ready), _greeting(ready, names[0], host, port, scheme), sep="\n", file=sys.stderr, flush=True)

@@ -75,8 +75,8 @@ class Running:
         return time.monotonic() - start
 
 
-def launch(temp: Path, *options: str, port: int = 0, **env: str) -> Running:
-    """Start a server whose temporary files are under `temp`."""
+def launch(temp: Path, *options: str, port: int = 0, files: int | None = None, **env: str) -> Running:
+    """Start a server whose temporary files are under `temp`, with at most so many open files."""
     folder = temp / "model"
     if not folder.exists():
         folder.mkdir(parents=True)
@@ -87,6 +87,8 @@ def launch(temp: Path, *options: str, port: int = 0, **env: str) -> Running:
     for path in (sockets, pids):
         path.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.server.launch", str(folder), "--port", str(port)]
+    if files is not None:
+        command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--served-model-name", "fake", *options],
         cwd=ROOT,
