@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -26,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import hostile
 
 SHORT = ("--header-timeout", "1.5", "--body-timeout", "1", "--write-timeout", "1.5", "--keep-alive", "1")
-STREAM = {"prompt": "Hi", "max_tokens": 6000, "ignore_eos": True}
-"""These events have about 500 kB: more than the systems on the way take for a client that does not read."""
+STREAM = {"prompt": "Hi", "max_tokens": 4000, "ignore_eos": True, "logprobs": 1}
+"""These events have about 1 MB: more than the systems on the way take for a client that does not read."""
 VERSION = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -209,13 +210,14 @@ def test_a_whole_answer_that_nobody_takes(short: Running) -> None:
 def test_a_body_that_does_not_come(short: Running) -> None:
     before = dropped(short, "body")
     with connect(short) as s:
-        s.sendall(hostile.completion(prompt="Hi")[:-5])
+        request = hostile.completion(prompt="Hi")
+        s.sendall(request[:-5])
         begun = time.monotonic()
         answer = receive(s, b'"code":"body_timeout"')
         assert 0.8 < time.monotonic() - begun < 4
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"\r\nconnection: close\r\n" in answer
-        s.sendall(b" ")
+        s.sendall(request[-5:])
         while s.recv(2**16):  # it is closed
             pass
     assert dropped(short, "body") - before == 1
@@ -229,6 +231,27 @@ def test_a_large_body_may_take_longer(short: Running) -> None:
             s.sendall(request[i : i + 2**18])
             time.sleep(0.15)
         assert receive(s, b"\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def test_bodies_take_so_much_memory(tmp_path: Path) -> None:
+    """Whoever begins bodies and does not end them keeps the large ones of others out, but not the small ones."""
+    running = start(tmp_path, "--max-body-bytes", "200000").wait_ready()
+    large = hostile.completion(prompt="Hi", max_tokens=1, user="x" * 190_000)
+    with hostile.Clients(address(running), 80, large[:-10]):
+        assert eventually(lambda: num_connections(running) >= 80)
+
+        def is_refused() -> bool:
+            with connect(running) as s:
+                s.sendall(large[:-10])
+                time.sleep(0.1)
+                with contextlib.suppress(ConnectionError):
+                    s.sendall(large[-10:])
+                return receive(s, b"\r\n").startswith(b"HTTP/1.1 503 ")
+
+        assert eventually(is_refused)
+        ask(running)
+    assert eventually(lambda: not is_refused())
+    running.stop()
 
 
 def test_an_unwanted_body_does_not_hold_a_connection(short: Running) -> None:
@@ -310,14 +333,14 @@ def test_no_more_file_descriptors(tmp_path: Path) -> None:
     limits = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
     assert limits[0] == min(limits[1], 2**16)  # as many as may be
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=running.url, timeout=30) as client:
-        long = pool.submit(client.post, "/v1/completions", json=STREAM | {"max_tokens": 600})
+        long = pool.submit(client.post, "/v1/completions", json=STREAM | {"max_tokens": 400})
         assert eventually(lambda: num_running(running.url) == 1)
         resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (5, limits[1]))
         with pytest.raises(httpx.TimeoutException):
             httpx.get(running.url + "/health", timeout=2)
         resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, limits)
         assert httpx.get(running.url + "/health", timeout=5).status_code == 200
-        assert long.result().json()["usage"]["completion_tokens"] == 600
+        assert long.result().json()["usage"]["completion_tokens"] == 400
     assert running.errors().count("no connection could be accepted (Too many open files)") == 1
     assert len(running.errors()) < 2000
     running.stop()
