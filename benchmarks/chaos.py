@@ -1,0 +1,158 @@
+"""Faults against a real server: what is promised in docs/reliability.md, tried out.
+
+    python benchmarks/chaos.py                          # all of them; writes results/chaos.json
+    python benchmarks/chaos.py --only killed --short    # one, in its short form
+    python benchmarks/chaos.py --device cuda --model MODEL -- --max-model-len 4096    # options of serve behind --
+    python benchmarks/chaos.py --write-docs             # the table in docs/reliability.md, from the results
+
+Client and server share the processors. Each fault has a server of its own; one that does not start, or that does not
+give whole answers undisturbed, ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import chaos_rows as rows
+from chaos_rows import Row, Size
+from chaos_server import Server, poison, started
+from chaos_soak import OPTIONS as SOAK_OPTIONS
+from chaos_soak import soak
+from common import BUILTIN, ROOT, machine, save, table
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- table of results: written by benchmarks/chaos.py --write-docs -->", "<!-- end of the table -->"
+OTHERS = ("overload.json", "hostile.json", "busy.json")
+"""Other programs' results; those parts that have `fault`, `aim`, `found` and `met` are rows of the table, too."""
+WATCHDOG, DRAIN = 3.0, 30.0
+RESTARTS = ("--max-restarts", "1000")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of the table."""
+
+    fault: str
+    aim: str
+    run: Callable[[Server, Size, argparse.Namespace], Awaitable[Row]]
+    options: Sequence[str] = ()
+    """Of `serve`."""
+    poisoned: bool = False
+    """Whether the model has a token that gives NaN."""
+
+
+FAULTS = {
+    "killed": Fault(
+        "engine killed (-9) at random times, with streams and plain requests open",
+        "every text the same, token for token; ready again within the time of a start + 2 s",
+        lambda server, size, args: rows.killed(server, size),
+        RESTARTS,
+    ),
+    "stopped": Fault(
+        "engine stopped (SIGSTOP)",
+        "noticed within `--watchdog`, every text the same",
+        lambda server, size, args: rows.stopped(server, size, WATCHDOG),
+        (*RESTARTS, "--watchdog", f"{WATCHDOG:g}"),
+    ),
+    "poison": Fault(
+        "requests whose logits are NaN, beside others",
+        "an error for each of them, every other text the same",
+        lambda server, size, args: rows.poisoned(server, size, args.poison),
+        poisoned=True,
+    ),
+    "server_killed": Fault(
+        "API server killed (-9)",
+        "engine gone within 1 s, no file, socket or shared memory left",
+        lambda server, size, args: rows.server_killed(server, size),
+    ),
+    "drained": Fault(
+        "SIGTERM with streams open",
+        "`/ready` flips, all finish within `--drain-timeout`, exit 0",
+        lambda server, size, args: rows.drained(server, size, DRAIN),
+        ("--drain-timeout", f"{DRAIN:g}"),
+    ),
+    "soak": Fault(
+        "50 % random disconnects, pages for a tenth of what could be needed",
+        "none lost, no page leaked, memory flat after the first tenth",
+        lambda server, size, args: soak(server, size, args.seconds or (20 if args.short else 300)),
+        SOAK_OPTIONS,
+    ),
+}
+
+
+async def run(name: str, args: argparse.Namespace) -> Row:
+    """Starts a server and shows it a fault."""
+    fault = FAULTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model
+        if fault.poisoned:
+            model = Path(folder) / "model"
+            args.poison = poison(Path(args.model), model)
+        options = ["--device", args.device, *fault.options, *args.options]
+        size = rows.SHORT if args.short else Size()
+        if args.kills:
+            size = replace(size, kills=args.kills, stops=args.kills)
+        async with started(model, options) as server:
+            row = await fault.run(server, size, args)
+    on_gpu = "" if args.device == "cpu" else f" (on {_gpu()})"
+    return {"fault": fault.fault + on_gpu, "aim": fault.aim, **row}
+
+
+def _gpu() -> str:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def write_docs(results: Path, page: Path) -> None:
+    """Writes the table of all results between the page's two marks. Raises ValueError if the page lacks them."""
+    found: list[dict[str, Any]] = []
+    for path in (results / name for name in ("chaos.json", *OTHERS)):
+        parts = json.loads(path.read_text()).values() if path.exists() else ()
+        found += [part for part in parts if isinstance(part, dict) and {"fault", "aim", "found", "met"} <= part.keys()]
+    lines = ["| fault | aim | found | met |", "|---|---|---|---|"]
+    lines += [f"| {r['fault']} | {r['aim']} | {r['found']} | {'yes' if r['met'] else '**no**'} |" for r in found]
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"{page} needs the marks {BEGIN!r} and {END!r}")
+    page.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", choices=FAULTS, nargs="+", default=list(FAULTS))
+    parser.add_argument("--short", action="store_true", help="fewer rounds with fewer requests")
+    parser.add_argument("--kills", type=int, help="rounds of `killed` and `stopped` (default: 20 and 5)")
+    parser.add_argument("--seconds", type=float, help="of the soak (default: 300; --short: 20)")
+    parser.add_argument("--model", default=str(BUILTIN), help="a folder (default: the built-in model)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "chaos.json")
+    parser.add_argument("--write-docs", action="store_true", help="write the table and run nothing")
+    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of `manyheads serve`")
+    args = parser.parse_args()
+    if args.write_docs:
+        write_docs(args.out.parent, PAGE)
+        return
+    shown = []
+    for name in args.only:
+        row = {"machine": machine(), **asyncio.run(run(name, args))}
+        save(args.out, name if args.device == "cpu" else f"{name}-{args.device}", row)
+        shown.append([row["fault"], row["found"], "yes" if row["met"] else "NO"])
+        print(name, shown[-1][1:], *row.get("wrong", ()), sep="\n  ", flush=True)
+    table(["fault", "found", "met"], shown)
+    if any(met == "NO" for *_, met in shown):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
