@@ -148,6 +148,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """They took so many decoding steps."""
     resumes: bool = False
     """If True, an engine had accepted it before it died, so that no queue is too long for it."""
+    client: str = ""
+    """Whose fair share it counts against."""
+    priority: int = 0
+    """A lower one runs earlier, as in vLLM; among equal ones, clients are served in turn."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -259,6 +259,7 @@ class Engine:
             reason = "length"
         request.tokens.extend(tokens)
         self._count["generation_tokens"] += len(tokens)
+        self.scheduler.charge(request, len(tokens))
         if reason is None and not row.is_finite:
             return self._fail(request, tokens, row)
         if reason is None:

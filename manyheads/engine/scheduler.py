@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
+from itertools import islice
 
+from manyheads.engine.fair_queue import FairQueue, max_min_shares
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.request import QueueFull
@@ -15,10 +17,15 @@ class StepsUnread(Exception):
 
 
 class Scheduler:
-    """Owns the requests: first come, first served; decoding rows always run, prompts in chunks beside them.
+    """Owns the requests: decoding rows always run, prompts in chunks beside them; who starts next, `FairQueue` says.
 
-    When pages run out, trees shrink first, then the request that came last is preempted: it gives its pages back,
-    keeps its text, and goes to the front of the queue. So the oldest request always gets on, and every request ends.
+    `running` is in the order of who keeps what it has: by priority, then the first row of each client, then the second
+    of each, those that came first before the others. So the last of it is the youngest row of the client with most.
+
+    When pages run out, trees shrink first, then the last of `running` is preempted: it gives its pages back, keeps its
+    text, and goes to the front of its client's line. It also makes room for a request whose client is behind its own,
+    as long as its own has twice as many rows as that client will have. So the first of `running` always gets on, nobody
+    of its priority ever comes before it, and every request ends.
 
     Args:
         max_num_seqs: most rows at once.
@@ -39,9 +46,10 @@ class Scheduler:
         self.planner = planner
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_queue = max_queue
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
+        self.waiting = FairQueue()
+        self.running: list[Request] = []
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._num_admissions = 0
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -54,15 +62,22 @@ class Scheduler:
         """
         if len(self.waiting) >= self.max_queue:
             raise QueueFull(f"{len(self.waiting)} requests are waiting; the limit is {self.max_queue}")
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def remove(self, request: Request) -> None:
         """Forget a finished or aborted request and take its pages and its row back."""
+        if request.has_started:
+            self.waiting.learn(request)
         if request.held_row is None:
             self.waiting.remove(request)
             return
         self.running.remove(request)
         self._release(request)
+        self._sort()
+
+    def charge(self, request: Request, num_tokens: int) -> None:
+        """Count the output that a request gained as its client's."""
+        self.waiting.charge(request, 0, num_tokens)
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when nobody can run.
@@ -70,28 +85,81 @@ class Scheduler:
         Raises:
             StepsUnread: call again when nothing is unread.
         """
+        budget = self.max_num_batched_tokens
+        if any(request.decoding for request in self.running):
+            budget = max(1, budget // 2)  # who decodes waits for the prompts of its step
+        kept_pages = self._make_room(budget)
         decoding = [request for request in self.running if request.decoding]
         prompt_tokens = sum(request.num_uncomputed for request in self.running if not request.decoding)
         prompt_tokens = min(prompt_tokens, self.max_num_batched_tokens)
         draft = self.planner.choose(max(len(decoding), 1), prompt_tokens)
-        while draft.propose and self._missing_pages(draft.tree.num_nodes) > self.pages.num_available:
+        while draft.propose and self._missing_pages(draft.tree.num_nodes) > self.pages.num_available - kept_pages:
             draft = self.planner.smaller(draft)
         plan = StepPlan(chunks=[], decoding=[], draft=draft)
         preemptions = self.num_preemptions
-        # who decodes waits for the prompts of its step
-        budget = self.max_num_batched_tokens // 2 if decoding else self.max_num_batched_tokens
+        shares = self._prompt_shares(budget)
         for request in list(self.running):
             if request.held_row is None:
-                continue  # preempted for an older one in this very loop
+                continue  # preempted for one before it in this very loop
             if request.decoding:
                 self._plan_decoding(plan, request)
-            elif budget > 0:
-                budget -= self._plan_chunk(plan, request, budget)
+            elif budget > 0 and shares[request.client] > 0:
+                num_tokens = self._plan_chunk(plan, request, min(budget, shares[request.client]))
+                budget -= num_tokens
+                shares[request.client] -= num_tokens
         if self.num_preemptions == preemptions:
             self._admit(plan, budget)
         if not (plan.chunks or plan.decoding):
             return None
         return plan
+
+    def _make_room(self, budget: int) -> int:
+        """Preempt rows of clients that have more than their share, for requests that are to start in this step.
+
+        Args:
+            budget: so many prompt tokens may be computed beside those who decode.
+
+        Returns:
+            How many pages are to be left to those requests; 0 if nobody was preempted for them.
+        """
+        if not (self.waiting and self.running):
+            return 0
+        levels = self.waiting.levels(self.running)
+        rows = Counter(request.client for request in self.running)
+        starting = Counter[str]()
+        pages = 0
+        preemptions = self.num_preemptions
+        for request in self.waiting.in_turn(levels):
+            client, num_tokens = request.client, min(len(request.tokens), budget)
+            if num_tokens == 0:
+                break  # it would get none in this step
+            starting[client] += 1
+            pages += self.pages.pages_for(num_tokens) + 1
+            while starting.total() > len(self._free_rows) or pages > self.pages.num_available - len(self.running):
+                last = self.running[-1]
+                without = levels[last.client] - self.waiting.expected(0, last.room)
+                # a row that is taken computes some of its text again; near the shares, those that come free will do
+                is_owed = rows[last.client] >= 2 * (rows[client] + starting[client]) and levels[client] < without
+                if not is_owed or last.priority < request.priority:
+                    return pages if self.num_preemptions > preemptions else 0
+                if any(other.unread for other in self.running):
+                    raise StepsUnread
+                self._preempt(last)
+                rows[last.client] -= 1
+                levels[last.client] = without
+            levels[client] += self.waiting.expected(request.unpaid, request.room)
+            budget -= num_tokens
+        return pages if self.num_preemptions > preemptions else 0
+
+    def _prompt_shares(self, budget: int) -> Counter[str]:
+        """How many prompt tokens each client may have computed in a step: what it wants, or as much as the others."""
+        wanted = Counter[str]()
+        for request in self.running:
+            wanted[request.client] += 0 if request.decoding else request.num_uncomputed
+        if self.waiting and self._free_rows:
+            for request in self._next():
+                wanted[request.client] += len(request.tokens)
+        return max_min_shares(wanted, budget)
 
     def _missing_pages(self, num_nodes: int) -> int:
         """Pages to be taken if each decoding row brought a tree of so many nodes, beside the chunks of the others."""
@@ -117,18 +185,18 @@ class Scheduler:
         return num_tokens
 
     def _reserve_or_preempt(self, request: Request, num_tokens: int) -> bool:
-        """Reserve, at the cost of younger requests; False if the request itself had to give way."""
+        """Reserve, at the cost of those after it; False if the request itself had to give way."""
         if self.pages.reserve(request.table, num_tokens):
             return True
         if any(other.unread for other in self.running):
             raise StepsUnread
-        # first, what trees reserved and did not use; older rows are in the plan already and need all they hold
+        # first, what trees reserved and did not use; the rows before it are in the plan already and need all they hold
         for other in self.running[self.running.index(request) :]:
             self.pages.trim(other.table, other.cached_len + 1)
         while not self.pages.reserve(request.table, num_tokens):
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is request:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is request:
                 return False
         return True
 
@@ -139,7 +207,7 @@ class Scheduler:
         request.has_candidates = False
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
 
     def _release(self, request: Request) -> None:
         self.pages.free(request.table)
@@ -147,8 +215,9 @@ class Scheduler:
         request.held_row = None
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        while self.waiting and self._free_rows and budget > 0:
-            request = self.waiting[0]
+        if not (self.waiting and self._free_rows) or budget <= 0:
+            return
+        for request in self._next():
             request.cached_len = self.pages.share_prefix(request.table, request.tokens)
             num_tokens = min(request.num_uncomputed, budget)
             # leave a page for each running row, or it would be preempted in the next step already
@@ -157,17 +226,40 @@ class Scheduler:
             if wanted > spare or not self.pages.reserve(request.table, request.cached_len + num_tokens):
                 self.pages.free(request.table)
                 request.cached_len = 0
-                return
-            self.waiting.popleft()
-            if request.num_preemptions == 0:
-                request.num_cached_prompt_tokens = min(request.cached_len, request.prompt_len)
-                self.prefix_queries += request.prompt_len
-                self.prefix_hits += request.cached_len
-            request.held_row = self._free_rows.pop()
-            self.running.append(request)
+                break
+            self._start(request)
             plan.admitted.append(request)
             plan.chunks.append(Chunk(request, num_tokens, num_tokens == request.num_uncomputed))
             budget -= num_tokens
+            if budget <= 0:
+                break
+        self._sort()
+
+    def _next(self) -> list[Request]:
+        """Who is to start, in turn, as far as rows are free."""
+        return list(islice(self.waiting.in_turn(self.waiting.levels(self.running)), len(self._free_rows)))
+
+    def _start(self, request: Request) -> None:
+        self.waiting.remove(request)
+        if not request.has_started:
+            request.num_cached_prompt_tokens = min(request.cached_len, request.prompt_len)
+            self.prefix_queries += request.prompt_len
+            self.prefix_hits += request.cached_len
+            self.waiting.charge(request, request.prompt_len - request.cached_len, 0)
+        self._num_admissions += 1
+        request.admission = self._num_admissions
+        request.held_row = self._free_rows.pop()
+        self.running.append(request)
+
+    def _sort(self) -> None:
+        """Put those who run in the order of who keeps what it has."""
+        self.running.sort(key=lambda request: (request.priority, request.admission))
+        seen, ranks = Counter[tuple[int, str]](), {}
+        for request in self.running:
+            key = (request.priority, request.client)
+            ranks[request.request_id] = seen[key]
+            seen[key] += 1
+        self.running.sort(key=lambda request: (request.priority, ranks[request.request_id]))
 
     def check_integrity(self) -> None:
         """Every page, row and request is in exactly one place.

@@ -26,6 +26,14 @@ class Request:
     stop_ids: frozenset[int]
     """Tokens that end it: stop_token_ids, and eos unless ignored."""
     seed: int
+    client: str = ""
+    """Whose fair share it counts against."""
+    priority: int = 0
+    """A lower one starts first and gives way last."""
+    arrival: int = 0
+    """Its number among those that the queue was given."""
+    admission: int = 0
+    """Its number among those that were given a row, counted anew each time."""
     table: PageTable = field(default_factory=PageTable)
     held_row: int | None = None
     """Its slot of the row state (`batch.RowState`) while it runs; None while it waits."""
@@ -59,6 +67,8 @@ class Request:
             stop_ids=frozenset(params.stop_token_ids) | frozenset(eos),
             seed=params.seed if params.seed is not None else default_seed,
             num_steps=message.num_steps,
+            client=message.client,
+            priority=message.priority,
         )
 
     @property
@@ -72,6 +82,21 @@ class Request:
     def num_output(self) -> int:
         """Tokens that it gained."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still gain."""
+        return self.max_len - len(self.tokens)
+
+    @property
+    def has_started(self) -> bool:
+        """Whether it has ever run: somebody reads its text already."""
+        return self.num_output > 0 or self.num_preemptions > 0
+
+    @property
+    def unpaid(self) -> int:
+        """Tokens of the prompt that its client is yet to be charged for: all of them, until it starts."""
+        return 0 if self.has_started else self.prompt_len
 
     @property
     def num_uncomputed(self) -> int:

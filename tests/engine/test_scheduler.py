@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,6 +23,8 @@ class Arrival:
     prompt: list[int]
     params: dict[str, Any]
     abort_after: int | None
+    client: str = ""
+    priority: int = 0
 
 
 def several(elements: st.SearchStrategy[Any], low: int, high: int) -> st.SearchStrategy[list[Any]]:
@@ -59,11 +61,23 @@ ARRIVALS = st.builds(
     ),
     abort_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
 )
+PLACES = st.tuples(st.sampled_from(["a", "a", "a", "b", "c"]), st.sampled_from([0, 0, 0, -1, 1]))
+"""Whose request it is, and with what priority."""
 
 
 @given(setup=SETUPS, arrivals=several(ARRIVALS, 1, 12))
 @settings(max_examples=800, deadline=None)
 def test_any_traffic(setup: Setup, arrivals: list[Arrival]) -> None:
+    serve(setup, arrivals)
+
+
+@given(setup=SETUPS, arrivals=several(st.tuples(ARRIVALS, PLACES), 1, 16))
+@settings(max_examples=800, deadline=None)
+def test_any_traffic_of_many_clients(setup: Setup, arrivals: list[tuple[Arrival, tuple[str, int]]]) -> None:
+    serve(setup, [replace(arrival, client=place[0], priority=place[1]) for arrival, place in arrivals])
+
+
+def serve(setup: Setup, arrivals: list[Arrival]) -> None:
     world = World(setup)
     for arrival in arrivals:
         for _ in range(arrival.after):
@@ -75,7 +89,8 @@ def test_any_traffic(setup: Setup, arrivals: list[Arrival]) -> None:
         elif waiting >= setup.max_queue:
             refusal = QueueFull
         if refusal is None:
-            world.add(arrival.prompt, abort_after=arrival.abort_after, **arrival.params)
+            place = {"client": arrival.client, "priority": arrival.priority}
+            world.add(arrival.prompt, abort_after=arrival.abort_after, **place, **arrival.params)
         else:
             with pytest.raises(refusal):
                 world.add(arrival.prompt, **arrival.params)

@@ -271,10 +271,16 @@ class World:
         self.finished: list[str] = []
         self.num_steps = 0
 
-    def add(self, prompt: list[int], *, abort_after: int | None = None, **params: Any) -> str:
+    def add(
+        self, prompt: list[int], *, abort_after: int | None = None, client: str = "", priority: int = 0, **params: Any
+    ) -> str:
         name = str(len(self.sent))
         message = EngineRequest(
-            request_id=name, prompt_token_ids=prompt, params=SamplingParams(temperature=0.0, **params)
+            request_id=name,
+            prompt_token_ids=prompt,
+            params=SamplingParams(temperature=0.0, **params),
+            client=client,
+            priority=priority,
         )
         self.engine.add_request(message)
         self.sent[name] = Sent(message, None if abort_after is None else self.num_steps + abort_after)
@@ -286,7 +292,7 @@ class World:
                 self.engine.abort(name)
         self.num_steps += 1
         scheduler = self.scheduler
-        oldest = next(iter([*scheduler.running, *scheduler.waiting]), None)
+        oldest = next(iter([*scheduler.running, *scheduler.waiting.in_turn(scheduler.waiting.served)]), None)
         before = (len(oldest.tokens), oldest.cached_len, oldest.unread) if oldest else (0, 0, 0)
         deltas = self.engine.step()
         self.engine.check_integrity()
@@ -321,9 +327,13 @@ class World:
             self.finished.append(delta.request_id)
 
     def check_order(self) -> None:
-        """First come, first served: nobody who waits came before one who runs."""
-        order = [int(request.request_id) for request in (*self.scheduler.running, *self.scheduler.waiting)]
-        assert order == sorted(order)
+        """First come, first served, among requests of one client and priority: nobody who waits came before one who
+        runs."""
+        orders: dict[tuple[str, int], list[int]] = {}
+        for request in (*self.scheduler.running, *self.scheduler.waiting):
+            orders.setdefault((request.client, request.priority), []).append(int(request.request_id))
+        for order in orders.values():
+            assert order == sorted(order)
 
     def check_plan(self, plan: StepPlan) -> None:
         assert len(self.scheduler.running) <= self.setup.rows
@@ -331,8 +341,9 @@ class World:
 
     def run(self) -> None:
         """To the end, which comes within as many steps as there are tokens: the oldest gains one at every step (or, if
-        one more might be too many, at every other one)."""
+        one more might be too many, at every other one). A request that goes before it may set it back, once."""
         most = sum(self.max_len for sent in self.sent.values() if sent.last is None)
+        most *= len({sent.message.priority for sent in self.sent.values()}) or 1
         bound = self.num_steps + (2 * most + 2 if self.setup.overlaps else most + 1)
         while self.engine.has_work():
             assert self.num_steps < bound, "does not end"

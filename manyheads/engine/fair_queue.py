@@ -1,0 +1,187 @@
+"""Who waits, and whose turn it is: clients are served in turn by tokens, whatever number of requests each one brings.
+
+This is the Virtual Token Counter (Sheng et al. 2024, "Fairness in Serving Large Language Models", OSDI 2024,
+Algorithm 2), in its form with predicted lengths: from its start on a request counts with all that it is expected to
+get.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from manyheads.engine.step import Request
+
+PROMPT_WEIGHT = 1.0
+OUTPUT_WEIGHT = 2.0
+"""A token of the output counts as much as two of the prompt, as in the paper's evaluation."""
+MEMORY_REQUESTS = 100
+"""How long outputs are is learnt from about so many requests that ended."""
+MIN_SHARE = 0.01
+MAX_IDLE_CLIENTS = 4096
+"""The counters of so many clients are kept that wait for nothing; those that have had least are forgotten."""
+
+
+@dataclass
+class _Line:
+    """Requests of one client and one priority that wait, first come, first served; and what they ask for, in tokens."""
+
+    requests: deque[Request] = field(default_factory=deque)
+    unpaid: int = 0
+    room: int = 0
+
+    def count(self, request: Request, sign: int) -> None:
+        self.unpaid += sign * request.unpaid
+        self.room += sign * request.room
+
+
+class FairQueue:
+    """The requests that wait. A lower priority goes first; among equal ones, the client with the least.
+
+    `served` counts for each client the tokens that it was given, weighted; its *level* is that and what its running
+    requests are expected to get yet. Who comes back to the queue is lifted to the least served of those who wait, so
+    that nobody saves up a claim while asking for nothing.
+    """
+
+    def __init__(self) -> None:
+        self.served: dict[str, float] = {}
+        self._lines: dict[tuple[int, str], _Line] = {}
+        self._last_to_leave = ""
+        self._num_arrivals = 0
+        self._outputs = self._rooms = 0.0
+
+    def __len__(self) -> int:
+        return sum(len(line.requests) for line in self._lines.values())
+
+    def __iter__(self) -> Iterator[Request]:
+        """Every request; those of one client and priority as they came."""
+        for line in self._lines.values():
+            yield from line.requests
+
+    def add(self, request: Request) -> None:
+        """Take a new request."""
+        self.served[request.client] = self.counter_of(request.client)
+        self._num_arrivals += 1
+        request.arrival = self._num_arrivals
+        self._line(request).requests.append(request)
+        if len(self.served) > len(self._lines) + MAX_IDLE_CLIENTS:
+            self._forget_idle()
+
+    def put_back(self, request: Request) -> None:
+        """Take a request that ran, before all others of its client and priority: it came before them."""
+        if request.client not in self.served:
+            self.served[request.client] = self.counter_of(request.client)
+        self._line(request).requests.appendleft(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request: it runs now, or has ended."""
+        key = (request.priority, request.client)
+        line = self._lines[key]
+        line.requests.remove(request)
+        line.count(request, -1)
+        if not line.requests:
+            del self._lines[key]
+            self._last_to_leave = request.client
+
+    def charge(self, request: Request, prompt_tokens: int, output_tokens: int) -> float:
+        """Count what a request was given as its client's; returns it, weighted."""
+        work = PROMPT_WEIGHT * prompt_tokens + OUTPUT_WEIGHT * output_tokens
+        self.served[request.client] = self.served.get(request.client, 0.0) + work
+        return work
+
+    def learn(self, request: Request) -> None:
+        """Take note of how much of its room the output of a request took that has ended."""
+        kept = 1 - 1 / MEMORY_REQUESTS
+        self._outputs = kept * self._outputs + request.num_output
+        self._rooms = kept * self._rooms + request.max_len - request.prompt_len
+
+    @property
+    def has_learnt(self) -> bool:
+        """Whether any request has ended."""
+        return self._rooms > 0
+
+    def expected(self, unpaid: int, room: int) -> float:
+        """What requests are yet to get, weighted.
+
+        Args:
+            unpaid: tokens of their prompts, as far as they have not started.
+            room: tokens that their outputs may grow by.
+        """
+        share = max(self._outputs / self._rooms, MIN_SHARE) if self.has_learnt else 1.0
+        return PROMPT_WEIGHT * unpaid + OUTPUT_WEIGHT * share * room
+
+    def levels(self, running: Iterable[Request]) -> dict[str, float]:
+        """What each client was served and is expected to be, by what it runs."""
+        levels = dict(self.served)
+        for request in running:
+            levels[request.client] = levels.get(request.client, 0.0) + self.expected(0, request.room)
+        return levels
+
+    def counter_of(self, client: str) -> float:
+        """What a client was served, as it counts if it joins the queue now (lines 5 to 13 of Algorithm 2)."""
+        counter = self.served.get(client, 0.0)
+        clients = self.clients()
+        if client in clients:
+            return counter
+        if clients:
+            return max(counter, min(self.served[name] for name in clients))
+        return max(counter, self.served.get(self._last_to_leave, 0.0))
+
+    def in_turn(self, levels: Mapping[str, float]) -> Iterator[Request]:
+        """The requests in the order in which they are to start, each adding to its client's level on the way."""
+        for priority in sorted({priority for priority, _ in self._lines}):
+            lines = [(client, line.requests) for (p, client), line in self._lines.items() if p == priority]
+            heap = [(levels.get(client, 0.0), line[0].arrival, 0, list(line)) for client, line in lines]
+            heapq.heapify(heap)
+            while heap:
+                level, _, i, line = heapq.heappop(heap)
+                yield line[i]
+                if i + 1 < len(line):
+                    level += self.expected(line[i].unpaid, line[i].room)
+                    heapq.heappush(heap, (level, line[i + 1].arrival, i + 1, line))
+
+    def work_before(self, client: str, priority: int, levels: Mapping[str, float]) -> float:
+        """What starts before a request that a client brings now: its own that wait, and of each other client what that
+        one may have until its level is as high."""
+        mine = self._lines.get((priority, client), _Line())
+        work = self.expected(mine.unpaid, mine.room)
+        level = levels.get(client, 0.0) - self.served.get(client, 0.0) + self.counter_of(client) + work
+        for (other_priority, other), line in self._lines.items():
+            if other_priority < priority:
+                work += self.expected(line.unpaid, line.room)
+            elif other_priority == priority and other != client and (lag := level - levels[other]) >= 0:
+                first = line.requests[0]
+                most = max(lag, self.expected(first.unpaid, first.room))
+                work += min(most, self.expected(line.unpaid, line.room))
+        return work
+
+    def clients(self) -> set[str]:
+        """Everyone who waits."""
+        return {client for _, client in self._lines}
+
+    def num_waiting(self, client: str) -> int:
+        """Requests of a client that wait."""
+        return sum(len(line.requests) for (_, name), line in self._lines.items() if name == client)
+
+    def _line(self, request: Request) -> _Line:
+        line = self._lines.setdefault((request.priority, request.client), _Line())
+        line.count(request, 1)
+        return line
+
+    def _forget_idle(self) -> None:
+        """Who is forgotten and comes back is lifted as anyone is, mostly to no less than it had."""
+        waiting = self.clients()
+        idle = sorted((c for c in self.served if c not in waiting), key=self.served.__getitem__)
+        for client in idle[: -MAX_IDLE_CLIENTS // 2]:
+            del self.served[client]
+
+
+def max_min_shares(wanted: Mapping[str, int], amount: int) -> Counter[str]:
+    """Divide an amount: everyone gets what it wants, or as much as the others; at least 1, whatever there is."""
+    shares = Counter[str]()
+    for i, (client, most) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
+        shares[client] = min(most, max(1, -(-amount // (len(wanted) - i))))
+        amount = max(0, amount - shares[client])
+    return shares
