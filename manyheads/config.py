@@ -66,6 +66,9 @@ class EngineConfig:
     costs."""
     max_queue: int = 1024
     """Most requests that wait; one more is rejected."""
+    max_wait: float | None = None
+    """Longest time from a request's arrival to its start, in seconds; one that would wait longer is rejected at once.
+    None lets all wait; `manyheads serve` takes 30 s."""
     seed: int | None = None
     """Seed for requests that bring none; None takes one from the operating system."""
     num_threads: int | None = None
@@ -77,6 +80,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.max_wait is not None and not self.max_wait > 0:
+            raise ConfigError(f"max_wait must be above 0, not {self.max_wait}")
         if not 0 < self.gpu_memory_utilization <= 1:
             share = self.gpu_memory_utilization
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share}")

@@ -47,7 +47,11 @@ def require(ok: bool, message: str) -> None:
 
 
 class QueueFull(RuntimeError):
-    """The waiting queue is at its limit; the caller may come back later (HTTP 429)."""
+    """A request can't start in time, or too many wait; it would be let in after `retry_after` seconds (HTTP 429)."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineError(RuntimeError):
@@ -152,6 +156,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Whose fair share it counts against."""
     priority: int = 0
     """A lower one runs earlier, as in vLLM; among equal ones, clients are served in turn."""
+    timeout: float | None = None
+    """It has to start within so many seconds, or is refused; None leaves it to the engine's `max_wait`."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -185,11 +191,20 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Counts the decoding steps so far."""
     error: str | None = None
     error_kind: ErrorKind | None = None
+    retry_after: float | None = None
 
     @classmethod
-    def failure(cls, request_id: str, message: str, kind: ErrorKind) -> RequestDelta:
+    def failure(cls, request_id: str, message: str, kind: ErrorKind, retry_after: float | None = None) -> RequestDelta:
         """Make the last delta of a request that is refused or cannot go on."""
-        return cls(request_id=request_id, new_token_ids=[], finish_reason="error", error=message, error_kind=kind)
+        delta = cls(request_id=request_id, new_token_ids=[], finish_reason="error", error=message, error_kind=kind)
+        return msgspec.structs.replace(delta, retry_after=retry_after)
+
+    @classmethod
+    def refusal(cls, request_id: str, error: RequestError | QueueFull) -> RequestDelta:
+        """Make the last delta of a request that the engine does not take."""
+        if isinstance(error, QueueFull):
+            return cls.failure(request_id, str(error), "queue_full", error.retry_after)
+        return cls.failure(request_id, str(error), "invalid")
 
 
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,6 +231,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    queue_wait: float = 0.0
+    """A request that a new client sent now would wait so many seconds."""
     drafter: str | None = None
     num_pages: int = 0
     num_free_pages: int = 0

@@ -172,7 +172,7 @@ def _taken(parser: Parser, name: str) -> bool:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """Make the engine's configuration from the options."""
-    return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
+    return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig) if hasattr(args, f.name)})
 
 
 def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:

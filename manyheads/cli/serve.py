@@ -45,6 +45,12 @@ def add_commands(parser: Parser) -> None:
         web.add_argument(f"--{name}", type=unit, default=default, help=f"{text} (default: {default:g})")
     for name, (kind, text) in CONNECTION_HELP.items():
         web.add_argument("--" + name.replace("_", "-"), type=kind, metavar=name.upper(), help=text)
+    web.add_argument(
+        "--max-wait",
+        type=float,
+        default=30.0,
+        help="longest time until a request starts, in seconds; who would wait longer is rejected (default: 30)",
+    )
     web.add_argument("--verbose", action="store_true", help="tell what the engine does while it starts")
     add_engine(command)
 

@@ -11,6 +11,7 @@ import torch
 
 from manyheads.batch import MAX_NODES
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.engine.admission import Admission
 from manyheads.engine.engine import Engine
 from manyheads.engine.estimate import Parts, Shape
 from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limit
@@ -80,6 +81,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         max_num_seqs=shape.max_num_seqs,
         max_num_batched_tokens=shape.max_num_batched_tokens,
         max_queue=config.max_queue,
+        admission=Admission(config.max_wait),
     )
 
     def memory() -> MemoryUse:

@@ -104,7 +104,7 @@ class Engine:
 
         Raises:
             RequestError: it can never be served; nothing was queued.
-            QueueFull: too many are waiting; nothing was queued.
+            QueueFull: it would not start in time, or too many wait; nothing was queued.
         """
         params, known = message.params, message.prompt_token_ids + message.output_token_ids
         if message.request_id in self._requests:
@@ -120,6 +120,7 @@ class Engine:
             require(
                 len(known) < max_len, f"{len(message.output_token_ids)} tokens of output are all that was asked for"
             )
+        require(message.timeout is None or message.timeout > 0, f"timeout must be above 0, not {message.timeout}")
         request = Request.from_message(message, max_len, tuple(self.ready.eos_token_ids), self._random.getrandbits(62))
         self.scheduler.add(request)
         self._requests[request.request_id] = request
@@ -141,7 +142,7 @@ class Engine:
         at what came out and plans, the device computes. What the scheduler does not know yet, it takes for the worst
         case (`Request.unread`); what a finished request gains from a step that was launched too early is dropped.
         """
-        deltas, self._pending = self._pending, []
+        deltas, self._pending = self._pending + self._refuse_late(), []
         try:
             plan = self.scheduler.schedule()
         except StepsUnread:
@@ -151,6 +152,14 @@ class Engine:
         deltas += self._read_unread()
         self._unread = launched
         return deltas if self.runner.overlaps else deltas + self._read_unread()
+
+    def _refuse_late(self) -> list[RequestDelta]:
+        """End those who can no longer start in time."""
+        late = self.scheduler.expired()
+        for request in late:
+            self.scheduler.remove(request)
+            del self._requests[request.request_id]
+        return [RequestDelta.refusal(request.request_id, self.scheduler.refusal(request)) for request in late]
 
     def _launch(self, plan: StepPlan) -> _Launched:
         if plan.admitted:
@@ -182,6 +191,7 @@ class Engine:
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
+            queue_wait=self.scheduler.expected_wait(),
             drafter=self.ready.drafter,
             num_pages=pages.num_usable,
             num_free_pages=pages.num_available,

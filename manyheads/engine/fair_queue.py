@@ -8,6 +8,7 @@ get.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,35 @@ PROMPT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
 """A token of the output counts as much as two of the prompt, as in the paper's evaluation."""
 MEMORY_REQUESTS = 100
-"""How long outputs are is learnt from about so many requests that ended."""
+"""What requests are going to take is learnt from about so many."""
 MIN_SHARE = 0.01
+STRANGER = "\n"
+"""The name of a client that has asked for nothing yet; nobody has it."""
 MAX_IDLE_CLIENTS = 4096
 """The counters of so many clients are kept that wait for nothing; those that have had least are forgotten."""
+
+
+class Share:
+    """What part of something turns out to be taken, by recent cases."""
+
+    def __init__(self) -> None:
+        self._part = self._whole = 0.0
+
+    def learn(self, part: int, whole: int) -> None:
+        """Take note of a case."""
+        kept = 1 - 1 / MEMORY_REQUESTS
+        self._part = kept * self._part + part
+        self._whole = kept * self._whole + whole
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there was a case."""
+        return self._whole > 0
+
+    @property
+    def value(self) -> float:
+        """The part, from just above 0 to 1; all of it while nothing is known."""
+        return max(self._part / self._whole, MIN_SHARE) if self.is_known else 1.0
 
 
 @dataclass
@@ -50,7 +76,11 @@ class FairQueue:
         self._lines: dict[tuple[int, str], _Line] = {}
         self._last_to_leave = ""
         self._num_arrivals = 0
-        self._outputs = self._rooms = 0.0
+        self._next_deadline = math.inf
+        self.prompt_share = Share()
+        """Of prompts, what the prefix cache does not have."""
+        self.output_share = Share()
+        """Of what outputs might take, what they do."""
 
     def __len__(self) -> int:
         return sum(len(line.requests) for line in self._lines.values())
@@ -66,6 +96,7 @@ class FairQueue:
         self._num_arrivals += 1
         request.arrival = self._num_arrivals
         self._line(request).requests.append(request)
+        self._next_deadline = min(self._next_deadline, request.start_by)
         if len(self.served) > len(self._lines) + MAX_IDLE_CLIENTS:
             self._forget_idle()
 
@@ -81,26 +112,23 @@ class FairQueue:
         line = self._lines[key]
         line.requests.remove(request)
         line.count(request, -1)
+        request.start_by = math.inf
         if not line.requests:
             del self._lines[key]
             self._last_to_leave = request.client
+
+    def late(self, now: float) -> list[Request]:
+        """Those who were to start before now."""
+        if now < self._next_deadline:
+            return []
+        self._next_deadline = min((r.start_by for r in self if r.start_by > now), default=math.inf)
+        return [request for request in self if request.start_by <= now]
 
     def charge(self, request: Request, prompt_tokens: int, output_tokens: int) -> float:
         """Count what a request was given as its client's; returns it, weighted."""
         work = PROMPT_WEIGHT * prompt_tokens + OUTPUT_WEIGHT * output_tokens
         self.served[request.client] = self.served.get(request.client, 0.0) + work
         return work
-
-    def learn(self, request: Request) -> None:
-        """Take note of how much of its room the output of a request took that has ended."""
-        kept = 1 - 1 / MEMORY_REQUESTS
-        self._outputs = kept * self._outputs + request.num_output
-        self._rooms = kept * self._rooms + request.max_len - request.prompt_len
-
-    @property
-    def has_learnt(self) -> bool:
-        """Whether any request has ended."""
-        return self._rooms > 0
 
     def expected(self, unpaid: int, room: int) -> float:
         """What requests are yet to get, weighted.
@@ -109,8 +137,7 @@ class FairQueue:
             unpaid: tokens of their prompts, as far as they have not started.
             room: tokens that their outputs may grow by.
         """
-        share = max(self._outputs / self._rooms, MIN_SHARE) if self.has_learnt else 1.0
-        return PROMPT_WEIGHT * unpaid + OUTPUT_WEIGHT * share * room
+        return PROMPT_WEIGHT * self.prompt_share.value * unpaid + OUTPUT_WEIGHT * self.output_share.value * room
 
     def levels(self, running: Iterable[Request]) -> dict[str, float]:
         """What each client was served and is expected to be, by what it runs."""
@@ -185,3 +212,14 @@ def max_min_shares(wanted: Mapping[str, int], amount: int) -> Counter[str]:
         shares[client] = min(most, max(1, -(-amount // (len(wanted) - i))))
         amount = max(0, amount - shares[client])
     return shares
+
+
+def by_seniority(running: Iterable[Request]) -> list[Request]:
+    """Sort by who keeps what it has: by priority, then each client's first row, each one's second, and so on."""
+    ranks: Counter[tuple[int, str]] = Counter()
+    ranked = []
+    for request in sorted(running, key=lambda request: request.admission):
+        whose = (request.priority, request.client)
+        ranked.append((request.priority, ranks[whose], request))
+        ranks[whose] += 1
+    return [request for *_, request in sorted(ranked, key=lambda item: item[:2])]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
-from manyheads.engine.fair_queue import FairQueue, max_min_shares
+from manyheads.engine.admission import Admission
+from manyheads.engine.fair_queue import STRANGER, FairQueue, by_seniority, max_min_shares
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.request import QueueFull
@@ -31,6 +32,7 @@ class Scheduler:
         max_num_seqs: most rows at once.
         max_num_batched_tokens: most prompt tokens in a step; half of it beside decoding rows.
         max_queue: most waiting requests.
+        admission: says who would not start in time; None lets everyone wait.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_queue: int,
+        admission: Admission | None = None,
     ) -> None:
         self.pages = pages
         self.planner = planner
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_queue = max_queue
+        self.admission = admission or Admission()
         self.waiting = FairQueue()
         self.running: list[Request] = []
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -58,26 +62,42 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            QueueFull: nothing was queued.
+            QueueFull: nothing was queued. One that has started elsewhere is not refused: its text is being read.
         """
-        if len(self.waiting) >= self.max_queue:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting; the limit is {self.max_queue}")
+        if not request.has_started:
+            wait, num_waiting = self.expected_wait(request.client, request.priority), len(self.waiting)
+            if num_waiting >= self.max_queue:
+                message = f"{num_waiting} requests are waiting; the limit is {self.max_queue}"
+                raise QueueFull(message, wait / num_waiting)
+            request.start_by = self.admission.deadline(wait, request.timeout)
         self.waiting.add(request)
+
+    def expected_wait(self, client: str = STRANGER, priority: int = 0) -> float:
+        """How many seconds a request would wait that a client sent now; 0 while that cannot be told."""
+        return self.admission.expected_wait(self.waiting, self.running, len(self._free_rows), client, priority)
+
+    def expired(self) -> list[Request]:
+        """Those who did not start in time, all the same; they are to be removed."""
+        return self.waiting.late(self.admission.clock())
+
+    def refusal(self, request: Request) -> QueueFull:
+        """What to tell someone who did not start in time."""
+        return self.admission.refusal(self.expected_wait(request.client, request.priority), request.timeout)
 
     def remove(self, request: Request) -> None:
         """Forget a finished or aborted request and take its pages and its row back."""
         if request.has_started:
-            self.waiting.learn(request)
+            self.waiting.output_share.learn(request.num_output, request.max_len - request.prompt_len)
         if request.held_row is None:
             self.waiting.remove(request)
             return
         self.running.remove(request)
         self._release(request)
-        self._sort()
+        self.running = by_seniority(self.running)
 
     def charge(self, request: Request, num_tokens: int) -> None:
         """Count the output that a request gained as its client's."""
-        self.waiting.charge(request, 0, num_tokens)
+        self.admission.count(self.waiting.charge(request, 0, num_tokens))
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when nobody can run.
@@ -109,6 +129,7 @@ class Scheduler:
                 shares[request.client] -= num_tokens
         if self.num_preemptions == preemptions:
             self._admit(plan, budget)
+        self.admission.tick(len(self.waiting) > 0)
         if not (plan.chunks or plan.decoding):
             return None
         return plan
@@ -233,7 +254,7 @@ class Scheduler:
             budget -= num_tokens
             if budget <= 0:
                 break
-        self._sort()
+        self.running = by_seniority(self.running)
 
     def _next(self) -> list[Request]:
         """Who is to start, in turn, as far as rows are free."""
@@ -245,21 +266,12 @@ class Scheduler:
             request.num_cached_prompt_tokens = min(request.cached_len, request.prompt_len)
             self.prefix_queries += request.prompt_len
             self.prefix_hits += request.cached_len
-            self.waiting.charge(request, request.prompt_len - request.cached_len, 0)
+            self.waiting.prompt_share.learn(request.prompt_len - request.cached_len, request.prompt_len)
+            self.admission.count(self.waiting.charge(request, request.prompt_len - request.cached_len, 0))
         self._num_admissions += 1
         request.admission = self._num_admissions
         request.held_row = self._free_rows.pop()
         self.running.append(request)
-
-    def _sort(self) -> None:
-        """Put those who run in the order of who keeps what it has."""
-        self.running.sort(key=lambda request: (request.priority, request.admission))
-        seen, ranks = Counter[tuple[int, str]](), {}
-        for request in self.running:
-            key = (request.priority, request.client)
-            ranks[request.request_id] = seen[key]
-            seen[key] += 1
-        self.running.sort(key=lambda request: (request.priority, ranks[request.request_id]))
 
     def check_integrity(self) -> None:
         """Every page, row and request is in exactly one place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from manyheads.engine.page_manager import PageTable
@@ -30,6 +31,10 @@ class Request:
     """Whose fair share it counts against."""
     priority: int = 0
     """A lower one starts first and gives way last."""
+    timeout: float | None = None
+    """Within how many seconds it has to start."""
+    start_by: float = math.inf
+    """When it is refused if it has not started, by the scheduler's clock."""
     arrival: int = 0
     """Its number among those that the queue was given."""
     admission: int = 0
@@ -69,6 +74,7 @@ class Request:
             num_steps=message.num_steps,
             client=message.client,
             priority=message.priority,
+            timeout=message.timeout,
         )
 
     @property

@@ -25,7 +25,6 @@ from manyheads.request import (
     Abort,
     Beat,
     EngineFailed,
-    ErrorKind,
     FromEngine,
     QueueFull,
     RequestDelta,
@@ -115,8 +114,7 @@ class Loop:
             try:
                 self.engine.add_request(message)
             except (RequestError, QueueFull) as error:
-                kind: ErrorKind = "invalid" if isinstance(error, RequestError) else "queue_full"
-                refused.append(RequestDelta.failure(message.request_id, str(error), kind))
+                refused.append(RequestDelta.refusal(message.request_id, error))
             except Exception as error:  # a defect that one request meets is the end of that request alone
                 traceback.print_exc()
                 why = f"the engine cannot take this request: {type(error).__name__}: {error}"

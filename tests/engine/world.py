@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from manyheads.engine.admission import Admission
 from manyheads.engine.engine import Engine
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.scheduler import Scheduler
@@ -224,6 +225,9 @@ class Setup:
     rows: int = 4
     budget: int = 8
     max_queue: int = 8
+    max_wait: float | None = None
+    step_seconds: float = 0.1
+    """What a step takes by the scheduler's clock."""
     sizes: list[float] = field(default_factory=lambda: [1])
     """Nodes a row, on average, of one step after the other; a row may bring four times as many."""
     ragged: bool = False
@@ -245,6 +249,7 @@ class World:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.now = 1000.0
         self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps, setup.ragged)
         self.scheduler = Scheduler(
             PageManager(setup.pages + 1, setup.page_size, setup.caching),
@@ -252,6 +257,7 @@ class World:
             max_num_seqs=setup.rows,
             max_num_batched_tokens=setup.budget,
             max_queue=setup.max_queue,
+            admission=Admission(setup.max_wait, lambda: self.now),
         )
         self.max_len = min(setup.max_len, setup.pages * setup.page_size)
         ready = EngineReady(
@@ -272,7 +278,14 @@ class World:
         self.num_steps = 0
 
     def add(
-        self, prompt: list[int], *, abort_after: int | None = None, client: str = "", priority: int = 0, **params: Any
+        self,
+        prompt: list[int],
+        *,
+        abort_after: int | None = None,
+        client: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
+        **params: Any,
     ) -> str:
         name = str(len(self.sent))
         message = EngineRequest(
@@ -281,6 +294,7 @@ class World:
             params=SamplingParams(temperature=0.0, **params),
             client=client,
             priority=priority,
+            timeout=timeout,
         )
         self.engine.add_request(message)
         self.sent[name] = Sent(message, None if abort_after is None else self.num_steps + abort_after)
@@ -291,6 +305,7 @@ class World:
             if sent.abort_at == self.num_steps:
                 self.engine.abort(name)
         self.num_steps += 1
+        self.now += self.setup.step_seconds
         scheduler = self.scheduler
         oldest = next(iter([*scheduler.running, *scheduler.waiting.in_turn(scheduler.waiting.served)]), None)
         before = (len(oldest.tokens), oldest.cached_len, oldest.unread) if oldest else (0, 0, 0)
