@@ -62,9 +62,9 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            QueueFull: nothing was queued. One that has started elsewhere is not refused: its text is being read.
+            QueueFull: nothing was queued. One that an engine accepted before it died is not refused.
         """
-        if not request.has_started:
+        if not request.has_started and not request.resumes:
             wait, num_waiting = self.expected_wait(request.client, request.priority), len(self.waiting)
             if num_waiting >= self.max_queue:
                 message = f"{num_waiting} requests are waiting; the limit is {self.max_queue}"

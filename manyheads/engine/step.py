@@ -47,6 +47,8 @@ class Request:
     """Most tokens that it may still gain from steps that were launched and not read yet."""
     has_candidates: bool = False
     """Whether the drafter has proposed for its next tree."""
+    resumes: bool = False
+    """Whether an engine had accepted it that has died."""
     num_cached_prompt_tokens: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
@@ -75,6 +77,7 @@ class Request:
             client=message.client,
             priority=message.priority,
             timeout=message.timeout,
+            resumes=message.resumes,
         )
 
     @property

@@ -10,7 +10,8 @@ from functools import partial
 import msgspec
 
 from manyheads.frontend.engine_client import DeltaQueue, EngineClient
-from manyheads.frontend.generation import Generation, OpenSequences, Prompt, Update, take
+from manyheads.frontend.generation import Generation, OpenSequences, Place, Prompt, Update, take
+from manyheads.frontend.output import SequenceOutput
 from manyheads.frontend.text_queue import TextQueue
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import (
@@ -24,7 +25,7 @@ from manyheads.request import (
     require,
 )
 
-_ERRORS = {"invalid": RequestError, "queue_full": QueueFull, "engine": EngineError, "model": ModelError}
+_ERRORS = {"invalid": RequestError, "engine": EngineError, "model": ModelError}
 INLINE_CHARACTERS = 4000
 """Shorter texts are encoded at once: that takes less time than handing them to a thread."""
 
@@ -45,13 +46,15 @@ class AsyncLLM:
         self.ready = ready
         self._texts = TextQueue()
 
-    def prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
+    def prepare(
+        self, prompts: Sequence[Prompt], params: SamplingParams, place: Place | None = None
+    ) -> list[Generation]:
         """Check the prompts of one call (RequestError if they can't be served); nothing runs before `updates` does."""
         self.ready.check(params, [prompt.token_ids for prompt in prompts])
         count, n, most = len(prompts), params.n, self.client.config.max_queue
         require(count * n <= most, f"{count} prompts with n={n} are too many: this server queues {most}")
         base = uuid.uuid4().hex
-        return [Generation(f"{base}-{i}", prompt, params, self.tokenizer) for i, prompt in enumerate(prompts)]
+        return [Generation(f"{base}-{i}", prompt, params, self.tokenizer, place) for i, prompt in enumerate(prompts)]
 
     async def updates(self, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
         """Run generations and give their text as it comes. Closing the iterator early aborts what still runs.
@@ -70,8 +73,8 @@ class AsyncLLM:
                     update = take(delta, sequences, self.client.abort)
                     if update is None:
                         continue
-                    if (output := update.output).finish_reason == "error":
-                        raise _ERRORS[output.error_kind or "engine"](output.error or "the engine gave no reason")
+                    if update.output.finish_reason == "error":
+                        raise _error(update.output)
                     yield update
         finally:
             for request_id in sequences:
@@ -106,6 +109,14 @@ class AsyncLLM:
             await asyncio.sleep(0)  # a request may bring hundreds of texts: the others go on between them
             return token_ids
         return await self._texts.run(size, work)
+
+
+def _error(output: SequenceOutput) -> Exception:
+    """Make an exception of how a continuation ended."""
+    message = output.error or "the engine gave no reason"
+    if output.error_kind == "queue_full":
+        return QueueFull(message, output.retry_after)
+    return _ERRORS[output.error_kind or "engine"](message)
 
 
 async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:

@@ -23,6 +23,15 @@ class Prompt:
     """This is the text that the caller gave, if it was one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A place says how the requests of a call wait, with the meanings of `EngineRequest`."""
+
+    client: str = ""
+    priority: int = 0
+    timeout: float | None = None
+
+
 class Generation:
     """A generation is one prompt and its `params.n` continuations, each a request of its own to the engine.
 
@@ -31,12 +40,16 @@ class Generation:
     Args:
         request_id: the ids of the engine's requests are made from it.
         params: they have been checked (`EngineReady.check`).
+        place: how its requests wait.
     """
 
-    def __init__(self, request_id: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer, place: Place | None = None
+    ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.params = params
+        self.place = place or Place()
         context = prompt.token_ids if prompt.continues else ()
         self.outputs = [SequenceOutput(tokenizer, params, context=context, index=i) for i in range(params.n)]
 
@@ -50,7 +63,15 @@ class Generation:
         for output in self.outputs:
             params = child_params(self.params, output.index)
             request_id = f"{self.request_id}-{output.index}"
-            yield EngineRequest(request_id=request_id, prompt_token_ids=self.prompt.token_ids, params=params), output
+            request = EngineRequest(
+                request_id=request_id,
+                prompt_token_ids=self.prompt.token_ids,
+                params=params,
+                client=self.place.client,
+                priority=self.place.priority,
+                timeout=self.place.timeout,
+            )
+            yield request, output
 
     def result(self) -> RequestOutput:
         """Return the answer so far."""

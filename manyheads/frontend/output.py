@@ -105,6 +105,7 @@ class SequenceOutput:
         self.num_cached_tokens = 0
         self.error: str | None = None
         self.error_kind: ErrorKind | None = None
+        self.retry_after: float | None = None
         self.needs_abort = False
         """A stop string ended it, and the engine does not know yet: the caller is to abort the request there."""
         self._params = params
@@ -136,7 +137,7 @@ class SequenceOutput:
             self.needs_abort = delta.finish_reason is None
         elif delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
-            self.error, self.error_kind = delta.error, delta.error_kind
+            self.error, self.error_kind, self.retry_after = delta.error, delta.error_kind, delta.retry_after
             if delta.stop_token_id in self._params.stop_token_ids:
                 self.stop_reason = delta.stop_token_id
         self.token_ids += tokens[:kept]

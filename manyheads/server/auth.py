@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from manyheads.server.errors import ApiError
@@ -19,6 +20,14 @@ DOCS_FILES = "/docs-files"
 """The scripts of /docs are served from here."""
 INFO_PATHS = frozenset({"/version", "/docs", "/openapi.json", "/metrics"})
 """These need a key, as DOCS_FILES do, where the server is told to protect them."""
+
+
+def client_of(request: Request) -> str:
+    """Name the client whose fair share a request counts against: its API key, by name, else its address."""
+    name = getattr(request.state, "client", None)
+    if name is not None:
+        return f"key {name}"
+    return f"address {request.client.host}" if request.client is not None else "address unknown"
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,7 @@ from starlette.exceptions import HTTPException
 
 from manyheads.request import EngineError, ModelError, QueueFull, RequestError
 
-# a client that was refused may try again after a second: a row comes free every few steps
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -54,7 +54,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
-        return ApiError(429, f"the server is busy: {error}; try again later", code="queue_full")
+        seconds = max(1, math.ceil(error.retry_after or 0.0))
+        message = f"the server is busy: {error}; try again in {seconds} s"
+        return ApiError(429, message, code="queue_full", retry_after=seconds)
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, EngineError):

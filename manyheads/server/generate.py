@@ -13,6 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.request import require
 from manyheads.server.answers import GenerateAnswer, GenerateText
+from manyheads.server.auth import client_of
 from manyheads.server.openapi import generates
 from manyheads.server.schemas import GenerateRequest
 from manyheads.server.service import Service, whole_or_cut
@@ -27,7 +28,7 @@ def generate_router(service: Service) -> APIRouter:
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """The model's chat template is applied to the prompt, unless `parameters.raw` is true or it has none."""
         start = time.perf_counter()
-        generation = await _prepare(service, body)
+        generation = await _prepare(service, body, request)
         await service.collect(request, [generation])
         return whole_or_cut(generation.outputs, _answer(generation, start))
 
@@ -40,20 +41,20 @@ def generate_router(service: Service) -> APIRouter:
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Server-sent events `{"text": …}`; the last one is what /generate answers."""
         start = time.perf_counter()
-        generation = await _prepare(service, body)
+        generation = await _prepare(service, body, request)
         return stream_response(_events(generation, await service.stream(request, [generation]), start))
 
     return router
 
 
-async def _prepare(service: Service, body: GenerateRequest) -> Generation:
+async def _prepare(service: Service, body: GenerateRequest, request: Request) -> Generation:
     params = body.parameters.generate_params()
     require(bool(body.prompt.strip()), "the prompt is empty")
     if body.parameters.raw or not service.llm.tokenizer.has_chat_template:
         prompt = Prompt(await service.llm.encode(body.prompt), continues=True)
     else:
         prompt = Prompt(await service.llm.encode_chat([{"role": "user", "content": body.prompt}]))
-    (generation,) = service.llm.prepare([prompt], params)
+    (generation,) = service.llm.prepare([prompt], params, body.parameters.place(client_of(request)))
     return generation
 
 

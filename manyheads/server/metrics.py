@@ -64,7 +64,7 @@ class Metrics(Collector):
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(reason)
         self.rejected = Counter(
-            PREFIX + "requests_rejected", "Requests refused as invalid or for a full queue", registry=self.registry
+            PREFIX + "requests_rejected", "Requests refused as invalid or by the queue", registry=self.registry
         )
 
     def tokens(self, timer: SequenceTimer, count: int) -> None:
@@ -104,6 +104,7 @@ class Metrics(Collector):
         for name, text, value in (
             ("num_requests_running", "Requests in the running batch", s.num_running),
             ("num_requests_waiting", "Requests that wait to run", s.num_waiting),
+            ("queue_wait_seconds", "Time that a new client's request would wait if it came now", s.queue_wait),
             ("kv_cache_usage_perc", "Share of K/V cache pages in use; 1 is all", used),
             ("tokens_per_step", "Generated tokens by decoding row and step", s.generation_tokens / max(s.row_steps, 1)),
             ("tree_size", "Nodes per speculating row in the latest step", s.tree_size),
@@ -115,7 +116,7 @@ class Metrics(Collector):
             ("generation_tokens", "Tokens generated", s.generation_tokens),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", s.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", s.prefix_hits),
-            ("num_preemptions", "Requests set back because pages ran out", s.preemptions),
+            ("num_preemptions", "Requests set back for want of pages or for others' shares", s.preemptions),
             ("engine_steps", "Model steps", s.steps),
             ("decoding_row_steps", "Decoding rows, summed over steps", s.row_steps),
             ("engine_restarts", "Engines that replaced one that died or hung", engine.num_restarts),

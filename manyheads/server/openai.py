@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.frontend.output import SequenceOutput, TextDelta
 from manyheads.server.answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, Model, Models
+from manyheads.server.auth import client_of
 from manyheads.server.logprobs import CompletionLogprobs, chat_logprobs
 from manyheads.server.openapi import errors, generates
 from manyheads.server.schemas import ChatRequest, CompletionRequest, StreamOptions
@@ -43,7 +44,8 @@ def openai_router(service: Service) -> APIRouter:
         for text in body.prompts():
             ids = await service.llm.encode(text) if isinstance(text, str) and text else []
             prompts.append(Prompt(list(text) if isinstance(text, list) else ids, continues=True))
-        return await _Completions(service, service.llm.prepare(prompts, params), body).respond(request)
+        generations = service.llm.prepare(prompts, params, body.place(client_of(request)))
+        return await _Completions(service, generations, body).respond(request)
 
     @router.post(
         "/v1/chat/completions",
@@ -54,7 +56,8 @@ def openai_router(service: Service) -> APIRouter:
         service.check_model(body.model)
         params = body.chat_params()
         ids = await service.llm.encode_chat([m.plain() for m in body.messages])
-        return await _Chat(service, service.llm.prepare([Prompt(ids)], params), body).respond(request)
+        generations = service.llm.prepare([Prompt(ids)], params, body.place(client_of(request)))
+        return await _Chat(service, generations, body).respond(request)
 
     @router.get("/v1/models", summary="What is served", responses={200: {"model": Models}})
     async def models() -> JSONResponse:

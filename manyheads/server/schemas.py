@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from manyheads.frontend.generation import Place
 from manyheads.request import MAX_STOP_STRINGS, MAX_STOP_TOKENS, RequestError, SamplingParams, require
 from manyheads.server.fields import EMPTY, Count, Empty, Ids, Limits, LogitBias, StopString, Whole, between
 
@@ -66,6 +67,21 @@ class Sampling(Body):
         return SamplingParams(**given).validate()
 
 
+class Queueing(Body):
+    """A request may say how it waits."""
+
+    priority: int | None = Field(
+        default=None, ge=-(2**31), lt=2**31, description="a lower one runs earlier; the default is 0"
+    )
+    timeout: float | None = Field(
+        default=None, gt=0, description="seconds within which it must be able to start; else it is refused at once"
+    )
+
+    def place(self, client: str) -> Place:
+        """Say how the requests of this client wait."""
+        return Place(client=client, priority=self.priority or 0, timeout=self.timeout)
+
+
 class StreamOptions(Body):
     """A stream can tell what it has used."""
 
@@ -75,7 +91,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class OpenAIRequest(Sampling):
+class OpenAIRequest(Sampling, Queueing):
     """Both OpenAI endpoints take this. The fields from `user` on have no effect here."""
 
     model: str | None = None
@@ -215,7 +231,7 @@ class ChatRequest(OpenAIRequest):
         )
 
 
-class GenerateParameters(Sampling):
+class GenerateParameters(Sampling, Queueing):
     """`parameters` of /generate are those of SamplingParams, also by TGI's names for them."""
 
     n: Annotated[Whole, Limits(const=1)] | None = None

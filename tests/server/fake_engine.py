@@ -37,7 +37,7 @@ class _Open:
 
 @dataclass
 class FakeEngine:
-    """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`."""
+    """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`, `WHO` asks. Nobody starts within 1 s."""
 
     config: EngineConfig
     per_step: int = 3
@@ -72,6 +72,8 @@ class FakeEngine:
         self.ready.check(message.params, [message.prompt_token_ids])
         if len(self.open) >= self.config.max_queue:
             raise QueueFull(f"{len(self.open)} requests are waiting")
+        if message.timeout is not None and message.timeout < 1:
+            raise QueueFull("it would start in about 9.0 s", retry_after=8.2)
         done, steps = len(message.output_token_ids), message.num_steps
         assert message.output_token_ids == self.text[:done]
         self.open[message.request_id] = _Open(message, list(self.text), done, steps)
@@ -124,6 +126,9 @@ class FakeEngine:
             time.sleep(0.05)
         if "CRASH" in prompt:
             raise RuntimeError("the fake engine was told to crash")
+        if "WHO" in prompt:
+            who = f"{entry.request.client}, priority {entry.request.priority}, timeout {entry.request.timeout}"
+            return RequestDelta.failure(request_id, who, "engine")
         if "FAIL" in prompt:
             return RequestDelta(
                 request_id=request_id,
