@@ -14,7 +14,7 @@ MEMORY_SECONDS = 10.0
 """The rate is that of about so many seconds in which somebody waited."""
 LEAST_SECONDS = 0.5
 """With less than this to go by, nothing is known, and nobody is refused for it."""
-CLOSES, OPENS = 0.8, 0.5
+CLOSES, OPENS = 0.7, 0.3
 """Nobody is let in who would wait longer than the first share of the limit (an estimate may be wrong by the rest).
 After a refusal, only who would wait less than the second share: so it is known when the door opens again."""
 
@@ -66,10 +66,11 @@ class Admission:
         work = waiting.work_before(client, priority, waiting.levels(running))
         if num_free_rows == 0:
             # On average those who run are half through: what they are behind that comes first, then until one ends.
-            for request in running:
-                room = request.max_len - request.prompt_len
-                work += waiting.expected(0, request.room) - waiting.expected(0, room) / 2
-                work += waiting.expected(request.prompt_len, room) / len(running)
+            prompts = sum(request.prompt_len for request in running)
+            rooms = sum(request.max_len - request.prompt_len for request in running)
+            rest = sum(request.room for request in running)
+            work += waiting.expected(0, rest) - waiting.expected(0, rooms) / 2
+            work += waiting.expected(prompts, rooms) / len(running)
         return max(0.0, work) * self._seconds / self._work
 
     def deadline(self, wait: float, timeout: float | None) -> float:

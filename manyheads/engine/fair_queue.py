@@ -141,9 +141,12 @@ class FairQueue:
 
     def levels(self, running: Iterable[Request]) -> dict[str, float]:
         """What each client was served and is expected to be, by what it runs."""
-        levels = dict(self.served)
+        rooms: Counter[str] = Counter()
         for request in running:
-            levels[request.client] = levels.get(request.client, 0.0) + self.expected(0, request.room)
+            rooms[request.client] += request.room
+        levels = dict(self.served)
+        for client, room in rooms.items():
+            levels[client] = levels.get(client, 0.0) + self.expected(0, room)
         return levels
 
     def counter_of(self, client: str) -> float:

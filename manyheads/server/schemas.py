@@ -70,7 +70,7 @@ class Sampling(Body):
 class Queueing(Body):
     """A request may say how it waits."""
 
-    priority: int | None = Field(
+    priority: Whole | None = Field(
         default=None, ge=-(2**31), lt=2**31, description="a lower one runs earlier; the default is 0"
     )
     timeout: float | None = Field(

@@ -52,6 +52,9 @@ class Service:
             return "the engine is being started again" if client.failure is None else client.failure
         if client.stats.num_waiting >= client.config.max_queue:
             return f"{client.stats.num_waiting} requests wait, the most that may"
+        longest = client.config.max_wait
+        if longest is not None and client.stats.queue_wait > longest:
+            return f"a request would wait {client.stats.queue_wait:.0f} s; the most is {longest:g} s"
         return None
 
     async def updates(self, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:

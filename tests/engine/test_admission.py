@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from manyheads.engine.admission import CLOSES
+from manyheads.engine.admission import CLOSES, OPENS
 from manyheads.engine.step import Request
 from manyheads.request import QueueFull, RequestError, SamplingParams
 from tests.engine.world import Setup, World
@@ -140,7 +140,7 @@ def test_a_request_may_be_in_a_hurry(busy: World) -> None:
     wait = busy.scheduler.expected_wait("many")
     with pytest.raises(QueueFull, match="the limit is 3 s") as caught:
         busy.add([1], client="many", timeout=3.0)
-    assert caught.value.retry_after == pytest.approx(wait - 1.5)
+    assert caught.value.retry_after == pytest.approx(wait - 3 * OPENS)
     busy.add([1], client="many", timeout=wait / CLOSES + 0.1)
     for timeout in (0.0, -1.0, math.nan):
         with pytest.raises(RequestError, match="timeout must be above 0"):
