@@ -111,9 +111,9 @@ class Manyheads:
 
     def costs(self) -> dict[str, Any]:
         """Of rows alone, and by rows and in-flight tokens."""
-        costs = self.engine.planner._costs
-        if costs is None:
+        if self.engine.planner.costs is None:
             return {}
+        costs = self.engine.planner.costs.guess
         plain = {rows: seconds * 1e3 for rows, seconds in costs.plain.items()}
         return {"plain": plain, "trees": {n: {t: s * 1e3 for t, s in c.items()} for n, c in costs.trees.items()}}
 

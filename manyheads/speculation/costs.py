@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import log, pow, sqrt
+from typing import NamedTuple
 
 REACHES = (8, 16, 32, 64)
 """Nodes that a row may bring at most: four times the average."""
@@ -13,6 +15,19 @@ PRIOR_TRIALS = 64.0
 """Weight of the prior acceptance, in observed tokens."""
 WINDOW_TRIALS = 20_000.0
 """Older observations fade: the table remembers about this many tokens."""
+
+MOST_SLOWER = 4.0
+"""A step says at most that it takes so many times as long as was thought: other work may have disturbed it."""
+PACE_WINDOW = 0.05
+"""Share of a new step in the machine's pace."""
+SETTLED_STEPS = 16
+"""What a kind takes beside the others is known after so many steps; what changes then is the pace."""
+FRESH_STEPS = 64
+"""What was not seen for more steps is doubted: the next look at it counts for half."""
+PAST_BELIEF = 2.0
+"""Where one guess was so many times too high or too low, the others say little."""
+HALVED_STEPS = 128
+"""In so many steps, what was seen may have become half as dear."""
 
 
 @dataclass
@@ -89,44 +104,161 @@ class Acceptance:
         return [[h / n for h in ranks] for ranks, n in zip(self._hits, self._trials, strict=True)]
 
 
-class ContextCosts:
-    """What steps cost beyond the table: longer contexts make a step dearer than it was when costs were measured.
+class Kind(NamedTuple):
+    """What tells steps of as many rows apart."""
 
-    What the rows' caches cost to read is added, and the more, the more nodes may look at them. So the difference is
-    kept as an offset, in seconds, for each number of rows and of nodes that a row may bring.
+    nodes: float = 1
+    """That a row brings, on average."""
+    passes: int = 0
+    """Of a drafter that runs some for each depth."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows bring their roots alone, and no drafter runs."""
+        return self.nodes <= 1
+
+    @property
+    def reach(self) -> int:
+        """Nodes that a row may bring at most."""
+        return 1 if self.is_plain else next(size for size in REACHES if size >= min(4 * self.nodes, REACHES[-1]))
+
+    def is_less_than(self, other: Kind) -> bool:
+        """Whether it is less work, in no respect more."""
+        return self != other and self.nodes <= other.nodes and self.passes <= other.passes
+
+    def distance(self, other: Kind) -> float:
+        """How unlike two kinds are."""
+        return abs(log(self.nodes / other.nodes)) + abs(self.passes - other.passes)
+
+
+PLAIN = Kind()
+
+
+@dataclass
+class _Seen:
+    """What steps of a kind took, by so many rows: this many times what was guessed, at the machine's pace."""
+
+    ratio: float
+    count: int
+    """Steps that say so."""
+    step: int
+    """When the last of them was, by number."""
+
+
+class RunningCosts:
+    """Seconds of a step, learnt from the steps themselves; what start-up measured is the first guess.
+
+    A step takes the guess × the machine's pace × the ratio of its kind. The pace is what all kinds have in common:
+    other work on the machine, its clock, the number of threads. It follows the steps that run, and what is known of
+    other kinds keeps its proportion to them. The ratio is what a kind turned out to take beside the others: the guess
+    was wrong, or the rows' caches have become long, which is the dearer the more nodes look at them.
+
+    Args:
+        guess: as measured at start.
+        padded: what steps with trees round a number of rows up to; None rounds nothing.
     """
 
-    def __init__(self) -> None:
-        self._offsets: dict[int, dict[int, float]] = {}  # rows → nodes that each may bring → seconds
-        self._observed: Counter[tuple[int, int]] = Counter()  # rows, nodes that each may bring → steps
+    def __init__(self, guess: CostTable, padded: Callable[[int], int] | None = None) -> None:
+        self.guess = guess
+        self.padded = padded or (lambda rows: rows)
+        self._pace = 1.0
+        self._steps = 0
+        self._seen: dict[int, dict[Kind, _Seen]] = {}  # by rows
+        self._latest: dict[tuple[int, Kind], int] = {}  # rows' magnitude, kind → when a step was seen, by number
+        self._guessed: dict[tuple[int, Kind], float] = {}
 
-    def observe(self, rows: int, reach: int, predicted: float, seconds: float) -> None:
-        """Take in the time of a step that the table predicted otherwise.
+    def seconds(self, rows: int, kind: Kind, prompt_tokens: int = 0) -> float:
+        """What a step is thought to take; prompt tokens beside its rows cost what a tree's nodes do."""
+        seconds = self._at_pace(rows, kind) * self._ratio(rows, kind)
+        if prompt_tokens == 0:
+            return seconds
+        padded = rows if kind.is_plain else self.padded(rows)
+        tokens = int(kind.nodes * padded)
+        added = self.guess.tree_cost(padded, tokens + prompt_tokens) - self.guess.tree_cost(padded, tokens)
+        ratio = self._ratio(rows, Kind(2) if kind.is_plain else kind)
+        return seconds + added * self._pace * min(1.0, ratio)
 
-        Those that are not observed drift to the one that is, so that what was given up is tried again. First
-        observations count for more: a choice holds for many steps.
+    def least(self, rows: int, kind: Kind) -> float:
+        """What a step may take at the least, after all that was seen.
+
+        It takes no less than less work does. That alone holds of a kind that was never seen, if the guess is past
+        belief: it says that so many times the nodes take even more times as long, or it was far off elsewhere. A guess
+        that may well be true is doubted by half. What was seen is believed the less the longer ago that is.
         """
-        known = self.offset(rows, reach)
-        seconds = min(seconds, 4 * (predicted + known))  # one slow step says little
-        self._observed[rows, reach] += 1
-        weight = max(0.05, 1 / (1 + self._observed[rows, reach]))
-        now = max(0.0, known + weight * (seconds - predicted - known))
-        offsets = {other: self.offset(rows, other) for other in (1, *REACHES)}
-        drifted = {other: offset + 0.003 * (now - offset) for other, offset in offsets.items()}
-        self._offsets[rows] = {**self._offsets.get(rows, {}), **drifted, reach: now}
+        seconds = self.seconds(rows, kind)
+        known = self._seen.get(rows, {})
+        kinds = [other for other in known if other.is_less_than(kind)]
+        if not kind.is_plain and PLAIN not in kinds and self.age(rows, PLAIN) is not None:
+            kinds.append(PLAIN)
+        taken = {other: self.seconds(rows, other) for other in kinds}
+        bound = min(seconds, max(taken.values(), default=0.0))
+        age = self.age(rows, kind)
+        if age is not None:
+            return max(bound, seconds * pow(0.5, age / HALVED_STEPS))
+        past_belief = any(seconds * other.nodes > taken[other] * kind.nodes for other in kinds)
+        past_belief |= any(not 1 / PAST_BELIEF < seen.ratio < PAST_BELIEF for seen in known.values())
+        return bound if past_belief else sqrt(bound * seconds)
 
-    def offset(self, rows: int, reach: int) -> float:
-        """Seconds; what is not observed costs what it does with the nearest number of rows, by the row.
+    def age(self, rows: int, kind: Kind) -> int | None:
+        """Steps since one of this kind was seen, by about as many rows; None if none was."""
+        latest = self._latest.get((rows.bit_length(), kind))
+        return None if latest is None else self._steps - latest
 
-        And no less than where rows may bring fewer nodes.
+    def observe(self, rows: int, kind: Kind, seconds: float) -> float:
+        """Take in the time of a step without prompt tokens.
+
+        Returns:
+            how many times as dear its kind is thought to be now, beside the others.
         """
-        if rows not in self._offsets:
-            if not self._offsets:
-                return 0.0
-            near = min(self._offsets, key=lambda known: abs(known - rows))
-            return self.offset(near, reach) * rows / near
-        known = self._offsets[rows]
-        offset = known.get(reach, 0.0)
-        if (rows, reach) in self._observed:
-            return offset
-        return max([offset, *(known[other] for other in known if other < reach and (rows, other) in self._observed)])
+        self._steps += 1
+        times = min(seconds / self.seconds(rows, kind), MOST_SLOWER)
+        known = self._seen.setdefault(rows, {})
+        seen = known.get(kind) or _Seen(self._ratio(rows, kind), 0, self._steps)
+        if self._steps - seen.step > FRESH_STEPS:
+            seen.count = min(seen.count, 1)
+        weight = 1 / (1 + seen.count) if seen.count < SETTLED_STEPS else 0.0
+        seen.ratio *= 1 + weight * (times - 1)
+        self._pace *= 1 + PACE_WINDOW * (1 - weight) * (times - 1)
+        # what is past belief does not count, so that the next step can take it back, or confirm it
+        seen.count += times < MOST_SLOWER
+        seen.step = self._latest[rows.bit_length(), kind] = self._steps
+        known[kind] = seen
+        return 1 + weight * (times - 1)
+
+    def _at_pace(self, rows: int, kind: Kind) -> float:
+        """What was measured at start, at the pace of now."""
+        if (rows, kind) not in self._guessed:
+            padded = self.padded(rows)
+            plain, nodes = kind.is_plain, int(kind.nodes * padded)
+            guess = self.guess.plain_cost(rows) if plain else self.guess.tree_cost(padded, nodes, kind.passes)
+            self._guessed[rows, kind] = guess
+        return self._guessed[rows, kind] * self._pace
+
+    def _ratio(self, rows: int, kind: Kind) -> float:
+        """Of a kind: its own, else what those that were seen make likely."""
+        known = self._seen.get(rows, {})
+        if kind in known:
+            return known[kind].ratio
+        alike = [other for other, kinds in self._seen.items() if any(k.is_plain == kind.is_plain for k in kinds)]
+        nearest = min(alike or self._seen, key=lambda other: abs(log(other / rows)), default=rows)
+        return self._ratio(nearest, kind) if nearest != rows else self._likely(rows, kind, known)
+
+    def _likely(self, rows: int, kind: Kind, known: dict[Kind, _Seen]) -> float:
+        """The ratio of a kind that was not seen, by those that were by as many rows."""
+        guess = likely = self._at_pace(rows, kind)
+        seconds = {other: self._at_pace(rows, other) * seen.ratio for other, seen in known.items()}
+        share = 1.0  # of what was guessed, for more work
+        trees = [other for other in known if not other.is_plain and not kind.is_plain]
+        if trees:
+            near = min(trees, key=kind.distance)
+            if known[near].ratio <= 1:  # the guess was too dear, for all trees
+                share = known[near].ratio
+                likely = guess * share
+            elif near.reach == kind.reach:  # the rows' caches take longer to read, for as many nodes
+                likely = guess + seconds[near] - self._at_pace(rows, near)
+        less = [other for other in known if other.is_less_than(kind)]
+        if less:  # more work takes no less, and as much longer as was guessed
+            near = min(less, key=kind.distance)
+            added = (guess - self._at_pace(rows, near)) * min(share, known[near].ratio)
+            likely = max(likely, seconds[near] + added, *(seconds[other] for other in less))
+        return min([likely, *(seconds[other] for other in known if kind.is_less_than(other))]) / guess

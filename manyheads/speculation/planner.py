@@ -1,7 +1,7 @@
 """The tree planner: speculation that never loses.
 
-It holds the cost of a step by rows and nodes, measured on this machine, and the acceptance of a drafter's candidates,
-measured as the engine runs, and takes the tree with the most expected tokens per second.
+It holds the cost of a step by rows and nodes and the acceptance of a drafter's candidates, both measured as the engine
+runs, and takes the tree with the most expected tokens per second. Now and then it tries what it would not take.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from manyheads.batch import MAX_NODES
-from manyheads.speculation.costs import REACHES, Acceptance, ContextCosts, CostTable, interpolate
+from manyheads.speculation.costs import REACHES, Acceptance, CostTable, Kind, RunningCosts
 from manyheads.speculation.tree import ROOT, Tree, grow
+from manyheads.speculation.trials import Trials
 
 SIZES = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Nodes a row, on average over a step's rows, that are considered."""
@@ -21,10 +22,12 @@ MAX_INFLIGHT = 256
 arithmetic has long begun to count."""
 
 MIN_GAIN = 1.15
-"""Speculation must promise this much more than plain decoding: the best of many estimates is an overestimate, costs are
-measured at one length of context, and a change to trees costs a step whose proposals come too late."""
+"""Speculation must promise this much more than plain decoding: the best of many estimates is an overestimate, and a
+change to trees costs a step whose proposals come too late."""
 REGROW_EVERY = 32
-"""Steps between two looks at the tree's shape."""
+"""Steps between two looks at the tree's shape, and between two looks at what could be tried,"""
+REVIEW_SOON, NEWS = 4, 0.05
+"""but only so many if costs turned out to be other ones, by such a share at least."""
 
 GAINS_WINDOW = 0.02
 """Share of a new step in the running means of what a drafter expects and of what came of it."""
@@ -51,6 +54,11 @@ class Draft:
     def propose(self) -> bool:
         """Whether the drafter runs, for the next step's trees."""
         return self.nodes > 1
+
+    @property
+    def kind(self) -> Kind:
+        """What its steps cost is told by this."""
+        return Kind(self.nodes, self.passes)
 
     @property
     def most_gained(self) -> int:
@@ -85,14 +93,16 @@ class Planner:
     ) -> None:
         self.acceptance = Acceptance(prior)
         self.min_gain, self.tree_size, self.passes_per_depth = min_gain, tree_size, passes_per_depth
-        self._costs: CostTable | None = None  # without it, and without `tree_size`, nothing is drafted
-        self._context = ContextCosts()
-        self._padded: Callable[[int], int] = lambda rows: rows
+        self.costs: RunningCosts | None = None
+        """Without it, and without `tree_size`, nothing is drafted."""
+        self._trials: Trials | None = None
+        self._until_review = REVIEW_SOON
         self._grown = ROOT
         self._probabilities: list[float] = []
         self._expected: list[float] = []
         self._steps_until_regrow = 0
         self._chosen: dict[tuple[int, int], Draft] = {}
+        self._drafts: dict[tuple[float, int | None], Draft] = {}  # that can be made of the tree that was grown
         self._brought: int | None = None  # nodes that each could bring in the step before
         self._gains: list[float] | None = None  # by SIZES, running mean of what the drafter expects
         self._outcome = [1.0, 1.0]  # running means: gained, and what was expected of the same steps
@@ -103,23 +113,26 @@ class Planner:
             self._gains = self._hoped if prior_holds else None
 
     def measured(self, costs: CostTable, padded: Callable[[int], int] | None = None) -> None:
-        """Choose by these costs from now on.
+        """Choose by these costs from now on, and by what steps turn out to take.
 
         Args:
+            costs: the first guess.
             padded: what steps with trees round a number of rows up to; None rounds nothing.
         """
-        self._costs = costs
-        self._padded = padded or self._padded
+        self.costs = RunningCosts(costs, padded)
+        self._trials = Trials(self.costs)
         self._chosen.clear()
 
     def choose(self, rows: int, prompt_tokens: int = 0) -> Draft:
         """What `rows` decoding rows are to bring beside `prompt_tokens` of prompts; NO_DRAFT when nothing pays.
 
-        A choice holds until the next look at the tree's shape.
+        A choice holds until the next look at the tree's shape or at costs, but for steps that try something else.
         """
-        if not self.acceptance.num_depths or (self._costs is None and self.tree_size is None):
+        if not self.acceptance.num_depths or (self.costs is None and self.tree_size is None):
             return NO_DRAFT
         self._regrow()
+        if prompt_tokens == 0 and (trial := self._trial(rows)) is not None:
+            return trial
         load = (rows, prompt_tokens)
         if load not in self._chosen:
             self._chosen[load] = self._best(rows, prompt_tokens)
@@ -128,19 +141,26 @@ class Planner:
     def _best(self, rows: int, prompt_tokens: int) -> Draft:
         if self.tree_size is not None:
             return self.draft(self.tree_size)
-        assert self._costs is not None
-        seconds = self._costs.plain_cost(rows, prompt_tokens) + self._context.offset(rows, 1)
-        best = self.min_gain * rows / seconds
-        draft = NO_DRAFT
-        padded = self._padded(rows)
-        for candidate in self.drafts(padded):
-            num_inflight = candidate.num_tokens(padded) + prompt_tokens
-            seconds = self._costs.tree_cost(padded, num_inflight, candidate.passes)
-            seconds += self._context.offset(rows, candidate.tree.num_nodes)
-            rate = rows * self.expected_tokens(candidate, rows) / seconds
-            if rate > best:
-                best, draft = rate, candidate
-        return draft
+        costs = self.costs
+        assert costs is not None
+        worth = self._worth(rows)
+        return max(worth, key=lambda draft: worth[draft] / costs.seconds(rows, draft.kind, prompt_tokens))
+
+    def _worth(self, rows: int) -> dict[Draft, float]:
+        """Tokens that each row gains with each draft that there is, those of trees as far as they are counted on."""
+        assert self.costs is not None
+        trees = {
+            draft: self.expected_tokens(draft, rows) / self.min_gain for draft in self.drafts(self.costs.padded(rows))
+        }
+        return {NO_DRAFT: 1.0, **trees}
+
+    def _trial(self, rows: int) -> Draft | None:
+        """What is being tried, if so many rows can."""
+        if self._trials is None or self.costs is None or (kind := self._trials.kind) is None:
+            return None
+        if kind.is_plain:
+            return NO_DRAFT
+        return next((draft for draft in self.drafts(self.costs.padded(rows)) if draft.kind == kind), None)
 
     def drafts(self, rows: int) -> list[Draft]:
         """What so many rows may bring beside their roots, each more than the one before; of each size every depth,
@@ -160,12 +180,14 @@ class Planner:
         deeper than `depth`."""
         if nodes <= 1:
             return NO_DRAFT
-        reach = next(size for size in REACHES if size >= min(4 * nodes, MAX_NODES))
-        choices = self._grown.choices[:reach]
-        if depth is not None:
-            choices = tuple(choice for choice in choices if len(choice) <= depth)
-        tree = Tree(choices)
-        return Draft(tree, min(nodes, tree.num_nodes), self.passes_per_depth * tree.max_depth)
+        if (nodes, depth) not in self._drafts:
+            choices = self._grown.choices[: Kind(nodes).reach]
+            if depth is not None:
+                choices = tuple(choice for choice in choices if len(choice) <= depth)
+            tree = Tree(choices)
+            passes = self.passes_per_depth * tree.max_depth
+            self._drafts[nodes, depth] = Draft(tree, min(nodes, tree.num_nodes), passes)
+        return self._drafts[nodes, depth]
 
     def smaller(self, draft: Draft) -> Draft:
         """What needs fewer pages."""
@@ -184,7 +206,9 @@ class Planner:
 
     def _by_table(self, nodes: float) -> float:
         """Tokens that a row gains if all rows have the same tree of so many nodes, of any depth."""
-        return float(interpolate(dict(enumerate(self._expected, 1)), min(nodes, len(self._expected))))
+        known, part = divmod(min(nodes, len(self._expected)), 1)
+        at = int(known) - 1
+        return self._expected[at] + (part and part * (self._expected[at + 1] - self._expected[at]))
 
     def _share(self, draft: Draft) -> float:
         """Of what so many nodes promise at any depth, the share that they do at the draft's."""
@@ -228,18 +252,30 @@ class Planner:
 
         A step that brings another tree than the one before says nothing, as it also waits for the change.
         """
-        if self._costs is None:
+        if self.costs is None or self._trials is None or self.tree_size is not None:
             return
         reach = draft.tree.num_nodes
         changed, self._brought = self._brought not in (None, reach), reach
-        if changed:
-            return
-        if draft.propose:
-            padded = self._padded(rows)
-            predicted = self._costs.tree_cost(padded, draft.num_tokens(padded), draft.passes)
-        else:
-            predicted = self._costs.plain_cost(rows)
-        self._context.observe(rows, reach, predicted, seconds)
+        told = None
+        if not changed:
+            told = seconds / self.costs.seconds(rows, draft.kind)
+            dearer = self.costs.observe(rows, draft.kind, seconds)
+            if abs(dearer - 1) > NEWS:
+                self._until_review = min(self._until_review, REVIEW_SOON)
+        if self._trials.observe(seconds, told if draft.kind == self._trials.kind else None):
+            self._until_review = REVIEW_SOON
+            self._chosen.clear()
+        if self._trials.kind is None:
+            self._until_review -= 1
+        if self._until_review == 0:
+            self._review(rows)
+
+    def _review(self, rows: int) -> None:
+        """Look at what costs turned out to be, and whether anything is to be tried."""
+        assert self._trials is not None
+        self._chosen.clear()
+        self._trials.begin(rows, {draft.kind: worth for draft, worth in self._worth(rows).items()})
+        self._until_review = REGROW_EVERY
 
     def _regrow(self) -> None:
         self._steps_until_regrow -= 1
@@ -247,6 +283,7 @@ class Planner:
             return
         self._steps_until_regrow = REGROW_EVERY
         self._chosen.clear()
+        self._drafts.clear()
         self._grown, self._probabilities = grow(self.acceptance.table(), MAX_NODES)
         self._expected = list(accumulate(self._probabilities))
 

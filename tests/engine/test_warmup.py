@@ -43,8 +43,8 @@ def measure(clock: Clock, monkeypatch: pytest.MonkeyPatch, planner: Planner | No
     warmup.measure_costs(runner, planner, lambda text: None)
     assert not state.cached_len.any()
     assert not state.page_table.any()
-    assert planner._costs is not None
-    return planner._costs
+    assert planner.costs is not None
+    return planner.costs.guess
 
 
 @pytest.mark.parametrize("disturbed", [0, 10, 40])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from manyheads.speculation.costs import PRIOR_TRIALS, WINDOW_TRIALS, Acceptance, ContextCosts, CostTable
+from manyheads.speculation.costs import PLAIN, PRIOR_TRIALS, WINDOW_TRIALS, Acceptance, CostTable, Kind, RunningCosts
 
 
 def test_acceptance_starts_at_the_prior_and_learns() -> None:
@@ -58,15 +58,73 @@ def test_a_drafter_without_passes_has_no_cost_of_them() -> None:
     assert costs.tree_cost(1, 2) == 2.0
 
 
-def test_what_a_context_adds_is_learnt_and_no_wider_tree_is_cheaper() -> None:
-    context = ContextCosts()
-    assert context.offset(3, 16) == 0.0
+def running() -> RunningCosts:
+    """Steps that are guessed to take 1 and 0.1 for each token."""
+    guess = CostTable(plain={1: 1.1, 8: 1.8}, trees={r: {r: 1 + 0.1 * r, 64 * r: 1 + 6.4 * r} for r in (1, 8)})
+    return RunningCosts(guess)
+
+
+def test_what_was_measured_is_the_first_guess() -> None:
+    costs = running()
+    assert costs.seconds(1, PLAIN) == pytest.approx(1.1)
+    assert costs.seconds(1, Kind(8)) == pytest.approx(1.8)
+    assert costs.seconds(1, Kind(8), prompt_tokens=10) == pytest.approx(2.8)
+    assert costs.seconds(1, PLAIN, prompt_tokens=10) == pytest.approx(2.1)
+
+
+def test_a_guess_that_was_too_dear_comes_down_at_once_and_so_do_its_like() -> None:
+    costs = running()
+    costs.observe(1, PLAIN, 1.1 / 100)
+    costs.observe(1, Kind(8), 1.8 / 40)
+    assert costs.seconds(1, Kind(8)) == pytest.approx(1.8 / 40)
+    assert costs.seconds(1, PLAIN) == pytest.approx(1.1 / 100)  # it was seen itself
+    assert costs.seconds(1, Kind(12)) == pytest.approx(2.2 / 40)
+    assert costs.seconds(8, Kind(8)) == pytest.approx(7.4 / 40)  # other rows have learnt of it
+
+
+def test_a_slow_step_is_taken_back_and_slow_steps_are_believed() -> None:
+    costs = running()
+    costs.observe(1, Kind(8), 180.0)
+    assert costs.seconds(1, Kind(8)) == pytest.approx(4 * 1.8)
+    costs.observe(1, Kind(8), 1.8)
+    assert costs.seconds(1, Kind(8)) == pytest.approx(1.8)
+    for _ in range(20):
+        costs.observe(1, Kind(8), 40 * 1.8)
+    assert costs.seconds(1, Kind(8)) == pytest.approx(40 * 1.8, rel=0.05)
+
+
+def test_the_pace_is_everybodys() -> None:
+    costs = running()
+    for _ in range(50):
+        costs.observe(1, PLAIN, 1.1)
+    costs.observe(1, Kind(8), 1.8)
     for _ in range(200):
-        context.observe(4, 16, predicted=1.0, seconds=1.5)
-    assert context.offset(4, 16) == pytest.approx(0.5, rel=1e-3)
-    assert context.offset(4, 64) == context.offset(4, 16)  # no less, though nobody saw it
-    assert 0 < context.offset(4, 8) < context.offset(4, 16)  # drifts there
-    assert context.offset(2, 16) == pytest.approx(context.offset(4, 16) / 2)  # by the row
-    for _ in range(200):
-        context.observe(4, 16, predicted=1.0, seconds=0.1)
-    assert 0 <= context.offset(4, 16) < 1e-3  # never below what was measured
+        costs.observe(1, PLAIN, 3.3)
+    assert costs.seconds(1, PLAIN) == pytest.approx(3.3, rel=0.01)
+    assert costs.seconds(1, Kind(8)) == pytest.approx(3 * 1.8, rel=0.1)
+
+
+def test_more_work_takes_no_less() -> None:
+    costs = running()
+    for _ in range(10):
+        costs.observe(1, Kind(8), 5.0)
+        costs.observe(1, Kind(24), 6.0)
+    for nodes, least, most in ((12, 5.0, 6.0), (16, 5.0, 6.0), (32, 6.0, 9.0)):
+        assert least <= costs.seconds(1, Kind(nodes)) <= most
+    assert costs.least(1, Kind(32)) >= 6.0
+    assert costs.seconds(1, PLAIN) <= 5.0
+
+
+def test_what_was_seen_long_ago_may_have_become_less() -> None:
+    costs = running()
+    costs.observe(1, PLAIN, 1.1)
+    costs.observe(1, Kind(8), 9.0)
+    least = []
+    for _ in range(600):
+        costs.observe(1, PLAIN, 1.1)
+        least.append(costs.least(1, Kind(8)))
+    assert least == sorted(least, reverse=True)
+    assert least[0] > 0.95 * costs.seconds(1, Kind(8))
+    assert least[-1] == pytest.approx(1.1)
+    assert costs.age(1, Kind(8)) == 600
+    assert costs.age(1, Kind(4)) is None

@@ -107,7 +107,7 @@ def test_what_shallow_drafts_gained_says_more_of_deep_ones() -> None:
     assert made.expected_tokens(made.draft(3)) == pytest.approx(1.96, rel=0.01)
 
 
-def test_passes_are_no_offset_of_the_context() -> None:
+def test_passes_make_nothing_else_dearer() -> None:
     """What a step's passes take is known from the table; rows that bring their roots alone run none."""
     for depth, seconds in ((2, 1.0 + 2 * 0.5), (0, 1.0)):
         made = Planner(DEFAULT_ACCEPTANCE, passes_per_depth=1)
@@ -115,4 +115,7 @@ def test_passes_are_no_offset_of_the_context() -> None:
         draft = made.draft(4, depth) if depth else NO_DRAFT
         for _ in range(50):
             made.observe_cost(1, draft, seconds)
-        assert made._context.offset(1, draft.tree.num_nodes) == pytest.approx(0.0, abs=1e-9)
+        assert made.costs is not None
+        assert made.costs.seconds(1, draft.kind) == pytest.approx(seconds)
+        other = made.draft(4, 1)
+        assert made.costs.seconds(1, other.kind) == pytest.approx(1.0 + 0.5)
