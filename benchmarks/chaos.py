@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import chaos_rows as rows
+from chaos_hostile import FEW_FILES, hold
+from chaos_hostile import OPTIONS as HOSTILE_OPTIONS
 from chaos_rows import Row, Size
 from chaos_server import Server, poison, started
 from chaos_soak import OPTIONS as SOAK_OPTIONS
@@ -31,8 +33,8 @@ from common import BUILTIN, ROOT, machine, save, table
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table of results: written by benchmarks/chaos.py --write-docs -->", "<!-- end of the table -->"
-OTHERS = ("overload.json", "hostile.json", "busy.json")
-"""Other programs' results; those parts that have `fault`, `aim`, `found` and `met` are rows of the table, too."""
+ROWS = ("chaos.json", "busy.json")
+"""Parts of these results that have `fault`, `aim`, `found` and `met` are rows of the table."""
 WATCHDOG, DRAIN = 3.0, 30.0
 RESTARTS = ("--max-restarts", "1000")
 
@@ -86,7 +88,19 @@ FAULTS = {
         lambda server, size, args: soak(server, size, args.seconds or (20 if args.short else 300)),
         SOAK_OPTIONS,
     ),
+    "hostile": Fault(
+        "clients that hold connections: 1,200 half-open, 40 that never read, 200 idle under `ulimit -n 64`",
+        "others served throughout, log below 100 kB, all dropped in time",
+        lambda server, size, args: _hold(server, size, args),
+        HOSTILE_OPTIONS,
+    ),
 }
+
+
+async def _hold(server: Server, size: Size, args: argparse.Namespace) -> Row:
+    options = ["--device", args.device, *HOSTILE_OPTIONS, *args.options]
+    async with started(args.model, options, files=FEW_FILES) as few_files:
+        return await hold(server, few_files, size)
 
 
 async def run(name: str, args: argparse.Namespace) -> Row:
@@ -114,10 +128,9 @@ def _gpu() -> str:
 
 def write_docs(results: Path, page: Path) -> None:
     """Writes the table of all results between the page's two marks. Raises ValueError if the page lacks them."""
-    found: list[dict[str, Any]] = []
-    for path in (results / name for name in ("chaos.json", *OTHERS)):
-        parts = json.loads(path.read_text()).values() if path.exists() else ()
-        found += [part for part in parts if isinstance(part, dict) and {"fault", "aim", "found", "met"} <= part.keys()]
+    parts = [part for name in ROWS for part in _parts(results / name)]
+    found = [part for part in parts if isinstance(part, dict) and {"fault", "aim", "found", "met"} <= part.keys()]
+    found += [row for part in _parts(results / "overload.json") for row in overloaded(part)]
     lines = ["| fault | aim | found | met |", "|---|---|---|---|"]
     lines += [f"| {r['fault']} | {r['aim']} | {r['found']} | {'yes' if r['met'] else '**no**'} |" for r in found]
     before, _, rest = page.read_text().partition(BEGIN)
@@ -125,6 +138,36 @@ def write_docs(results: Path, page: Path) -> None:
     if not mark:
         raise ValueError(f"{page} needs the marks {BEGIN!r} and {END!r}")
     page.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after)
+
+
+def _parts(path: Path) -> list[Any]:
+    return list(json.loads(path.read_text()).values()) if path.exists() else []
+
+
+def overloaded(part: dict[str, Any]) -> list[Row]:
+    """The rows of a result of overload.py."""
+    found, wait = [], float(part["settings"]["max_wait"])
+    if o := part.get("overload"):
+        error = o["retry_after_error_median"]
+        found.append(
+            {
+                "fault": f"{float(part['settings']['times']):g} times the load that can be served, open loop",
+                "aim": "goodput ≥ 95 % of the peak; first token p99 ≤ `--max-wait`; `Retry-After` off by < 30 %",
+                "found": f"goodput {o['goodput_of_peak']:.0%}; p99 {o['first_token_p99_s']:.1f} s "
+                f"(--max-wait {wait:g}); `Retry-After` off by {error:.0%}",
+                "met": o["goodput_of_peak"] >= 0.95 and o["first_token_p99_s"] <= wait and error < 0.3,
+            }
+        )
+    if f := part.get("fairness"):
+        found.append(
+            {
+                "fault": "16 prompts × n = 64 of one client, beside one-token requests of another",
+                "aim": "the latter's p99 ≤ 3 times its time alone",
+                "found": f"{f['p99_times']:.1f} times: {f['beside_p99_s']:.2f} s, alone {f['alone_p99_s']:.2f} s",
+                "met": f["p99_times"] <= 3,
+            }
+        )
+    return found
 
 
 def main() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,10 +33,15 @@ class Server:
 
     Args:
         program: what Python is to run (tests have a server of their own).
+        files: how many it may have open at once (`ulimit -n`; default: as many as this process).
     """
 
     def __init__(
-        self, model: Path | str, options: Sequence[str], program: Sequence[str] = ("-m", "manyheads", "serve")
+        self,
+        model: Path | str,
+        options: Sequence[str],
+        program: Sequence[str] = ("-m", "manyheads", "serve"),
+        files: int | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self.temp = self.folder / "tmp"
@@ -45,6 +52,7 @@ class Server:
         self.url = ""
         self.start_seconds = 0.0
         """From the command to a /ready of 200."""
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE) if files is None else (files, files)
         with self._log.open("w") as log:
             # NOTE: a session of its own, for the terminal's Ctrl-C is to end chaos.py, which then ends the server
             self.process = subprocess.Popen(
@@ -54,6 +62,7 @@ class Server:
                 cwd=ROOT,
                 env=os.environ | {"TMPDIR": str(self.temp)},
                 start_new_session=True,
+                preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, limits),
             )
 
     @property

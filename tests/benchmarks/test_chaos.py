@@ -152,6 +152,10 @@ def test_the_page_gets_the_table(tmp_path: Path) -> None:
     row = {"fault": "killed", "aim": "none lost", "found": "one lost", "met": False}
     (results / "chaos.json").write_text(json.dumps({"killed": row, "drained": row | {"fault": "drained", "met": True}}))
     (results / "busy.json").write_text(json.dumps({"machine": {"cores": 2}, "quiet": row | {"fault": "busy"}}))
+    overload = {"goodput_of_peak": 0.97, "first_token_p99_s": 29.0, "retry_after_error_median": 0.4}
+    fairness = {"p99_times": 2.5, "beside_p99_s": 0.5, "alone_p99_s": 0.2}
+    part = {"settings": {"max_wait": "30.0", "times": "4.0"}, "overload": overload, "fairness": fairness}
+    (results / "overload.json").write_text(json.dumps({"now": part}))
     page.write_text(f"before\n{chaos.BEGIN}\nold\n{chaos.END}\nafter\n")
     for _ in range(2):
         chaos.write_docs(results, page)
@@ -162,6 +166,9 @@ def test_the_page_gets_the_table(tmp_path: Path) -> None:
         "| drained | none lost | one lost | yes |",
         "| busy | none lost | one lost | **no** |",
     ]
+    late, fair = (line.split(" | ") for line in lines[-5:-3])
+    assert late[2:] == ["goodput 97%; p99 29.0 s (--max-wait 30); `Retry-After` off by 40%", "**no** |"]
+    assert fair[2:] == ["2.5 times: 0.50 s, alone 0.20 s", "yes |"]
     page.write_text("no marks")
     with pytest.raises(ValueError, match="needs the marks"):
         chaos.write_docs(results, page)
