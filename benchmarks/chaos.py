@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -186,6 +187,7 @@ def main() -> None:
     if args.write_docs:
         write_docs(args.out.parent, PAGE)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends, too
     shown = []
     for name in args.only:
         row = {"machine": machine(), **asyncio.run(run(name, args))}
