@@ -164,7 +164,8 @@ class Engine:
     def _launch(self, plan: StepPlan) -> _Launched:
         if plan.admitted:
             self._announce([request.request_id for request in plan.admitted])
-        launched = _Launched(plan, self.runner.launch(plan), time.perf_counter())
+        began = time.perf_counter()  # a CPU computes the step as it is launched
+        launched = _Launched(plan, self.runner.launch(plan), began)
         for chunk in plan.chunks:
             chunk.request.cached_len += chunk.num_inflight
         for request in (chunk.request for chunk in plan.chunks if chunk.is_last):

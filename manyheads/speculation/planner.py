@@ -96,7 +96,7 @@ class Planner:
         self.costs: RunningCosts | None = None
         """Without it, and without `tree_size`, nothing is drafted."""
         self._trials: Trials | None = None
-        self._until_review = REVIEW_SOON
+        self._until_review = REGROW_EVERY
         self._grown = ROOT
         self._probabilities: list[float] = []
         self._expected: list[float] = []
@@ -105,6 +105,7 @@ class Planner:
         self._drafts: dict[tuple[float, int | None], Draft] = {}  # that can be made of the tree that was grown
         self._brought: int | None = None  # nodes that each could bring in the step before
         self._gains: list[float] | None = None  # by SIZES, running mean of what the drafter expects
+        self._num_gains = 0  # steps that say so
         self._outcome = [1.0, 1.0]  # running means: gained, and what was expected of the same steps
         self._hoped: list[float] = []  # by SIZES, gains by the prior
         if prior:
@@ -235,7 +236,10 @@ class Planner:
         expected = [gain / max(share, TINY) for gain in expected]
         if self._gains is None:
             self._gains = list(expected)
-        self._gains = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._gains, expected, strict=True)]
+        # a text's first steps say little of it: their mean counts
+        self._num_gains += 1
+        weight = max(GAINS_WINDOW, 1 / (2 + self._num_gains))
+        self._gains = [old + weight * (new - old) for old, new in zip(self._gains, expected, strict=True)]
         means = (sum(gained) / len(gained), expected[_size_at(draft.nodes)] * share)
         self._outcome = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._outcome, means, strict=True)]
 

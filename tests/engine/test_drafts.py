@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
+from manyheads.engine.engine import PendingStep
+from manyheads.engine.step import StepPlan
 from manyheads.request import EngineRequest
 from manyheads.speculation.costs import CostTable
 from manyheads.speculation.planner import NO_DRAFT, Draft
@@ -42,3 +45,22 @@ def test_a_step_before_the_heads_have_spoken_says_nothing_of_them(
         while engine.has_work():
             engine.step()
         assert engine.stats().drafted_tokens - drafted > 2000  # some 30 steps of 250
+
+
+def test_a_step_takes_as_long_as_its_computing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes a step as it is launched; that is the time that costs are learnt from."""
+    engine = build_engine(EngineConfig(model=str(folder), dtype="float32", num_threads=1, max_num_seqs=2))
+    launch, seen = engine.runner.launch, list[float]()
+
+    def slow(plan: StepPlan) -> PendingStep:
+        time.sleep(0.005)
+        return launch(plan)
+
+    monkeypatch.setattr(engine.runner, "launch", slow)
+    monkeypatch.setattr(engine.planner, "observe_cost", lambda rows, draft, seconds: seen.append(seconds))
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    engine.add_request(EngineRequest(request_id="0", prompt_token_ids=[1, 2, 3], params=params))
+    while engine.has_work():
+        engine.step()
+    assert len(seen) > 3
+    assert min(seen) > 0.005
