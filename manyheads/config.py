@@ -72,7 +72,7 @@ class EngineConfig:
     seed: int | None = None
     """Seed for requests that bring none; None takes one from the operating system."""
     num_threads: int | None = None
-    """CPU threads of the engine; None leaves torch's choice."""
+    """CPU threads of the engine; None chooses by measuring, again and again (`engine/threads.py`)."""
 
     def __post_init__(self) -> None:
         names = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue")

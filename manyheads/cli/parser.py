@@ -56,7 +56,7 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "tree_size": (int, "nodes of a row's speculation tree, on average, 1 to 64 (default: chosen at each step)"),
     "max_queue": (int, "most requests that wait; more are rejected"),
     "seed": (int, "for requests that bring none (default: from the operating system)"),
-    "num_threads": (int, "CPU threads of the engine (default: all cores; take fewer where others are busy)"),
+    "num_threads": (int, "CPU threads of the engine (default: as many as are fastest, measured again and again)"),
 }
 FLAGS = {"memory_bytes": "--memory"}
 """These options are not named like their fields."""

@@ -18,6 +18,7 @@ from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limi
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.runner import Runner
 from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.threads import Threads
 from manyheads.engine.warmup import measure_costs
 from manyheads.kv_cache import CODES
 from manyheads.models.config import ModelConfig
@@ -46,9 +47,8 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         ConfigError, CheckpointError: a setting or a checkpoint cannot hold.
     """
     progress = progress or (lambda _: None)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    threads = _threads(config, device)
     gc.collect()  # an engine that nobody uses any more refers to itself, and holds its memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -75,6 +75,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         page_size=config.block_size,
         kv_dtype=shape.kv_dtype,
     )
+    runner.threads = threads
     scheduler = Scheduler(
         PageManager(num_pages, config.block_size, config.prefix_caching),
         _planner(config, runner, progress),
@@ -153,6 +154,15 @@ def _planner(config: EngineConfig, runner: Runner, progress: Callable[[str], Non
     if drafter is not None and config.tree_size is None:
         measure_costs(runner, planner, progress)
     return planner
+
+
+def _threads(config: EngineConfig, device: torch.device) -> Threads | None:
+    """What chooses threads; from here on, so that loading and measuring are not held up by others' work either."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif device.type == "cpu" and torch.get_num_threads() > 1:
+        return Threads(torch.get_num_threads())
+    return None
 
 
 def _device(name: str) -> torch.device:

@@ -227,7 +227,7 @@ class Engine:
             self.planner.observe_gains(plan.draft, result.gains, gained)
         elif plan.decoding and not plan.draft.propose:
             self.planner.observe_plain()
-        if not plan.chunks:
+        if not plan.chunks and result.is_typical:
             self.planner.observe_cost(len(plan.decoding), plan.draft, seconds)
         deltas = [
             self._advance(row, plan, row.request.request_id in computing)

@@ -36,12 +36,14 @@ class PendingStep:
 
     def __init__(self, drawn: list[Drawn], drafter: Drafter | None, copied: torch.cuda.Event | None = None) -> None:
         self._drawn, self._drafter, self._copied = drawn, drafter, copied
+        self.is_typical = True
+        """As `StepResult.is_typical`."""
 
     def read(self) -> StepResult:
         """Wait for the device, and say what the step did for each row."""
         if self._copied is not None:
             self._copied.synchronize()
-        result = StepResult(rows=[], hits=[], trials=[])
+        result = StepResult(rows=[], hits=[], trials=[], is_typical=self.is_typical)
         for drawn in self._drawn:
             width = drawn.width
             values = drawn.values.tolist()

@@ -21,6 +21,7 @@ from manyheads.engine.sampler import draw, last_nodes, nodes_of
 from manyheads.engine.state import admit, count_output, sync_pages
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, chunk_numbers, gain_sizes
+from manyheads.engine.threads import Threads
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.llama import Llama
 from manyheads.speculation.drafter import Drafter
@@ -66,6 +67,8 @@ class Runner:
             shape.row_state if shape else None,
         )
         self.run = StepRun(model, drafter, model.ops, self.state, self.cache)
+        self.threads: Threads | None = None
+        """What chooses the number of threads of a step; None leaves torch's."""
         self._tensors = lru_cache(maxsize=512)(self._new_tensors)
         self.recorded: RecordedSteps | None = None
         if model.ops.records and model.can_be_captured:
@@ -85,9 +88,17 @@ class Runner:
         """Call this at each layer of a pass that the host launches itself."""
         self.model.beat = beat
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step, after those launched before."""
+        if self.threads is None:
+            return self._launch(plan)
+        with self.threads.step(plan.num_inflight):
+            step = self._launch(plan)
+        step.is_typical = not self.threads.is_trial
+        return step
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> PendingStep:
         admit(self.state, self.drafter, plan.admitted)
         sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
         drawn: list[Drawn] = []

@@ -184,3 +184,5 @@ class StepResult:
     gains: list[float] = field(default_factory=list)
     """Tokens that the drafter expected a row to gain beside its own, had the rows brought so many nodes each on
     average: one entry for each of `speculation.planner.SIZES`. Empty where no trees were drafted."""
+    is_typical: bool = True
+    """Whether steps like it take as long; one that tries another number of threads says nothing of that."""

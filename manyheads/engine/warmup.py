@@ -23,12 +23,15 @@ BURST = 4
 """Steps launched before the first is read, on a device that works beside the host: the engine does not wait either."""
 SIZES = (1.25, 2, 3, 4, 8, 16, 32, 64)
 """Nodes a row that are measured; between them, costs are interpolated."""
-MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, {"cpu": 0.5, "cuda": 0.25}
+MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, 0.25
 """Steps of each kind: at least so many (the first does not count), at most so many, for about so long. Where that takes
 longer than MAX_SECONDS, two will do."""
 SAME, SAME_TURNS, MAX_SECONDS = 1.1, 3, 3.0
 """A shortest time is believed when so many steps took at most so many times as long; other work on the machine can make
-a few steps last many times too long. After so many seconds it is believed all the same."""
+a few steps last many times too long. After so many seconds of measuring, times are believed all the same, as first
+guesses: steps correct them (`RunningCosts`)."""
+ENOUGH_ROWS = 4
+"""On a CPU that is busy with something else, so that time has run out, no more rows are measured."""
 
 
 def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], None]) -> None:
@@ -40,18 +43,23 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
     costs = CostTable()
     state, padded = runner.state, None
     context = min(CONTEXT, state.max_len // 2)
+    patience = MAX_SECONDS
     if runner.recorded is not None:
         progress("capturing steps")
         runner.recorded.record_steps(planner)
         padded = partial(padded_rows, most=state.num_rows, sizes=TREE_ROWS)
     for num_rows in [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows <= state.num_rows]:
+        if patience == 0 and num_rows > ENOUGH_ROWS and runner.device.type == "cpu":
+            break
         requests = [_dummy(i, context, state.page_size) for i in range(num_rows)]
         admit(state, runner.drafter, requests)
         sync_pages(state, requests)
         progress(f"measuring steps of {num_rows} row{'s' if num_rows > 1 else ''}")
         drafts = _measured_drafts(planner.drafts(num_rows))
         plans = [StepPlan(chunks=[], decoding=requests, draft=draft) for draft in (NO_DRAFT, *drafts)]
-        plain, *seconds = _time(runner, plans, context)
+        began = time.perf_counter()
+        plain, *seconds = _time(runner, plans, context, patience)
+        patience = max(0.0, patience - (time.perf_counter() - began))
         costs.plain[num_rows] = plain
         costs.trees[num_rows], costs.passes[num_rows] = _apart(drafts, seconds, num_rows)
     state.cached_len.zero_()
@@ -85,14 +93,13 @@ def _apart(drafts: list[Draft], seconds: list[float], num_rows: int) -> tuple[di
     return without, one_pass
 
 
-def _time(runner: Runner, plans: list[StepPlan], context: int) -> list[float]:
+def _time(runner: Runner, plans: list[StepPlan], context: int, patience: float) -> list[float]:
     """The shortest time of each step, in seconds."""
     burst = BURST if runner.overlaps else 1
-    turn_seconds = TURN_SECONDS[runner.device.type]
     # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
     times: list[list[float]] = [[] for _ in plans]
     start = time.perf_counter()
-    while not _enough(times, time.perf_counter() - start, turn_seconds):
+    while not _enough(times, time.perf_counter() - start, max(patience, TURN_SECONDS)):
         for plan, taken in zip(plans, times, strict=True):
             runner.state.cached_len[: len(plan.decoding)] = context
             began = time.perf_counter()
@@ -104,12 +111,12 @@ def _time(runner: Runner, plans: list[StepPlan], context: int) -> list[float]:
     return [min(taken[1:]) for taken in times]
 
 
-def _enough(kinds: list[list[float]], elapsed: float, turn_seconds: float) -> bool:
+def _enough(kinds: list[list[float]], elapsed: float, patience: float) -> bool:
     turns = len(kinds[0])
-    if turns < (MIN_TURNS if elapsed < MAX_SECONDS else 2) or (turns < MAX_TURNS and elapsed < turn_seconds):
+    if turns < (MIN_TURNS if elapsed < patience else 2) or (turns < MAX_TURNS and elapsed < TURN_SECONDS):
         return False
     shortest = [sorted(times[1:])[:SAME_TURNS] for times in kinds]
-    return elapsed > MAX_SECONDS or all(times[-1] <= SAME * times[0] for times in shortest)
+    return elapsed > patience or all(times[-1] <= SAME * times[0] for times in shortest)
 
 
 def _dummy(row: int, context: int, page_size: int) -> Request:
