@@ -12,8 +12,9 @@ from manyheads.request import QueueFull
 
 MEMORY_SECONDS = 10.0
 """The rate is that of about so many seconds in which somebody waited."""
-LEAST_SECONDS = 0.5
-"""With less than this to go by, nothing is known, and nobody is refused for it."""
+LEAST_SECONDS, LEAST_STEPS = 0.5, 16
+"""With less than this to go by, nothing is known, and nobody is refused for it: a new engine's first steps can take
+seconds, while kernels are compiled."""
 CLOSES, OPENS = 0.7, 0.3
 """Nobody is let in who would wait longer than the first share of the limit (an estimate may be wrong by the rest).
 After a refusal, only who would wait less than the second share: so it is known when the door opens again."""
@@ -35,6 +36,7 @@ class Admission:
         self._pending = 0.0  # work since the last tick
         self._ticked_at: float | None = None  # None while nobody waits
         self._work = self._seconds = 0.0
+        self._steps = 0  # in which somebody waited
         self._closed_until = -math.inf
 
     def count(self, work: float) -> None:
@@ -46,6 +48,7 @@ class Admission:
         now = self.clock()
         if self._ticked_at is not None:
             seconds = now - self._ticked_at
+            self._steps += 1
             kept = math.exp(-seconds / MEMORY_SECONDS)
             self._work = kept * self._work + self._pending
             self._seconds = kept * self._seconds + seconds
@@ -56,7 +59,8 @@ class Admission:
         self, waiting: FairQueue, running: Sequence[Request], num_free_rows: int, client: str, priority: int
     ) -> float:
         """How many seconds a request would wait that a client sent now; 0 while that cannot be told."""
-        if self._seconds < LEAST_SECONDS or self._work == 0 or not waiting.output_share.is_known:
+        is_known = self._seconds >= LEAST_SECONDS and self._steps >= LEAST_STEPS and waiting.output_share.is_known
+        if not is_known or self._work == 0:
             return 0.0
         num_rows = len(running) + (0 if waiting else num_free_rows)  # if somebody waits, free ones are of no use
         clients = {request.client for request in running} | waiting.clients() | {client}
