@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manyheads.config import ConfigError, EngineConfig
+    from manyheads.errors import RequestError
     from manyheads.frontend.llm import LLM
     from manyheads.frontend.output import CompletionOutput, RequestOutput
-    from manyheads.request import RequestError, SamplingParams
+    from manyheads.request import SamplingParams
 
 _HOMES = {
     "LLM": "frontend.llm",

@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from manyheads.errors import QueueFull, RequestError, require
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKENS = 256
@@ -36,37 +38,8 @@ ErrorKind = Literal["invalid", "queue_full", "engine", "model"]
 engine has died (503), or the model gives no numbers for this text (500)."""
 
 
-class RequestError(ValueError):
-    """The request cannot be served as asked, which is the caller's to mend (HTTP 400). Nothing was queued."""
-
-
-def require(ok: bool, message: str) -> None:
-    """Raise a RequestError with this message unless all is well."""
-    if not ok:
-        raise RequestError(message)
-
-
-class QueueFull(RuntimeError):
-    """A request can't start in time, or too many wait; it would be let in after `retry_after` seconds (HTTP 429)."""
-
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class EngineError(RuntimeError):
-    """The engine could not start, or has died (HTTP 503)."""
-
-
-class ModelError(RuntimeError):
-    """The model gave logits that are not finite (HTTP 500)."""
-
-
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """These parameters say how to continue a prompt, with vLLM's names and meanings.
-
-    Nothing is checked before `validate` is called.
-    """
+    """These parameters say how to continue a prompt, with vLLM's names and meanings; `validate` checks them."""
 
     n: int = 1
     max_tokens: int | None = None

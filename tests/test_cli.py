@@ -17,7 +17,7 @@ from manyheads import LLM, EngineConfig
 from manyheads.cli import main, make_parser
 from manyheads.cli.parser import engine_config
 from manyheads.config import CheckpointError
-from manyheads.request import EngineError
+from manyheads.errors import EngineError
 from tests.server.fake_engine import TEXT, FakeEngine
 from tests.server.tiny_tokenizer import tiny_tokenizer
 

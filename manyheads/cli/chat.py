@@ -16,8 +16,9 @@ import msgspec
 
 from manyheads.cli.parser import Parser, add_engine, add_model, add_sampling, engine_config, sampling_params
 from manyheads.config import ConfigError
+from manyheads.errors import RequestError
 from manyheads.interrupt import between_steps
-from manyheads.request import RequestError, SamplingParams
+from manyheads.request import SamplingParams
 
 if TYPE_CHECKING:
     import http.client

@@ -14,8 +14,9 @@ import msgspec
 
 from manyheads.cli.parser import Parser, add_engine, add_sampling, engine_config, sampling_params
 from manyheads.config import BUILTIN, ConfigError
+from manyheads.errors import RequestError
 from manyheads.interrupt import between_steps
-from manyheads.request import RequestError, SamplingParams
+from manyheads.request import SamplingParams
 
 if TYPE_CHECKING:
     from manyheads.frontend.generation import Generation

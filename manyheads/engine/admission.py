@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from manyheads.engine.fair_queue import FairQueue
 from manyheads.engine.step import Request
-from manyheads.request import QueueFull
+from manyheads.errors import QueueFull
 
 MEMORY_SECONDS = 10.0
 """The rate is that of about so many seconds in which somebody waited."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
+from manyheads.engine.counts import Counts
 from manyheads.engine.scheduler import Scheduler, StepsUnread
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.errors import RequestError, require
 from manyheads.request import (
     EngineReady,
     EngineRequest,
@@ -20,9 +21,7 @@ from manyheads.request import (
     FinishReason,
     MemoryUse,
     RequestDelta,
-    RequestError,
     SamplingParams,
-    require,
 )
 
 
@@ -88,10 +87,7 @@ class Engine:
         self._read_at = 0.0
         self._random = random.Random(seed)
         self._memory = memory
-        self._count: Counter[str] = Counter()
-        self._drafted_by_depth: list[int] = [0] * ready.draft_depth
-        self._accepted_by_depth: list[int] = [0] * ready.draft_depth
-        self._tree_size = 1
+        self._counts = Counts(ready)
         self._announce: Callable[[list[str]], None] = lambda admitted: None
 
     def listen(self, admitted: Callable[[list[str]], None], beat: Callable[[], None]) -> None:
@@ -188,28 +184,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; counters count from the start of the engine."""
-        pages, count = self.scheduler.pages, self._count
-        return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            queue_wait=self.scheduler.expected_wait(),
-            drafter=self.ready.drafter,
-            num_pages=pages.num_usable,
-            num_free_pages=pages.num_available,
-            prefix_queries=self.scheduler.prefix_queries,
-            prefix_hits=self.scheduler.prefix_hits,
-            preemptions=self.scheduler.num_preemptions,
-            prompt_tokens=count["prompt_tokens"],
-            generation_tokens=count["generation_tokens"],
-            steps=count["steps"],
-            row_steps=count["row_steps"],
-            drafted_tokens=count["drafted"],
-            accepted_tokens=count["accepted"],
-            drafted_by_depth=list(self._drafted_by_depth),
-            accepted_by_depth=list(self._accepted_by_depth),
-            tree_size=self._tree_size,
-            memory=self._memory(),
-        )
+        return self._counts.stats(self.scheduler, self._memory())
 
     def check_integrity(self) -> None:
         """Every page, row and request is accounted for. Raises RuntimeError."""
@@ -219,7 +194,7 @@ class Engine:
             raise RuntimeError(f"requests without a place: {held ^ self._requests.keys()}")
 
     def _postprocess(self, plan: StepPlan, result: StepResult, seconds: float) -> list[RequestDelta]:
-        self._count["steps"] += 1
+        self._counts.steps += 1
         computing = {chunk.request.request_id for chunk in plan.chunks}
         self.planner.observe(result.hits, result.trials)
         if result.gains:
@@ -244,18 +219,11 @@ class Engine:
         request, tokens = row.request, row.tokens
         request.unread -= 1 if first else plan.draft.most_gained
         if first:
-            self._count["prompt_tokens"] += request.prompt_len if request.num_output == 0 else 0
+            self._counts.prompt_tokens += request.prompt_len if request.num_output == 0 else 0
         else:
             request.cached_len += len(tokens)
-            self._count["row_steps"] += 1
-            self._count["decode_tokens"] += len(tokens)
-        if row.drafted_depth:
-            self._tree_size = row.num_drafted + 1
-            self._count["drafted"] += row.num_drafted
-            self._count["accepted"] += len(tokens) - 1
-            for depth in range(row.drafted_depth):
-                self._drafted_by_depth[depth] += 1
-                self._accepted_by_depth[depth] += depth < len(tokens) - 1
+            self._counts.row_steps += 1
+        self._counts.add_tree(row)
         request.num_steps += 1
         reason: FinishReason | None = None
         stop_token: int | None = None
@@ -269,7 +237,7 @@ class Engine:
         if reason is None and request.num_steps == request.params.max_steps:
             reason = "length"
         request.tokens.extend(tokens)
-        self._count["generation_tokens"] += len(tokens)
+        self._counts.generation_tokens += len(tokens)
         self.scheduler.charge(request, len(tokens))
         if reason is None and not row.is_finite:
             return self._fail(request, tokens, row)

@@ -9,7 +9,7 @@ from manyheads.engine.admission import Admission
 from manyheads.engine.fair_queue import STRANGER, FairQueue, by_seniority, max_min_shares
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.step import Chunk, Request, StepPlan
-from manyheads.request import QueueFull
+from manyheads.errors import QueueFull
 from manyheads.speculation.planner import Planner
 
 

@@ -9,21 +9,14 @@ from functools import partial
 
 import msgspec
 
-from manyheads.frontend.engine_client import DeltaQueue, EngineClient
+from manyheads.errors import EngineError, ModelError, QueueFull, RequestError, require
+from manyheads.frontend.engine_client import EngineClient
 from manyheads.frontend.generation import Generation, OpenSequences, Place, Prompt, Update, take
+from manyheads.frontend.open_request import DeltaQueue
 from manyheads.frontend.output import SequenceOutput
 from manyheads.frontend.text_queue import TextQueue
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import (
-    EngineError,
-    EngineReady,
-    ModelError,
-    QueueFull,
-    RequestDelta,
-    RequestError,
-    SamplingParams,
-    require,
-)
+from manyheads.request import EngineReady, RequestDelta, SamplingParams
 
 _ERRORS = {"invalid": RequestError, "engine": EngineError, "model": ModelError}
 INLINE_CHARACTERS = 4000

@@ -11,17 +11,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.errors import EngineError
 from manyheads.frontend.engine_link import EngineLink
 from manyheads.frontend.engine_process import BUILD_ENGINE, EngineLaunch
+from manyheads.frontend.open_request import DeltaQueue, OpenRequest
 from manyheads.request import (
     Abort,
-    EngineError,
     EngineFailed,
     EngineReady,
     EngineRequest,
@@ -31,8 +31,6 @@ from manyheads.request import (
     StepOutputs,
 )
 
-DeltaQueue = asyncio.Queue[RequestDelta]
-"""Holds at most what its requests may gain: a reader that is behind costs no more than the context's tokens."""
 START_SECONDS = 1800.0
 """While it loads and measures, an engine may be silent for so long: a checkpoint may have to come over the network."""
 RESTART_WINDOW = 600.0
@@ -43,35 +41,8 @@ MOST_DEATHS = 2
 """A request that ran at so many deaths in a row is not tried again."""
 
 
-@dataclass(eq=False)
-class _Open:
-    """A request that has not ended, and what came of it."""
-
-    request: EngineRequest
-    queue: DeltaQueue
-    tokens: list[int] = field(default_factory=list)
-    num_steps: int = 0
-    sent: bool = False
-    """Whether an engine has got it."""
-    runs: bool = False
-    """Whether the engine that is there now has begun with it."""
-    deaths: int = 0
-    """Of engines in a row, at which it ran."""
-    aborted: bool = False
-
-    def to_send(self) -> EngineRequest:
-        """What an engine that knows nothing of it needs."""
-        if not self.sent:
-            return self.request
-        return msgspec.structs.replace(
-            self.request, output_token_ids=list(self.tokens), num_steps=self.num_steps, resumes=True
-        )
-
-
 class EngineClient:
-    """The client owns an engine process at a time and supervises it.
-
-    It is made within a running event loop.
+    """The client owns an engine process at a time and supervises it. It is made within a running event loop.
 
     Args:
         watchdog: an engine that says nothing for so many seconds is ended; it speaks once a second at least.
@@ -98,7 +69,7 @@ class EngineClient:
         """Requests that went on in another engine, each time counted."""
         self._launch = EngineLaunch(config=config, folder="", build=build, verbose=verbose)
         self._watchdog, self._max_restarts = watchdog, max_restarts
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenRequest] = {}
         self._link: EngineLink | None = None  # of an engine that serves
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._supervisor: asyncio.Task[None] | None = None
@@ -142,7 +113,7 @@ class EngineClient:
             if request.params.seed is None:  # drawn here, so that another engine can go on with it
                 params = msgspec.structs.replace(request.params, seed=self._random.getrandbits(62))
                 request = msgspec.structs.replace(request, params=params)
-            self._open[request.request_id] = entry = _Open(request, queue)
+            self._open[request.request_id] = entry = OpenRequest(request, queue)
             if self._link is not None:
                 self._send(self._link, entry)
         return queue
@@ -263,7 +234,7 @@ class EngineClient:
         for entry in list(self._open.values()):
             self._send(link, entry)
 
-    def _send(self, link: EngineLink, entry: _Open) -> None:
+    def _send(self, link: EngineLink, entry: OpenRequest) -> None:
         try:
             link.send(entry.to_send())
         except EngineError as error:

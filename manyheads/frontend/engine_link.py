@@ -14,8 +14,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from manyheads.errors import EngineError
 from manyheads.frontend.engine_process import EngineLaunch
-from manyheads.request import EngineError, FromEngine, ToEngine
+from manyheads.request import FromEngine, ToEngine
 
 MOST_STEPS = 8
 """At most so many further messages are taken before the readers of the first ones run."""

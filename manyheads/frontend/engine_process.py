@@ -21,14 +21,13 @@ import msgspec
 import zmq
 
 from manyheads.config import EngineConfig
+from manyheads.errors import QueueFull, RequestError
 from manyheads.request import (
     Abort,
     Beat,
     EngineFailed,
     FromEngine,
-    QueueFull,
     RequestDelta,
-    RequestError,
     StepOutputs,
     ToEngine,
 )

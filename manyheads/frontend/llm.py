@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from manyheads.config import BUILTIN, ConfigError, EngineConfig
+from manyheads.errors import QueueFull, RequestError, require
 from manyheads.frontend.generation import Generation, OpenSequences, Prompt, take
 from manyheads.frontend.output import RequestOutput, SequenceOutput
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import EngineRequest, QueueFull, RequestDelta, RequestError, SamplingParams, require
+from manyheads.request import EngineRequest, RequestDelta, SamplingParams
 
 if TYPE_CHECKING:
     from manyheads.engine.engine import Engine

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from manyheads.request import QueueFull
+from manyheads.errors import QueueFull
 
 T = TypeVar("T")
 GIANT_CHARACTERS = 50_000

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manyheads.config import ConfigError
-from manyheads.request import RequestError, require
+from manyheads.errors import RequestError, require
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 64

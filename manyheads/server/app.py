@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
-from manyheads.request import EngineError, require
+from manyheads.errors import EngineError, require
 from manyheads.server.answers import Text, Tokens, Version
 from manyheads.server.auth import DOCS_FILES, ApiKeys, needs_key
 from manyheads.server.config import ServerConfig

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from manyheads.request import EngineError, ModelError, QueueFull, RequestError
+from manyheads.errors import EngineError, ModelError, QueueFull, RequestError
 
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 _TYPES = {

@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
+from manyheads.errors import require
 from manyheads.frontend.generation import Generation, Prompt, Update
-from manyheads.request import require
 from manyheads.server.answers import GenerateAnswer, GenerateText
 from manyheads.server.auth import client_of
 from manyheads.server.openapi import generates

@@ -16,12 +16,13 @@ from concurrent.futures import Future
 import uvicorn
 
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.errors import EngineError
 from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.engine_client import EngineClient
 from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.llm import tokenizer_folder
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import EngineError, EngineReady
+from manyheads.request import EngineReady
 from manyheads.server.app import create_app
 from manyheads.server.config import ServerConfig
 from manyheads.server.connections import Guard, GuardedServer, raise_file_limit

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from manyheads.errors import RequestError, require
 from manyheads.frontend.generation import Place
-from manyheads.request import MAX_STOP_STRINGS, MAX_STOP_TOKENS, RequestError, SamplingParams, require
+from manyheads.request import MAX_STOP_STRINGS, MAX_STOP_TOKENS, SamplingParams
 from manyheads.server.fields import EMPTY, Count, Empty, Ids, Limits, LogitBias, StopString, Whole, between
 
 MAX_PROMPTS = 256

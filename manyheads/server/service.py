@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from fastapi.responses import JSONResponse
 from starlette.requests import Request
 
+from manyheads.errors import QueueFull, RequestError
 from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.generation import Generation, Update
 from manyheads.frontend.output import SequenceOutput
-from manyheads.request import QueueFull, RequestError
 from manyheads.server.errors import ApiError
 from manyheads.server.metrics import Metrics, SequenceTimer
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from manyheads.config import ConfigError
+from manyheads.errors import RequestError
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import RequestError
 
 ROLES = {"human": "user", "gpt": "assistant"}
 

@@ -11,7 +11,8 @@ import pytest
 
 from manyheads.engine.admission import CLOSES, OPENS
 from manyheads.engine.step import Request
-from manyheads.request import QueueFull, RequestError, SamplingParams
+from manyheads.errors import QueueFull, RequestError
+from manyheads.request import SamplingParams
 from tests.engine.world import Setup, World
 
 SETUP: dict[str, Any] = {"rows": 4, "pages": 64, "budget": 64, "max_queue": 5000, "caching": False}

@@ -9,7 +9,8 @@ import pytest
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
-from manyheads.request import EngineRequest, RequestDelta, RequestError
+from manyheads.errors import RequestError
+from manyheads.request import EngineRequest, RequestDelta
 from tests.tiny import save_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

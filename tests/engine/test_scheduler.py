@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from manyheads.engine.scheduler import StepsUnread
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
-from manyheads.request import QueueFull, RequestError, SamplingParams
+from manyheads.errors import QueueFull, RequestError
+from manyheads.request import SamplingParams
 from manyheads.speculation.planner import SIZES, Draft
 from tests.engine.world import EOS, HEADS, VOCAB, FakeStep, Setup, World, continuation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from manyheads.frontend.async_llm import _waiting
-from manyheads.frontend.engine_client import DeltaQueue
+from manyheads.frontend.open_request import DeltaQueue
 from manyheads.request import RequestDelta, TokenLogprobs
 
 

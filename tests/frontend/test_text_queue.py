@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from manyheads.errors import QueueFull
 from manyheads.frontend.text_queue import GIANT_CHARACTERS, MOST_CHARACTERS, TextQueue
-from manyheads.request import QueueFull
 
 LONG, GIANT = GIANT_CHARACTERS, GIANT_CHARACTERS + 1
 

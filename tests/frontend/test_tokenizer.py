@@ -10,8 +10,8 @@ from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from manyheads.config import ConfigError
+from manyheads.errors import RequestError
 from manyheads.frontend.tokenizer import Detokenizer, Tokenizer
-from manyheads.request import RequestError
 from tests.server.tiny_tokenizer import make_hf, save_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

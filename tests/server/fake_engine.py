@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from manyheads.config import EngineConfig
+from manyheads.errors import QueueFull
 from manyheads.request import (
     EngineReady,
     EngineRequest,
     EngineStats,
     MemoryUse,
-    QueueFull,
     RequestDelta,
     TokenLogprobs,
 )

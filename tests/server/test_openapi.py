@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from manyheads.request import RequestError
+from manyheads.errors import RequestError
 from manyheads.server import answers
 from manyheads.server.schemas import CompletionRequest
 from tests.server.conftest import Running, launch

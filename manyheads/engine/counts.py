@@ -1,0 +1,60 @@
+"""What an engine has done since its start, in numbers."""
+
+from __future__ import annotations
+
+from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.step import RowResult
+from manyheads.request import EngineReady, EngineStats, MemoryUse
+
+
+class Counts:
+    """Counters of one engine; they only grow.
+
+    Args:
+        ready: what is served.
+    """
+
+    def __init__(self, ready: EngineReady) -> None:
+        self.ready = ready
+        self.steps = self.row_steps = 0
+        self.prompt_tokens = self.generation_tokens = 0
+        self._drafted = self._accepted = 0
+        self._drafted_by_depth = [0] * ready.draft_depth
+        self._accepted_by_depth = [0] * ready.draft_depth
+        self._tree_size = 1
+
+    def add_tree(self, row: RowResult) -> None:
+        """Count what a row's tree brought and what of it was accepted."""
+        if not row.drafted_depth:
+            return
+        gained = max(len(row.tokens) - 1, 0)
+        self._tree_size = row.num_drafted + 1
+        self._drafted += row.num_drafted
+        self._accepted += gained
+        for depth in range(row.drafted_depth):
+            self._drafted_by_depth[depth] += 1
+            self._accepted_by_depth[depth] += depth < gained
+
+    def stats(self, scheduler: Scheduler, memory: MemoryUse) -> EngineStats:
+        """A snapshot, with what the scheduler has now."""
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            queue_wait=scheduler.expected_wait(),
+            drafter=self.ready.drafter,
+            num_pages=scheduler.pages.num_usable,
+            num_free_pages=scheduler.pages.num_available,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            steps=self.steps,
+            row_steps=self.row_steps,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            drafted_by_depth=list(self._drafted_by_depth),
+            accepted_by_depth=list(self._accepted_by_depth),
+            tree_size=self._tree_size,
+            memory=memory,
+        )
