@@ -7,7 +7,7 @@ from math import inf, sqrt
 from manyheads.speculation.costs import FRESH_STEPS, Kind, RunningCosts
 
 SHARE = 0.02
-"""Of the time, what looking again at kinds of steps may take."""
+"""Of the time, what looking again at kinds of steps may lose."""
 HOPE = 1.1
 """A kind that was never seen is tried if it may be so many times as good as the best one known."""
 MOST_LOOKS, MOST_STEPS = 4, 9
@@ -22,7 +22,7 @@ class Trials:
     """Decides which kind of step is tried, and when; by counted steps and their times, never by a clock.
 
     Kinds that may be better than the best one known are tried: soon if they were never seen, the likeliest first; later
-    again and again, in turns, as long as that takes no more than `SHARE` of the time.
+    again and again, in turns, as long as that loses no more than `SHARE` of the time.
 
     Args:
         costs: what is known of the kinds.
@@ -34,7 +34,9 @@ class Trials:
         self._costs = costs
         self._is_new = False
         self._looks = self._steps = self._steps_after = 0
-        self._owed = 0.0  # seconds that trials took more than their share
+        self._owed = 0.0  # seconds that trials lost more than their share
+        self._token_seconds = 0.0  # of what would have been chosen
+        self._tokens = self._best_tokens = 1.0  # of a step of what is tried, and of what would have been chosen
 
     def begin(self, rows: int, tokens: dict[Kind, float]) -> None:
         """Begin a trial if one is due.
@@ -59,6 +61,8 @@ class Trials:
         self.kind = min(turn, key=turn.__getitem__)
         self._is_new = costs.age(rows, self.kind) is None
         self._looks = self._steps = 0
+        self._token_seconds = seconds[best] / tokens[best]
+        self._tokens, self._best_tokens = tokens[self.kind], tokens[best]
 
     def observe(self, seconds: float, told: float | None) -> bool:
         """Take in a step, of a trial or not.
@@ -72,10 +76,11 @@ class Trials:
         if self.kind is None and self._steps_after == 0:
             self._owed = max(0.0, self._owed - SHARE * seconds)
             return False
-        self._owed += 0.0 if self._is_new else seconds
         if self.kind is None:
             self._steps_after -= 1
+            self._owe(seconds - seconds / self._best_tokens)  # without candidates a row gains a token
             return False
+        self._owe(seconds - self._token_seconds * (self._tokens if told is not None else 1.0))
         self._steps += 1
         self._looks += told is not None
         clear = told is not None and 1 / SURPRISE < told < SURPRISE
@@ -83,3 +88,7 @@ class Trials:
             return False
         self.kind, self._steps_after = None, STEPS_AFTER
         return True
+
+    def _owe(self, lost: float) -> None:
+        """Pay for what a trial lost, unless it was the first of its kind."""
+        self._owed += 0.0 if self._is_new else max(0.0, lost)

@@ -120,14 +120,15 @@ def test_plain_steps_that_were_measured_too_dear_are_tried() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize("machine", MACHINES)
 def test_trials_cost_little(machine: str, rows: int) -> None:
-    """Where everything was known from the start, they take at most 2 % of the tokens a second; some there are."""
+    """Where everything was known from the start, they take at most 2 % of the tokens a second, and are a few percent of
+    the steps: the more, the less they lose."""
     made = Machine(*MACHINES[machine])
     made.run(rows, HEALED)
     rate, nodes = made.run(rows, 3000)
     assert rate > 0.98 * made.best(rows)
     if machine != "plain":
         chosen = max(set(nodes), key=nodes.count)
-        assert 10 < sum((size == 1) != (chosen == 1) for size in nodes) < 100
+        assert 10 < sum((size == 1) != (chosen == 1) for size in nodes) < 0.05 * len(nodes)
 
 
 def test_a_machine_that_becomes_busy_leaves_the_choice_alone() -> None:
@@ -137,6 +138,23 @@ def test_a_machine_that_becomes_busy_leaves_the_choice_alone() -> None:
         made.noise = lambda times=times: times  # type: ignore[misc]
         made.run(1, 100)
         assert made.run(1, 300)[0] > 0.95 * made.best(1)
+
+
+def test_trees_come_back_on_a_machine_that_others_disturb() -> None:
+    """Its speed changes by up to four times every few steps, and a tenth of them take three times as long as that."""
+    noise = random.Random(7)
+    speed = [1.0]
+
+    def disturbed() -> float:
+        if noise.random() < 0.05:
+            speed[0] = noise.choice((1.0, 1.0, 2.0, 4.0))
+        return speed[0] * noise.uniform(0.8, 1.3) * (3.0 if noise.random() < 0.1 else 1.0)
+
+    made = Machine(3.2, 0.2, 0.6, wrong=lambda nodes: 4.0 if nodes > 1 else 1.0, noise=disturbed)
+    made.run(1, HEALED)
+    rate, nodes = made.run(1, 3000)
+    assert rate > 0.8 * made.best(1)
+    assert sum(size > 1 for size in nodes) > 0.8 * len(nodes)
 
 
 def test_what_is_tried_is_decided_by_the_steps_alone() -> None:
