@@ -42,7 +42,7 @@ class Usage:
         """Raise ApiError 429 if the key is at one of its limits."""
         if key.max_requests is not None and self.open >= key.max_requests:
             message = f"this API key has {self.open} requests open, the most it may; wait until one has ended"
-            raise ApiError(429, message, code="too_many_requests")
+            raise ApiError(429, message, code="too_many_requests", retry_after=1)
         if key.tokens_per_minute is not None:
             per_second = key.tokens_per_minute / 60
             now = time.monotonic()

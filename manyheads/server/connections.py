@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import resource
 import socket
 import ssl
 import struct
+import termios
 from collections.abc import Callable
 from itertools import chain, takewhile
 from typing import Any
@@ -73,7 +75,7 @@ class Guard:
         self.idle: dict[Connection, None] = {}
         """These have had an answer and sent nothing since; the first one is idle for longest."""
         self.unread: dict[Connection, tuple[int, float]] = {}
-        """For these something is to be written that the system does not take: so many bytes, unchanged since then."""
+        """For these something is to be written that the system does not take: so many bytes are unsent, since then."""
         Gauge("manyheads_connections", "Open connections", registry=registry).set_function(lambda: len(self.open))
 
     def add(self, connection: Connection) -> None:
@@ -106,7 +108,7 @@ class Guard:
             self.drops.count("headers", text)
             connection.drop()
         for connection, (size, since) in list(self.unread.items()):
-            if (left := connection.transport.get_write_buffer_size()) != size:
+            if (left := connection.unsent()) != size:
                 self.unread[connection] = left, now
             elif now - since > limits.write_timeout:
                 text = f"connections dropped whose clients read nothing for {limits.write_timeout:g} s: %d"
@@ -125,6 +127,13 @@ class Connection(H11Protocol):
         self._is_made = False
         self.opening: asyncio.Task[None] | None = None
         """This task makes the connection's transport."""
+
+    def unsent(self) -> int:
+        """Count the bytes that the client's system has not taken yet; where it cannot be asked, those that wait here."""
+        with contextlib.suppress(OSError):
+            (sent,) = struct.unpack("i", fcntl.ioctl(self._client, termios.TIOCOUTQ, bytes(4)))
+            return self.transport.get_write_buffer_size() + int(sent)
+        return self.transport.get_write_buffer_size()
 
     def drop(self, forgets: bool = False) -> None:
         """Close at once.
@@ -171,7 +180,7 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Wait: the client does not read as fast as there is something to write."""
         super().pause_writing()
-        self._guard.unread[self] = self.transport.get_write_buffer_size(), self.loop.time()
+        self._guard.unread[self] = self.unsent(), self.loop.time()
         self._settle()
 
     def resume_writing(self) -> None:
