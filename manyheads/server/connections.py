@@ -129,7 +129,7 @@ class Connection(H11Protocol):
         """This task makes the connection's transport."""
 
     def unsent(self) -> int:
-        """Count the bytes that the client's system has not taken yet; where it cannot be asked, those that wait here."""
+        """Count the bytes that the client's system has not taken; where that cannot be asked, those that wait here."""
         with contextlib.suppress(OSError):
             (sent,) = struct.unpack("i", fcntl.ioctl(self._client, termios.TIOCOUTQ, bytes(4)))
             return self.transport.get_write_buffer_size() + int(sent)
