@@ -78,7 +78,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     runner.threads = threads
     scheduler = Scheduler(
         PageManager(num_pages, config.block_size, config.prefix_caching),
-        _planner(config, runner, progress),
+        _planner(config, runner, shape.max_num_batched_tokens, progress),
         max_num_seqs=shape.max_num_seqs,
         max_num_batched_tokens=shape.max_num_batched_tokens,
         max_queue=config.max_queue,
@@ -141,7 +141,7 @@ def _load(
     return model, source.build(model, shape.dtype, device, config.quantization) if source is not None else None
 
 
-def _planner(config: EngineConfig, runner: Runner, progress: Callable[[str], None]) -> Planner:
+def _planner(config: EngineConfig, runner: Runner, max_tokens: int, progress: Callable[[str], None]) -> Planner:
     """A planner that knows what steps cost here, if it is to choose; and steps are recorded where they can be."""
     drafter = runner.drafter
     min_gain = MIN_GAIN if runner.device.type == "cpu" else 1.04
@@ -150,7 +150,7 @@ def _planner(config: EngineConfig, runner: Runner, progress: Callable[[str], Non
     else:
         planner = Planner(drafter.prior, config.tree_size, min_gain, drafter.passes_per_depth, drafter.prior_holds)
     if runner.recorded is not None:
-        runner.recorded.record_chunks()
+        runner.recorded.record_passes(max_tokens)
     if drafter is not None and config.tree_size is None:
         measure_costs(runner, planner, progress)
     return planner

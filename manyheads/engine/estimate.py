@@ -20,7 +20,7 @@ import torch
 from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
 from manyheads.engine.memory import Limit
-from manyheads.engine.recorded import CHUNK_ROWS, CHUNK_TOKENS, ROWS, TREE_ROWS, padded_rows
+from manyheads.engine.recorded import ROWS, TREE_ROWS, padded_rows, pass_keys
 from manyheads.engine.runner import kept_shape
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.config import ModelConfig
@@ -185,8 +185,9 @@ class Shape:
             most_inflight = max(MAX_INFLIGHT, 2 * rows) if self.tree_size is None else self.num_drawn
             tokens += [int(size * rows) for size in sizes if int(size * rows) <= most_inflight]
         logits = sum(tokens) * self.model.vocab_size * self.dtype.itemsize
-        largest = max(*tokens, CHUNK_TOKENS[-1])
-        count = len(tokens) + len(CHUNK_TOKENS) * len(CHUNK_ROWS)
+        passes = pass_keys(most, self.max_num_batched_tokens)
+        largest = max(*tokens, *(chunks[0] + trees[0] for chunks, trees in passes))
+        count = len(tokens) + len(passes)
         return count * GRAPH_BYTES + logits + self._activations(largest) + self._propose()
 
     def pages_within(self, limit: Limit, parts: Parts) -> int:

@@ -2,22 +2,26 @@
 
 A decoding step is for a number of rows and of nodes; the next larger number of rows is taken, and the rest are dummy
 rows, which write to the dummy page. Which rows, which tree and their lengths are data. It is two recordings, so that
-the sampler can stand between them. A forward pass over chunks is for a number of tokens and of rows, likewise padded.
+the sampler can stand between them.
+
+Of a step with chunks, the forward pass is recorded, over so many tokens of chunks and so many of trees, likewise
+padded; which row brings how many of them is data. What comes before and behind it is a few launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.batch import Trees, TreeTensors
+from manyheads.batch import MAX_NODES, InFlight, Trees, TreeTensors
 from manyheads.engine.graphs import Recorded, Recorder
 from manyheads.engine.sampler import draw, edits_logits, nodes_of
-from manyheads.engine.step import Chunk, Request
-from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, chunk_numbers, gain_sizes
+from manyheads.engine.step import Chunk, Request, StepPlan
+from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, TreeRows, chunk_numbers, gain_sizes
 from manyheads.speculation.planner import NO_DRAFT, Draft, Planner
 from manyheads.speculation.tree import Tree
 
@@ -25,9 +29,11 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256
 """Rows that steps of roots alone are recorded for; beyond, steps of 64 rows."""
 TREE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """The same for trees: the nodes of a step go to the rows that are surest, and to dummy rows only their roots."""
-CHUNK_TOKENS = (32, 64, 96, 128, 192, 256, 384, 512)
-"""Tokens of chunks that passes are recorded for. Beyond, the GPU is busy for longer than the host."""
-CHUNK_ROWS = (1, 4, 16)
+CHUNKS = ((0, 0), (32, 4), (64, 4), (128, 8), (192, 8), (256, 16), (384, 16), (512, 32), (768, 32), (1024, 32))
+"""Tokens of chunks that passes are recorded for, and the most chunks that may bring them. Beyond, the GPU is busy for
+longer than the host needs for the launches."""
+TREES = ((0, 0), (16, 16), (32, 32), (64, 32), (64, 64), (128, 64), (128, 128), (256, 64), (256, 128), (256, 256))
+"""Tokens of trees beside them, and the most rows."""
 
 _Key = tuple[int, int, int, int]
 """Rows, nodes that a row may bring, in-flight tokens, and passes of the drafter."""
@@ -45,6 +51,22 @@ class _Step:
     finish: Recorded[Tensor]
 
 
+_TOKEN_FIELDS = ("tokens", "position", "slots", "bits")
+"""What `InFlight` says of each token."""
+_PassKey = tuple[tuple[int, int], tuple[int, int]]
+"""One of `CHUNKS`, and one of `TREES`."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A forward pass, and the tensors that it reads and writes."""
+
+    numbers: Tensor | None  # [3, T] int64: tokens, rows and places of chunks
+    chunks: ChunkRows | None
+    trees: TreeRows | None
+    recorded: Recorded[Tensor]
+
+
 class RecordedSteps:
     """Records steps at start-up or as they are first needed, and replays them.
 
@@ -56,13 +78,8 @@ class RecordedSteps:
     def __init__(self, run: StepRun, recorder: Recorder) -> None:
         self.run, self.recorder = run, recorder
         self._steps: dict[_Key, _Step] = {}
-        self._chunks: dict[tuple[int, int], tuple[Tensor, ChunkRows, Recorded[Tensor]]] = {}
+        self._passes: dict[_PassKey, _Pass] = {}
         self._trees: dict[_Key, Tree] = {}  # what stands in the steps' tree tensors now
-        state = run.state
-        self._chunk_rows = [rows for rows in CHUNK_ROWS if rows <= state.num_rows] or [state.num_rows]
-        self._chunk_tokens = [
-            tokens for tokens in CHUNK_TOKENS if tokens <= state.page_table.shape[1] * state.page_size
-        ]
 
     def record_steps(self, planner: Planner) -> None:
         """Record steps of all numbers of rows, and of all drafts that the planner may choose."""
@@ -74,20 +91,16 @@ class RecordedSteps:
             wanted += [(self._key(num_rows, draft), draft) for draft in planner.drafts(num_rows)]
         self._make_steps(wanted)
 
-    def record_chunks(self) -> None:
-        """Record forward passes over all numbers of tokens and rows."""
-        self._make_chunks((tokens, rows) for tokens in reversed(self._chunk_tokens) for rows in self._chunk_rows)
+    def record_passes(self, max_tokens: int) -> None:
+        """Record forward passes over all numbers of tokens of chunks, up to `max_tokens`, and of trees."""
+        self._make_passes(pass_keys(self.run.state.num_rows, max_tokens))
 
     @staticmethod
-    def serves(request: Request) -> bool:
-        """Whether a decoding row wants nothing that only the eager step does."""
-        params = request.params
-        return params.logprobs is None and (params.greedy or params.acceptance == "exact")
-
-    def serves_chunks(self, chunks: list[Chunk]) -> bool:
-        """Whether there is a pass for so many rows and tokens."""
-        few = len(chunks) <= self._chunk_rows[-1]
-        return few and sum(chunk.num_inflight for chunk in chunks) <= self._chunk_tokens[-1]
+    def serves(plan: StepPlan) -> bool:
+        """Whether a step is a decoding step, of rows that want nothing that only the sampler in one pass does."""
+        return not plan.chunks and all(
+            r.params.logprobs is None and (r.params.greedy or r.params.acceptance == "exact") for r in plan.decoding
+        )
 
     def decode(self, requests: list[Request], draft: Draft, tree: TreeTensors) -> tuple[Trees, Tensor]:
         """Run a step of decoding rows; its trees, and `Outcome.values`, with rows for the padding.
@@ -112,23 +125,52 @@ class RecordedSteps:
             step.target.copy_(target)
         return step.trees, step.finish.replay()
 
-    def forward(self, chunks: list[Chunk]) -> Tensor:
-        """[T, hidden], of the chunks' tokens and of what pads them."""
+    def forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Tensor, Tensor] | None:
+        """[T, hidden] of the chunks' tokens (and of what pads them), and of the trees'; None for more than passes are
+        recorded for."""
+        num_tokens, num_trees = sum(chunk.num_inflight for chunk in chunks), 0
+        num_rows = 0
+        if trees is not None:
+            num_trees, num_rows = trees.inflight.tokens.shape[0], trees.inflight.index.shape[0]
+        sizes = [_fitting(CHUNKS, num_tokens, len(chunks)), _fitting(TREES, num_trees, num_rows)]
+        if None in sizes:
+            return None
+        key: Any = tuple(sizes)
+        if key not in self._passes:
+            self._make_passes([key])
+        found = self._passes[key]
+        if found.chunks is not None and found.numbers is not None:
+            self._put_chunks(found.numbers, found.chunks, chunks)
+        if found.trees is not None:
+            self._put_trees(found.trees.inflight, trees)
+        hidden = found.recorded.replay()
+        start = key[0][0]
+        return hidden[:start], hidden[start : start + num_trees]
+
+    def _put_chunks(self, numbers: Tensor, rows: ChunkRows, chunks: list[Chunk]) -> None:
         state = self.run.state
-        count = sum(chunk.num_inflight for chunk in chunks)
-        num_tokens = next(tokens for tokens in self._chunk_tokens if tokens >= count)
-        num_rows = next(rows for rows in self._chunk_rows if rows >= len(chunks))
-        if (num_tokens, num_rows) not in self._chunks:
-            self._make_chunks([(num_tokens, num_rows)])
-        numbers_there, rows, recorded = self._chunks[num_tokens, num_rows]
-        numbers, starts = chunk_numbers(chunks, num_tokens, num_rows)
-        padding = num_rows + 1 - len(chunks)
+        num_tokens, last = numbers.shape[1], rows.index.shape[0] - 1
+        values, starts = chunk_numbers(chunks, num_tokens, last)
+        padding = last + 1 - len(chunks)
         index = [*(chunk.request.row for chunk in chunks), *[state.num_rows] * padding]
-        numbers_there.copy_(state.tensor(numbers), non_blocking=True)
+        starts += [*[starts[-1]] * (padding - 1), num_tokens]
+        numbers.copy_(state.tensor(values), non_blocking=True)
         rows.index.copy_(state.tensor(index), non_blocking=True)
-        starts += [*[count] * (padding - 1), num_tokens]
         rows.row_start.copy_(state.tensor(starts, torch.int32), non_blocking=True)
-        return recorded.replay()
+
+    def _put_trees(self, there: InFlight, trees: TreeRows | None) -> None:
+        """Put trees where a pass reads them; what pads them is the dummy row's, and goes to the dummy page."""
+        num_tokens = num_rows = 0
+        if trees is not None:
+            given = trees.inflight
+            num_tokens, num_rows = given.tokens.shape[0], given.index.shape[0]
+            for name in _TOKEN_FIELDS:
+                getattr(there, name)[:num_tokens].copy_(getattr(given, name))
+            there.index[:num_rows].copy_(given.index)
+            there.row_start[: num_rows + 1].copy_(given.row_start)
+        there.slots[num_tokens:].zero_()
+        there.index[num_rows:].fill_(self.run.state.num_rows)
+        there.row_start[num_rows + 1 : -1].fill_(num_tokens)
 
     def _key(self, num_rows: int, draft: Draft) -> _Key:
         return num_rows, draft.tree.num_nodes, draft.num_tokens(num_rows), draft.passes
@@ -140,10 +182,12 @@ class RecordedSteps:
                 if key not in self._steps:
                     self._steps[key] = self._record_step(key[0], draft)
 
-    def _make_chunks(self, keys: Iterable[tuple[int, int]]) -> None:
+    def _make_passes(self, keys: Iterable[_PassKey]) -> None:
+        """Record what is not there yet, the largest first: the others compute in its memory."""
         with self.recorder.session():
-            for key in keys:
-                self._chunks[key] = self._record_chunks(*key)
+            for key in sorted(keys, reverse=True):
+                if key not in self._passes:
+                    self._passes[key] = self._record_pass(key)
 
     def _record_step(self, num_rows: int, draft: Draft) -> _Step:
         run, num_nodes = self.run, draft.tree.num_nodes
@@ -160,8 +204,8 @@ class RecordedSteps:
         )
 
         def forward() -> tuple[Trees, Tensor, Tensor, Tensor]:
-            hidden, trees = run.forward(None, rows)
-            assert trees is not None
+            trees, brought = run.expand(rows)
+            hidden = run.forward(None, brought)
             logits = run.model.lm_head(hidden)
             return trees, hidden, logits, run.ops.argmax(logits)
 
@@ -173,30 +217,65 @@ class RecordedSteps:
             second = self.recorder.record(lambda: run.finish(rows, trees, hidden, target))
         return _Step(rows, trees, logits, target, first, second)
 
-    def _record_chunks(self, num_tokens: int, num_rows: int) -> tuple[Tensor, ChunkRows, Recorded[Tensor]]:
-        """A pass, its rows, and what their tokens, rows and places lie in, [3, T]."""
+    def _record_pass(self, key: _PassKey) -> _Pass:
         state = self.run.state
-        device = state.device
-        numbers = torch.zeros(3, num_tokens, dtype=torch.int64, device=device)
-        numbers[1], numbers[2] = num_rows, torch.arange(num_tokens)
-        tokens, row, place = numbers.unbind()
-        starts = torch.tensor([0] * (num_rows + 1) + [num_tokens], dtype=torch.int32)
-        rows = ChunkRows(
-            tokens=tokens,
-            row=row,
-            place=place,
-            index=torch.full((num_rows + 1,), state.num_rows, device=device),
-            row_start=starts.to(device),
-            max_tokens=num_tokens,
-            max_cached_len=state.max_len,
-        )
+        device, dummy = state.device, state.num_rows
+        (num_tokens, num_chunks), (num_trees, num_rows) = key
+        numbers: Tensor | None = None
+        chunks: ChunkRows | None = None
+        trees: TreeRows | None = None
+        if num_tokens:
+            numbers = torch.zeros(3, num_tokens, dtype=torch.int64, device=device)
+            numbers[1], numbers[2] = num_chunks, torch.arange(num_tokens)
+            tokens, row, place = numbers.unbind()
+            chunks = ChunkRows(
+                tokens=tokens,
+                row=row,
+                place=place,
+                index=torch.full((num_chunks + 1,), dummy, device=device),
+                row_start=_starts(num_chunks + 1, num_tokens, device),
+                max_tokens=num_tokens,
+                max_cached_len=state.max_len,
+            )
+        if num_trees:
+            inflight = InFlight(
+                index=torch.full((num_rows + 1,), dummy, device=device),
+                row_start=_starts(num_rows + 1, num_trees, device),
+                **{name: torch.zeros(num_trees, dtype=torch.int64, device=device) for name in _TOKEN_FIELDS},
+            )
+            trees = TreeRows(inflight, MAX_NODES, state.max_len)
 
         def forward() -> Tensor:
-            return self.run.forward(rows, None)[0]
+            return self.run.forward(chunks, trees)
 
         with self.recorder.aside():
             forward()
-            return numbers, rows, self.recorder.record(forward)
+            return _Pass(numbers, chunks, trees, self.recorder.record(forward))
+
+
+def pass_keys(num_rows: int, max_tokens: int) -> list[_PassKey]:
+    """The passes that so many rows may need where a step computes so many tokens of prompts, half beside trees."""
+    chunks = _up_to(CHUNKS, max_tokens)
+    beside = _up_to(CHUNKS, max_tokens // 2)
+    most = min((rows for _, rows in TREES if rows >= num_rows), default=num_rows)
+    trees = [size for size in TREES if size[1] <= most]
+    return [(size, other) for size in chunks for other in trees if size in beside or other == (0, 0)][1:]
+
+
+def _up_to(sizes: tuple[tuple[int, int], ...], count: int) -> list[tuple[int, int]]:
+    """The sizes up to the one that holds so many tokens."""
+    smaller = [size for size in sizes if size[0] < count]
+    return [*smaller, *[size for size in sizes if size[0] >= count][:1]]
+
+
+def _fitting(sizes: tuple[tuple[int, int], ...], tokens: int, rows: int) -> tuple[int, int] | None:
+    """The first size that holds so many tokens of so many rows."""
+    return next((size for size in sizes if size[0] >= tokens and size[1] >= rows), None)
+
+
+def _starts(num_rows: int, num_tokens: int, device: torch.device) -> Tensor:
+    """[R + 1] int32, where rows begin of which the last one holds all tokens."""
+    return torch.tensor([0] * num_rows + [num_tokens], dtype=torch.int32).to(device)
 
 
 def padded_rows(count: int, most: int, sizes: tuple[int, ...]) -> int:

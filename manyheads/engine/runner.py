@@ -20,11 +20,11 @@ from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
 from manyheads.engine.state import admit, count_output, sync_pages
 from manyheads.engine.step import Chunk, Request, StepPlan
-from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, chunk_numbers, gain_sizes
+from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, TreeRows, chunk_numbers, gain_sizes
 from manyheads.engine.threads import Threads
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.llama import Llama
-from manyheads.speculation.drafter import Drafter
+from manyheads.speculation.drafter import Drafter, Kept
 from manyheads.speculation.planner import Draft
 from manyheads.speculation.tree import ROOT, Tree, tree_tensors
 from manyheads.speculation.verify import accepted_nodes
@@ -101,39 +101,47 @@ class Runner:
     def _launch(self, plan: StepPlan) -> PendingStep:
         admit(self.state, self.drafter, plan.admitted)
         sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
-        drawn: list[Drawn] = []
-        chunks, decoding = plan.chunks, plan.decoding
-        if self.recorded is not None:
-            recorded = self.recorded
-            served = [request for request in decoding if recorded.serves(request)]
-            decoding = [request for request in decoding if not recorded.serves(request)]
-            if served:
-                trees, values = recorded.decode(served, plan.draft, self._tensors(plan.draft.tree))
-                drawn.append(self._drawn(plan, served, trees, values))
-            if chunks and recorded.serves_chunks(chunks):
-                drawn += self._finish_chunks(plan, recorded.forward(chunks))
-                chunks = []
-        if chunks or decoding:
-            drawn += self._eager(plan, chunks, decoding)
-        return self._pending(drawn)
+        if self.recorded is not None and self.recorded.serves(plan):
+            trees, values = self.recorded.decode(plan.decoding, plan.draft, self._tensors(plan.draft.tree))
+            return self._pending([self._drawn(plan, plan.decoding, trees, values)])
+        return self._pending(self._one_pass(plan))
 
-    def _eager(self, plan: StepPlan, chunks: list[Chunk], requests: list[Request]) -> list[Drawn]:
-        """Chunks and decoding rows that no recording serves, in one forward pass."""
+    def _one_pass(self, plan: StepPlan) -> list[Drawn]:
+        """Chunks and trees in one forward pass, and the sampler behind it."""
         state = self.state
         # of about equal length side by side: attention may pad them to rectangles
-        requests = sorted(requests, key=lambda request: request.max_cached_len)
+        requests = sorted(plan.decoding, key=lambda request: request.max_cached_len)
         rows = self._decoding_rows(requests, plan.draft) if requests else None
-        hidden, trees = self.run.forward(self._chunk_rows(chunks) if chunks else None, rows)
-        drawn = self._finish_chunks(plan, hidden) if chunks else []
-        if rows is not None and trees is not None:
-            hidden = hidden[sum(chunk.num_inflight for chunk in chunks) :]
-            logits = self.model.logits(hidden)
-            raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
-            target, distributions = draw(logits, nodes_of(requests, trees, state, rows.depth), state)
-            accepted = accepted_nodes(state, trees, target, distributions)
-            values = self.run.finish(rows, trees, hidden, target, accepted)
-            drawn.append(self._drawn(plan, requests, trees, values, raw))
-        return drawn
+        trees, brought = self.run.expand(rows) if rows is not None else (None, None)
+        known, hidden = self._forward(plan.chunks, brought)
+        ended = self._advance(plan.chunks, known) if plan.chunks else []
+        if not ended and rows is None:
+            return []
+        last = known[state.tensor([at for _, at in ended])]
+        logits = self.model.logits(torch.cat((last, hidden)))
+        drawn: list[Drawn] = []
+        others: Kept | None = None
+        if ended:
+            drawn_first, others = self._begin([request for request, _ in ended], last, logits[: len(ended)])
+            drawn.append(drawn_first)
+        if rows is None or trees is None:
+            assert others is not None
+            self.run.propose(others, plan.draft.tree.max_depth)
+            return drawn
+        logits = logits[len(ended) :]
+        raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
+        target, distributions = draw(logits, nodes_of(requests, trees, state, rows.depth), state)
+        accepted = accepted_nodes(state, trees, target, distributions)
+        values = self.run.finish(rows, trees, hidden, target, accepted, others)
+        return [*drawn, self._drawn(plan, requests, trees, values, raw)]
+
+    def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Tensor, Tensor]:
+        """Hidden states of the chunks' tokens (and of some that pad them), and of the trees'."""
+        if self.recorded is not None and (found := self.recorded.forward(chunks, trees)) is not None:
+            return found
+        hidden = self.run.forward(self._chunk_rows(chunks) if chunks else None, trees)
+        count = sum(chunk.num_inflight for chunk in chunks)
+        return hidden[:count], hidden[count:]
 
     def _new_tensors(self, tree: Tree) -> TreeTensors:
         """NOTE: shared by all steps with this tree, and not to be written to."""
@@ -163,31 +171,38 @@ class Runner:
             max_cached_len=max(chunk.request.cached_len for chunk in chunks),
         )
 
-    def _finish_chunks(self, plan: StepPlan, hidden: Tensor) -> list[Drawn]:
-        """All tokens of chunks [T, hidden] are kept; prompts that are computed draw their first token."""
-        state, chunks = self.state, plan.chunks
+    def _advance(self, chunks: list[Chunk], hidden: Tensor) -> list[tuple[Request, int]]:
+        """All tokens of chunks are kept; the requests whose text is computed now, and where their last tokens stand.
+
+        Args:
+            hidden: [T, hidden], of the chunks' tokens and perhaps more.
+        """
+        state = self.state
         moved = state.tensor([[chunk.request.row, chunk.num_inflight] for chunk in chunks])
         state.cached_len.index_add_(0, moved[:, 0], moved[:, 1])
-        count = sum(chunk.num_inflight for chunk in chunks)
+        *ends, count = accumulate(chunk.num_inflight for chunk in chunks)
         broken = ~hidden[:count].isfinite().all(dim=-1)
         state.broken.index_add_(0, moved[:, 0].repeat_interleave(moved[:, 1], output_size=count), broken.int())
-        ends = accumulate(chunk.num_inflight for chunk in chunks)
-        finished = [(chunk.request, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
-        if not finished:
-            return []
-        requests = [request for request, _ in finished]
-        last = hidden[state.tensor([at for _, at in finished])]
+        return [(chunk.request, end - 1) for chunk, end in zip(chunks, [*ends, count], strict=True) if chunk.is_last]
+
+    def _begin(self, requests: list[Request], hidden: Tensor, logits: Tensor) -> tuple[Drawn, Kept]:
+        """Rows whose text is computed draw a token each.
+
+        Args:
+            hidden: [R, hidden], of their last tokens.
+            logits: [R, V] float32.
+        """
+        state = self.state
         index = state.tensor([request.row for request in requests])
-        logits = self.model.logits(last)
         raw = {i: logits[i : i + 1].clone() for i, r in enumerate(requests) if r.params.logprobs is not None}
         target, _ = draw(logits, last_nodes(requests, index, self._tensors(ROOT), state), state)
         target.masked_fill_(state.broken[index] > 0, -1)
         state.drafts[index, 0] = target.clamp(min=0)
         one, none = torch.ones_like(target), torch.zeros_like(target)
         values = torch.stack((one, one, none, target, none), dim=1)
-        self.run.propose(index, last, values[:, 3:4], values[:, :1], plan.draft.tree.max_depth)
-        count_output(state, requests, index, values[:, 3:4], values[:, :1])
-        return [Drawn(requests, self._sent(values), width=1, known=set(), logits=raw)]
+        kept = Kept(index, hidden, values[:, 3:4], values[:, :1])
+        count_output(state, requests, index, kept.tokens, kept.gained)
+        return Drawn(requests, self._sent(values), width=1, known=set(), logits=raw), kept
 
     def _drawn(
         self,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.attention.base import Group
@@ -55,6 +56,17 @@ class ChunkRows:
     """and of those that it has cached."""
 
 
+@dataclass(frozen=True, eq=False)
+class TreeRows:
+    """What rows with trees bring to a forward pass, and bounds that the host knows."""
+
+    inflight: InFlight
+    max_tokens: int
+    """Tokens that a row brings at most,"""
+    max_cached_len: int
+    """and that it has cached."""
+
+
 class StepRun:
     """A model with its drafter over the rows' state and cache: what a step does on the device."""
 
@@ -63,26 +75,33 @@ class StepRun:
         config = model.config
         self.attention = ops.attention(cache, config.num_heads, config.rms_norm_eps, model.rope)
 
-    def forward(self, chunks: ChunkRows | None, decoding: DecodingRows | None) -> tuple[Tensor, Trees | None]:
-        """One forward pass over the tokens of chunks and, behind them, of decoding rows: hidden states
-        [T, hidden], and the trees."""
+    def expand(self, decoding: DecodingRows) -> tuple[Trees, TreeRows]:
+        """The trees that rows bring."""
+        trees = self.ops.expand(self.state, decoding.index, decoding.tree, decoding.num_tokens, decoding.sizes)
+        return trees, TreeRows(trees.inflight, decoding.tree.num_nodes, decoding.max_cached_len)
+
+    def forward(self, chunks: ChunkRows | None, trees: TreeRows | None) -> Tensor:
+        """One forward pass over the tokens of chunks and, behind them, of trees: hidden states [T, hidden]."""
         inflight: list[InFlight] = []
         groups: list[Group] = []
-        trees: Trees | None = None
-        start = 0
         if chunks is not None:
             inflight.append(self._chain(chunks))
             groups.append(self._group(inflight[0], 0, chunks.max_tokens, chunks.max_cached_len, is_chain=True))
-            start = groups[0].stop
-        if decoding is not None:
-            trees = self.ops.expand(self.state, decoding.index, decoding.tree, decoding.num_tokens, decoding.sizes)
+        if trees is not None:
+            start = groups[0].stop if groups else 0
             inflight.append(trees.inflight)
-            groups.append(self._group(trees.inflight, start, decoding.tree.num_nodes, decoding.max_cached_len))
+            groups.append(self._group(trees.inflight, start, trees.max_tokens, trees.max_cached_len))
         self.attention.plan(groups, _joined([x.position for x in inflight]), _joined([x.slots for x in inflight]))
-        return self.model.forward(_joined([x.tokens for x in inflight]), self.attention), trees
+        return self.model.forward(_joined([x.tokens for x in inflight]), self.attention)
 
     def finish(
-        self, decoding: DecodingRows, trees: Trees, hidden: Tensor, target: Tensor, accepted: Tensor | None = None
+        self,
+        decoding: DecodingRows,
+        trees: Trees,
+        hidden: Tensor,
+        target: Tensor,
+        accepted: Tensor | None = None,
+        others: Kept | None = None,
     ) -> Tensor:
         """Keep what agrees with the target, and propose what may come next.
 
@@ -90,6 +109,7 @@ class StepRun:
             hidden: [T, hidden], of the decoding rows' tokens.
             target: [T] int64, what the target drew after each of them.
             accepted: as `Ops.settle`'s.
+            others: rows whose prompts ended in this step, a token each: the drafter proposes for them as well.
 
         Returns:
             `Outcome.values`.
@@ -97,19 +117,19 @@ class StepRun:
         outcome = self.ops.settle(self.state, self.cache, trees, target, accepted)
         width = trees.tree.max_depth + 1
         gained, tokens = outcome.values[:, :1], outcome.values[:, 3 : 3 + width]
-        self.propose(decoding.index, hidden[outcome.last], tokens, gained, decoding.depth)
+        kept = Kept(decoding.index, hidden[outcome.last], tokens, gained)
+        self.propose(kept if others is None else _both(others, kept), decoding.depth)
         return outcome.values
 
-    def propose(self, index: Tensor, hidden: Tensor, tokens: Tensor, gained: Tensor, depth: int) -> None:
-        """Candidates for rows' next trees of such depth; see `Kept` for the rest."""
+    def propose(self, kept: Kept, depth: int) -> None:
+        """Candidates for rows' next trees of such depth."""
         if self.drafter is None:
             return
-        kept = Kept(index, hidden, tokens, gained)
         self.drafter.observe(self.state, kept)
         if depth == 0:
-            self.state.forget_candidates(index)
+            self.state.forget_candidates(kept.index)
         else:
-            self.ops.propose(self.state, index, *self.drafter.propose(self.state, kept, depth))
+            self.ops.propose(self.state, kept.index, *self.drafter.propose(self.state, kept, depth))
 
     def _chain(self, chunks: ChunkRows) -> InFlight:
         """Chunks behind their rows' prefixes."""
@@ -163,6 +183,17 @@ def gain_sizes(num_rows: int, draft: Draft, device: torch.device) -> Tensor | No
         return None
     sizes = [min(int(size * num_rows), num_rows * num_nodes) for size in SIZES]
     return torch.tensor(sizes).to(device, non_blocking=True)
+
+
+def _both(others: Kept, kept: Kept) -> Kept:
+    """Rows that gained a token, and rows that gained some."""
+    tokens = F.pad(others.tokens, (0, kept.tokens.shape[1] - others.tokens.shape[1]))
+    return Kept(
+        torch.cat((others.index, kept.index)),
+        torch.cat((others.hidden, kept.hidden)),
+        torch.cat((tokens, kept.tokens)),
+        torch.cat((others.gained, kept.gained)),
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

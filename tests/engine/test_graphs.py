@@ -95,7 +95,7 @@ def test_memory_of_graphs_is_what_capturing_took(
     recorded._make_steps([(recorded._key(2, wide), wide)])
     assert recorder.memory_bytes == 350
     assert (2, 64, 128, 0) in recorded._steps
-    recorded.record_chunks()
+    recorded.record_passes(64)
     assert recorder.memory_bytes == runner.graph_bytes == 400
 
 
@@ -130,7 +130,7 @@ def test_text_is_that_of_steps_without_graphs(folder: Path, reference: LlamaForC
     recorded = record(served)
     assert run(served, jobs, rate=0.4) == wanted
     assert len(recorded._steps) > 2
-    assert len(recorded._chunks) > 1
+    assert len(recorded._passes) > 1
     assert served.stats().preemptions > 0
 
 
