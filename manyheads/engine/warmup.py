@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from manyheads.batch import MAX_NODES
 from manyheads.config import ConfigError
 from manyheads.engine.page_manager import DUMMY_PAGE, PageTable
 from manyheads.engine.recorded import TREE_ROWS, padded_rows
 from manyheads.engine.runner import Runner
 from manyheads.engine.state import admit, sync_pages
-from manyheads.engine.step import Request, StepPlan
+from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.request import SamplingParams
-from manyheads.speculation.costs import CostTable
+from manyheads.speculation.costs import CostTable, interpolate
 from manyheads.speculation.planner import NO_DRAFT, Draft, Planner
 
 CONTEXT = 192
@@ -26,6 +28,8 @@ SIZES = (1.25, 2, 3, 4, 8, 16, 32, 64)
 MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, 0.25
 """Steps of each kind: at least so many (the first does not count), at most so many, for about so long. Where that takes
 longer than MAX_SECONDS, two will do."""
+PROMPTS = (4, 16, 64, 128, 256, 512, 1024)
+"""Tokens of prompts that are measured: beside many of them, a node is not free any more."""
 SAME, SAME_TURNS, MAX_SECONDS = 1.1, 3, 3.0
 """A shortest time is believed when so many steps took at most so many times as long; other work on the machine can make
 a few steps last many times too long. After so many seconds of measuring, times are believed all the same, as first
@@ -62,9 +66,49 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
         patience = max(0.0, patience - (time.perf_counter() - began))
         costs.plain[num_rows] = plain
         costs.trees[num_rows], costs.passes[num_rows] = _apart(drafts, seconds, num_rows)
+    progress("measuring prompts")
+    extend(costs, _time_prompts(runner))
     state.cached_len.zero_()
     state.page_table.zero_()
     planner.measured(costs, padded)
+
+
+def extend(costs: CostTable, prompts: dict[int, float]) -> None:
+    """Let steps of more tokens than trees bring cost as much more as the prompts of so many tokens do.
+
+    Args:
+        prompts: tokens → seconds of a pass over so many tokens of a prompt.
+    """
+    if not prompts:
+        return
+    for points in costs.trees.values():
+        if points:
+            last = max(points)
+            there, known = points[last], interpolate(prompts, last)
+            points |= {n: there + max(0.0, seconds - known) for n, seconds in prompts.items() if n > last}
+
+
+def _time_prompts(runner: Runner) -> dict[int, float]:
+    """Seconds of passes over chunks of PROMPTS tokens, the shortest of a few; no larger ones where they take long."""
+    state, seconds = runner.state, dict[int, float]()
+    for size in (size for size in PROMPTS if size < state.max_len):
+        request = _dummy(0, size, state.page_size)
+        request.cached_len = 0
+        plan = StepPlan(chunks=[Chunk(request, size, is_last=False)], decoding=[])
+        admit(state, runner.drafter, [request])
+        sync_pages(state, [request])
+        taken: list[float] = []
+        while len(taken) < (2 if sum(taken) > TURN_SECONDS["cpu"] else MIN_TURNS):
+            state.cached_len[0] = 0
+            began = time.perf_counter()
+            runner.launch(plan).read()
+            if runner.overlaps:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - began)
+        seconds[size] = min(taken)
+        if sum(taken) > TURN_SECONDS["cpu"]:
+            break
+    return seconds
 
 
 def _measured_drafts(drafts: list[Draft]) -> list[Draft]:

@@ -26,7 +26,7 @@ class Clock:
         self.delays = itertools.chain((0.002 * (n + 1) for n in range(disturbed)), itertools.repeat(0.0))
 
     def launch(self, plan: StepPlan) -> Any:
-        tokens = plan.draft.num_tokens(len(plan.decoding))
+        tokens = plan.num_inflight
         self.now += self.seconds + 1e-4 * tokens + self.one_pass * plan.draft.passes + next(self.delays)
         return SimpleNamespace(read=lambda: StepResult(rows=[], hits=[], trials=[]))
 
@@ -60,10 +60,18 @@ def test_what_other_work_delays_is_measured_again(disturbed: int, monkeypatch: p
 def test_slow_steps_are_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start-up does not take minutes where a step takes half a second."""
     clock = Clock(0, seconds=0.5)
+    monkeypatch.setattr(warmup, "PROMPTS", ())
     costs = measure(clock, monkeypatch)
     assert costs.plain[4] == pytest.approx(0.5 + 4e-4)
     kinds = sum(1 + len(trees) for trees in costs.trees.values())
     assert clock.now == pytest.approx(2 * 0.5 * kinds, rel=0.05)
+
+
+def test_prompts_say_what_more_tokens_take_than_trees_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = measure(Clock(0), monkeypatch)
+    for rows in (1, 2, 4):
+        assert max(costs.trees[rows]) == 512  # rows have room for no longer prompt
+        assert costs.tree_cost(rows, 700) == pytest.approx(1e-3 + 1e-4 * 700)
 
 
 @pytest.mark.parametrize("disturbed", [0, 10])
@@ -73,6 +81,7 @@ def test_passes_are_told_from_tokens(
     one_pass: float, per_depth: int, disturbed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planner = Planner(DEFAULT_ACCEPTANCE, passes_per_depth=per_depth)
+    monkeypatch.setattr(warmup, "PROMPTS", ())
     costs = measure(Clock(disturbed, one_pass=one_pass), monkeypatch, planner)
     for rows in (1, 2, 4):
         assert costs.plain[rows] == pytest.approx(1e-3 + 1e-4 * rows)
