@@ -32,7 +32,19 @@ TREE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CHUNKS = ((0, 0), (32, 4), (64, 4), (128, 8), (192, 8), (256, 16), (384, 16), (512, 32), (768, 32), (1024, 32))
 """Tokens of chunks that passes are recorded for, and the most chunks that may bring them. Beyond, the GPU is busy for
 longer than the host needs for the launches."""
-TREES = ((0, 0), (16, 16), (32, 32), (64, 32), (64, 64), (128, 64), (128, 128), (256, 64), (256, 128), (256, 256))
+TREES = (
+    (0, 0),
+    (16, 16),
+    (32, 32),
+    (64, 64),
+    (128, 64),
+    (128, 128),
+    (192, 96),
+    (256, 128),
+    (256, 256),
+    (384, 256),
+    (512, 256),
+)
 """Tokens of trees beside them, and the most rows."""
 
 _Key = tuple[int, int, int, int]
