@@ -106,7 +106,7 @@ def test_what_grows_with_what() -> None:
     assert replace(T4, max_num_seqs=200).parts().scratch > parts.scratch
     assert replace(T4, max_num_seqs=16).parts().graphs > parts.graphs
     assert replace(T4, max_num_batched_tokens=1024).parts().scratch > parts.scratch
-    assert replace(T4, max_num_batched_tokens=1024).parts().graphs == parts.graphs
+    assert replace(T4, max_num_batched_tokens=1024).parts().graphs > parts.graphs  # passes over longer prompts
     assert replace(T4, max_model_len=1024).parts().state < parts.state
     assert replace(T4, tree_size=4).parts().scratch < parts.scratch
     assert replace(T4, tree_size=4).parts().graphs < parts.graphs
