@@ -252,7 +252,7 @@ def metric(running: Running, name: str) -> int:
 
 
 def test_answers_survive_the_engine(tmp_path: Path) -> None:
-    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.01").wait_ready()
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.004").wait_ready()
     with ThreadPoolExecutor(2) as pool:
         clients = Clients(pool, running)
         os.kill(running.engine_pid(), signal.SIGKILL)
@@ -267,7 +267,7 @@ def test_answers_survive_the_engine(tmp_path: Path) -> None:
 
 
 def test_a_stopped_engine_is_replaced(tmp_path: Path) -> None:
-    running = start(tmp_path, "--watchdog", "2", FAKE_ENGINE_STEP_SECONDS="0.01").wait_ready()
+    running = start(tmp_path, "--watchdog", "2", FAKE_ENGINE_STEP_SECONDS="0.004").wait_ready()
     with ThreadPoolExecutor(2) as pool:
         clients = Clients(pool, running)
         os.kill(running.engine_pid(), signal.SIGSTOP)
