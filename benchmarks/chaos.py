@@ -160,9 +160,11 @@ def overloaded(part: dict[str, Any]) -> list[Row]:
             }
         )
     if f := part.get("fairness"):
+        options = part["settings"].get("options") or []
+        with_options = f" (with `{' '.join(options)}`)" if options else ""
         found.append(
             {
-                "fault": "16 prompts × n = 64 of one client, beside one-token requests of another",
+                "fault": f"16 prompts × n = 64 of one client, beside one-token requests of another{with_options}",
                 "aim": "the latter's p99 ≤ 3 times its time alone",
                 "found": f"{f['p99_times']:.1f} times: {f['beside_p99_s']:.2f} s, alone {f['alone_p99_s']:.2f} s",
                 "met": f["p99_times"] <= 3,

@@ -237,7 +237,10 @@ def main() -> None:
     command = [sys.executable, "-m", "manyheads", "serve", str(args.model), "--host", "127.0.0.1", "--port", str(PORT)]
     command += ["--max-queue", "16384", "--max-wait", str(args.max_wait), *args.options]
     parts: dict[str, Callable[[argparse.Namespace], Any]] = {"overload": overload, "fairness": fairness}
-    result: dict[str, Any] = {"machine": machine(), "settings": {k: str(v) for k, v in vars(args).items()}}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "settings": vars(args) | {"model": args.model.name, "out": args.out.name},
+    }
     for name, part in parts.items():
         if args.only in (None, name):
             others = Others()
