@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator
 from manyheads.errors import RequestError, require
 from manyheads.frontend.generation import Place
 from manyheads.request import MAX_STOP_STRINGS, MAX_STOP_TOKENS, SamplingParams
-from manyheads.server.fields import EMPTY, Count, Empty, Ids, Limits, LogitBias, StopString, Whole, between
+from manyheads.server.fields import EMPTY, Count, Empty, Ids, Limits, LogitBias, Priority, StopString, Whole, between
 
 MAX_PROMPTS = 256
 """A request has at most so many prompts."""
@@ -71,9 +71,7 @@ class Sampling(Body):
 class Queueing(Body):
     """A request may say how it waits."""
 
-    priority: Whole | None = Field(
-        default=None, ge=-(2**31), lt=2**31, description="a lower one runs earlier; the default is 0"
-    )
+    priority: Priority | None = Field(default=None, description="a lower one runs earlier; the default is 0")
     timeout: float | None = Field(
         default=None, gt=0, description="seconds within which it must be able to start; else it is refused at once"
     )
