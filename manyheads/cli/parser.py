@@ -158,7 +158,8 @@ def add_option(
     """Add the option of a field; its help tells the default, unless that is None, no, or told by the text."""
     flag = FLAGS.get(name, "--" + name.replace("_", "-"))
     if default not in (None, MISSING) and default is not False and "(default" not in text:
-        text += f" (default: {'yes' if default is True else default})"
+        shown = "yes" if default is True else f"{default:g}" if isinstance(default, float) else default
+        text += f" (default: {shown})"
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
     else:

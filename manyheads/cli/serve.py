@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 
-from manyheads.cli.parser import Parser, add_engine, add_model, engine_config
+from manyheads.cli.parser import Parser, add_engine, add_model, add_option, engine_config
 from manyheads.server.config import ConnectionLimits, ServerConfig
 
+SERVER_HELP = {
+    "watchdog": (float, "seconds after which an engine that does nothing is replaced"),
+    "max_restarts": (int, "engines that may die in ten minutes before the server ends"),
+    "drain_timeout": (float, "seconds that running requests have after SIGTERM"),
+}
 CONNECTION_HELP = {
-    "header_timeout": (float, "seconds in which the headers of a request must arrive (default: 10)"),
-    "body_timeout": (float, "seconds in which a request's body must arrive, or each MiB of it (default: 30)"),
-    "write_timeout": (float, "seconds that a client may read nothing while there is something for it (default: 30)"),
-    "keep_alive": (int, "seconds that a connection may be idle between requests (default: 20)"),
+    "header_timeout": (float, "seconds in which the headers of a request must arrive"),
+    "body_timeout": (float, "seconds in which a request's body must arrive, or each MiB of it"),
+    "write_timeout": (float, "seconds that a client may read nothing while there is something for it"),
+    "keep_alive": (int, "seconds that a connection may be idle between requests"),
     "max_connections": (int, "most open connections (default, and at most: what the limit of open files allows)"),
 }
 
@@ -37,20 +42,11 @@ def add_commands(parser: Parser) -> None:
     )
     web.add_argument("--access-log", action="store_true", help="log every request, without its text")
     web.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the log's lines")
-    for name, unit, default, text in (
-        ("watchdog", float, ServerConfig.watchdog, "seconds after which an engine that does nothing is replaced"),
-        ("max-restarts", int, ServerConfig.max_restarts, "engines that may die in ten minutes before the server ends"),
-        ("drain-timeout", float, ServerConfig.drain_timeout, "seconds that running requests have after SIGTERM"),
-    ):
-        web.add_argument(f"--{name}", type=unit, default=default, help=f"{text} (default: {default:g})")
-    for name, (kind, text) in CONNECTION_HELP.items():
-        web.add_argument("--" + name.replace("_", "-"), type=kind, metavar=name.upper(), help=text)
-    web.add_argument(
-        "--max-wait",
-        type=float,
-        default=30.0,
-        help="longest time until a request starts, in seconds; who would wait longer is rejected (default: 30)",
-    )
+    for settings, texts in ((ServerConfig, SERVER_HELP), (ConnectionLimits, CONNECTION_HELP)):
+        for name, (kind, text) in texts.items():
+            add_option(web, name, kind, text, getattr(settings, name))
+    text = "longest time until a request starts, in seconds; who would wait longer is rejected"
+    add_option(web, "max_wait", float, text, 30.0)
     web.add_argument("--verbose", action="store_true", help="tell what the engine does while it starts")
     add_engine(command)
 
@@ -60,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     from manyheads.server.run import serve
 
-    given = {name: getattr(args, name) for name in CONNECTION_HELP if getattr(args, name) is not None}
     return serve(
         config,
         ServerConfig(
@@ -76,12 +71,10 @@ def run(args: argparse.Namespace) -> int:
             chat_template=args.chat_template,
             cors_origins=tuple(args.cors_origin),
             max_body_bytes=args.max_body_bytes,
-            connections=ConnectionLimits(**given),
+            connections=ConnectionLimits(**{name: getattr(args, name) for name in CONNECTION_HELP}),
             access_log=args.access_log,
-            watchdog=args.watchdog,
-            max_restarts=args.max_restarts,
-            drain_timeout=args.drain_timeout,
             log_format=args.log_format,
             verbose=args.verbose or args.debug,
+            **{name: getattr(args, name) for name in SERVER_HELP},
         ),
     )
