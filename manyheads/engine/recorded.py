@@ -153,8 +153,8 @@ class RecordedSteps:
         found = self._passes[key]
         if found.chunks is not None and found.numbers is not None:
             self._put_chunks(found.numbers, found.chunks, chunks)
-        if found.trees is not None:
-            self._put_trees(found.trees.inflight, trees)
+        if found.trees is not None and trees is not None:
+            self._put_trees(found.trees.inflight, trees.inflight)
         hidden = found.recorded.replay()
         start = key[0][0]
         return hidden[:start], hidden[start : start + num_trees]
@@ -170,16 +170,13 @@ class RecordedSteps:
         rows.index.copy_(state.tensor(index), non_blocking=True)
         rows.row_start.copy_(state.tensor(starts, torch.int32), non_blocking=True)
 
-    def _put_trees(self, there: InFlight, trees: TreeRows | None) -> None:
+    def _put_trees(self, there: InFlight, given: InFlight) -> None:
         """Put trees where a pass reads them; what pads them is the dummy row's, and goes to the dummy page."""
-        num_tokens = num_rows = 0
-        if trees is not None:
-            given = trees.inflight
-            num_tokens, num_rows = given.tokens.shape[0], given.index.shape[0]
-            for name in _TOKEN_FIELDS:
-                getattr(there, name)[:num_tokens].copy_(getattr(given, name))
-            there.index[:num_rows].copy_(given.index)
-            there.row_start[: num_rows + 1].copy_(given.row_start)
+        num_tokens, num_rows = given.tokens.shape[0], given.index.shape[0]
+        for name in _TOKEN_FIELDS:
+            getattr(there, name)[:num_tokens].copy_(getattr(given, name))
+        there.index[:num_rows].copy_(given.index)
+        there.row_start[: num_rows + 1].copy_(given.row_start)
         there.slots[num_tokens:].zero_()
         there.index[num_rows:].fill_(self.run.state.num_rows)
         there.row_start[num_rows + 1 : -1].fill_(num_tokens)

@@ -10,7 +10,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from manyheads.server.drops import Drops
 from manyheads.server.errors import ApiError
 
-MAX_BODY_BYTES = 4 * 2**20
 DISCARD_SECONDS = 5.0
 """A client may go on sending what is not wanted so long: closing before it has finished can lose it the answer."""
 TIMED_BYTES = 2**20
