@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 
 from manyheads.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
-from manyheads.engine.scheduler import StepsUnread
-from manyheads.engine.step import Request, StepPlan
+from manyheads.engine.step import Request
 from manyheads.request import SamplingParams
 from tests.engine.world import Setup, World
 
@@ -182,21 +181,7 @@ def test_priority_goes_before_fair_shares(overlaps: bool) -> None:
 
 def test_nobody_is_set_back_while_steps_are_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(Setup(overlaps=True, pages=64, budget=16))
-    schedule, preempt, too_early = world.scheduler.schedule, world.scheduler._preempt, []
-
-    def scheduling() -> StepPlan | None:
-        try:
-            return schedule()
-        except StepsUnread:
-            too_early.append(world.num_steps)
-            raise
-
-    def preempting(request: Request) -> None:
-        assert all(other.unread == 0 for other in world.scheduler.running)
-        preempt(request)
-
-    monkeypatch.setattr(world.scheduler, "schedule", scheduling)
-    monkeypatch.setattr(world.scheduler, "_preempt", preempting)
+    too_early = world.watch_preemptions(monkeypatch)
     flood(world, "many", 4)
     for _ in range(5):
         world.step()

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyheads.engine.scheduler import StepsUnread
-from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.engine.step import RowResult, StepResult
 from manyheads.errors import QueueFull, RequestError
 from manyheads.request import SamplingParams
 from manyheads.speculation.planner import SIZES, Draft
@@ -362,21 +361,7 @@ def test_nobody_is_preempted_for_what_unread_steps_may_not_need(monkeypatch: pyt
     world = World(Setup(overlaps=True, pages=8, page_size=2, max_len=16, budget=16, sizes=[8], skill=0))
     for first in (1, 2, 3, 4):
         world.add([first] * 4, ignore_eos=True)
-    schedule, preempt, too_early = world.scheduler.schedule, world.scheduler._preempt, []
-
-    def scheduling() -> StepPlan | None:
-        try:
-            return schedule()
-        except StepsUnread:
-            too_early.append(world.num_steps)
-            raise
-
-    def preempting(request: Request) -> None:
-        assert all(other.unread == 0 for other in world.scheduler.running)
-        preempt(request)
-
-    monkeypatch.setattr(world.scheduler, "schedule", scheduling)
-    monkeypatch.setattr(world.scheduler, "_preempt", preempting)
+    too_early = world.watch_preemptions(monkeypatch)
     world.run()
     assert too_early
     assert world.engine.stats().preemptions > 0

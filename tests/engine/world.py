@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from manyheads.engine.admission import Admission
 from manyheads.engine.engine import Engine
 from manyheads.engine.page_manager import PageManager
-from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.scheduler import Scheduler, StepsUnread
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
 from manyheads.request import EngineReady, EngineRequest, RequestDelta, SamplingParams, TokenLogprobs
 from manyheads.speculation.planner import SIZES, Draft, Planner
@@ -276,6 +278,26 @@ class World:
         self.sent: dict[str, Sent] = {}
         self.finished: list[str] = []
         self.num_steps = 0
+
+    def watch_preemptions(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Nobody is preempted while steps are unread; the numbers of the steps that found that they would be."""
+        schedule, preempt = self.scheduler.schedule, self.scheduler._preempt
+        too_early: list[int] = []
+
+        def scheduling() -> StepPlan | None:
+            try:
+                return schedule()
+            except StepsUnread:
+                too_early.append(self.num_steps)
+                raise
+
+        def preempting(request: Request) -> None:
+            assert all(other.unread == 0 for other in self.scheduler.running)
+            preempt(request)
+
+        monkeypatch.setattr(self.scheduler, "schedule", scheduling)
+        monkeypatch.setattr(self.scheduler, "_preempt", preempting)
+        return too_early
 
     def add(
         self,
