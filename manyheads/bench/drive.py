@@ -114,7 +114,8 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
         raise KeyboardInterrupt
     elif not outcome.interrupted and (status or not outcome.end or len(outcome.begins) < len(run.stages)):
         raise BenchError(f"the load generator failed (status {status}): {trouble or said.strip()[-2000:]}")
-    outcome.records = read_records(run.records)
+    # NOTE: workers hear a moment after the master that a run ends; what they sent in that moment is not of the load
+    outcome.records = [record for record in read_records(run.records) if record.sent < outcome.end]
     outcome.uses = read_uses(run.records)
     return outcome
 
