@@ -148,6 +148,7 @@ def poison(model: Path, folder: Path) -> int:
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.0}))
     weights = load_file(folder / "model.safetensors")
     embeddings = weights["model.embed_tokens.weight"]
+    embeddings[(embeddings == 0).all(dim=1), 0] = 1.0  # a padding token's
     embeddings[-1] = 0.0
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return len(embeddings) - 1

@@ -81,9 +81,10 @@ class Manyheads:
         self.steps: dict[str, list[float]] = {}
         observe = self.engine.planner.observe_cost
 
-        def record(rows: int, draft: Any, seconds: float) -> None:
-            self.steps.setdefault(f"{rows}x{draft.num_tokens(rows) / rows:g}", []).append(seconds)
-            observe(rows, draft, seconds)
+        def record(rows: int, draft: Any, seconds: float, prompt_tokens: int = 0) -> None:
+            if prompt_tokens == 0:
+                self.steps.setdefault(f"{rows}x{draft.num_tokens(rows) / rows:g}", []).append(seconds)
+            observe(rows, draft, seconds, prompt_tokens)
 
         self.engine.planner.observe_cost = record  # type: ignore[method-assign]
 

@@ -24,7 +24,7 @@ from typing import Any
 from common import BUILTIN, ROOT, SPEC_BENCH, Prompt, ReferenceWorker, machine, save, spec_bench, table
 
 from manyheads import LLM, SamplingParams
-from manyheads.speculation.planner import Draft
+from manyheads.speculation.draft import Draft
 from manyheads.speculation.tree import grow
 
 

@@ -48,8 +48,10 @@ class EngineConfig:
     max_num_seqs: int | None = None
     """Most requests that run at once (rows of a step); None is 64 on a CPU, 256 on a GPU."""
     max_num_batched_tokens: int | None = None
-    """Most prompt tokens that one step computes (chunked prefill), half of them if rows decode in it; None is 1024 on a
-    CPU, 2048 on a GPU."""
+    """Most prompt tokens that one step computes (chunked prefill); None is 1024 on a CPU, 2048 on a GPU."""
+    target_step_ms: float | None = None
+    """How long a step should be where rows decode, in milliseconds: it computes as many prompt tokens as fit, and no
+    more rows run than fit. None lets the prompts of a step take as long as its decoding rows do by themselves."""
     block_size: int = 16
     """Tokens in a page of the K/V cache."""
     num_blocks: int | None = None
@@ -82,6 +84,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if self.max_wait is not None and not self.max_wait > 0:
             raise ConfigError(f"max_wait must be above 0, not {self.max_wait}")
+        if self.target_step_ms is not None and not self.target_step_ms > 0:
+            raise ConfigError(f"target_step_ms must be above 0, not {self.target_step_ms}")
         if not 0 < self.gpu_memory_utilization <= 1:
             share = self.gpu_memory_utilization
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share}")

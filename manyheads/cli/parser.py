@@ -45,7 +45,12 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_num_seqs": (int, "most requests that run at once (default: 64 on a CPU, 256 on a GPU)"),
     "max_num_batched_tokens": (
         int,
-        "most prompt tokens computed in one step (half beside decoding rows; default: 1024 on a CPU, 2048 on a GPU)",
+        "most prompt tokens computed in one step (default: 1024 on a CPU, 2048 on a GPU)",
+    ),
+    "target_step_ms": (
+        float,
+        "most milliseconds that a step should take while replies are under way (default: its prompts take as long as "
+        "the replies)",
     ),
     "block_size": (int, "tokens in a page of the K/V cache"),
     "num_blocks": (int, "pages of the K/V cache (default: by the memory)"),

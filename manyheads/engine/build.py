@@ -18,6 +18,7 @@ from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limi
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.runner import Runner
 from manyheads.engine.scheduler import Scheduler
+from manyheads.engine.step_target import StepTarget
 from manyheads.engine.threads import Threads
 from manyheads.engine.warmup import measure_costs
 from manyheads.kv_cache import CODES
@@ -78,9 +79,8 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     runner.threads = threads
     scheduler = Scheduler(
         PageManager(num_pages, config.block_size, config.prefix_caching),
-        _planner(config, runner, shape.max_num_batched_tokens, progress),
+        _target(config, runner, shape.max_num_batched_tokens, progress),
         max_num_seqs=shape.max_num_seqs,
-        max_num_batched_tokens=shape.max_num_batched_tokens,
         max_queue=config.max_queue,
         admission=Admission(config.max_wait),
     )
@@ -141,19 +141,19 @@ def _load(
     return model, source.build(model, shape.dtype, device, config.quantization) if source is not None else None
 
 
-def _planner(config: EngineConfig, runner: Runner, max_tokens: int, progress: Callable[[str], None]) -> Planner:
-    """A planner that knows what steps cost here, if it is to choose; and steps are recorded where they can be."""
-    drafter = runner.drafter
+def _target(config: EngineConfig, runner: Runner, max_tokens: int, progress: Callable[[str], None]) -> StepTarget:
+    """A planner that knows what steps cost here, and how long they may be; steps are recorded where they can be."""
+    drafter, recorded = runner.drafter, runner.recorded
     min_gain = MIN_GAIN if runner.device.type == "cpu" else 1.04
     if drafter is None:
         planner = Planner([], config.tree_size, min_gain)
     else:
         planner = Planner(drafter.prior, config.tree_size, min_gain, drafter.passes_per_depth, drafter.prior_holds)
-    if runner.recorded is not None:
-        runner.recorded.record_passes(max_tokens)
-    if drafter is not None and config.tree_size is None:
-        measure_costs(runner, planner, progress)
-    return planner
+    if recorded is not None:
+        recorded.record_passes(max_tokens)
+    measure_costs(runner, planner, progress)
+    seconds = config.target_step_ms / 1000 if config.target_step_ms is not None else None
+    return StepTarget(planner, max_tokens, seconds, recorded.prompt_sizes if recorded is not None else ())
 
 
 def _threads(config: EngineConfig, device: torch.device) -> Threads | None:

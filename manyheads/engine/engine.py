@@ -202,8 +202,9 @@ class Engine:
             self.planner.observe_gains(plan.draft, result.gains, gained)
         elif plan.decoding and not plan.draft.propose:
             self.planner.observe_plain()
-        if not plan.chunks and result.is_typical:
-            self.planner.observe_cost(len(plan.decoding), plan.draft, seconds)
+        if result.is_typical:
+            prompt_tokens = sum(chunk.num_inflight for chunk in plan.chunks)
+            self.planner.observe_cost(len(plan.decoding), plan.draft, seconds, prompt_tokens)
         deltas = [
             self._advance(row, plan, row.request.request_id in computing)
             for row in result.rows

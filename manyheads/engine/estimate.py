@@ -30,8 +30,9 @@ from manyheads.ops.base import Ops
 from manyheads.quantization.base import Scheme
 from manyheads.quantization.schemes import find
 from manyheads.sizes import format_size
+from manyheads.speculation.draft import SIZES
 from manyheads.speculation.drafter import DrafterShape
-from manyheads.speculation.planner import MAX_INFLIGHT, SIZES
+from manyheads.speculation.planner import MAX_INFLIGHT
 
 GRAPH_BYTES = 2 * 2**20
 """What CUDA takes for a captured step, some five hundred kernels, beside its tensors."""

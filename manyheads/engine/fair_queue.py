@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from manyheads.engine.step import Request
@@ -21,6 +21,8 @@ OUTPUT_WEIGHT = 2.0
 MEMORY_REQUESTS = 100
 """What requests are going to take is learnt from about so many."""
 MIN_SHARE = 0.01
+FIRST_TOKENS = 16
+"""With so many tokens a prompt begins that has to leave the rest of a step to others."""
 STRANGER = "\n"
 """The name of a client that has asked for nothing yet; nobody has it."""
 MAX_IDLE_CLIENTS = 4096
@@ -215,6 +217,40 @@ def max_min_shares(wanted: Mapping[str, int], amount: int) -> Counter[str]:
         shares[client] = min(most, max(1, -(-amount // (len(wanted) - i))))
         amount = max(0, amount - shares[client])
     return shares
+
+
+def divide(wanted: Sequence[tuple[str, int]], amount: int) -> list[int]:
+    """Divide the prompt tokens of a step.
+
+    Clients have max-min shares. Of its client's, the first prompt that does not end in this step leaves up to half to
+    those behind it, as far as they end in it; of the others each begins with a few tokens, so as not to be in the way.
+    So short prompts do not wait for long ones, which get on all the same, and everybody starts in turn.
+
+    Args:
+        wanted: client and tokens of each prompt, in the order in which they began.
+
+    Returns:
+        how many tokens each one gets.
+    """
+    totals = Counter[str]()
+    for client, tokens in wanted:
+        totals[client] += tokens
+    left = max_min_shares(totals, amount)
+    given = []
+    cut: dict[str, int] = {}  # of each client, the first prompt that does not end
+    for i, (client, tokens) in enumerate(wanted):
+        share = min(left[client], amount)
+        if tokens > share:
+            tokens = min(share, FIRST_TOKENS) if client in cut else -(-share // 2)
+            cut.setdefault(client, i)
+        given.append(tokens)
+        left[client] -= tokens
+        amount -= tokens
+    for client, i in cut.items():
+        more = min(left[client], amount)
+        given[i] += more
+        amount -= more
+    return given
 
 
 def by_seniority(running: Iterable[Request]) -> list[Request]:

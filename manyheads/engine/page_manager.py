@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,19 +86,26 @@ class PageManager:
             How many tokens the shared pages hold.
         """
         assert not table.pages
-        if not self.prefix_caching:
-            return 0
-        parent = _ROOT_DIGEST
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
-            parent = prefix_digest(parent, tokens[start : start + self.page_size])
-            page = self._page_of.get(parent)
-            if page is None:
-                break
+        for digest in self._known(tokens):
+            page = self._page_of[digest]
             self._cached.pop(page, None)
             self._holders[page] += 1
             table.pages.append(page)
-            table.digests.append(parent)
+            table.digests.append(digest)
         return len(table.pages) * self.page_size
+
+    def num_known(self, tokens: list[int]) -> int:
+        """How many tokens `share_prefix` would find pages for."""
+        return sum(1 for _ in self._known(tokens)) * self.page_size
+
+    def _known(self, tokens: list[int]) -> Iterator[bytes]:
+        """The digests of the pages of the longest known prefix."""
+        parent = _ROOT_DIGEST
+        for start in range(0, len(tokens) - self.page_size if self.prefix_caching else 0, self.page_size):
+            parent = prefix_digest(parent, tokens[start : start + self.page_size])
+            if parent not in self._page_of:
+                return
+            yield parent
 
     def reserve(self, table: PageTable, num_tokens: int) -> bool:
         """Extend the table to hold `num_tokens`; False, and nothing done, where there are too few pages."""

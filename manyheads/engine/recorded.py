@@ -22,7 +22,8 @@ from manyheads.engine.graphs import Recorded, Recorder
 from manyheads.engine.sampler import draw, edits_logits, nodes_of
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, TreeRows, chunk_numbers, gain_sizes
-from manyheads.speculation.planner import NO_DRAFT, Draft, Planner
+from manyheads.speculation.draft import NO_DRAFT, Draft
+from manyheads.speculation.planner import Planner
 from manyheads.speculation.tree import Tree
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
@@ -91,6 +92,8 @@ class RecordedSteps:
         self.run, self.recorder = run, recorder
         self._steps: dict[_Key, _Step] = {}
         self._passes: dict[_PassKey, _Pass] = {}
+        self.prompt_sizes: tuple[int, ...] = ()
+        """Tokens of chunks that passes were recorded for."""
         self._trees: dict[_Key, Tree] = {}  # what stands in the steps' tree tensors now
 
     def record_steps(self, planner: Planner) -> None:
@@ -106,6 +109,11 @@ class RecordedSteps:
     def record_passes(self, max_tokens: int) -> None:
         """Record forward passes over all numbers of tokens of chunks, up to `max_tokens`, and of trees."""
         self._make_passes(pass_keys(self.run.state.num_rows, max_tokens))
+        self.prompt_sizes = tuple(sorted({chunks[0] for chunks, _ in self._passes} - {0}))
+
+    def padded_prompts(self, num_tokens: int) -> int:
+        """What a step rounds so many tokens of chunks up to."""
+        return next((size for size in self.prompt_sizes if size >= num_tokens), num_tokens)
 
     @staticmethod
     def serves(plan: StepPlan) -> bool:

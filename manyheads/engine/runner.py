@@ -24,8 +24,8 @@ from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, TreeRows
 from manyheads.engine.threads import Threads
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.llama import Llama
+from manyheads.speculation.draft import Draft
 from manyheads.speculation.drafter import Drafter, Kept
-from manyheads.speculation.planner import Draft
 from manyheads.speculation.tree import ROOT, Tree, tree_tensors
 from manyheads.speculation.verify import accepted_nodes
 

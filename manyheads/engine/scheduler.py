@@ -6,11 +6,11 @@ from collections import Counter
 from itertools import islice
 
 from manyheads.engine.admission import Admission
-from manyheads.engine.fair_queue import STRANGER, FairQueue, by_seniority, max_min_shares
+from manyheads.engine.fair_queue import STRANGER, FairQueue, by_seniority, divide
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.step import Chunk, Request, StepPlan
+from manyheads.engine.step_target import StepTarget
 from manyheads.errors import QueueFull
-from manyheads.speculation.planner import Planner
 
 
 class StepsUnread(Exception):
@@ -29,8 +29,8 @@ class Scheduler:
     of its priority ever comes before it, and every request ends.
 
     Args:
+        target: how long a step may be; its planner chooses the trees.
         max_num_seqs: most rows at once.
-        max_num_batched_tokens: most prompt tokens in a step; half of it beside decoding rows.
         max_queue: most waiting requests.
         admission: says who would not start in time; None lets everyone wait.
     """
@@ -38,16 +38,14 @@ class Scheduler:
     def __init__(
         self,
         pages: PageManager,
-        planner: Planner,
+        target: StepTarget,
         *,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
         max_queue: int,
         admission: Admission | None = None,
     ) -> None:
         self.pages = pages
-        self.planner = planner
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.target, self.planner = target, target.planner
         self.max_queue = max_queue
         self.admission = admission or Admission()
         self.waiting = FairQueue()
@@ -74,7 +72,7 @@ class Scheduler:
 
     def expected_wait(self, client: str = STRANGER, priority: int = 0) -> float:
         """How many seconds a request would wait that a client sent now; 0 while that cannot be told."""
-        return self.admission.expected_wait(self.waiting, self.running, len(self._free_rows), client, priority)
+        return self.admission.expected_wait(self.waiting, self.running, self._num_free_rows, client, priority)
 
     def expired(self) -> list[Request]:
         """Those who did not start in time, all the same; they are to be removed."""
@@ -105,34 +103,42 @@ class Scheduler:
         Raises:
             StepsUnread: call again when nothing is unread.
         """
-        budget = self.max_num_batched_tokens
-        if any(request.decoding for request in self.running):
-            budget = max(1, budget // 2)  # who decodes waits for the prompts of its step
+        budget = self.target.most_prompt_tokens(sum(request.decoding for request in self.running))
         kept_pages = self._make_room(budget)
         decoding = [request for request in self.running if request.decoding]
-        prompt_tokens = sum(request.num_uncomputed for request in self.running if not request.decoding)
-        prompt_tokens = min(prompt_tokens, self.max_num_batched_tokens)
-        draft = self.planner.choose(max(len(decoding), 1), prompt_tokens)
+        starting = self._next()
+        prompts = self._divide(len(decoding), budget, starting)
+        draft = self.planner.choose(max(len(decoding), 1), sum(prompts.values()))
         while draft.propose and self._missing_pages(draft.tree.num_nodes) > self.pages.num_available - kept_pages:
             draft = self.planner.smaller(draft)
         plan = StepPlan(chunks=[], decoding=[], draft=draft)
         preemptions = self.num_preemptions
-        shares = self._prompt_shares(budget)
         for request in list(self.running):
             if request.held_row is None:
                 continue  # preempted for one before it in this very loop
             if request.decoding:
                 self._plan_decoding(plan, request)
-            elif budget > 0 and shares[request.client] > 0:
-                num_tokens = self._plan_chunk(plan, request, min(budget, shares[request.client]))
-                budget -= num_tokens
-                shares[request.client] -= num_tokens
+            elif prompts[request] > 0:
+                self._plan_chunk(plan, request, prompts[request])
         if self.num_preemptions == preemptions:
-            self._admit(plan, budget)
+            self._admit(plan, starting, prompts)
         self.admission.tick(len(self.waiting) > 0)
         if not (plan.chunks or plan.decoding):
             return None
         return plan
+
+    def _divide(self, num_decoding: int, budget: int, starting: list[Request]) -> dict[Request, int]:
+        """How many tokens of each prompt a step computes: of those that have begun, and of those that are to start."""
+        prompts = {request: request.num_uncomputed for request in self.running if not request.decoding}
+        wanted = sum(prompts.values())
+        for request in starting:
+            # what the prefix cache has is not computed; how much that is only matters while the budget lasts
+            known = self.pages.num_known(request.tokens) if wanted < budget else 0
+            prompts[request] = len(request.tokens) - known
+            wanted += prompts[request]
+        total = self.target.prompt_tokens(num_decoding, wanted)
+        given = divide([(request.client, tokens) for request, tokens in prompts.items()], total)
+        return dict(zip(prompts, given, strict=True))
 
     def _make_room(self, budget: int) -> int:
         """Preempt rows of clients that have more than their share, for requests that are to start in this step.
@@ -156,7 +162,7 @@ class Scheduler:
                 break  # it would get none in this step
             starting[client] += 1
             pages += self.pages.pages_for(num_tokens) + 1
-            while starting.total() > len(self._free_rows) or pages > self.pages.num_available - len(self.running):
+            while starting.total() > self._num_free_rows or pages > self.pages.num_available - len(self.running):
                 last = self.running[-1]
                 without = levels[last.client] - self.waiting.expected(0, last.room)
                 # a row that is taken computes some of its text again; near the shares, those that come free will do
@@ -172,19 +178,9 @@ class Scheduler:
             budget -= num_tokens
         return pages if self.num_preemptions > preemptions else 0
 
-    def _prompt_shares(self, budget: int) -> Counter[str]:
-        """How many prompt tokens each client may have computed in a step: what it wants, or as much as the others."""
-        wanted = Counter[str]()
-        for request in self.running:
-            wanted[request.client] += 0 if request.decoding else request.num_uncomputed
-        if self.waiting and self._free_rows:
-            for request in self._next():
-                wanted[request.client] += len(request.tokens)
-        return max_min_shares(wanted, budget)
-
     def _missing_pages(self, num_nodes: int) -> int:
         """Pages to be taken if each decoding row brought a tree of so many nodes, beside the chunks of the others."""
-        chunk = self.max_num_batched_tokens
+        chunk = self.target.max_num_batched_tokens
         wanted = ((r, num_nodes if r.decoding else min(r.num_uncomputed, chunk)) for r in self.running)
         return sum(max(0, self.pages.pages_for(r.max_cached_len + n) - len(r.table.pages)) for r, n in wanted)
 
@@ -195,15 +191,13 @@ class Scheduler:
         if self._reserve_or_preempt(request, request.max_cached_len + plan.draft.tree.num_nodes):
             plan.decoding.append(request)
 
-    def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
-        num_tokens = min(request.num_uncomputed, budget)
+    def _plan_chunk(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
         if not self.pages.reserve(request.table, request.cached_len + num_tokens):
             held = (len(request.table.pages) + self.pages.num_available) * self.pages.page_size
             num_tokens = max(1, min(num_tokens, held - request.cached_len))
             if not self._reserve_or_preempt(request, request.cached_len + num_tokens):
-                return 0
+                return
         plan.chunks.append(Chunk(request, num_tokens, num_tokens == request.num_uncomputed))
-        return num_tokens
 
     def _reserve_or_preempt(self, request: Request, num_tokens: int) -> bool:
         """Reserve, at the cost of those after it; False if the request itself had to give way."""
@@ -235,12 +229,12 @@ class Scheduler:
         self._free_rows.append(request.row)
         request.held_row = None
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        if not (self.waiting and self._free_rows) or budget <= 0:
-            return
-        for request in self._next():
+    def _admit(self, plan: StepPlan, starting: list[Request], prompts: dict[Request, int]) -> None:
+        for request in starting:
+            if prompts[request] == 0:
+                continue
             request.cached_len = self.pages.share_prefix(request.table, request.tokens)
-            num_tokens = min(request.num_uncomputed, budget)
+            num_tokens = min(request.num_uncomputed, prompts[request])
             # leave a page for each running row, or it would be preempted in the next step already
             spare = self.pages.num_available - len(self.running)
             wanted = self.pages.pages_for(request.cached_len + num_tokens) - len(request.table.pages)
@@ -251,14 +245,19 @@ class Scheduler:
             self._start(request)
             plan.admitted.append(request)
             plan.chunks.append(Chunk(request, num_tokens, num_tokens == request.num_uncomputed))
-            budget -= num_tokens
-            if budget <= 0:
-                break
         self.running = by_seniority(self.running)
 
     def _next(self) -> list[Request]:
         """Who is to start, in turn, as far as rows are free."""
-        return list(islice(self.waiting.in_turn(self.waiting.levels(self.running)), len(self._free_rows)))
+        if not (self.waiting and self._num_free_rows):
+            return []
+        return list(islice(self.waiting.in_turn(self.waiting.levels(self.running)), self._num_free_rows))
+
+    @property
+    def _num_free_rows(self) -> int:
+        """How many rows may start, so that steps do not become too long."""
+        most = len(self.running) + len(self._free_rows)
+        return max(0, self.target.most_rows(most) - len(self.running))
 
     def _start(self, request: Request) -> None:
         self.waiting.remove(request)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from manyheads.engine.page_manager import PageTable
 from manyheads.request import EngineRequest, SamplingParams, TokenLogprobs
-from manyheads.speculation.planner import NO_DRAFT, Draft
+from manyheads.speculation.draft import NO_DRAFT, Draft
 
 
 @dataclass(eq=False)

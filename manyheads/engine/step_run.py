@@ -21,8 +21,8 @@ from manyheads.engine.step import Chunk
 from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
 from manyheads.ops.base import Ops
+from manyheads.speculation.draft import SIZES, Draft
 from manyheads.speculation.drafter import Drafter, Kept
-from manyheads.speculation.planner import SIZES, Draft
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,9 @@ from manyheads.engine.runner import Runner
 from manyheads.engine.state import admit, sync_pages
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.request import SamplingParams
-from manyheads.speculation.costs import CostTable, interpolate
-from manyheads.speculation.planner import NO_DRAFT, Draft, Planner
+from manyheads.speculation.costs import CostTable
+from manyheads.speculation.draft import NO_DRAFT, Draft
+from manyheads.speculation.planner import Planner
 
 CONTEXT = 192
 """Cached tokens of each row while measuring."""
@@ -45,13 +46,14 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
     The shortest of a few times counts.
     """
     costs = CostTable()
-    state, padded = runner.state, None
+    state, padded, padded_prompts = runner.state, None, None
     context = min(CONTEXT, state.max_len // 2)
     patience = MAX_SECONDS
     if runner.recorded is not None:
         progress("capturing steps")
         runner.recorded.record_steps(planner)
         padded = partial(padded_rows, most=state.num_rows, sizes=TREE_ROWS)
+        padded_prompts = runner.recorded.padded_prompts
     for num_rows in [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows <= state.num_rows]:
         if patience == 0 and num_rows > ENOUGH_ROWS and runner.device.type == "cpu":
             break
@@ -67,25 +69,10 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
         costs.plain[num_rows] = plain
         costs.trees[num_rows], costs.passes[num_rows] = _apart(drafts, seconds, num_rows)
     progress("measuring prompts")
-    extend(costs, _time_prompts(runner))
+    costs.prompts = _time_prompts(runner)
     state.cached_len.zero_()
     state.page_table.zero_()
-    planner.measured(costs, padded)
-
-
-def extend(costs: CostTable, prompts: dict[int, float]) -> None:
-    """Let steps of more tokens than trees bring cost as much more as the prompts of so many tokens do.
-
-    Args:
-        prompts: tokens → seconds of a pass over so many tokens of a prompt.
-    """
-    if not prompts:
-        return
-    for points in costs.trees.values():
-        if points:
-            last = max(points)
-            there, known = points[last], interpolate(prompts, last)
-            points |= {n: there + max(0.0, seconds - known) for n, seconds in prompts.items() if n > last}
+    planner.measured(costs, padded, padded_prompts)
 
 
 def _time_prompts(runner: Runner) -> dict[int, float]:
@@ -113,9 +100,10 @@ def _time_prompts(runner: Runner) -> dict[int, float]:
 
 def _measured_drafts(drafts: list[Draft]) -> list[Draft]:
     """One of each size, the deepest; and where depth costs passes, behind them the shallowest of the size whose two are
-    the most passes apart."""
+    the most passes apart. Where there is one size only, it is measured, whatever it is."""
     sizes = {draft.nodes: [other for other in drafts if other.nodes == draft.nodes] for draft in drafts}
-    ends = [(min(alike, key=_passes), max(alike, key=_passes)) for nodes, alike in sizes.items() if nodes in SIZES]
+    measured = [alike for nodes, alike in sizes.items() if nodes in SIZES or len(sizes) == 1]
+    ends = [(min(alike, key=_passes), max(alike, key=_passes)) for alike in measured]
     apart = max(ends, key=lambda pair: pair[1].passes - pair[0].passes, default=None)
     shallow = [apart[0]] if apart is not None and apart[0].passes < apart[1].passes else []
     return [*(deep for _, deep in ends), *shallow]
@@ -147,8 +135,10 @@ def _time(runner: Runner, plans: list[StepPlan], context: int, patience: float) 
         for plan, taken in zip(plans, times, strict=True):
             runner.state.cached_len[: len(plan.decoding)] = context
             began = time.perf_counter()
-            for step in [runner.launch(plan) for _ in range(burst)]:
-                if not all(row.is_finite for row in step.read().rows):
+            for i, step in enumerate([runner.launch(plan) for _ in range(burst)]):
+                is_finite = all(row.is_finite for row in step.read().rows)
+                # what a model says to its own tokens is its requests' affair
+                if not is_finite and i == 0 and not times[0]:
                     dtype = str(runner.model.dtype).removeprefix("torch.")
                     raise ConfigError(f"the model's logits are not finite in {dtype}; dtype=float32 has more range")
             taken.append((time.perf_counter() - began) / burst)

@@ -40,14 +40,19 @@ class CostTable:
     """rows → in-flight tokens in all → seconds, what the drafter does once for all depths included."""
     passes: dict[int, float] = field(default_factory=dict)
     """rows → seconds of a pass of a drafter that runs some for each depth; 0 where it runs none."""
+    prompts: dict[int, float] = field(default_factory=dict)
+    """tokens of a prompt → seconds of a step that computes nothing else."""
 
-    def plain_cost(self, rows: int, extra_tokens: int = 0) -> float:
-        """Without speculation, `extra_tokens` prompt tokens beside the rows."""
-        base = interpolate(self.plain, rows)
-        if extra_tokens == 0:
-            return base
-        # prompt tokens cost what a tree's nodes cost
-        return base + self.tree_cost(rows, rows + extra_tokens) - self.tree_cost(rows, rows)
+    def plain_cost(self, rows: int) -> float:
+        """Without speculation."""
+        return interpolate(self.plain, rows)
+
+    def prompt_cost(self, num_inflight: int, num_tokens: int) -> float:
+        """What `num_tokens` of prompts cost beside so many other tokens, in one pass with them: few are nearly free
+        beside few, as the weights are read anyway; many cost what arithmetic takes."""
+        if not self.prompts:
+            return 0.0
+        return interpolate(self.prompts, num_inflight + num_tokens) - interpolate(self.prompts, num_inflight)
 
     def tree_cost(self, rows: int, num_inflight: int, passes: int = 0) -> float:
         """With speculation and so many passes; the nearest measured numbers of rows are interpolated."""
@@ -153,30 +158,39 @@ class RunningCosts:
     other kinds keeps its proportion to them. The ratio is what a kind turned out to take beside the others: the guess
     was wrong, or the rows' caches have become long, which is the dearer the more nodes look at them.
 
+    Where prompts are computed beside the rows, it takes that and what so many more tokens cost, times what such steps
+    turned out to take.
+
     Args:
         guess: as measured at start.
-        padded: what steps with trees round a number of rows up to; None rounds nothing.
+        padded, padded_prompts: what steps with trees round a number of rows up to, and tokens of prompts; None rounds
+            nothing.
     """
 
-    def __init__(self, guess: CostTable, padded: Callable[[int], int] | None = None) -> None:
+    def __init__(
+        self,
+        guess: CostTable,
+        padded: Callable[[int], int] | None = None,
+        padded_prompts: Callable[[int], int] | None = None,
+    ) -> None:
         self.guess = guess
         self.padded = padded or (lambda rows: rows)
+        self.padded_prompts = padded_prompts or (lambda tokens: tokens)
         self._pace = 1.0
         self._steps = 0
         self._seen: dict[int, dict[Kind, _Seen]] = {}  # by rows
         self._latest: dict[tuple[int, Kind], int] = {}  # rows' magnitude, kind → when a step was seen, by number
         self._guessed: dict[tuple[int, Kind], float] = {}
+        self._mixed: dict[int, _Seen] = {}  # magnitude of prompt tokens → what steps with so many take
 
     def seconds(self, rows: int, kind: Kind, prompt_tokens: int = 0) -> float:
-        """What a step is thought to take; prompt tokens beside its rows cost what a tree's nodes do."""
+        """What a step is thought to take, with so many tokens of prompts beside its rows."""
         seconds = self._at_pace(rows, kind) * self._ratio(rows, kind)
         if prompt_tokens == 0:
             return seconds
-        padded = rows if kind.is_plain else self.padded(rows)
-        tokens = int(kind.nodes * padded)
-        added = self.guess.tree_cost(padded, tokens + prompt_tokens) - self.guess.tree_cost(padded, tokens)
-        ratio = self._ratio(rows, Kind(2) if kind.is_plain else kind)
-        return seconds + added * self._pace * min(1.0, ratio)
+        tokens = int(kind.nodes * (rows if kind.is_plain else self.padded(rows)))
+        added = self.guess.prompt_cost(tokens, self.padded_prompts(prompt_tokens))
+        return (seconds + added * self._pace) * self._mixed_ratio(prompt_tokens)
 
     def least(self, rows: int, kind: Kind) -> float:
         """What a step may take at the least, after all that was seen.
@@ -224,6 +238,21 @@ class RunningCosts:
         seen.step = self._latest[rows.bit_length(), kind] = self._steps
         known[kind] = seen
         return 1 + weight * (times - 1)
+
+    def observe_mixed(self, rows: int, kind: Kind, prompt_tokens: int, seconds: float) -> None:
+        """Take in the time of a step with prompt tokens. The pace is left to steps without."""
+        times = min(seconds / self.seconds(rows, kind, prompt_tokens), MOST_SLOWER)
+        unseen = _Seen(self._mixed_ratio(prompt_tokens), 0, self._steps)
+        seen = self._mixed.setdefault(prompt_tokens.bit_length(), unseen)
+        seen.ratio *= 1 + max(PACE_WINDOW, 1 / (1 + seen.count)) * (times - 1)
+        seen.count += times < MOST_SLOWER
+
+    def _mixed_ratio(self, prompt_tokens: int) -> float:
+        """Of steps with about so many tokens of prompts; of those that were never seen, what the nearest ones took."""
+        size = prompt_tokens.bit_length()
+        if size not in self._mixed:
+            size = min(self._mixed, key=lambda other: abs(other - size), default=size)
+        return self._mixed[size].ratio if size in self._mixed else 1.0
 
     def _at_pace(self, rows: int, kind: Kind) -> float:
         """What was measured at start, at the pace of now."""

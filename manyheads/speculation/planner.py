@@ -7,16 +7,14 @@ runs, and takes the tree with the most expected tokens per second. Now and then 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 
 from manyheads.batch import MAX_NODES
 from manyheads.speculation.costs import REACHES, Acceptance, CostTable, Kind, RunningCosts
+from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
 from manyheads.speculation.tree import ROOT, Tree, grow
 from manyheads.speculation.trials import Trials
 
-SIZES = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Nodes a row, on average over a step's rows, that are considered."""
 MAX_INFLIGHT = 256
 """A step of more in-flight tokens is not considered, unless its rows bring two nodes each: on every machine known,
 arithmetic has long begun to count."""
@@ -38,39 +36,6 @@ FORGOTTEN = 0.0005
 """Of those means, by a step without trees: text that a drafter did badly on is followed by other text."""
 TINY = 1e-12
 """What a gain is divided by at least: guesses that never hold promise nothing."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What the decoding rows of a step bring: of the nodes that `tree` has for each of them, the most probable ones, so
-    many that a row has `nodes` on average."""
-
-    tree: Tree
-    nodes: float
-    passes: int = 0
-    """That the drafter runs for trees of this depth, if it runs some for each."""
-
-    @property
-    def propose(self) -> bool:
-        """Whether the drafter runs, for the next step's trees."""
-        return self.nodes > 1
-
-    @property
-    def kind(self) -> Kind:
-        """What its steps cost is told by this."""
-        return Kind(self.nodes, self.passes)
-
-    @property
-    def most_gained(self) -> int:
-        """Tokens that a row can gain."""
-        return self.tree.max_depth + 1
-
-    def num_tokens(self, rows: int) -> int:
-        """In-flight tokens of so many rows."""
-        return min(int(self.nodes * rows), self.tree.num_nodes * rows)
-
-
-NO_DRAFT = Draft(ROOT, 1)
 
 
 class Planner:
@@ -113,14 +78,18 @@ class Planner:
             self._hoped = [SUREST * (self._by_table(size) - 1) for size in SIZES]
             self._gains = self._hoped if prior_holds else None
 
-    def measured(self, costs: CostTable, padded: Callable[[int], int] | None = None) -> None:
-        """Choose by these costs from now on, and by what steps turn out to take.
+    def measured(
+        self,
+        costs: CostTable,
+        padded: Callable[[int], int] | None = None,
+        padded_prompts: Callable[[int], int] | None = None,
+    ) -> None:
+        """Choose by these costs from now on, the first guess, and by what steps turn out to take.
 
         Args:
-            costs: the first guess.
-            padded: what steps with trees round a number of rows up to; None rounds nothing.
+            padded, padded_prompts: as `RunningCosts`'s.
         """
-        self.costs = RunningCosts(costs, padded)
+        self.costs = RunningCosts(costs, padded, padded_prompts)
         self._trials = Trials(self.costs)
         self._chosen.clear()
 
@@ -129,23 +98,32 @@ class Planner:
 
         A choice holds until the next look at the tree's shape or at costs, but for steps that try something else.
         """
-        if not self.acceptance.num_depths or (self.costs is None and self.tree_size is None):
-            return NO_DRAFT
         self._regrow()
         if prompt_tokens == 0 and (trial := self._trial(rows)) is not None:
             return trial
+        return self.best(rows, prompt_tokens)
+
+    def best(self, rows: int, prompt_tokens: int = 0) -> Draft:
+        """What pays best, by what is known."""
+        if not self.acceptance.num_depths:
+            return NO_DRAFT
+        if self.tree_size is not None:
+            return self.draft(self.tree_size)
+        if self.costs is None:
+            return NO_DRAFT
         load = (rows, prompt_tokens)
         if load not in self._chosen:
             self._chosen[load] = self._best(rows, prompt_tokens)
         return self._chosen[load]
 
     def _best(self, rows: int, prompt_tokens: int) -> Draft:
-        if self.tree_size is not None:
-            return self.draft(self.tree_size)
+        """The draft that gives most tokens beyond what its time is worth: what the rows gain in as long a time without
+        prompts, which have to be computed anyway. Where there are none, that is the draft with the best rate."""
         costs = self.costs
         assert costs is not None
         worth = self._worth(rows)
-        return max(worth, key=lambda draft: worth[draft] / costs.seconds(rows, draft.kind, prompt_tokens))
+        rate = max(gained / costs.seconds(rows, draft.kind) for draft, gained in worth.items())
+        return max(worth, key=lambda draft: worth[draft] - rate * costs.seconds(rows, draft.kind, prompt_tokens))
 
     def _worth(self, rows: int) -> dict[Draft, float]:
         """Tokens that each row gains with each draft that there is, those of trees as far as they are counted on."""
@@ -167,6 +145,8 @@ class Planner:
         """What so many rows may bring beside their roots, each more than the one before; of each size every depth,
         where that costs passes."""
         self._regrow()
+        if self.tree_size is not None:
+            return [draft for draft in [self.draft(self.tree_size)] if draft.propose]
         most = max(MAX_INFLIGHT, 2 * rows)
         sizes = [size for size in SIZES if size <= self._grown.num_nodes and rows < int(rows * size) <= most]
         by_tokens = {int(rows * size): size for size in sizes}
@@ -251,19 +231,25 @@ class Planner:
             gained, expected = self._outcome
             self._outcome[0] = gained + FORGOTTEN * (expected - gained)
 
-    def observe_cost(self, rows: int, draft: Draft, seconds: float) -> None:
-        """Take in the time of a step of `rows` decoding rows without prompt tokens.
+    def observe_cost(self, rows: int, draft: Draft, seconds: float, prompt_tokens: int = 0) -> None:
+        """Take in the time of a step of `rows` decoding rows, and of so many tokens of prompts beside them.
 
         A step that brings another tree than the one before says nothing, as it also waits for the change.
         """
-        if self.costs is None or self._trials is None or self.tree_size is not None:
+        if self.costs is None or self._trials is None or rows == 0:
             return
         reach = draft.tree.num_nodes
         changed, self._brought = self._brought not in (None, reach), reach
+        if prompt_tokens:
+            if not changed:
+                self.costs.observe_mixed(rows, draft.kind, prompt_tokens, seconds)
+            return
         told = None
         if not changed:
             told = seconds / self.costs.seconds(rows, draft.kind)
             dearer = self.costs.observe(rows, draft.kind, seconds)
+            if self.tree_size is not None or not self.acceptance.num_depths:
+                return
             if abs(dearer - 1) > NEWS:
                 self._until_review = min(self._until_review, REVIEW_SOON)
         if self._trials.observe(seconds, told if draft.kind == self._trials.kind else None):

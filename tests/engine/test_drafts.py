@@ -15,7 +15,7 @@ from manyheads.engine.engine import PendingStep
 from manyheads.engine.step import StepPlan
 from manyheads.request import EngineRequest
 from manyheads.speculation.costs import CostTable
-from manyheads.speculation.planner import NO_DRAFT, Draft
+from manyheads.speculation.draft import NO_DRAFT, Draft
 from tests.tiny import VOCAB
 
 
@@ -57,7 +57,7 @@ def test_a_step_takes_as_long_as_its_computing(folder: Path, monkeypatch: pytest
         return launch(plan)
 
     monkeypatch.setattr(engine.runner, "launch", slow)
-    monkeypatch.setattr(engine.planner, "observe_cost", lambda rows, draft, seconds: seen.append(seconds))
+    monkeypatch.setattr(engine.planner, "observe_cost", lambda rows, draft, seconds, prompts: seen.append(seconds))
     params = SamplingParams(temperature=0.0, max_tokens=20)
     engine.add_request(EngineRequest(request_id="0", prompt_token_ids=[1, 2, 3], params=params))
     while engine.has_work():

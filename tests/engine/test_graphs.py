@@ -20,7 +20,8 @@ from manyheads.engine.recorded import ROWS, TREE_ROWS, RecordedSteps, padded_row
 from manyheads.engine.runner import Runner
 from manyheads.engine.step_run import StepRun
 from manyheads.ops.torch import TorchOps
-from manyheads.speculation.planner import Draft, Planner
+from manyheads.speculation.draft import Draft
+from manyheads.speculation.planner import Planner
 from manyheads.speculation.tree import Tree
 from tests.engine.test_exactness import engine, prompts, run
 from tests.kernels import INTERPRETED

@@ -16,8 +16,8 @@ from manyheads.engine.page_manager import PageTable
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.models.llama import Llama
+from manyheads.speculation.draft import NO_DRAFT
 from manyheads.speculation.drafter import DrafterShape, Kept
-from manyheads.speculation.planner import NO_DRAFT
 from manyheads.speculation.tree import Tree
 from tests.engine.test_exactness import engine, prompts, run
 from tests.engine.test_graphs import record

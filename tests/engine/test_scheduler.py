@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from manyheads.engine.step import RowResult, StepResult
 from manyheads.errors import QueueFull, RequestError
 from manyheads.request import SamplingParams
-from manyheads.speculation.planner import SIZES, Draft
+from manyheads.speculation.draft import SIZES, Draft
 from tests.engine.world import EOS, HEADS, VOCAB, FakeStep, Setup, World, continuation
 
 

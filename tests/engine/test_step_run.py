@@ -12,7 +12,7 @@ from manyheads.batch import RowState
 from manyheads.engine.step import Chunk, Request
 from manyheads.engine.step_run import ChunkRows, StepRun, chunk_numbers, gain_sizes
 from manyheads.request import SamplingParams
-from manyheads.speculation.planner import NO_DRAFT, SIZES, Draft
+from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
 from manyheads.speculation.tree import ROOT, Tree
 from tests.ops.rows import CPU, OPS, Case
 from tests.tiny import model_config

@@ -207,7 +207,7 @@ def test_steps_of_trials_say_nothing_of_costs(folder: Path, reference: LlamaForC
         return step
 
     engine.runner.launch = watched  # type: ignore[method-assign]
-    engine.planner.observe_cost = lambda rows, draft, seconds: costs.append(seconds)  # type: ignore[method-assign]
+    engine.planner.observe_cost = lambda rows, draft, seconds, prompts: None if prompts else costs.append(seconds)  # type: ignore[method-assign]
     params = SamplingParams(temperature=0.0, max_tokens=120)
     engine.add_request(EngineRequest(request_id="0", prompt_token_ids=[1], params=params))
     while engine.has_work():

@@ -13,8 +13,9 @@ from manyheads.batch import RowState
 from manyheads.engine import warmup
 from manyheads.engine.step import StepPlan, StepResult
 from manyheads.speculation.costs import CostTable
+from manyheads.speculation.draft import NO_DRAFT
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
-from manyheads.speculation.planner import NO_DRAFT, Planner
+from manyheads.speculation.planner import Planner
 
 
 class Clock:
@@ -31,13 +32,18 @@ class Clock:
         return SimpleNamespace(read=lambda: StepResult(rows=[], hits=[], trials=[]))
 
 
+def fake_runner(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What takes as long as the clock says."""
+    monkeypatch.setattr(warmup.time, "perf_counter", lambda: clock.now)
+    device = torch.device("cpu")
+    state = RowState(4, 1024, 16, 40, 100, device)
+    return SimpleNamespace(launch=clock.launch, overlaps=False, recorded=None, drafter=None, device=device, state=state)
+
+
 def measure(clock: Clock, monkeypatch: pytest.MonkeyPatch, planner: Planner | None = None) -> CostTable:
     """Let the planner learn what its steps cost on rows of a state that is left as it was."""
-    monkeypatch.setattr(warmup.time, "perf_counter", lambda: clock.now)
-    state = RowState(4, 1024, 16, 40, 100, torch.device("cpu"))
-    runner: Any = SimpleNamespace(
-        launch=clock.launch, overlaps=False, recorded=None, drafter=None, device=torch.device("cpu"), state=state
-    )
+    runner = fake_runner(clock, monkeypatch)
+    state = runner.state
     planner = planner or Planner(DEFAULT_ACCEPTANCE)
     assert planner.choose(1) is NO_DRAFT  # it does not know yet
     warmup.measure_costs(runner, planner, lambda text: None)
@@ -67,11 +73,26 @@ def test_slow_steps_are_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.now == pytest.approx(2 * 0.5 * kinds, rel=0.05)
 
 
-def test_prompts_say_what_more_tokens_take_than_trees_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = measure(Clock(0), monkeypatch)
-    for rows in (1, 2, 4):
-        assert max(costs.trees[rows]) == 512  # rows have room for no longer prompt
-        assert costs.tree_cost(rows, 700) == pytest.approx(1e-3 + 1e-4 * 700)
+    assert max(costs.prompts) == 512  # rows have room for no longer prompt
+    assert costs.prompts == {n: pytest.approx(1e-3 + 1e-4 * n) for n in costs.prompts}
+    assert costs.prompt_cost(30, 700) == pytest.approx(1e-4 * 700)
+
+
+@pytest.mark.parametrize("size", [None, 1, 5])
+def test_what_is_not_chosen_is_measured_too(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without a drafter and a tree of a set size need to know what their steps cost, for the prompts beside."""
+    clock = Clock(0)
+    planner = Planner([] if size is None else DEFAULT_ACCEPTANCE, tree_size=size)
+    runner = fake_runner(clock, monkeypatch)
+    warmup.measure_costs(runner, planner, lambda text: None)
+    assert planner.costs is not None
+    draft = planner.best(4)
+    assert draft.nodes == (size or 1)
+    tokens = draft.num_tokens(4)
+    assert planner.costs.seconds(4, draft.kind) == pytest.approx(1e-3 + 1e-4 * tokens)
+    assert planner.costs.seconds(4, draft.kind, 100) == pytest.approx(1e-3 + 1e-4 * (tokens + 100))
 
 
 @pytest.mark.parametrize("disturbed", [0, 10])

@@ -16,8 +16,10 @@ from manyheads.engine.engine import Engine
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.scheduler import Scheduler, StepsUnread
 from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.engine.step_target import StepTarget
 from manyheads.request import EngineReady, EngineRequest, RequestDelta, SamplingParams, TokenLogprobs
-from manyheads.speculation.planner import SIZES, Draft, Planner
+from manyheads.speculation.draft import SIZES, Draft
+from manyheads.speculation.planner import Planner
 from manyheads.speculation.tree import Choice, Tree
 
 VOCAB, EOS = 7, 0
@@ -255,9 +257,8 @@ class World:
         self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps, setup.ragged)
         self.scheduler = Scheduler(
             PageManager(setup.pages + 1, setup.page_size, setup.caching),
-            RestlessPlanner(setup.sizes),
+            StepTarget(RestlessPlanner(setup.sizes), setup.budget),
             max_num_seqs=setup.rows,
-            max_num_batched_tokens=setup.budget,
             max_queue=setup.max_queue,
             admission=Admission(setup.max_wait, lambda: self.now),
         )

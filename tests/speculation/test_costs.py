@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from manyheads.speculation.costs import PLAIN, PRIOR_TRIALS, WINDOW_TRIALS, Acceptance, CostTable, Kind, RunningCosts
@@ -35,7 +37,6 @@ def test_costs_between_and_past_the_measured_ones() -> None:
     assert [costs.tree_cost(2, n) for n in (1, 2, 6, 10, 20)] == pytest.approx([2, 2, 6, 10, 20])
     assert costs.tree_cost(3, 8) == pytest.approx((8 + 80) / 2)
     assert [costs.tree_cost(rows, 8) for rows in (1, 9)] == pytest.approx([8, 80])
-    assert costs.plain_cost(2, extra_tokens=4) == pytest.approx(2 + (6 - 2))
     assert CostTable(plain={1: 3.0}).plain_cost(5) == 3.0
 
 
@@ -58,10 +59,55 @@ def test_a_drafter_without_passes_has_no_cost_of_them() -> None:
     assert costs.tree_cost(1, 2) == 2.0
 
 
-def running() -> RunningCosts:
+def running(padded_prompts: Callable[[int], int] | None = None) -> RunningCosts:
     """Steps that are guessed to take 1 and 0.1 for each token."""
-    guess = CostTable(plain={1: 1.1, 8: 1.8}, trees={r: {r: 1 + 0.1 * r, 64 * r: 1 + 6.4 * r} for r in (1, 8)})
-    return RunningCosts(guess)
+    guess = CostTable(
+        plain={1: 1.1, 8: 1.8},
+        trees={r: {r: 1 + 0.1 * r, 64 * r: 1 + 6.4 * r} for r in (1, 8)},
+        prompts={1: 1.1, 1000: 101.0},
+    )
+    return RunningCosts(guess, padded_prompts=padded_prompts)
+
+
+def test_prompts_cost_what_so_many_more_tokens_do() -> None:
+    """Few are nearly free beside few, as the weights are read anyway; many are not."""
+    costs = CostTable(prompts={1: 1.0, 64: 1.0, 128: 2.0, 256: 4.0})
+    assert costs.prompt_cost(8, 16) == 0.0
+    assert costs.prompt_cost(64, 64) == pytest.approx(1.0)
+    assert costs.prompt_cost(32, 96) == pytest.approx(1.0)
+    assert costs.prompt_cost(100, 1000) == pytest.approx(1000 / 64)
+    assert CostTable().prompt_cost(8, 16) == 0.0
+
+
+def test_prompts_are_rounded_up_as_steps_do() -> None:
+    costs = running(lambda tokens: 32 * -(-tokens // 32))
+    assert costs.seconds(1, PLAIN, prompt_tokens=3) == pytest.approx(1.1 + 3.2)
+    assert costs.seconds(1, PLAIN, prompt_tokens=33) == pytest.approx(1.1 + 6.4)
+
+
+def test_mixed_steps_are_learnt_by_the_prompts_that_they_bring() -> None:
+    """A guess that was 40 times too dear or too cheap is healed within a few steps, for prompts of all lengths."""
+    for wrong in (1 / 40, 40.0):
+        costs = running()
+        for _ in range(12):
+            costs.observe_mixed(4, Kind(8), 100, costs.guess.tree_cost(4, 32) * wrong + 10.0 * wrong)
+        for tokens in (70, 100, 120, 1000):  # the last was never seen
+            right = (costs.guess.tree_cost(4, 32) + 0.1 * tokens) * wrong
+            assert costs.seconds(4, Kind(8), tokens) == pytest.approx(right, rel=0.05)
+        assert costs.seconds(4, Kind(8)) == pytest.approx(costs.guess.tree_cost(4, 32))  # without prompts, as it was
+        for _ in range(12):
+            costs.observe_mixed(4, Kind(8), 1000, 500.0)
+        assert costs.seconds(4, Kind(8), 1000) == pytest.approx(500.0, rel=0.05)
+        assert costs.seconds(4, Kind(8), 100) == pytest.approx((costs.guess.tree_cost(4, 32) + 10) * wrong, rel=0.05)
+
+
+def test_one_slow_mixed_step_is_taken_back() -> None:
+    costs = running()
+    for _ in range(20):
+        costs.observe_mixed(4, Kind(8), 100, costs.seconds(4, Kind(8), 100))
+    there = costs.seconds(4, Kind(8), 100)
+    costs.observe_mixed(4, Kind(8), 100, 1000 * there)
+    assert costs.seconds(4, Kind(8), 100) < 1.2 * there
 
 
 def test_what_was_measured_is_the_first_guess() -> None:

@@ -8,17 +8,9 @@ from hypothesis import strategies as st
 
 from manyheads.batch import MAX_NODES
 from manyheads.speculation.costs import REACHES, CostTable
+from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
-from manyheads.speculation.planner import (
-    GAINS_WINDOW,
-    MAX_INFLIGHT,
-    MIN_GAIN,
-    NO_DRAFT,
-    REGROW_EVERY,
-    SIZES,
-    Draft,
-    Planner,
-)
+from manyheads.speculation.planner import GAINS_WINDOW, MAX_INFLIGHT, MIN_GAIN, REGROW_EVERY, Planner
 from manyheads.speculation.tree import Tree
 
 
@@ -67,17 +59,34 @@ def test_heads_that_cost_more_than_they_bring_are_left_alone() -> None:
     st.integers(0, 50),
 )
 def test_the_choice_has_the_best_rate(seconds: list[float], plain: float, rows: int, prompt: int) -> None:
+    """What a row gains, less what it would gain in as long a time without prompts, is most; without prompts, that is
+    the best rate."""
     made = Planner(DEFAULT_ACCEPTANCE)
     points = {8 * n: s for n, s in zip((1, 2, 4, 8, 16, 32, 64), seconds, strict=True)}
-    costs = CostTable(plain={8: plain}, trees={8: points})
+    costs = CostTable(plain={8: plain}, trees={8: points}, prompts={1: 0.1, 32: 0.1, 64: 0.3})
     made.measured(costs)
-    rates = {1: MIN_GAIN * rows / costs.plain_cost(rows, prompt)}
+    kinds = {1: (MIN_GAIN, costs.plain_cost(rows), rows)}  # nodes: tokens gained, seconds without prompts, tokens
     for size in SIZES[1:]:
         tokens = int(rows * size)
         if rows < tokens <= MAX_INFLIGHT:
-            gained = made.expected_tokens(made.draft(size), rows)
-            rates[size] = rows * gained / costs.tree_cost(rows, tokens + prompt)
-    assert rates[made.choose(rows, prompt).nodes] == pytest.approx(max(rates.values()))
+            kinds[size] = (made.expected_tokens(made.draft(size), rows), costs.tree_cost(rows, tokens), tokens)
+    rate = max(gained / seconds for gained, seconds, _ in kinds.values())
+    worth = {
+        size: gained - rate * (seconds + (costs.prompt_cost(tokens, prompt) if prompt else 0.0))
+        for size, (gained, seconds, tokens) in kinds.items()
+    }
+    assert worth[made.choose(rows, prompt).nodes] == pytest.approx(max(worth.values()))
+
+
+def test_a_node_is_dearer_beside_many_prompt_tokens() -> None:
+    """With few tokens the weights take the time, with many the arithmetic does."""
+    made = planner(1.0, 0.0)
+    assert made.costs is not None
+    made.costs.guess.prompts = {1: 1.0, 256: 1.0, 512: 6.0, 1024: 16.0}
+    nodes = [made.choose(1, prompt).nodes for prompt in (0, 100, 240, 1000)]
+    assert nodes[:2] == [MAX_NODES, MAX_NODES]
+    assert nodes == sorted(nodes, reverse=True)
+    assert nodes[3] < MAX_NODES / 4
 
 
 def test_a_set_size_holds_at_any_load() -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyheads.speculation.costs import CostTable
+from manyheads.speculation.draft import NO_DRAFT, SIZES
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
-from manyheads.speculation.planner import GAINS_WINDOW, MIN_GAIN, NO_DRAFT, SIZES, Planner
+from manyheads.speculation.planner import GAINS_WINDOW, MIN_GAIN, Planner
 
 CHAINS = [[0.6, 0.1]] * 4
 """Nodes by probability: (0) 0.6, (0, 0) 0.36, (0, 0, 0) 0.216, (0, 0, 0, 0) 0.13, (1) 0.1, …"""

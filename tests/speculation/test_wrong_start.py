@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from manyheads.speculation.costs import CostTable
+from manyheads.speculation.draft import NO_DRAFT, Draft
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
-from manyheads.speculation.planner import NO_DRAFT, Draft, Planner
+from manyheads.speculation.planner import Planner
 
 ROWS = (1, 2, 4, 8, 16)
 MEASURED = (1.25, 2, 3, 4, 8, 16, 32, 64)

@@ -1,0 +1,44 @@
+"""What the decoding rows of a step bring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from manyheads.speculation.costs import Kind
+from manyheads.speculation.tree import ROOT, Tree
+
+SIZES = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Nodes a row, on average over a step's rows, that are considered."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What the decoding rows of a step bring: of the nodes that `tree` has for each of them, the most probable ones, so
+    many that a row has `nodes` on average."""
+
+    tree: Tree
+    nodes: float
+    passes: int = 0
+    """That the drafter runs for trees of this depth, if it runs some for each."""
+
+    @property
+    def propose(self) -> bool:
+        """Whether the drafter runs, for the next step's trees."""
+        return self.nodes > 1
+
+    @property
+    def kind(self) -> Kind:
+        """What its steps cost is told by this."""
+        return Kind(self.nodes, self.passes)
+
+    @property
+    def most_gained(self) -> int:
+        """Tokens that a row can gain."""
+        return self.tree.max_depth + 1
+
+    def num_tokens(self, rows: int) -> int:
+        """In-flight tokens of so many rows."""
+        return min(int(self.nodes * rows), self.tree.num_nodes * rows)
+
+
+NO_DRAFT = Draft(ROOT, 1)
