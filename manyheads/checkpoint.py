@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,21 +76,58 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         CheckpointError: the file is damaged or holds something else than tensors.
     """
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (no mapping)
-                    yield key, file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        return
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                yield key, file.get_tensor(key)
+    else:
+        yield from _pickled(path).items()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _pickled(path: Path, mmap: bool = False) -> dict[str, Tensor]:
+    """The tensors of a pickle; with `mmap` they are views of the file, which must not change while they are used."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can fail in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read as plain tensors ({reason}); nothing in it was run") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise CheckpointError(f"{path} holds no plain dictionary of tensors")
-    yield from state.items()
+    return state
+
+
+def tensor_keys(folder: Path) -> set[str]:
+    """The keys of the tensors that `tensor_files` would find, without reading them; empty where there are none.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds something else than tensors.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return set(read_json(index).get("weight_map") or ())
+        path = folder / name
+        if path.is_file() and path.suffix == ".safetensors":
+            with _opened(path) as file:
+                return set(file.keys())
+        if path.is_file():
+            return set(_pickled(path, mmap=is_zipfile(path)))  # as torch writes it since 1.6
+    return set()
+
+
+def named_base(config: dict[str, Any]) -> str | None:
+    """The base model that a config.json of heads or of a drafter names (speculators: its "verifier"), or None."""
+    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    return config.get("base_model_name_or_path") or verifier.get("name_or_path") or None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class ModelConfig:
                 raise ConfigError(f"{path}: {key} must be a positive integer, not {value!r}")
             return value
 
-        theta, scaling = _rope(raw, path)
+        theta, scaling = read_rope(raw, path)
         num_heads, hidden_size = need("num_attention_heads"), need("hidden_size")
         longest = need("max_position_embeddings")
         window = raw.get("sliding_window")
@@ -126,7 +126,7 @@ def _dtype(raw: dict[str, Any], path: Path) -> torch.dtype:
     return dtype
 
 
-def _rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
+def read_rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     """Base and scaling, spelled as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) does."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)

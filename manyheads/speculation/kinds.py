@@ -7,6 +7,7 @@ from pathlib import Path
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.models.config import ModelConfig
 from manyheads.speculation.drafter import DrafterSource
+from manyheads.speculation.eagle3.checkpoint import is_eagle3
 from manyheads.speculation.medusa.drafter import MedusaSource
 from manyheads.speculation.ngram import NgramSource
 
@@ -24,6 +25,8 @@ def find_drafter(config: EngineConfig, heads: Path | None, model: ModelConfig) -
         return None
     if config.drafter == "ngram":
         return NgramSource(config.max_model_len or model.max_position_embeddings)
+    if heads is not None and is_eagle3(heads):
+        raise ConfigError(f"{heads} holds an EAGLE-3 drafter, which manyheads reads and converts but does not serve")
     if heads is not None:
         return MedusaSource(heads, model)
     if config.drafter is not None:

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from manyheads.checkpoint import read_json, read_tensors, resolve, tensor_files
-from manyheads.config import CheckpointError
+from manyheads.checkpoint import named_base, read_json, read_tensors, resolve, tensor_files
+from manyheads.config import CheckpointError, ConfigError
 from manyheads.models.config import ModelConfig
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -56,7 +56,7 @@ class HeadWeights:
 
 
 def split_model(model: str, heads: str | None) -> tuple[Path, Path | None]:
-    """Find the base model's folder and the heads' (None: no heads).
+    """Find the base model's folder and the heads' (None: no heads), which may be a drafter of another kind as well.
 
     `model` may be a base, a base with heads beside or inside it, or heads alone that name their base; `heads` wins.
 
@@ -67,11 +67,13 @@ def split_model(model: str, heads: str | None) -> tuple[Path, Path | None]:
     if heads is not None:
         return folder, resolve(heads)
     config = read_json(folder / "config.json")
-    base = config.get("base_model_name_or_path")
+    base = named_base(config)
     has_head_file = _head_file(folder) is not None
-    if base and (has_head_file or config.get("model_type") == "medusa"):  # no full model that was fine-tuned
+    if base and (has_head_file or _is_of_drafter(config)):  # no full model that was fine-tuned
         beside = folder / str(base)
         return resolve(str(beside) if beside.is_dir() else str(base)), folder
+    if _is_of_drafter(config):
+        raise ConfigError(f"{folder} holds a drafter that names no base model; give that, and --heads {folder}")
     if (folder / "heads" / "config.json").is_file():
         return folder, folder / "heads"
     return folder, folder if has_head_file or "medusa_num_heads" in config else None
@@ -88,8 +90,8 @@ def locate_heads(heads: str) -> tuple[Path, str | None]:
         return folder / "heads", str(folder.resolve())
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    base = config.get("base_model_name_or_path")
-    is_base = bool(config.get("architectures")) and config.get("model_type") != "medusa"
+    base = named_base(config)
+    is_base = bool(config.get("architectures")) and not _is_of_drafter(config)
     if is_base and not (_head_file(folder) and base):
         return folder, str(folder.resolve())
     if not base:
@@ -131,6 +133,11 @@ def vocab_size(weights: HeadWeights, folder: Path) -> int | None:
     return named if isinstance(named, int) else None
 
 
+def _is_of_drafter(config: dict[str, object]) -> bool:
+    """Whether a config.json is that of heads in vLLM's format or an EAGLE-3 drafter, whatever architecture it names."""
+    return config.get("model_type") == "medusa" or "draft_vocab_size" in config
+
+
 def _head_file(folder: Path) -> Path | None:
     return next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
 
@@ -144,7 +151,7 @@ def _reference(state: dict[str, Tensor], where: Path, name: str) -> HeadWeights:
         odd = min(wanted ^ projections.keys())
         raise CheckpointError(f"{where}: key {odd[0]}.{odd[1]}.weight is missing or belongs to no head")
     ordered = [projections[key] for key in sorted(wanted)] if projections else None
-    return HeadWeights(blocks, ordered, None, name if projections else 'TGI "V2"', _accuracy(where))
+    return HeadWeights(blocks, ordered, None, name if projections else 'TGI "V2"', read_accuracy(where))
 
 
 def _vllm(state: dict[str, Tensor], where: Path, config: dict[str, object]) -> HeadWeights:
@@ -159,10 +166,10 @@ def _vllm(state: dict[str, Tensor], where: Path, config: dict[str, object]) -> H
         rows = int(token_map.max()) + 1
         projections = {h: p[token_map] if rows <= len(p) != len(token_map) else p for h, p in projections.items()}
     if config.get("shares_base_lm_head") and not projections and token_map is None:
-        return HeadWeights(blocks, None, None, "manyheads", _accuracy(where))
+        return HeadWeights(blocks, None, None, "manyheads", read_accuracy(where))
     if sorted(projections) != list(range(len(blocks))):
         raise CheckpointError(f"{where}: {len(blocks)} heads, but lm_heads {sorted(projections)}")
-    return HeadWeights(blocks, [projections[h] for h in sorted(projections)], token_map, "vLLM", _accuracy(where))
+    return HeadWeights(blocks, [projections[h] for h in sorted(projections)], token_map, "vLLM", read_accuracy(where))
 
 
 def _numbered(
@@ -230,7 +237,8 @@ def _check_finite(name: str, *tensors: Tensor) -> None:
         raise CheckpointError(f"{name} holds values that are not finite")
 
 
-def _accuracy(where: Path) -> list[list[float]] | None:
+def read_accuracy(where: Path) -> list[list[float]] | None:
+    """The shares in tree_statistics.json, [depth][rank], in a folder or beside a file; None where there are none."""
     path = (where if where.is_dir() else where.parent) / STATISTICS
     if not path.is_file():
         return None

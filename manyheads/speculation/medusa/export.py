@@ -81,7 +81,7 @@ def write_heads(
     if name.endswith(".pt"):
         replace(out / name, lambda path: torch.save(state, path))
     else:
-        _save(out / name, state)
+        save_tensors(out / name, state)
     write_json(out / "config.json", config)
     if statistics is not None and statistics.is_file() and statistics.resolve() != (out / STATISTICS).resolve():
         replace(out / STATISTICS, lambda path: shutil.copyfile(statistics, path))
@@ -111,7 +111,7 @@ def write_full(
         if not state:  # the shard of heads that were there before
             continue
         name = f"model-{number:05}-of-{len(files) + 1:05}.safetensors"
-        _save(out / name, state)
+        save_tensors(out / name, state)
         weight_map |= dict.fromkeys(state, name)
         total += sum(tensor.nbytes for tensor in state.values())
     write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -262,7 +262,7 @@ def _whole(projections: list[Tensor], token_map: Tensor, vocab_size: int | None)
     return [whole[id(own)] for own in projections]
 
 
-def _save(path: Path, state: State) -> None:
+def save_tensors(path: Path, state: State) -> None:
     """Write a safetensors file, which wants contiguous tensors that share no memory."""
     seen: set[int] = set()
     result: State = {}
