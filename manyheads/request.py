@@ -229,6 +229,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts, by depth from 1, the rows that accepted a node there."""
     tree_size: int = 1
     """A speculating row brought so many nodes to the latest step."""
+    num_compiled: int = 0
+    """Counts kernels that were compiled, and graphs that were captured, after the engine was ready."""
     memory: MemoryUse = MemoryUse()
 
 

@@ -20,7 +20,7 @@ from manyheads.engine.runner import Runner
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.step_target import StepTarget
 from manyheads.engine.threads import Threads
-from manyheads.engine.warmup import measure_costs
+from manyheads.engine.warmup import exercise, measure_costs
 from manyheads.kv_cache import CODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
@@ -152,6 +152,9 @@ def _target(config: EngineConfig, runner: Runner, max_tokens: int, progress: Cal
     if recorded is not None:
         recorded.record_passes(max_tokens)
     measure_costs(runner, planner, progress)
+    if recorded is not None:
+        progress("compiling what serves prompts")
+        exercise(runner, planner, max_tokens)
     seconds = config.target_step_ms / 1000 if config.target_step_ms is not None else None
     return StepTarget(planner, max_tokens, seconds, recorded.prompt_sizes if recorded is not None else ())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.step import RowResult
 from manyheads.request import EngineReady, EngineStats, MemoryUse
@@ -17,6 +19,7 @@ class Counts:
     def __init__(self, ready: EngineReady) -> None:
         self.ready = ready
         self.steps = self.row_steps = 0
+        self.num_compiled = 0
         self.prompt_tokens = self.generation_tokens = 0
         self._drafted = self._accepted = 0
         self._drafted_by_depth = [0] * ready.draft_depth
@@ -34,6 +37,11 @@ class Counts:
         for depth in range(row.drafted_depth):
             self._drafted_by_depth[depth] += 1
             self._accepted_by_depth[depth] += depth < gained
+
+    def compiled(self, what: str) -> None:
+        """Count what was compiled or captured while requests waited for it, and say so."""
+        self.num_compiled += 1
+        print(f"engine: compiled or captured while serving: {what}", file=sys.stderr, flush=True)
 
     def stats(self, scheduler: Scheduler, memory: MemoryUse) -> EngineStats:
         """A snapshot, with what the scheduler has now."""
@@ -56,5 +64,6 @@ class Counts:
             drafted_by_depth=list(self._drafted_by_depth),
             accepted_by_depth=list(self._accepted_by_depth),
             tree_size=self._tree_size,
+            num_compiled=self.num_compiled,
             memory=memory,
         )

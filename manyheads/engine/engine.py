@@ -45,6 +45,9 @@ class StepRunner(Protocol):
     def listen(self, beat: Callable[[], None]) -> None:
         """Call this now and then in the middle of a step that the host computes itself."""
 
+    def watch(self, tell: Callable[[str], None]) -> None:
+        """Call this for whatever is compiled or captured from now on."""
+
 
 @dataclass(frozen=True)
 class _Launched:
@@ -89,6 +92,7 @@ class Engine:
         self._memory = memory
         self._counts = Counts(ready)
         self._announce: Callable[[list[str]], None] = lambda admitted: None
+        runner.watch(self._counts.compiled)
 
     def listen(self, admitted: Callable[[list[str]], None], beat: Callable[[], None]) -> None:
         """Call `admitted` with the ids of requests before their first step, and `beat` now and then in a long step."""

@@ -36,6 +36,8 @@ class Recorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.tell: Callable[[str], None] = lambda what: None
+        """Called for each graph."""
         self.memory_bytes = 0
         """What the graphs have taken of the device, with what their steps compute in."""
 
@@ -59,6 +61,7 @@ class Recorder:
     def record(self, function: Callable[[], T]) -> Recorded[T]:
         """A graph that does again what the function does. The function ran before: kernels are compiled and libraries
         set up, which a capture cannot hold."""
+        self.tell("graph")
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()  # to collect another engine's graphs is not permitted while this one is recorded

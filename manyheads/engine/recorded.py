@@ -146,25 +146,22 @@ class RecordedSteps:
         return step.trees, step.finish.replay()
 
     def forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Tensor, Tensor] | None:
-        """[T, hidden] of the chunks' tokens (and of what pads them), and of the trees'; None for more than passes are
-        recorded for."""
+        """[T, hidden] of the chunks' tokens (and of what pads them), and of the trees'; None where no pass was recorded
+        for so many."""
         num_tokens, num_trees = sum(chunk.num_inflight for chunk in chunks), 0
         num_rows = 0
         if trees is not None:
             num_trees, num_rows = trees.inflight.tokens.shape[0], trees.inflight.index.shape[0]
-        sizes = [_fitting(CHUNKS, num_tokens, len(chunks)), _fitting(TREES, num_trees, num_rows)]
-        if None in sizes:
+        fitting: Any = (_fitting(CHUNKS, num_tokens, len(chunks)), _fitting(TREES, num_trees, num_rows))
+        found = self._passes.get(fitting)
+        if found is None:
             return None
-        key: Any = tuple(sizes)
-        if key not in self._passes:
-            self._make_passes([key])
-        found = self._passes[key]
         if found.chunks is not None and found.numbers is not None:
             self._put_chunks(found.numbers, found.chunks, chunks)
         if found.trees is not None and trees is not None:
             self._put_trees(found.trees.inflight, trees.inflight)
         hidden = found.recorded.replay()
-        start = key[0][0]
+        start = fitting[0][0]
         return hidden[:start], hidden[start : start + num_trees]
 
     def _put_chunks(self, numbers: Tensor, rows: ChunkRows, chunks: list[Chunk]) -> None:
@@ -271,12 +268,10 @@ class RecordedSteps:
 
 
 def pass_keys(num_rows: int, max_tokens: int) -> list[_PassKey]:
-    """The passes that so many rows may need where a step computes so many tokens of prompts, half beside trees."""
-    chunks = _up_to(CHUNKS, max_tokens)
-    beside = _up_to(CHUNKS, max_tokens // 2)
+    """The passes that so many rows may need where a step computes at most so many tokens of prompts."""
     most = min((rows for _, rows in TREES if rows >= num_rows), default=num_rows)
     trees = [size for size in TREES if size[1] <= most]
-    return [(size, other) for size in chunks for other in trees if size in beside or other == (0, 0)][1:]
+    return [(size, other) for size in _up_to(CHUNKS, max_tokens) for other in trees][1:]
 
 
 def _up_to(sizes: tuple[tuple[int, int], ...], count: int) -> list[tuple[int, int]]:

@@ -88,6 +88,12 @@ class Runner:
         """Call this at each layer of a pass that the host launches itself."""
         self.model.beat = beat
 
+    def watch(self, tell: Callable[[str], None]) -> None:
+        """Call this for every kernel that is compiled and every graph that is captured from now on."""
+        self.model.ops.watch(tell)
+        if self.recorded is not None:
+            self.recorded.recorder.tell = tell
+
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step, after those launched before."""
         if self.threads is None:

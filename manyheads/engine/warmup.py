@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from manyheads.batch import MAX_NODES
+from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
 from manyheads.engine.page_manager import DUMMY_PAGE, PageTable
 from manyheads.engine.recorded import TREE_ROWS, padded_rows
@@ -31,6 +31,14 @@ MIN_TURNS, MAX_TURNS, TURN_SECONDS = 4, 24, 0.25
 longer than MAX_SECONDS, two will do."""
 PROMPTS = (4, 16, 64, 128, 256, 512, 1024)
 """Tokens of prompts that are measured: beside many of them, a node is not free any more."""
+GREEDY = SamplingParams(temperature=0.0)
+SAMPLINGS = (
+    GREEDY,
+    SamplingParams(temperature=1.0, top_p=0.9, top_k=40, min_p=0.01, presence_penalty=0.1, repetition_penalty=1.1),
+    SamplingParams(temperature=1.0, acceptance="typical", logprobs=2),
+    SamplingParams(temperature=0.0, logprobs=2),
+)
+"""What the sampler does for rows, one way or another."""
 SAME, SAME_TURNS, MAX_SECONDS = 1.1, 3, 3.0
 """A shortest time is believed when so many steps took at most so many times as long; other work on the machine can make
 a few steps last many times too long. After so many seconds of measuring, times are believed all the same, as first
@@ -70,9 +78,45 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
         costs.trees[num_rows], costs.passes[num_rows] = _apart(drafts, seconds, num_rows)
     progress("measuring prompts")
     costs.prompts = _time_prompts(runner)
+    _clear(state)
+    planner.measured(costs, padded, padded_prompts)
+
+
+def exercise(runner: Runner, planner: Planner, max_tokens: int) -> None:
+    """Run a step of every kind that no recording serves as a whole, so that nothing is compiled while requests wait.
+
+    Those are steps with prompts, of any number of rows and any draft, and steps whose rows want what only the
+    sampler in one pass does.
+
+    Args:
+        max_tokens: of prompts in a step.
+    """
+    state = runner.state
+    context = min(CONTEXT, state.max_len // 2)
+    length = min(state.max_len - 1, max_tokens)
+    counts = [n for n in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256) if n < state.num_rows]
+    for count in counts:
+        for params in SAMPLINGS if count == min(2, counts[-1]) else SAMPLINGS[:1]:
+            requests = [_dummy(i, context, state.page_size, params) for i in range(count)]
+            prompt = _dummy(count, length, state.page_size, params)
+            prompt.cached_len = 0
+            admit(state, runner.drafter, [*requests, prompt])
+            sync_pages(state, [*requests, prompt])
+            drafts = [NO_DRAFT, *planner.drafts(count)] if count else [planner.best(1)]
+            # prompts of any length go through a pass of their own, or one with few tokens of trees
+            chunks = [Chunk(prompt, n, is_last=True) for n in (*PROMPTS, length) if n <= length]
+            plans = [StepPlan(chunks=[chunks[0]], decoding=requests, draft=draft) for draft in drafts]
+            plans += [StepPlan(chunks=[chunk], decoding=requests, draft=drafts[-1]) for chunk in chunks[1:]]
+            plans += [StepPlan(chunks=[], decoding=requests, draft=draft) for draft in drafts if params.logprobs]
+            for plan in plans:
+                state.cached_len[:count], state.cached_len[count] = context, 0
+                runner.launch(plan).read()
+    _clear(state)
+
+
+def _clear(state: RowState) -> None:
     state.cached_len.zero_()
     state.page_table.zero_()
-    planner.measured(costs, padded, padded_prompts)
 
 
 def _time_prompts(runner: Runner) -> dict[int, float]:
@@ -153,11 +197,11 @@ def _enough(kinds: list[list[float]], elapsed: float, patience: float) -> bool:
     return elapsed > patience or all(times[-1] <= SAME * times[0] for times in shortest)
 
 
-def _dummy(row: int, context: int, page_size: int) -> Request:
+def _dummy(row: int, context: int, page_size: int, params: SamplingParams = GREEDY) -> Request:
     pages = [DUMMY_PAGE] * (-(-(context + MAX_NODES) // page_size))
     return Request(
         request_id=f"warm-up {row}",
-        params=SamplingParams(temperature=0.0),
+        params=params,
         tokens=[0] * (context + 1),
         prompt_len=context,
         max_len=context + 65,

@@ -7,6 +7,7 @@ standard input. Standard input stays open as long as the parent lives: when it c
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pkgutil
 import shutil
@@ -141,6 +142,8 @@ def main() -> None:
 
         engine = pkgutil.resolve_name(launch.build)(launch.config, progress)
         loop = Loop(engine, inbox, outbox)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no step waits while it is looked at again
         loop.send(engine.ready)
         loop.send(StepOutputs(stats=engine.stats()))
         serving = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -73,6 +74,9 @@ class Ops(Protocol):
     """What the libraries behind the operations take of the device for themselves."""
     gathers_pages: bool
     """Whether attention copies a layer's pages together and makes masks, which takes memory."""
+
+    def watch(self, tell: Callable[[str], None]) -> None:
+        """Call this with the name of whatever is compiled from now on, which holds up the step that needs it."""
 
     def attention(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> AttentionBackend:
         """Attention over a cache.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,9 @@ class TorchOps:
     records = False
     library_bytes = 0
     gathers_pages = True
+
+    def watch(self, tell: Callable[[str], None]) -> None:
+        """Nothing is compiled."""
 
     def attention(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> TorchAttention:
         return TorchAttention(cache, num_heads, eps, rope)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manyheads.attention.triton import TritonAttention
 from manyheads.batch import Outcome, RowState, Trees
-from manyheads.kernels import compact, fused, settle, topk, trees
+from manyheads.kernels import compact, compiling, fused, settle, topk, trees
 from manyheads.kv_cache import KVCache
 from manyheads.ops import kernel_products
 from manyheads.ops.base import Product
@@ -31,6 +31,7 @@ class TritonOps(TorchOps):
     best = staticmethod(topk.topk)
     expand = staticmethod(trees.expand)
     propose = staticmethod(settle.propose)
+    watch = staticmethod(compiling.watch)
 
     def product(self, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Product:
         if isinstance(weight, CodedWeight):

@@ -119,6 +119,7 @@ class Metrics(Collector):
             ("num_preemptions", "Requests set back for want of pages or for others' shares", s.preemptions),
             ("engine_steps", "Model steps", s.steps),
             ("decoding_row_steps", "Decoding rows, summed over steps", s.row_steps),
+            ("compiled_while_serving", "Kernels compiled and graphs captured after the start", s.num_compiled),
             ("engine_restarts", "Engines that replaced one that died or hung", engine.num_restarts),
             ("requests_resumed", "Requests that went on in another engine", engine.num_resumed),
             ("spec_decode_num_draft_tokens", "Tree nodes verified, roots left out", s.drafted_tokens),

@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from triton import knobs
 
 from manyheads import SamplingParams
 from manyheads.engine.engine import Engine
@@ -19,6 +21,8 @@ from manyheads.engine.graphs import Recorded, Recorder
 from manyheads.engine.recorded import ROWS, TREE_ROWS, RecordedSteps, padded_rows
 from manyheads.engine.runner import Runner
 from manyheads.engine.step_run import StepRun
+from manyheads.engine.warmup import exercise
+from manyheads.kernels import compiling
 from manyheads.ops.torch import TorchOps
 from manyheads.speculation.draft import Draft
 from manyheads.speculation.planner import Planner
@@ -56,6 +60,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 class StandIn(Recorder):
     def __init__(self) -> None:
         self._device = torch.device("cpu")
+        self.tell = lambda what: None
         self.memory_bytes = 0
 
     def aside(self) -> contextlib.nullcontext[None]:  # type: ignore[override]
@@ -100,6 +105,39 @@ def test_memory_of_graphs_is_what_capturing_took(
     assert recorder.memory_bytes == runner.graph_bytes == 400
 
 
+def test_what_was_run_for_its_kernels_leaves_nothing_behind(folder: Path, reference: LlamaForCausalLM) -> None:
+    """Before an engine is ready, steps of all kinds run over the dummy page; texts are as without."""
+    jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=9)) for prompt in prompts(6)]
+    wanted = run(engine(folder, 4), jobs)
+    served = engine(folder, 4)
+    recorded = record(served)
+    recorded.record_passes(8)
+    runner = served.runner
+    assert isinstance(runner, Runner)
+    exercise(runner, served.planner, 8)
+    assert not runner.state.cached_len.any()
+    assert not runner.state.page_table.any()
+    assert run(served, jobs) == wanted
+
+
+def test_what_is_compiled_or_captured_while_serving_is_counted(
+    folder: Path, reference: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = engine(folder, 1)
+    runner = served.runner
+    assert isinstance(runner, Runner)
+    recorded = record(served)
+    runner.watch(served._counts.compiled)
+    recorded.recorder.tell("graph")
+    compiling.watch(served._counts.compiled)
+    try:
+        knobs.runtime.jit_post_compile_hook(fn=SimpleNamespace(name="some_kernel"), compile={}, already_compiled=False)  # type: ignore[misc]
+    finally:
+        knobs.runtime.reset()
+    assert served.stats().num_compiled == 2
+    assert "compiled or captured while serving: kernel some_kernel" in capsys.readouterr().err
+
+
 def test_drafts_of_other_depths_are_other_steps(folder: Path, reference: LlamaForCausalLM) -> None:
     """Where a drafter runs passes for each depth, so many of them are in the recording."""
     recorded = record(engine(folder, 1))
@@ -129,6 +167,7 @@ def test_text_is_that_of_steps_without_graphs(folder: Path, reference: LlamaForC
     wanted = run(engine(folder, tree_size, num_blocks=24), jobs, rate=0.4)
     served = engine(folder, tree_size, num_blocks=24)
     recorded = record(served)
+    recorded.record_passes(8)
     assert run(served, jobs, rate=0.4) == wanted
     assert len(recorded._steps) > 2
     assert len(recorded._passes) > 1

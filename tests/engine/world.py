@@ -80,6 +80,9 @@ class FakeRunner:
     def listen(self, beat: Callable[[], None]) -> None:
         pass
 
+    def watch(self, tell: Callable[[str], None]) -> None:
+        pass
+
     def launch(self, plan: StepPlan) -> FakeStep:
         assert len(self.unread) <= self.overlaps, "the host is too far ahead"
         step = FakeStep(self, self.compute(plan))
