@@ -38,7 +38,7 @@ class Arrivals(ArrivalUser):
     """The users of an open loop, as Locust wants them: a class that is not abstract."""
 
 
-USERS = {"users": Users, "rate": Arrivals, "trace": Arrivals}
+USERS = {"users": Users, "rate": Arrivals, "trace": Arrivals, "mix": Arrivals}
 
 
 class Stages(locust.LoadTestShape):

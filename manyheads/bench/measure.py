@@ -14,6 +14,7 @@ from typing import Any
 from manyheads.bench import calibrate, counters, stats
 from manyheads.bench.drive import Outcome, drive, write_questions
 from manyheads.bench.machine import machine
+from manyheads.bench.mix import Mix, Requests, next_rate, save_trace
 from manyheads.bench.plan import BenchError, BenchInputError, Kind, Question, Run, Stage
 from manyheads.bench.progress import Progress
 from manyheads.bench.prompts import Workload, prepare
@@ -25,7 +26,7 @@ from manyheads.bench.watch import Watch
 CALIBRATION = 3.0
 """It takes so many seconds to measure the generator's own limit."""
 MOST_RATES = 10
-"""An automatic sweep has at most so many rates."""
+"""An automatic sweep has at most so many rates, and that of a mix as many more to narrow it down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,10 @@ class Options:
     ramp: float | None = None
     """In a closed loop, one more user comes after so many seconds, until there are max(loads), who stay for `hold`."""
     work: Workload
+    mix: Mix | None = None
+    """What the requests are drawn from, in the test of a mix."""
+    traces: Path | None = None
+    """The folder that gets a trace of each load of a mix."""
     objectives: dict[str, float]
     """The most seconds that `ttft` and `tpot` should take."""
     url: str | None = None
@@ -80,6 +85,7 @@ class _Bench:
     """The machine as it was before the test."""
     outcomes: list[Outcome] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
+    mix: Requests | None = None
     interrupted: str | None = None
 
     def run(self, stages: list[Stage], number: int) -> Run:
@@ -103,6 +109,11 @@ class _Bench:
 
     def hold(self, stages: list[Stage]) -> None:
         """Run these stages, and take their figures as far as they come."""
+        if self.mix is not None:
+            self.questions = self.mix.draw(stages[0].load, stages[0].settle + stages[0].seconds)
+            if self.options.traces is not None:
+                save_trace(self.questions, self.options.traces / f"trace-{stages[0].load:g}.jsonl")
+            write_questions(self.questions, self.folder / "questions.jsonl")
         run = self.run(stages, len(self.outcomes))
         self.progress.begin(run)
         outcome = drive(run, self.folder, self.options.api_key, self.progress.event)
@@ -162,12 +173,18 @@ class _Bench:
         return calibrate.limit(outcome, chunks)
 
     def all_rates(self) -> None:
-        """Hold rate after rate, each to its end, until the server does not keep up."""
+        """Hold rate after rate, each to its end, until the server does not keep up; of a mix, all that were given."""
         options = self.options
         for load in options.loads or [2.0**i for i in range(MOST_RATES)]:
             self.hold([self.open_stage(load)])
-            if self.full:
+            if self.interrupted or (self.full and not (options.mix and options.loads)):
                 break
+        if options.mix is not None:
+            for _ in range(0 if options.loads else MOST_RATES):
+                if self.interrupted or (rate := next_rate(self.levels, options.mix.attain)) is None:
+                    break
+                self.hold([self.open_stage(rate)])
+            return
         fine = [level.load for level in self.levels if not level.overloaded]
         if fine and not options.loads and not self.interrupted and self.levels[-1].overloaded:
             # a closer look between the last that went well and the first that did not
@@ -191,7 +208,8 @@ def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manyheads-bench-")))
         where = machine()
         target = stack.enter_context(_server(options, progress))
-        questions, notes = prepare(options.work, target, options.api_key)
+        mix = Requests(options.mix, options.work, target, options.api_key) if options.mix is not None else None
+        questions, notes = (mix.draw(1.0, 60.0), mix.notes) if mix else prepare(options.work, target, options.api_key)
         if options.kind == "trace" and any(q.at is None for q in questions):
             raise BenchInputError("a trace needs `at`, seconds from its start, on each line")
         write_questions(questions, folder / "questions.jsonl")
@@ -199,7 +217,7 @@ def measure(options: Options, progress: Progress) -> tuple[Result, list[Record]]
             progress.say(f"waiting for {options.workers} workers: manyheads bench --join {options.bind}")
         stack.enter_context(progress)
         watch = Watch(target.url, target.pid, options.api_key)
-        bench = _Bench(options, target, questions, folder, watch, progress, where)
+        bench = _Bench(options, target, questions, folder, watch, progress, where, mix=mix)
         limit = bench.limit()
         with watch:
             if options.kind == "users":
@@ -241,7 +259,7 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
         if said is not None and record.detail and record.detail not in said and len(said) < 3:
             said.append(record.detail)
     for level in bench.levels:
-        level.generator.bound = level.generator.bound or _near_limit(level, limit)
+        level.generator.bound = level.generator.bound or stats.near_limit(level, limit)
     return Result(
         name=options.name or _name(target),
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -257,6 +275,7 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
         },
         machine=bench.machine,
         objectives=options.objectives,
+        attain=options.mix.attain if options.mix is not None else None,
         levels=sorted(bench.levels, key=lambda level: level.load),
         whole=whole,
         memory=[
@@ -269,15 +288,6 @@ def _result(bench: _Bench, limit: dict[str, float], notes: list[str]) -> Result:
         notes=notes,
         interrupted=bench.interrupted,
     )
-
-
-def _near_limit(level: Level, limit: dict[str, float]) -> list[str]:
-    """Say whether a load came close to what the generator can do at all; empty if not."""
-    most = limit.get("chunks_per_s")
-    came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
-    if not most or came < stats.NEAR_LIMIT * most:
-        return []
-    return [f"{came:.0f} chunks/s are close to the {most:.0f} that the generator can read"]
 
 
 def _name(target: Target) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-Kind = Literal["users", "rate", "trace"]
+Kind = Literal["users", "rate", "trace", "mix"]
 GRACE = 5.0
 """All processes of an interrupted run have so many seconds to stop."""
 
@@ -35,7 +35,7 @@ class Question(msgspec.Struct, frozen=True):
 
     body: dict[str, Any]
     at: float | None = None
-    """The seconds from the start of a trace at which it is sent."""
+    """The seconds from the start of a trace, or of a load of a mix, at which it is sent."""
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -127,3 +127,19 @@ def split_address(text: str) -> tuple[str, int]:
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise BenchInputError(f"{text!r} is no address; it looks like 10.0.0.1:5557")
     return host, int(port)
+
+
+def parse_loads(text: str, kind: str, most: float) -> tuple[float, ...]:
+    """Return the numbers of a text, which has commas between them, in rising order.
+
+    Raises:
+        BenchInputError: the text has something else.
+    """
+    try:
+        loads = sorted({float(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        raise BenchInputError(f"{text!r} are no numbers; loads look like 1,2,4") from None
+    wrong = [load for load in loads if not 0 < load <= most or (kind == "users" and load != int(load))]
+    if wrong or (text.strip() and not loads):
+        raise BenchInputError(f"loads must be {'whole numbers ' if kind == 'users' else ''}above 0, not {text!r}")
+    return tuple(loads)

@@ -11,7 +11,12 @@ from rich.progress import Progress as Bar
 
 from manyheads.bench.plan import Event, Run
 
-LOADS = {"users": "users: {:g}", "rate": "requests/s: {:g}", "trace": "times the trace's speed: {:g}"}
+LOADS = {
+    "users": "users: {:g}",
+    "rate": "requests/s: {:g}",
+    "trace": "times the trace's speed: {:g}",
+    "mix": "requests/s: {:g}",
+}
 
 
 class Progress:

@@ -65,6 +65,8 @@ OPENINGS = (
 )
 COUNT = 128
 """There are so many different prompts of a fixed length, which are used in turn."""
+TOKENS_PER_WORD = 1.3
+"""An English word has about so many tokens."""
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -165,7 +167,7 @@ def fixed_length(work: Workload, target: Target, api_key: str | None) -> tuple[l
             return [_cut(chance, work.prompt_tokens, target, api_key) for _ in range(COUNT)], []
         except (OSError, ValueError, LookupError, TypeError):
             pass  # not a server with /tokenize in our and vLLM's shape
-    words = max(1, round(work.prompt_tokens / 1.3))
+    words = max(1, round(work.prompt_tokens / TOKENS_PER_WORD))
     note = (
         f"asked for {work.prompt_tokens} prompt tokens: without /tokenize{' for chats' if work.chat else ''}, prompts "
         f"have {words} words; the server's own count is in the tables"
@@ -193,5 +195,10 @@ def _text(chance: random.Random, words: int) -> str:
     """Return sentences with at least so many words in all."""
     text = ""
     while len(text.split()) < words or not text:
-        text += (" " if text else "") + chance.choice(OPENINGS).format(chance.choice(SUBJECTS))
+        text += (" " if text else "") + sentences(chance, 1)
     return text
+
+
+def sentences(chance: random.Random, count: int) -> str:
+    """Return so many random sentences."""
+    return " ".join(chance.choice(OPENINGS).format(chance.choice(SUBJECTS)) for _ in range(count))

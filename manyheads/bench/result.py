@@ -11,7 +11,7 @@ from manyheads.bench.plan import BenchInputError, Kind
 
 FORMAT = 1
 FILE = "report.json"
-UNITS = {"users": "users", "rate": "requests/s", "trace": "times the trace's speed"}
+UNITS = {"users": "users", "rate": "requests/s", "trace": "times the trace's speed", "mix": "requests/s"}
 """These are the units of loads, by the kind of test."""
 
 
@@ -79,6 +79,11 @@ class Level(msgspec.Struct):
     """Whether it was not held as long as it should have been."""
     generator: Generator = msgspec.field(default_factory=Generator)
 
+    @property
+    def attained(self) -> float:
+        """The share of the requests sent that were within both objectives; who was refused or not answered was not."""
+        return self.good / max(1, self.sent)
+
 
 class Memory(msgspec.Struct):
     """This is the memory in bytes at a time, which is in seconds from the start of the first load."""
@@ -115,6 +120,8 @@ class Result(msgspec.Struct):
     """The most seconds that `ttft` and `tpot` should take."""
     levels: list[Level]
     whole: Level
+    attain: float | None = None
+    """The share of the requests sent that must be within both for a rate of a mix to hold; None for other tests."""
     memory: list[Memory] = []
     timeline: list[Point] = []
     limit: dict[str, float] = {}
@@ -131,6 +138,16 @@ class Result(msgspec.Struct):
     def unit(self) -> str:
         """The unit of a level's load."""
         return UNITS[self.kind]
+
+    @property
+    def highest(self) -> Level | None:
+        """The load with the highest rate that holds; None if none does, or it is not the test of a mix."""
+        return max((v for v in self.levels if holds(v, self.attain)), key=lambda v: v.load, default=None)
+
+
+def holds(level: Level, attain: float | None) -> bool:
+    """Tell whether a load was held to its end and enough of its requests were within both objectives."""
+    return attain is not None and level.attained >= attain and not level.interrupted
 
 
 def save(result: Result, path: Path) -> None:

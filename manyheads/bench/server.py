@@ -31,6 +31,8 @@ class Target:
     owner: str = ""
     """The owner of the model by the server's word, which tells manyheads, vLLM, … apart."""
     heads: int | None = None
+    context: int | None = None
+    """The most tokens of a request, prompt and answer, if the server tells."""
     options: tuple[str, ...] = ()
     started_here: bool = False
 
@@ -108,6 +110,7 @@ def identify(url: str, model: str | None, api_key: str | None) -> Target:
         models = get(f"{url}/v1/models", api_key=api_key)["data"]
         entry = next((m for m in models if m["id"] == model), models[0])
         name, owner, heads = str(entry["id"]), str(entry.get("owned_by", "")), entry.get("num_medusa_heads")
+        context = int(entry.get("max_model_len") or 0) or None
     except urllib.error.HTTPError as error:
         raise BenchError(
             f"{url}/v1/models answers {error.code} {error.reason}; is --url right, and the key?"
@@ -119,4 +122,4 @@ def identify(url: str, model: str | None, api_key: str | None) -> Target:
         ) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BenchError(f"{url} answers, but not as OpenAI's interface does; is --url right?") from error
-    return Target(url, model or name, owner=owner, heads=heads)
+    return Target(url, model or name, owner=owner, heads=heads, context=context)

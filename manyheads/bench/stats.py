@@ -132,6 +132,15 @@ def generator_use(uses: Sequence[Use], records: Sequence[Record], window: tuple[
     return Generator(cpu_share, lag, late, bound)
 
 
+def near_limit(level: Level, limit: dict[str, float]) -> list[str]:
+    """Say whether a load came close to what the generator can do at all; empty if not."""
+    most = limit.get("chunks_per_s")
+    came = level.output_tokens_per_s / (level.tokens_per_chunk or 1.0)
+    if not most or came < NEAR_LIMIT * most:
+        return []
+    return [f"{came:.0f} chunks/s are close to the {most:.0f} that the generator can read"]
+
+
 def make_timeline(records: Sequence[Record], start: float, end: float) -> list[Point]:
     """Cut the run into at most POINTS slices of at least a second, and return their figures."""
     if end <= start:

@@ -29,9 +29,12 @@ class Traffic:
         self.run = run
         self.environment = environment
         self.part, self.parts = share
-        if run.kind == "trace":
-            questions = sorted(questions, key=lambda q: q.at or 0.0)
-        self.questions = questions[self.part :: self.parts] or questions
+        self.timed = run.kind in ("trace", "mix")
+        """Whether each question is sent once, at its own time."""
+        if self.timed:
+            self.questions = sorted(questions, key=lambda q: q.at or 0.0)[self.part :: self.parts]
+        else:
+            self.questions = questions[self.part :: self.parts] or questions
         self.bodies = [msgspec.json.encode(q.body) for q in self.questions]
         self._turn = itertools.cycle(self.bodies)
         self.client = Client(
@@ -58,9 +61,10 @@ class Traffic:
         """Yield this process's part of an open-loop run: seconds from the start, and the request that is due then."""
         stage = self.run.stages[0]
         length = stage.settle + stage.seconds
-        if self.run.kind == "trace":
+        if self.timed:
+            speed = stage.load if self.run.kind == "trace" else 1.0
             for question, body in zip(self.questions, self.bodies, strict=True):
-                yield (question.at or 0.0) / stage.load, body
+                yield (question.at or 0.0) / speed, body
             return
         # parts of a Poisson process are Poisson processes
         chance = random.Random(f"{self.run.seed} {stage.load} {self.part}")

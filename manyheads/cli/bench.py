@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyheads.bench.plan import BenchInputError, split_address
+from manyheads.bench.plan import BenchInputError, parse_loads, split_address
 from manyheads.cli.parser import Parser
 from manyheads.config import ConfigError
 from manyheads.interrupt import ended_as_by_interrupt
@@ -26,9 +26,18 @@ if TYPE_CHECKING:
 MODES = {
     "users": "so many users at once, each asking one question after another (closed loop)",
     "rate": "so many requests a second at random times, answered or not (open loop)",
+    "mix": "requests of many lengths at random times, up to the highest rate that is answered within limits",
     "trace": "the requests of --prompts at the times that they tell",
     "first": "the test of the first version: 5 users, one more every 10 s, 150 s, 7 tokens in, 100 out",
 }
+USUAL: dict[str, Any] = {"users": "1,2,4,8", "rates": "", "speeds": "1", "hold": 20.0, "settle": 3.0}
+USUAL |= {"prompt_tokens": "128", "output_tokens": "100", "ttft_ms": 1000.0, "tpot_ms": 100.0}
+PROMPTS, ANSWERS = "lognormal:250,0.9,16,1400", "lognormal:150,0.8,8,600"
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "first": {"users": "5", "hold": 110.0, "ramp": 10.0, "prompt_tokens": "7"},
+    "mix": {"prompt_tokens": PROMPTS, "output_tokens": ANSWERS, "ttft_ms": 500.0, "tpot_ms": 20.0},
+}
+"""These are the defaults of modes that have others than the usual ones."""
 MOST_USERS = 10_000
 
 
@@ -51,9 +60,8 @@ def add_commands(program: Parser) -> None:
     load = parser.add_argument_group("load")
     load.add_argument("--users", help="numbers of users, such as 1,2,4,8 (default)")
     load.add_argument("--ramp", type=float, metavar="SECONDS", help="users: one more after so long, up to --users")
-    load.add_argument(
-        "--rates", help="requests a second, such as 1,2,4 (default: doubled until the server is overloaded)"
-    )
+    text = "doubled until the server is overloaded; mix: then narrowed down to the highest rate that holds"
+    load.add_argument("--rates", help=f"requests a second, such as 1,2,4 (default: {text})")
     load.add_argument("--speeds", help="speeds of the trace, such as 1,2 (default: 1)")
     load.add_argument("--hold", type=float, help="seconds to measure each load (default: 20)")
     load.add_argument("--settle", type=float, help="seconds before that do not count (default: 3)")
@@ -73,10 +81,33 @@ def add_commands(program: Parser) -> None:
     load.add_argument(
         "--no-limit", dest="limit", action="store_false", help="do not measure the generator itself first"
     )
+    _add_requests(parser)
+    report = parser.add_argument_group("report")
+    text = "goodput: first token within (default: 1000; mix: 500)"
+    report.add_argument("--ttft-ms", type=float, help=text)
+    report.add_argument("--tpot-ms", type=float, help="goodput: time per output token (default: 100; mix: 20)")
+    text = "mix: a rate holds if this share of the requests sent is within both (default: 0.95)"
+    report.add_argument("--attain", type=float, metavar="SHARE", help=text)
+    text = "mix: write a trace of each rate beside the report"
+    report.add_argument("--save-traces", action="store_true", default=None, help=text)
+    report.add_argument("--name", help="of the run, in reports (default: the server's and the model's)")
+    report.add_argument("--output", "-o", metavar="FOLDER", help="where the report goes (default: bench-DATE)")
+    report.add_argument("--compare", nargs="+", metavar="FOLDER", help="lay reports side by side; nothing is measured")
+    report.add_argument("--ui", action="store_true", help="open Locust's web page for --url; nothing else is done")
+
+
+def _add_requests(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("requests")
-    work.add_argument("--prompt-tokens", type=int, help="tokens in each prompt (default: 128)")
-    work.add_argument("--prompts", metavar="FILE", help="JSON lines with `prompt` or `messages`, `max_tokens`, `at`")
-    work.add_argument("--output-tokens", type=int, default=100, help="tokens in each answer (default: 100)")
+    usual = "(default: {}; mix: lognormal:MEDIAN,SIGMA,LEAST,MOST, {})"
+    text = "tokens in each prompt " + usual.format(128, PROMPTS)
+    work.add_argument("--prompt-tokens", metavar="N", help=text)
+    text = "JSON lines with `prompt` or `messages`, `max_tokens`, `at`; mix: text, or JSON lines, to cut prompts from"
+    work.add_argument("--prompts", metavar="FILE", help=text)
+    text = "tokens in each answer " + usual.format(100, ANSWERS)
+    work.add_argument("--output-tokens", metavar="N", help=text)
+    text = "mix: each prompt begins with so many tokens more, of a shared text (default: 0)"
+    work.add_argument("--system-tokens", type=int, metavar="N", help=text)
+    work.add_argument("--system-prompts", type=int, metavar="K", help="mix: so many shared texts (default: 1)")
     work.add_argument(
         "--natural", action="store_true", help="let the model end its answers; --output-tokens is the most"
     )
@@ -84,13 +115,6 @@ def add_commands(program: Parser) -> None:
     work.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     work.add_argument("--body", default="{}", metavar="JSON", help="more fields of every request")
     work.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default: 0)")
-    report = parser.add_argument_group("report")
-    report.add_argument("--ttft-ms", type=float, default=1000.0, help="goodput: first token within (default: 1000)")
-    report.add_argument("--tpot-ms", type=float, default=100.0, help="goodput: time per output token (default: 100)")
-    report.add_argument("--name", help="of the run, in reports (default: the server's and the model's)")
-    report.add_argument("--output", "-o", metavar="FOLDER", help="where the report goes (default: bench-DATE)")
-    report.add_argument("--compare", nargs="+", metavar="FOLDER", help="lay reports side by side; nothing is measured")
-    report.add_argument("--ui", action="store_true", help="open Locust's web page for --url; nothing else is done")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     from manyheads.bench.report import write
 
     with ended_as_by_interrupt():
-        result, records = measure(bench_options(args), Progress())
+        result, records = measure(bench_options(args, folder), Progress())
         page = write(result, records, folder)
     for text in findings(result):
         print(text)
@@ -124,40 +148,51 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result.whole.completed else 1
 
 
-def bench_options(args: argparse.Namespace) -> Options:
+def bench_options(args: argparse.Namespace, folder: Path | None = None) -> Options:
     """Make what is to be measured from the options.
+
+    Args:
+        folder: the report's, where traces go, too.
 
     Raises:
         BenchInputError: they make no sense.
     """
     from manyheads.bench.measure import Options
+    from manyheads.bench.mix import Lengths, Mix
     from manyheads.bench.prompts import Workload
 
     mode = args.mode or "users"
     _check(args, mode)
-    first = mode == "first"
-    kind: Any = "users" if first else mode
-    usual = {"users": "1,2,4,8", "first": "5", "rate": "", "trace": "1"}[mode]
-    given = {"users": args.users, "first": args.users, "rate": args.rates, "trace": args.speeds}[mode]
-    loads = parse_loads(usual if given is None else given, kind, float(MOST_USERS) if kind == "users" else 1e6)
-    if args.workers and kind == "users" and min(loads) < args.workers and args.ramp is None and not first:
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**vars(args) | USUAL | DEFAULTS.get(mode, {}) | given)
+    prompts = Lengths.parse(args.prompt_tokens, "--prompt-tokens")
+    answers = Lengths.parse(args.output_tokens, "--output-tokens")
+    mix = Mix(prompts, answers, args.system_tokens or 0, args.system_prompts or 1, args.attain or 0.95)
+    if mode != "mix" and not (prompts.fixed and answers.fixed):
+        raise BenchInputError(f"lengths that vary are for `manyheads bench mix`, not for {mode}")
+    kind: Any = "users" if mode == "first" else mode
+    asked = {"rate": args.rates, "mix": args.rates, "trace": args.speeds}.get(mode, args.users)
+    loads = parse_loads(asked, kind, float(MOST_USERS) if kind == "users" else 1e6)
+    if args.workers and kind == "users" and min(loads) < args.workers and args.ramp is None:
         raise BenchInputError(f"--workers {args.workers} are more than the {min(loads):g} users of a load")
     options = Options(
         kind=kind,
         loads=loads,
-        hold=args.hold or (110.0 if first else 20.0),
-        settle=args.settle if args.settle is not None else 3.0,
-        ramp=10.0 if first else args.ramp,
+        hold=args.hold,
+        settle=args.settle,
+        ramp=args.ramp,
         work=Workload(
-            prompt_tokens=args.prompt_tokens or (7 if first else 128),
+            prompt_tokens=prompts.median,
             file=Path(args.prompts) if args.prompts else None,
-            output_tokens=args.output_tokens,
+            output_tokens=answers.median,
             natural=args.natural,
             chat=args.chat,
             temperature=args.temperature,
             extra=_body(args.body),
             seed=args.seed,
         ),
+        mix=mix if mode == "mix" else None,
+        traces=folder if args.save_traces else None,
         objectives={"ttft": args.ttft_ms / 1e3, "tpot": args.tpot_ms / 1e3},
         url=args.url,
         model=args.model,
@@ -176,10 +211,11 @@ def bench_options(args: argparse.Namespace) -> Options:
 
 def _check(args: argparse.Namespace, mode: str) -> None:
     """Refuse options that the mode does not have, that do not go together, or that are out of range."""
-    homes = {"users": ("users", "first"), "rates": ("rate",), "speeds": ("trace",), "ramp": ("users",)}
+    homes = {"users": ("users", "first"), "rates": ("rate", "mix"), "speeds": ("trace",), "ramp": ("users",)}
+    homes |= dict.fromkeys(("system_tokens", "system_prompts", "attain", "save_traces"), ("mix",))
     for flag, modes in homes.items():
         if getattr(args, flag) is not None and mode not in modes:
-            raise BenchInputError(f"--{flag} is for `manyheads bench {modes[0]}`, not for {mode}")
+            raise BenchInputError(f"--{flag.replace('_', '-')} is for `manyheads bench {modes[0]}`, not for {mode}")
     if mode == "trace" and not args.prompts:
         raise BenchInputError("a trace needs --prompts FILE, with `at` on each line")
     if args.bind and not (args.workers and args.url):
@@ -189,28 +225,14 @@ def _check(args: argparse.Namespace, mode: str) -> None:
     if args.url and args.serve:
         raise BenchInputError("--serve is for servers that are started here, not for --url")
     ranges = {"hold": (0, 1e6), "settle": (-1, 1e6), "drain": (0, 1e6), "timeout": (0, 1e6), "ramp": (0, 1e6)}
-    ranges |= {"prompt_tokens": (0, 1e7), "output_tokens": (0, 1e7), "ttft_ms": (0, 1e9), "tpot_ms": (0, 1e9)}
-    ranges |= {"workers": (-1, 256)}
+    ranges |= {"system_tokens": (-1, 1e7), "system_prompts": (0, 1e4), "ttft_ms": (0, 1e9), "tpot_ms": (0, 1e9)}
+    ranges |= {"workers": (-1, 256), "attain": (0, 1)}
     for option, (low, high) in ranges.items():
         value = getattr(args, option)
         if value is not None and not low < value <= high:
-            raise BenchInputError(f"--{option.replace('_', '-')} must be above {max(low, 0):g}, not {value:g}")
-
-
-def parse_loads(text: str, kind: str, most: float) -> tuple[float, ...]:
-    """Return the numbers of a text, which has commas between them, in rising order.
-
-    Raises:
-        BenchInputError: the text has something else.
-    """
-    try:
-        loads = sorted({float(part) for part in text.split(",") if part.strip()})
-    except ValueError:
-        raise BenchInputError(f"{text!r} are no numbers; loads look like 1,2,4") from None
-    wrong = [load for load in loads if not 0 < load <= most or (kind == "users" and load != int(load))]
-    if wrong or (text.strip() and not loads):
-        raise BenchInputError(f"loads must be {'whole numbers ' if kind == 'users' else ''}above 0, not {text!r}")
-    return tuple(loads)
+            raise BenchInputError(
+                f"--{option.replace('_', '-')} must be above {max(low, 0):g}, at most {high:g}: not {value:g}"
+            )
 
 
 def _body(text: str) -> dict[str, Any]:
@@ -233,8 +255,12 @@ def _settings(options: Options, mode: str, body: str) -> dict[str, Any]:
         settings["settle"] = f"{options.settle:g} s"
     else:
         settings["ramp"] = f"one more user every {options.ramp:g} s"
-    settings |= {"prompts": work.file.name} if work.file else {"prompt_tokens": work.prompt_tokens}
-    settings |= {"output_tokens": work.output_tokens, "endpoint": work.path, "temperature": work.temperature}
+    if options.mix is not None:
+        settings |= options.mix.settings(work.file)
+    else:
+        settings |= {"prompts": work.file.name} if work.file else {"prompt_tokens": work.prompt_tokens}
+        settings |= {"output_tokens": work.output_tokens}
+    settings |= {"endpoint": work.path, "temperature": work.temperature}
     settings |= {"natural": True} if work.natural else {}
     settings |= {"body": body} if work.extra else {}
     return settings | ({"workers": options.workers} if options.workers else {})
@@ -262,8 +288,9 @@ def _ui(args: argparse.Namespace) -> int:
     """Become Locust, with our users."""
     from manyheads.bench import web
 
-    command = [sys.executable, "-m", "locust", "-f", web.__file__, "--prompt-tokens", str(args.prompt_tokens or 128)]
-    command += ["--output-tokens", str(args.output_tokens), *(["--chat"] if args.chat else [])]
+    command = [sys.executable, "-m", "locust", "-f", web.__file__]
+    command += ["--prompt-tokens", args.prompt_tokens or USUAL["prompt_tokens"]]
+    command += ["--output-tokens", args.output_tokens or USUAL["output_tokens"], *(["--chat"] if args.chat else [])]
     command += ["-H", args.url] if args.url else []
     if args.api_key:
         os.environ["MANYHEADS_API_KEY"] = args.api_key
