@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from manyheads.bench import plots
-from manyheads.bench.findings import comparison, number, seconds
+from manyheads.bench.findings import comparison, limits, number, seconds
 from manyheads.bench.plan import BenchInputError
 from manyheads.bench.report import Table, optional, page, quantile, setup
 from manyheads.bench.result import Level, Result, load
@@ -49,11 +49,20 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
     """Write a row for each run and load; times are in seconds."""
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        head = ("run", "load", "requests_per_s", "output_tokens_per_s", "goodput", "failed", "tokens_per_step")
+        head = (
+            "run",
+            "load",
+            "requests_per_s",
+            "output_tokens_per_s",
+            "goodput",
+            "attained",
+            "failed",
+            "tokens_per_step",
+        )
         out.writerow([*head, "ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2e_p50", "e2e_p99"])
         for result in results:
             for v in result.levels:
-                speed = (v.requests_per_s, v.output_tokens_per_s, v.goodput, v.failed, v.tokens_per_step)
+                speed = (v.requests_per_s, v.output_tokens_per_s, v.goodput, v.attained, v.failed, v.tokens_per_step)
                 times = [getattr(s, p, None) for s in (v.ttft, v.tpot, v.e2e) for p in ("p50", "p99")]
                 out.writerow([result.name, v.load, *speed, *times])
 
@@ -81,6 +90,10 @@ def _plots(results: Sequence[Result]) -> list[tuple[str, str, str]]:
             made.append((plot.title, note, plot.svg(**how)))
 
     if len({result.kind for result in results}) == 1:
+        if results[0].attain is not None:
+            goodput = plots.by_load(results, "Goodput", "requests/s", {"": lambda level: level.goodput})
+            add(goodput, limits(results[0]), whole_x=loads)
+            add(plots.attained(results), "a rate holds above the dashed line", whole_x=loads)
         speed = {"": lambda level: level.output_tokens_per_s}
         add(plots.by_load(results, "Throughput by load", "output tokens/s", speed), whole_x=loads)
         for key, short in (("e2e", "latency"), ("ttft", "TTFT"), ("tpot", "TPOT")):
@@ -104,7 +117,24 @@ def _tables(results: Sequence[Result]) -> list[Table]:
         rows += [_row(result, level, here[0][1]) for result, level in here]
     head = ["load", "run", "output tok/s", "×", "latency p50 · p99", "×", "TTFT p50 · p99", "TPOT p50 · p99"]
     head += ["requests/s", "goodput /s", "tok/step", "failed"]
-    return [Table("Load by load", head, rows, "×: times the first run at this load.")]
+    tables = [Table("Load by load", head, rows, "×: times the first run at this load.")]
+    return [_highest(results), *tables] if results[0].attain is not None else tables
+
+
+def _highest(results: Sequence[Result]) -> Table:
+    """Return the highest rate that holds of each run, and what it did at most."""
+    base, rows = results[0].highest, []
+    most = [max(level.output_tokens_per_s for level in result.levels) for result in results]
+    for result, tokens in zip(results, most, strict=True):
+        held = result.highest
+        row = [plots.shorten(result.name, 40), f"{held.load:g}" if held else "none"]
+        row += [optional(held.load / base.load if held and base else None)]
+        row += [f"{max(level.goodput for level in result.levels):.3g}"]
+        rows.append([*row, number(tokens), optional(tokens / most[0] if most[0] else None)])
+    head = ["run", "highest rate that holds, /s", "×", "best goodput /s", "most output tok/s", "×"]
+    return Table(
+        "Highest rates", head, rows, f"×: times the first run. A rate holds by its share of {limits(results[0])}."
+    )
 
 
 def _row(result: Result, level: Level, base: Level) -> list[str]:

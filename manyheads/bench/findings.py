@@ -31,6 +31,8 @@ def number(value: float) -> str:
 def findings(result: Result) -> list[str]:
     """Return what the figures say, a sentence each."""
     said = [_counts(result)]
+    if result.attain is not None:
+        said[:0] = [_highest(result, result.attain), _most(result)]
     if result.interrupted:
         said.insert(0, f"The test was interrupted {result.interrupted}; what was measured until then is here.")
     said += _busy(result) + _generator(result)
@@ -49,6 +51,34 @@ def findings(result: Result) -> list[str]:
             "in their place, so tokens/s and time per output token are off where chunks have several tokens."
         )
     return said
+
+
+def limits(result: Result) -> str:
+    """Return the objectives, in words."""
+    goal = result.objectives
+    return f"first token within {seconds(goal['ttft'])}, {seconds(goal['tpot'])} a token or less"
+
+
+def _highest(result: Result, attain: float) -> str:
+    held = result.highest
+    above = [level for level in result.levels if level.load > (held.load if held else 0)]
+    if held is None:
+        text = f"No rate holds: {100 * attain:g}% of the requests sent must be within both limits ({limits(result)})"
+    else:
+        text = (
+            f"Highest rate that holds: {held.load:g} requests/s. {held.attained:.1%} of the {held.sent} requests sent "
+            f"were within both limits ({limits(result)}); {100 * attain:g}% are needed"
+        )
+    if not above:
+        return f"{text}, and no higher rate was tried."
+    return f"{text}. At {above[0].load:g} requests/s, {above[0].attained:.1%} were."
+
+
+def _most(result: Result) -> str:
+    best = max(result.levels, key=lambda level: level.output_tokens_per_s)
+    full = any(level.overloaded for level in result.levels)
+    how = "the server was saturated" if full else "no rate saturated the server, which could do more"
+    return f"The most output tokens/s were {number(best.output_tokens_per_s)}, at {best.load:g} requests/s: {how}."
 
 
 def _busy(result: Result) -> list[str]:
@@ -131,10 +161,9 @@ def _rates(result: Result, levels: Sequence[Level]) -> list[str]:
     else:
         said.append("The server kept up with none of these loads.")
     best = max(levels, key=lambda level: level.goodput)
-    ttft, tpot = result.objectives["ttft"], result.objectives["tpot"]
     said.append(
-        f"Goodput (first token within {seconds(ttft)}, {seconds(tpot)} a token or less) was best at {best.load:g} "
-        f"{result.unit}: {best.goodput:.3g} requests/s, {best.good} of {best.completed + best.failed} requests."
+        f"Goodput ({limits(result)}) was best at {best.load:g} {result.unit}: {best.goodput:.3g} requests/s, "
+        f"{best.good} of {best.sent} requests sent."
     )
     return said
 
@@ -186,7 +215,13 @@ def comparison(results: Sequence[Result]) -> list[str]:
                     f"times the output tokens/s of {base.name} ({number(b.output_tokens_per_s)} against "
                     f"{number(a.output_tokens_per_s)}) and {b.e2e.p50 / a.e2e.p50:.2f} times its median latency."
                 )
-    asked = ("prompt_tokens", "prompts", "output_tokens", "natural", "endpoint", "temperature")
+    if base.attain is not None:
+        rates = ", ".join(f"{r.name} {r.highest.load:g}" if r.highest else f"{r.name} none" for r in results)
+        said.insert(0, f"The highest rates that hold, in requests/s: {rates}.")
+        if len({(limits(r), r.attain) for r in results}) > 1:
+            said.insert(1, "The runs have other limits from each other: these rates are not to be compared.")
+    asked = ["prompt_tokens", "prompts", "output_tokens", "natural", "endpoint", "temperature"]
+    asked += ["text", "system_tokens", "system_prompts"]
     same = {key: {str(r.settings.get(key)) for r in results} for key in asked}
     differ = [key.replace("_", " ") for key, values in same.items() if len(values) > 1]
     machines = {(r.machine.get("cpu"), tuple(r.machine.get("gpus", ()))) for r in results}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ AREAS = ("#9dbfe0", "#f0b48f", "#a5d3b6", "#cdb2da", "#d5d5d5", "#e3c7c9", "#c9c
 KINDS = {"weights": "weights", "heads": "heads", "kv_cache": "K/V cache", "graphs": "graphs", "rest": "rest"}
 """These are kinds of memory, as servers name them and as readers do, from the bottom to the top of a plot."""
 WIDTH, HEIGHT = 5.2, 3.3
+APART = 0.09
+"""Labels of the x axis are this share of its length apart, or more."""
 Values = Sequence[float | None]
 Lines = Mapping[str, Callable[[Level], float | None]]
 GIB = 2**30
@@ -70,8 +73,9 @@ class Plot:
         with matplotlib.rc_context(STYLE):
             if zero:
                 self.axes.set_ylim(0, self.axes.get_ylim()[1] * 1.05 or 1)
-            if whole_x and len(whole_x) <= 8:
-                self.axes.set_xticks(list(whole_x), [f"{x:g}" for x in whole_x])
+            if whole_x:
+                ticks = self._apart(whole_x)
+                self.axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
                 self.axes.minorticks_off()
             if self._labels:
                 handles, labels = self.axes.get_legend_handles_labels()
@@ -83,6 +87,18 @@ class Plot:
         text = text[text.index("<svg") :]
         label = self.title.replace("&", "and").replace('"', "").replace("<", "")
         return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+    def _apart(self, places: Sequence[float]) -> list[float]:
+        """Return those places on the x axis whose labels would not overlap the one before."""
+        left, right = (self.axes.transAxes.transform((x, 0))[0] for x in (0, 1))
+        kept: list[float] = []
+        last = -math.inf
+        for place in places:
+            x = self.axes.transData.transform((place, 0.0))[0]
+            if x - last >= APART * (right - left):
+                kept.append(place)
+                last = x
+        return kept
 
 
 def by_load(results: Sequence[Result], title: str, y: str, lines: Lines) -> Plot:
@@ -96,6 +112,16 @@ def by_load(results: Sequence[Result], title: str, y: str, lines: Lines) -> Plot
             plot.line([v.load for v in result.levels], [take(v) for v in result.levels], ", ".join(names))
     if len(loads) > 1 and loads[0] > 0 and loads[-1] / loads[0] >= 8:
         plot.axes.set_xscale("log", base=2)
+    return plot
+
+
+def attained(results: Sequence[Result]) -> Plot:
+    """Plot the share of the requests sent that was within both objectives, and the least share of a rate that holds."""
+    plot = by_load(
+        results, "Requests within the objectives", "% of those sent", {"": lambda level: 100 * level.attained}
+    )
+    for attain in {result.attain for result in results if result.attain is not None}:
+        plot.axes.axhline(100 * attain, color="#888888", ls="--", lw=1)
     return plot
 
 

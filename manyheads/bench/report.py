@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 
 from manyheads.bench import plots, result
-from manyheads.bench.findings import findings, number, seconds
+from manyheads.bench.findings import findings, limits, number, seconds
+from manyheads.bench.mix import Lengths
 from manyheads.bench.record import Record
 from manyheads.bench.result import Level, Result, Summary
 
@@ -54,7 +55,15 @@ def write_levels(found: Result, path: Path) -> None:
         "requests_per_s",
         "output_tokens_per_s",
     )
-    plain += ("total_tokens_per_s", "goodput", "in_flight", "prompt_tokens", "output_tokens", "tokens_per_chunk")
+    plain += (
+        "total_tokens_per_s",
+        "goodput",
+        "good",
+        "in_flight",
+        "prompt_tokens",
+        "output_tokens",
+        "tokens_per_chunk",
+    )
     plain += ("tokens_per_step", "overloaded", "interrupted")
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
@@ -100,6 +109,10 @@ def page(**parts: Any) -> str:
 def work(found: Result) -> str:
     """Return what every request asked for, in words."""
     settings = found.settings
+    if found.kind == "mix":
+        asked = [Lengths.parse(str(settings[f"{of}_tokens"]), of) for of in ("prompt", "output")]
+        tokens = [str(a) if a.fixed else f"about {a.median} ({a.least} to {a.most})" for a in asked]
+        return f"{tokens[0]} tokens in, {tokens[1]} out"
     given = settings.get("prompts") or f"{settings.get('prompt_tokens')} tokens in"
     most = "up to " if settings.get("natural") else ""
     return f"{given}, {most}{settings.get('output_tokens')} out"
@@ -109,13 +122,18 @@ def name(found: Result, level: Level) -> str:
     """Return a load's name in legends."""
     if found.kind == "users":
         return "1 user" if level.load == 1 else f"{level.load:g} users"
-    return f"{level.load:g}/s" if found.kind == "rate" else f"{level.load:g} ×"
+    return f"{level.load:g} ×" if found.kind == "trace" else f"{level.load:g}/s"
 
 
 def _tiles(found: Result) -> list[tuple[str, str]]:
     best = max(found.levels, key=lambda level: level.output_tokens_per_s)
     at = f"at {name(found, best)}"
-    tiles = [
+    tiles = []
+    if found.attain is not None:
+        tiles.append(
+            (f"{found.highest.load:g}" if found.highest else "none", "requests/s, the highest rate that holds")
+        )
+    tiles += [
         (number(best.output_tokens_per_s), f"output tokens/s, the most ({at})"),
         (f"{best.requests_per_s:.3g}", f"requests/s {at}"),
     ]
@@ -134,15 +152,17 @@ def _plots(found: Result) -> list[tuple[str, str, str]]:
         if plot is not None:
             made.append((plot.title, note, plot.svg(**how)))
 
+    if len(loads) > 1 and found.kind != "users":
+        lines = {"answered": lambda level: level.requests_per_s, "within the objectives": lambda v: v.goodput}
+        add(plots.by_load([found], "Goodput", "requests/s", lines), limits(found), whole_x=loads)
+        if found.attain is not None:
+            add(plots.attained([found]), "a rate holds above the dashed line", whole_x=loads)
     if len(loads) > 1:
         lines = {q: quantile("e2e", q) for q in ("p50", "p90", "p99")}
         add(plots.by_load([found], "Latency by load", "seconds", lines), whole_x=loads)
         lines = {"": lambda level: level.output_tokens_per_s}
         add(plots.by_load([found], "Throughput by load", "output tokens/s", lines), whole_x=loads)
         add(plots.frontier([found]), f"each point is a load in {found.unit}; up and to the left is better")
-        if found.kind != "users":
-            lines = {"answered": lambda level: level.requests_per_s, "within the objectives": lambda v: v.goodput}
-            add(plots.by_load([found], "Goodput", "requests/s", lines), _objectives(found), whole_x=loads)
     picked = found.levels if len(found.levels) <= 8 else found.levels[:: len(found.levels) // 6]
     for key, title in (("ttft", "Time to first token"), ("tpot", "Time per output token")):
         series = [(name(found, level), getattr(level, key)) for level in picked]
@@ -172,11 +192,6 @@ def quantile(key: str, statistic: str) -> Any:
     return lambda level: getattr(getattr(level, key), statistic, None)
 
 
-def _objectives(found: Result) -> str:
-    goal = found.objectives
-    return f"objectives: first token within {seconds(goal['ttft'])}, {seconds(goal['tpot'])} a token"
-
-
 def optional(value: float | None, form: str = "{:.2f}") -> str:
     """Return a figure as text, or a dash."""
     return "–" if value is None else form.format(value)
@@ -184,13 +199,16 @@ def optional(value: float | None, form: str = "{:.2f}") -> str:
 
 def _loads(found: Result) -> Table:
     head = [found.unit, "requests/s", "output tokens/s", "total tokens/s", "goodput /s", "under way"]
+    mixed = found.attain is not None
     rows = []
     for v in found.levels:
         mark = " (overload)" if v.overloaded else " (interrupted)" if v.interrupted else ""
         row = [f"{v.load:g}{mark}", f"{v.requests_per_s:.3g}"]
         row += [number(v.output_tokens_per_s), number(v.total_tokens_per_s), f"{v.goodput:.3g}", f"{v.in_flight:.1f}"]
+        row += [f"{v.attained:.1%}"] if mixed else []
         rows.append([*row, str(v.completed), str(v.failed), str(v.unfinished)])
-    return Table("Loads", [*head, "answered", "failed", "unfinished"], rows, _objectives(found))
+    head += ["within objectives"] if mixed else []
+    return Table("Loads", [*head, "answered", "failed", "unfinished"], rows, f"objectives: {limits(found)}")
 
 
 def _tokens(found: Result) -> Table:
