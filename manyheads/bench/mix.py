@@ -111,7 +111,7 @@ class Mix:
 class Requests:
     """Requests of a mix are drawn here, anew for each rate, so that no rate finds the prompts of another in a cache.
 
-    What a rate sends follows from the seed alone: it is the same for every server and number of workers.
+    Times and lengths follow from seed and rate alone, whatever the server and the number of workers.
     """
 
     def __init__(self, mix: Mix, work: Workload, target: Target, api_key: str | None) -> None:
@@ -143,11 +143,12 @@ class Requests:
     def draw(self, rate: float, seconds: float) -> list[Question]:
         """Return the requests that arrive in so many seconds at a rate in requests/s: at least one, in their order."""
         chance = random.Random(f"{self._work.seed} {rate}")
+        places = random.Random(f"places {self._work.seed} {rate}")  # NOTE: texts have other numbers of tokens elsewhere
         at = min(chance.expovariate(rate), seconds * chance.random())
         questions = []
         while at < seconds:
-            own = self._cut(chance, self.mix.prompts.draw(chance))
-            system = chance.choice(self._systems) if self._systems else []
+            own = self._cut(places, self.mix.prompts.draw(chance))
+            system = places.choice(self._systems) if self._systems else []
             questions.append(Question(self._body(system, own, self.mix.answers.draw(chance)), at))
             at += chance.expovariate(rate)
         return questions

@@ -131,6 +131,17 @@ def test_the_same_seed_draws_the_same(asked: list[dict[str, Any]]) -> None:
     assert prompts(1, 20.0)[:9] != prompts(1, 40.0)[:9]  # no load finds the prompts of another in a cache
 
 
+def test_servers_get_the_same_times_and_lengths(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Also where texts, and so the choice of a place in them, differ."""
+    (tmp_path / "t.txt").write_text("another text " * 99)
+    one, other = requests(), requests(Mix(PROMPTS, ANSWERS, 40, 3), file=tmp_path / "t.txt")
+    drawn = [
+        [(q.at, len(q.body["prompt"]) - system, q.body["max_tokens"]) for q in made.draw(20.0, 5.0)]
+        for made, system in ((one, 0), (other, 40))
+    ]
+    assert drawn[0] == drawn[1]
+
+
 def test_shared_beginnings(asked: list[dict[str, Any]]) -> None:
     drawn = requests(Mix(PROMPTS, ANSWERS, system_tokens=40, system_prompts=3)).draw(50.0, 4.0)
     assert len({str(question.body["prompt"][:40]) for question in drawn}) == 3
