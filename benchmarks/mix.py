@@ -2,7 +2,7 @@
 
     python benchmarks/mix.py                                   # on a CPU; writes results/mix_cpu.json
     python benchmarks/mix.py --hold 5 --seeds 0                # a quick look
-    python benchmarks/mix.py --system ours '' --system plain '--no-speculative'     # several servers, in turns
+    python benchmarks/mix.py --system ours= --system plain=--no-speculative         # several servers, in turns
 
 Capacity is the requests/s that the first server answers when far more are asked, and the rates of all servers are
 shares of it. A server that sheds load well still does at 1.5 of its capacity what it does at best. Prompts and answers
@@ -85,8 +85,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUILTIN)
-    text = "a server: its name and its options of `manyheads serve`; may be given several times"
-    parser.add_argument("--system", nargs=2, action="append", metavar=("NAME", "OPTIONS"), help=text)
+    text = "a server: its name, and its options of `manyheads serve`; may be given several times"
+    parser.add_argument("--system", action="append", metavar="NAME=OPTIONS", help=text)
     parser.add_argument("--capacity", type=float, help="requests/s (default: it is measured)")
     parser.add_argument("--prompt-tokens", default="lognormal:62,0.9,4,350")
     parser.add_argument("--output-tokens", default="lognormal:37,0.8,2,150")
@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--part", default="now", help="name of this run in the results file")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "mix_cpu.json")
     args = parser.parse_args()
-    systems: dict[str, str] = dict(args.system or [("manyheads", "")])
+    parts = [text.partition("=") for text in args.system or ["manyheads="]]
+    systems = {name: options for name, _, options in parts}
     settings = vars(args) | {"model": args.model.name, "out": args.out.name, "system": systems, "shares": SHARES}
     result: dict[str, Any] = {"machine": machine(), "settings": settings}
     most: float | None = args.capacity

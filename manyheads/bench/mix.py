@@ -129,9 +129,7 @@ class Requests:
             if not work.chat:
                 self._exact, self._units, self._ratio = True, tokens, 1.0
         except (OSError, ValueError, LookupError, TypeError):
-            self.notes.append(
-                f"without /tokenize, a word was taken for {TOKENS_PER_WORD} tokens; tables have the count"
-            )
+            self.notes.append(f"no /tokenize: a word was taken for {TOKENS_PER_WORD} tokens; the tables have the count")
         self.mix = mix.fit(target.context, self._exact) if target.context else mix
         if self.mix != mix:
             lengths = f"at most {self.mix.prompts.most} tokens in and {self.mix.answers.most} out"

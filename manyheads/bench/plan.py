@@ -68,6 +68,11 @@ class Run(msgspec.Struct, frozen=True):
         return 600.0 if self.bind else 30.0
 
     @property
+    def timed(self) -> bool:
+        """Whether each question is sent once, at its own time."""
+        return self.kind in ("trace", "mix")
+
+    @property
     def length(self) -> float:
         """The seconds of all stages, without the drain."""
         return sum(stage.settle + stage.seconds for stage in self.stages)
@@ -115,6 +120,17 @@ def read_questions(path: str) -> list[Question]:
     """Read the questions of a file."""
     with open(path, "rb") as file:
         return [msgspec.json.decode(line, type=Question) for line in file]
+
+
+def part_of(questions: list[Question], timed: bool, share: tuple[int, int]) -> list[Question]:
+    """Return the questions of one process, given its number and how many there are.
+
+    It has none if there are fewer questions than processes and each is sent once; else it has them all, then.
+    """
+    part, parts = share
+    if timed:
+        return sorted(questions, key=lambda question: question.at or 0.0)[part::parts]
+    return questions[part::parts] or questions
 
 
 def split_address(text: str) -> tuple[str, int]:

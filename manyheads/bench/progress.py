@@ -10,13 +10,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from manyheads.bench.plan import Event, Run
-
-LOADS = {
-    "users": "users: {:g}",
-    "rate": "requests/s: {:g}",
-    "trace": "times the trace's speed: {:g}",
-    "mix": "requests/s: {:g}",
-}
+from manyheads.bench.result import UNITS
 
 
 class Progress:
@@ -62,7 +56,7 @@ class Progress:
         if self._run is None:
             return
         if event.kind == "stage":
-            self._load = LOADS[self._run.kind].format(self._run.stages[event.stage].load)
+            self._load = f"{UNITS[self._run.kind]}: {self._run.stages[event.stage].load:g}"
             if event.stage == 0:
                 self._begun = event.at
             if not self._live:

@@ -15,7 +15,7 @@ import msgspec
 from locust.user.task import LOCUST_STATE_STOPPING
 
 from manyheads.bench.client import Client
-from manyheads.bench.plan import Question, Run
+from manyheads.bench.plan import Question, Run, part_of
 from manyheads.bench.record import UNFINISHED, Record
 
 PAUSE_AFTER_FAILURE = 1.0
@@ -29,12 +29,7 @@ class Traffic:
         self.run = run
         self.environment = environment
         self.part, self.parts = share
-        self.timed = run.kind in ("trace", "mix")
-        """Whether each question is sent once, at its own time."""
-        if self.timed:
-            self.questions = sorted(questions, key=lambda q: q.at or 0.0)[self.part :: self.parts]
-        else:
-            self.questions = questions[self.part :: self.parts] or questions
+        self.questions = part_of(questions, run.timed, share)
         self.bodies = [msgspec.json.encode(q.body) for q in self.questions]
         self._turn = itertools.cycle(self.bodies)
         self.client = Client(
@@ -61,7 +56,7 @@ class Traffic:
         """Yield this process's part of an open-loop run: seconds from the start, and the request that is due then."""
         stage = self.run.stages[0]
         length = stage.settle + stage.seconds
-        if self.timed:
+        if self.run.timed:
             speed = stage.load if self.run.kind == "trace" else 1.0
             for question, body in zip(self.questions, self.bodies, strict=True):
                 yield (question.at or 0.0) / speed, body
