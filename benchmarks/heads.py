@@ -24,7 +24,7 @@ from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.train.accuracy import accuracy_table, right_ranks, tokens_per_step
 from manyheads.train.base import Base
 from manyheads.train.dataset import pack
-from manyheads.train.heads import TrainedHeads
+from manyheads.train.medusa import TrainedHeads
 from manyheads.train.prompts import Answer
 
 

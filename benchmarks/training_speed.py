@@ -37,11 +37,12 @@ from typing import Any
 import torch
 from common import machine, table, write_json
 
+from manyheads.train import medusa
 from manyheads.train import trainer as training
 from manyheads.train.attention import register
 from manyheads.train.base import Base, find_device
 from manyheads.train.dataset import Batch, pack
-from manyheads.train.heads import TrainedHeads
+from manyheads.train.medusa import TrainedHeads
 from manyheads.train.prompts import Answer
 from manyheads.train.settings import TrainSettings
 
@@ -135,8 +136,8 @@ def split(trainer: training.Trainer) -> Iterator[dict[str, float]]:
 
     places: list[tuple[Any, str, str]] = [
         (trainer.base, "hidden", "base"),
-        (trainer.heads, "logits", "heads_forward"),
-        (training, "cross_entropy", "heads_forward"),
+        (trainer.drafter, "logits", "heads_forward"),
+        (medusa, "cross_entropy", "heads_forward"),
         (torch.Tensor, "backward", "heads_backward"),
         (torch.nn.utils, "clip_grad_norm_", "optimizer"),
         (trainer.optimizer, "step", "optimizer"),

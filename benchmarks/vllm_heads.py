@@ -47,7 +47,7 @@ from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.speculation.medusa.export import fitting, write_heads
 from manyheads.train.base import Base
 from manyheads.train.dataset import pack
-from manyheads.train.heads import TrainedHeads
+from manyheads.train.medusa import TrainedHeads
 from manyheads.train.prompts import Answer
 
 TOKENS_IN, TOKENS_OUT = 128, 256  # gpu.py's

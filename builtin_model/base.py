@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.speculation.medusa.export import write_heads
 from manyheads.train.dataset import ahead
-from manyheads.train.heads import TrainedHeads
+from manyheads.train.medusa import TrainedHeads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH = 1024

@@ -1,4 +1,4 @@
-"""`manyheads train` makes heads for a model, and `manyheads tree` measures what trees make of them."""
+"""`manyheads train` makes a drafter for a model, and `manyheads tree` measures what trees make of them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from typing import Any
 
 from manyheads.cli.parser import Parser, add_option
 from manyheads.config import BUILTIN, ConfigError
-from manyheads.train.settings import PROJECTIONS, TrainSettings
+from manyheads.train.settings import OWN, PROJECTIONS, TrainSettings
 
 SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """The table shows these sizes of trees."""
 
 GROUPS: dict[str, dict[str, tuple[type, str]]] = {
-    "heads": {
+    "drafter": {"kind": (str, "Medusa heads, or an EAGLE-3 layer that goes on from its own features")},
+    "Medusa heads": {
         "heads": (int, "how many; each looks one token further"),
         "blocks": (int, "residual blocks of each head"),
         "projection": (str, "own for each head, shared by all heads, or the base model's"),
         "tokens": (int, "the heads can say this many of the tokens that the base uses most (default: all)"),
         "init": (str, "heads to start from (default: heads that say what the base says)"),
+    },
+    "EAGLE-3": {
+        "passes": (int, "how many follow one another in training, each with the features of the one before"),
+        "draft_vocab": (int, "it can say this many of the tokens that the base uses most (default: 32000 at most)"),
     },
     "answers": {
         "max_prompt_tokens": (int, "longer prompts are left out"),
@@ -37,10 +42,10 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
         "max_steps": (int, "steps in all, whatever the epochs"),
         "rate": (float, "highest learning rate"),
         "warmup": (float, "share of the steps over which the rate grows"),
-        "discount": (float, "each head's loss counts so much of the one before"),
+        "discount": (float, "the loss of each head or pass counts so much of the one before"),
         "weight_decay": (float, "of AdamW"),
         "clip": (float, "largest norm of the gradient"),
-        "chunk": (int, "tokens whose logits exist at once"),
+        "chunk": (int, "tokens (of EAGLE-3: times passes) whose logits exist at once"),
         "checkpoint_every": (int, "steps between checkpoints"),
         "seed": (int, "of everything that is drawn"),
         "device": (str, "auto, cpu or cuda"),
@@ -53,14 +58,16 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
     },
 }
 
+CHOICES = {"kind": tuple(OWN), "projection": PROJECTIONS}
+
 
 def add_commands(parser: Parser) -> None:
     """Add `manyheads train` and `manyheads tree` to the program."""
     example = "manyheads train lmsys/vicuna-7b-v1.3 --data prompts.jsonl --out heads"
-    train = parser.add_command("train", "train heads for a model on its own answers", run_train, example)
+    train = parser.add_command("train", "train a drafter for a model on its own answers", run_train, example)
     train.add_argument("base", nargs="?", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
     _data(train)
-    train.add_argument("--out", "-o", required=True, help="folder for the heads, and for what the run needs to go on")
+    train.add_argument("--out", "-o", required=True, help="folder for the drafter, and for what the run needs to go on")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for title, options in GROUPS.items():
         _add_settings(train.add_argument_group(title), options)
@@ -90,11 +97,11 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _add_settings(group: argparse._ArgumentGroup, options: dict[str, tuple[type, str]]) -> None:
     defaults = {field.name: field.default for field in fields(TrainSettings)}
     for name, (kind, text) in options.items():
-        add_option(group, name, kind, text, defaults[name], PROJECTIONS if name == "projection" else None)
+        add_option(group, name, kind, text, defaults[name], CHOICES.get(name))
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train heads; they can be served when this ends."""
+    """Train a drafter; it can be served when this ends."""
     from manyheads.train.progress import Progress
     from manyheads.train.run import train
 
@@ -108,8 +115,7 @@ def run_train(args: argparse.Namespace) -> int:
         chat_template=args.chat_template,
         progress=Progress(args.quiet),
     )
-    for h, ranks in enumerate(accuracy):
-        print(f"head {h}: right {ranks[0]:.1%} of the time, among its first {len(ranks)} {sum(ranks):.1%}")
+    _print_accuracy("head" if settings.kind == "medusa" else "pass", accuracy)
     model = args.out if settings.joint else f"{args.base} --heads {args.out}"
     print(f"manyheads serve {model}")
     return 0
@@ -125,7 +131,7 @@ def run_tree(args: argparse.Namespace) -> int:
     from manyheads.train.answers import answer_all
     from manyheads.train.base import Base, find_device
     from manyheads.train.dataset import pack
-    from manyheads.train.heads import TrainedHeads
+    from manyheads.train.medusa import TrainedHeads
     from manyheads.train.progress import Progress
     from manyheads.train.prompts import read_prompts
 
@@ -150,8 +156,7 @@ def run_tree(args: argparse.Namespace) -> int:
         raise ConfigError("the answers are too short to measure anything")
     accuracy = write_statistics(folder, ranks, f"{len(answers)} answers of the base model")
     table = tokens_per_step(ranks, accuracy)
-    for h, row in enumerate(accuracy):
-        print(f"head {h}: right {row[0]:.1%} of the time, among its first {len(row)} {sum(row):.1%}")
+    _print_accuracy("head", accuracy)
     print("nodes  tokens a step  by the accuracies alone")
     for point in table:
         if point["nodes"] in SHOWN:
@@ -160,6 +165,11 @@ def run_tree(args: argparse.Namespace) -> int:
     if args.plot:
         _plot(table, Path(args.plot), folder.resolve().name)
     return 0
+
+
+def _print_accuracy(part: str, accuracy: list[list[float]]) -> None:
+    for number, ranks in enumerate(accuracy):
+        print(f"{part} {number}: right {ranks[0]:.1%} of the time, among its first {len(ranks)} {sum(ranks):.1%}")
 
 
 def _plot(table: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,39 @@ class Base:
             )
         states: Tensor = output.last_hidden_state
         return states.flatten(0, 1)
+
+    def hidden_and_inputs(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What `hidden` gives, and what enters these layers, side by side: [R · L, layers · hidden].
+
+        Layer n, of n, is the final norm.
+        """
+        inputs: dict[int, Tensor] = {}
+
+        def keep(i: int, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs[i] = (args[0] if args else named["hidden_states"]).flatten(0, 1)
+
+        stages = [*self.model.model.layers, self.model.model.norm]
+        hooks = [
+            stages[i].register_forward_pre_hook(lambda _, args, named, i=i: keep(i, args, named), with_kwargs=True)
+            for i in set(layers)
+        ]
+        try:
+            hidden = self.hidden(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return hidden, torch.cat([inputs[i] for i in layers], dim=-1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[N] int64 → [N, hidden]."""
+        output: Tensor = self.model.model.embed_tokens(tokens)
+        return output
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary embedding at positions [N] int64, [N, 1, head_dim] float32."""
+        like = torch.empty(0, device=positions.device)
+        cos, sin = self.model.model.rotary_emb(like, positions[None])
+        return cos[0, :, None], sin[0, :, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the vocabulary projection makes of hidden states: [N, hidden] → [N, V]."""

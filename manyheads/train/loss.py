@@ -17,22 +17,23 @@ def chunked(
     chunk: int,
     grad: Tensor | None = None,
 ) -> Tensor:
-    """Sum of a loss over tokens, without a graph; `weight` times its gradient is added to the parameters'.
+    """Sum of a loss over tokens, or of several [k], without a graph; the parameters get `weight` times its gradient.
 
     The most that exists at once is what `loss` makes of `chunk` tokens.
 
     Args:
-        loss: (hidden states [n, hidden], which tokens [n] int64) → the sum of their losses.
-        hidden: [N, hidden], without a graph.
+        loss: (hidden states [n, …, hidden], which tokens [n] int64) → the sum of their losses.
+        hidden: [N, …, hidden], without a graph.
         index: [M] int64, the tokens that count.
-        grad: [N, hidden], takes the gradient of the hidden states; None: it is not needed.
+        weight: of all losses, or of each [k].
+        grad: [N, …, hidden], takes the gradient of the hidden states; None: it is not needed.
     """
     total = torch.zeros((), device=hidden.device)
     for part in torch.split(index, chunk):
         leaf = hidden[part].requires_grad_(grad is not None)
         value = loss(leaf, part)
-        (value * weight).backward()  # type: ignore[no-untyped-call]
-        total += value.detach()
+        (value * weight).sum().backward()  # type: ignore[no-untyped-call]
+        total = total + value.detach()
         if grad is not None and leaf.grad is not None:
             grad.index_add_(0, part, leaf.grad.to(grad.dtype))
     return total

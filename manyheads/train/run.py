@@ -1,4 +1,4 @@
-"""A training run from prompts to heads that can be served: `manyheads train`."""
+"""A training run from prompts to a drafter that can be served: `manyheads train`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import random
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,14 @@ from manyheads.config import BUILTIN, ConfigError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.models.config import ModelConfig
 from manyheads.models.registry import read_config
-from manyheads.speculation.medusa.checkpoint import locate_heads, read_heads
-from manyheads.speculation.medusa.export import files_beside_weights, replace, write_heads, write_json
+from manyheads.speculation.medusa.export import files_beside_weights, replace, write_json
 from manyheads.train.accuracy import accuracy_table, right_ranks, write_statistics
 from manyheads.train.answers import answer_all, append_answers
 from manyheads.train.base import Base, find_device
 from manyheads.train.dataset import pack
-from manyheads.train.heads import TrainedHeads
+from manyheads.train.drafter import TrainedDrafter
+from manyheads.train.eagle3 import TrainedEagle3
+from manyheads.train.medusa import TrainedHeads
 from manyheads.train.progress import Progress
 from manyheads.train.prompts import Answer, read_prompts
 from manyheads.train.settings import TrainSettings
@@ -34,6 +34,8 @@ from manyheads.train.trainer import Trainer
 
 WORK = "training"
 """Folder in the run's folder: settings.json, answers.jsonl, held_out.jsonl, metrics.jsonl, state.pt."""
+KINDS: dict[str, type[TrainedDrafter]] = {"medusa": TrainedHeads, "eagle3": TrainedEagle3}
+"""By what the settings call them."""
 WATCHED_ROWS = 32
 """Held-out rows that are measured at each checkpoint; all are at the end."""
 
@@ -48,12 +50,12 @@ def train(
     chat_template: str | None = None,
     progress: Progress | None = None,
 ) -> list[list[float]]:
-    """Answer the prompts, train heads, write them to `out`; their accuracy [head][rank] on the held-out answers.
+    """Answer the prompts, train a drafter, write it to `out`; its accuracy [depth][rank] on the held-out answers.
 
     Args:
         base: a hub id, a local folder, or `builtin`.
         files: prompts, see prompts.py.
-        out: the heads' folder; with `joint` the new base's, the heads inside it in `heads`.
+        out: the drafter's folder; with `joint` the new base's, the heads inside it in `heads`.
         resume: go on with the run in `out`.
         chat_template: a file or a known template; None takes the tokenizer's.
 
@@ -72,17 +74,18 @@ def train(
     device = find_device(settings.device)
     model = Base.load(folder, device, trained=settings.joint)
     teacher = Base.load(folder, device) if settings.joint else None
-    heads = start_heads(settings, model, config, learnt).to(device)
+    drafter = KINDS[settings.kind].start(settings, model, config, learnt).to(device)
     data, valid = (pack(items, min(settings.length, config.max_position_embeddings)) for items in (learnt, held_out))
-    if not bool((data.ahead(settings.heads)[..., -1] >= 0).any()):
-        raise ConfigError(f"no answer is longer than {settings.heads} tokens: nothing for the last head to learn")
+    if not bool((data.ahead(drafter.depth)[..., -1] >= 0).any()):
+        what = f"nothing for the last {drafter.part} to learn"
+        raise ConfigError(f"no answer is longer than {drafter.depth} tokens: {what}")
     few = valid.take(torch.arange(min(WATCHED_ROWS, len(valid.tokens))))
 
     def evaluate() -> dict[str, Any]:
-        table = accuracy_table(right_ranks(model, heads, few, settings.rows))
+        table = accuracy_table(right_ranks(model, drafter, few, settings.rows))
         return {"held_out_top1": [ranks[0] for ranks in table]}
 
-    trainer = Trainer(settings, model, teacher, heads, data, work)
+    trainer = Trainer(settings, model, teacher, drafter, data, work)
     progress.say(
         f"{len(learnt)} answers ({int(data.answer.sum()):,} tokens) to learn from in {len(data.tokens)} rows, "
         f"{len(held_out)} held out; {trainer.total} steps on {device}"
@@ -93,8 +96,8 @@ def train(
     if settings.joint:
         _write_base(model, config, folder, out)
         where, name = out / "heads", str(out.resolve())
-    write_heads(heads.weights(config.dtype), where, base=name, vocab_size=config.vocab_size)
-    ranks = right_ranks(model, heads, valid, settings.rows)
+    drafter.write(where, name, config)
+    ranks = right_ranks(model, drafter, valid, settings.rows)
     return write_statistics(where, ranks, f"{len(held_out)} held-out answers of the base model")
 
 
@@ -106,30 +109,6 @@ def split(answers: list[Answer], settings: TrainSettings) -> tuple[list[Answer],
     random.Random(settings.seed).shuffle(order)
     count = max(1, round(len(order) * settings.held_out))
     return order[count:], order[:count]
-
-
-def start_heads(settings: TrainSettings, base: Base, config: ModelConfig, answers: list[Answer]) -> TrainedHeads:
-    """Heads before the first step. Raises ConfigError where `init` names heads of another kind."""
-    projection = base.projection.detach().float().cpu()
-    token_map = None
-    if settings.tokens is not None and settings.tokens < config.vocab_size:
-        counts = Counter(token for answer in answers for token in answer.tokens)
-        used = sorted(range(config.vocab_size), key=lambda token: (-counts[token], token))
-        token_map = torch.tensor(sorted(used[: settings.tokens]))
-    if settings.init is None:
-        kept = projection if token_map is None else projection[token_map]
-        return TrainedHeads(settings.heads, settings.blocks, kept, settings.projection, token_map)
-    heads = TrainedHeads.of(read_heads(locate_heads(settings.init)[0], config), projection)
-    for name, found, wanted in (
-        ("heads", heads.num_heads, settings.heads),
-        ("blocks", heads.num_blocks, settings.blocks),
-        ("projection", heads.kind, settings.projection),
-    ):
-        if found != wanted:
-            raise ConfigError(f"the heads to start from have {name} {found!r}; give --{name} {found}, not {wanted}")
-    if token_map is not None:
-        heads.cut(token_map)
-    return heads
 
 
 def _begin(work: Path, settings: TrainSettings, base: Path, prompts: list[Answer], resume: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from manyheads.train.heads import TrainedHeads
+from manyheads.train.medusa import TrainedHeads
 from manyheads.train.settings import TrainSettings
 from manyheads.train.trainer import Trainer
 

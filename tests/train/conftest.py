@@ -29,6 +29,8 @@ def settings(**changes: Any) -> TrainSettings:
         "rate": 1e-2,
         "device": "cpu",
     }
+    if changes.get("kind") == "eagle3":
+        del some["heads"]
     return TrainSettings(**(some | changes))
 
 

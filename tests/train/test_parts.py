@@ -25,8 +25,8 @@ from manyheads.train.answers import answer_all
 from manyheads.train.attention import packed_attention
 from manyheads.train.base import Base
 from manyheads.train.dataset import Order, ahead, pack
-from manyheads.train.heads import TrainedHeads
 from manyheads.train.loss import chunked, cross_entropy, divergence
+from manyheads.train.medusa import TrainedHeads
 from manyheads.train.prompts import Answer, read_prompts
 from manyheads.train.run import split
 from manyheads.train.trainer import Trainer
@@ -285,6 +285,12 @@ def test_answers_are_the_same_wherever_a_run_was_broken_off(base: Path, prompts:
         ({"projection": "base", "tokens": 10}, "tokens cuts"),
         ({"projection": "base", "joint": True}, "joint training"),
         ({"length": 3}, "length must be at least 4"),
+        ({"kind": "eagle"}, "kind must be one of medusa, eagle3, not 'eagle'"),
+        ({"kind": "eagle3", "heads": 3}, "heads is for kind medusa; this is eagle3"),
+        ({"kind": "eagle3", "joint": True}, "joint is for kind medusa"),
+        ({"kind": "eagle3", "draft_vocab": 0}, "draft_vocab must be at least 1"),
+        ({"kind": "eagle3", "length": 6}, "length must be at least 7 for 5 passes"),
+        ({"passes": 3}, "passes is for kind eagle3; this is medusa"),
     ],
 )
 def test_settings_that_cannot_hold(change: dict[str, Any], message: str) -> None:

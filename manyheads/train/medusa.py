@@ -1,16 +1,27 @@
-"""The heads as they are trained."""
+"""Medusa heads as they are trained: Medusa-1, where the base stays as it is, or Medusa-2 (Cai et al. 2024, 2.2)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.config import ConfigError
-from manyheads.speculation.medusa.checkpoint import HeadWeights
+from manyheads.models.config import ModelConfig
+from manyheads.speculation.medusa.checkpoint import HeadWeights, locate_heads, read_heads
+from manyheads.speculation.medusa.export import write_heads
+from manyheads.train.base import Base, half_precision, send
+from manyheads.train.dataset import Batch
+from manyheads.train.drafter import Guesses, TrainedDrafter, most_used
+from manyheads.train.loss import chunked, cross_entropy, divergence
+from manyheads.train.prompts import Answer
+from manyheads.train.settings import TrainSettings
 
 
-class TrainedHeads(nn.Module):
+class TrainedHeads(TrainedDrafter):
     """H heads of L residual blocks, x ← x + SiLU(W x + b), with a vocabulary projection.
 
     Cai et al. 2024, section 2.1.1. Blocks begin as zeros: untrained heads say what the base says next.
@@ -22,7 +33,8 @@ class TrainedHeads(nn.Module):
         token_map: [V] int64, the token of each row of `projection`; None: all tokens in order.
     """
 
-    token_map: Tensor | None
+    part = "head"
+    follows_path = False
     base_projection: Tensor | None
 
     def __init__(
@@ -30,7 +42,8 @@ class TrainedHeads(nn.Module):
     ) -> None:
         super().__init__()
         hidden = projection.shape[1]
-        self.num_heads, self.num_blocks, self.kind = num_heads, num_blocks, kind
+        self.num_heads = self.depth = num_heads
+        self.num_blocks, self.kind = num_blocks, kind
         count = num_heads * num_blocks  # head by head
         self.weight = nn.ParameterList(torch.zeros(hidden, hidden) for _ in range(count))
         self.bias = nn.ParameterList(torch.zeros(hidden) for _ in range(count))
@@ -52,6 +65,27 @@ class TrainedHeads(nn.Module):
             # of one projection for all heads the copies are left over
             for parameter, value in zip((*heads.weight, *heads.bias, *heads.projection), values, strict=False):
                 parameter.copy_(value)
+        return heads
+
+    @classmethod
+    def start(cls, settings: TrainSettings, base: Base, config: ModelConfig, answers: list[Answer]) -> TrainedHeads:
+        projection = base.projection.detach().float().cpu()
+        token_map = None
+        if settings.tokens is not None and settings.tokens < config.vocab_size:
+            token_map = most_used(answers, settings.tokens, config.vocab_size)
+        if settings.init is None:
+            kept = projection if token_map is None else projection[token_map]
+            return cls(settings.heads, settings.blocks, kept, settings.projection, token_map)
+        heads = cls.of(read_heads(locate_heads(settings.init)[0], config), projection)
+        for name, found, wanted in (
+            ("heads", heads.num_heads, settings.heads),
+            ("blocks", heads.num_blocks, settings.blocks),
+            ("projection", heads.kind, settings.projection),
+        ):
+            if found != wanted:
+                raise ConfigError(f"the heads to start from have {name} {found!r}; give --{name} {found}, not {wanted}")
+        if token_map is not None:
+            heads.cut(token_map)
         return heads
 
     def cut(self, token_map: Tensor) -> None:
@@ -80,15 +114,6 @@ class TrainedHeads(nn.Module):
             return F.linear(x, self.base_projection.to(x.dtype))
         return F.linear(x, self.projection[h if self.kind == "own" else 0])
 
-    def place(self, tokens: Tensor, vocab_size: int) -> Tensor:
-        """Tokens as rows of the projections: -1 stays, and a token without a row is -2."""
-        if self.token_map is None:
-            return tokens
-        place = torch.full((vocab_size + 1,), -2, device=tokens.device)
-        place[self.token_map.to(tokens.device)] = torch.arange(len(self.token_map), device=tokens.device)
-        place[-1] = -1
-        return place[tokens]
-
     def weights(self, dtype: torch.dtype) -> HeadWeights:
         """As `write_heads` takes them; projections that are one stay one."""
 
@@ -102,3 +127,58 @@ class TrainedHeads(nn.Module):
             projections *= self.num_heads
         tokens = None if self.token_map is None else self.token_map.cpu()
         return HeadWeights(blocks, projections or None, tokens, "trained", None)
+
+    def guesses(self, base: Base, batch: Batch, places: Tensor) -> Guesses:
+        hidden = base.hidden(batch)[send(places, base.device)]
+        return lambda h, part: self.logits(h, hidden[part])
+
+    def write(self, out: Path, name: str, config: ModelConfig) -> None:
+        write_heads(self.weights(config.dtype), out, base=name, vocab_size=config.vocab_size)
+
+    def backward(
+        self,
+        settings: TrainSettings,
+        base: Base,
+        teacher: Base | None,
+        batch: Batch,
+        targets: Tensor,
+        counts: Tensor,
+    ) -> Tensor:
+        device = base.device
+        indices = [send((column >= 0).nonzero()[:, 0], device) for column in targets.T]
+        targets = send(targets, device)
+        with torch.set_grad_enabled(teacher is not None):
+            states = base.hidden(batch)
+        hidden = states.detach()
+        grad, scale = None, 1.0
+        sums = [torch.zeros((), device=device)]
+        if teacher is not None:
+            grad, scale = torch.zeros_like(hidden, dtype=torch.float32), settings.heads_weight
+            loss = _base_loss(base, teacher, batch)
+            sums[0] = chunked(loss, hidden, indices[0], 1 / int(counts[0]), settings.chunk, grad)
+        for h in range(self.num_heads):
+
+            def loss(states: Tensor, index: Tensor, h: int = h) -> Tensor:
+                with half_precision(device):
+                    logits = self.logits(h, states)
+                return cross_entropy(logits, targets[index, h + 1])
+
+            weight = scale * settings.discount**h / int(counts[h + 1])
+            sums.append(chunked(loss, hidden, indices[h + 1], weight, settings.chunk, grad))
+        if grad is not None:
+            states.backward(grad.to(states.dtype))  # type: ignore[no-untyped-call]
+        return torch.stack(sums)
+
+
+def _base_loss(base: Base, teacher: Base, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+    """How far the base has gone from what it was: where it is to say what it said."""
+    with torch.no_grad():
+        was = teacher.hidden(batch)
+
+    def loss(states: Tensor, index: Tensor) -> Tensor:
+        with half_precision(base.device):
+            with torch.no_grad():
+                wanted = teacher.logits(was[index])
+            return divergence(wanted, base.logits(states))
+
+    return loss
