@@ -7,8 +7,9 @@ from dataclasses import dataclass
 BUILTIN = "builtin"
 QUANTIZATIONS = ("int8", "fp8", "int4", "bitsandbytes-8bit", "bitsandbytes-4bit")
 """What weights can be quantized to (docs/quantization.md)."""
-DRAFTERS = ("medusa", "ngram")
-"""What may guess tokens (docs/heads.md): heads of the model, or what followed the same words earlier in the text."""
+DRAFTERS = ("medusa", "eagle3", "ngram")
+"""What may guess tokens (docs/heads.md): heads or a drafter for the model, or what followed the same words earlier in the
+text."""
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 
 
@@ -30,7 +31,7 @@ class EngineConfig:
     model: str = BUILTIN
     """A hub id, a local folder, or `builtin`."""
     heads: str | None = None
-    """Medusa heads: a hub id or a local folder; None takes the heads that come with the model, if any."""
+    """Medusa heads or an EAGLE-3 drafter: a hub id or a local folder; None takes what comes with the model, if any."""
     drafter: str | None = None
     """What guesses tokens: one of `DRAFTERS`; None takes the heads that come with the model, if any."""
     speculative: bool = True
@@ -51,7 +52,7 @@ class EngineConfig:
     """Most prompt tokens that one step computes (chunked prefill); None is 1024 on a CPU, 2048 on a GPU."""
     target_step_ms: float | None = None
     """How long a step should be where rows decode, in milliseconds: it computes as many prompt tokens as fit, and no
-    more rows run than fit. None lets the prompts of a step take as long as its decoding rows do by themselves."""
+    more rows run than fit. None lets its prompts take three times as long as its decoding rows do by themselves."""
     block_size: int = 16
     """Tokens in a page of the K/V cache."""
     num_blocks: int | None = None

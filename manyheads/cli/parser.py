@@ -26,11 +26,11 @@ def size(text: str) -> int:
 
 
 ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
-    "heads": (str, "Medusa heads: a hub id or a folder (default: those that come with the model)"),
+    "heads": (str, "Medusa heads or an EAGLE-3 drafter: a hub id or a folder (default: what comes with the model)"),
     "drafter": (
         str,
-        "what guesses tokens: medusa (the model's heads), or ngram (what followed the same words earlier in the text, "
-        "for any model; default: the heads, if there are some)",
+        "what guesses tokens: medusa or eagle3 (what --heads holds, or comes with the model), or ngram (what followed "
+        "the same words earlier in the text, for any model; default: what there is)",
     ),
     "speculative": (bool, "let a drafter guess tokens"),
     "dtype": (str, "auto, float32, bfloat16 or float16"),
@@ -49,8 +49,8 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     ),
     "target_step_ms": (
         float,
-        "most milliseconds that a step should take while replies are under way (default: its prompts take as long as "
-        "the replies)",
+        "most milliseconds that a step should take while replies are under way (default: its prompts take three "
+        "times as long as the replies)",
     ),
     "block_size": (int, "tokens in a page of the K/V cache"),
     "num_blocks": (int, "pages of the K/V cache (default: by the memory)"),

@@ -148,7 +148,15 @@ def _target(config: EngineConfig, runner: Runner, max_tokens: int, progress: Cal
     if drafter is None:
         planner = Planner([], config.tree_size, min_gain)
     else:
-        planner = Planner(drafter.prior, config.tree_size, min_gain, drafter.passes_per_depth, drafter.prior_holds)
+        planner = Planner(
+            drafter.prior,
+            config.tree_size,
+            min_gain,
+            drafter.passes_per_depth,
+            drafter.prior_holds,
+            drafter.offered,
+            drafter.shape.scratch_tokens,
+        )
     if recorded is not None:
         recorded.record_passes(max_tokens)
     measure_costs(runner, planner, progress)

@@ -20,7 +20,7 @@ import torch
 from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
 from manyheads.engine.memory import Limit
-from manyheads.engine.recorded import ROWS, TREE_ROWS, padded_rows, pass_keys
+from manyheads.engine.record_sizes import ROWS, TREE_ROWS, padded_rows, pass_keys
 from manyheads.engine.runner import kept_shape
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.config import ModelConfig
@@ -135,7 +135,9 @@ class Shape:
 
     def _scratch(self) -> int:
         tokens = self.max_num_batched_tokens + self.num_drawn
-        scratch = self._activations(tokens) + max(self._draw(), 4 * self._logits() + self._propose())
+        drafter = self.drafter or NO_DRAFTER
+        states = tokens * len(drafter.base_layers) * self.model.hidden_size * self.dtype.itemsize
+        scratch = self._activations(tokens) + 2 * states + max(self._draw(), 4 * self._logits() + self._propose())
         if not self.ops.gathers_pages:
             return scratch + self.ops.library_bytes
         # masks: of every query head of a K/V head, before they are repeated, and as the bits they are made of
@@ -170,8 +172,10 @@ class Shape:
     def _propose(self) -> int:
         """The drafter's: logits as computed, joined, in float32, exponentiated; top-k with indices."""
         drafter = self.drafter or NO_DRAFTER
-        row = drafter.row_logits * (2 * self.dtype.itemsize + 16) + drafter.token_scratch * self.max_model_len
-        return self.max_num_seqs * row
+        logits = drafter.row_logits * (2 * self.dtype.itemsize + 16)
+        # a drafter that goes on from its own guesses looks at as many nodes of them as trees have
+        rows = self.num_drawn if drafter.scratch_tokens else self.max_num_seqs
+        return rows * logits + self.max_num_seqs * drafter.token_scratch * self.max_model_len
 
     def _graphs(self) -> int:
         """Captured at start-up for all sizes of trees, else for the one that is used and for roots."""

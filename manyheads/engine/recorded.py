@@ -19,34 +19,21 @@ from torch import Tensor
 
 from manyheads.batch import MAX_NODES, InFlight, Trees, TreeTensors
 from manyheads.engine.graphs import Recorded, Recorder
+from manyheads.engine.record_sizes import CHUNKS, ROWS, TREE_ROWS, TREES, PassKey, fitting, padded_rows, pass_keys
 from manyheads.engine.sampler import draw, edits_logits, nodes_of
 from manyheads.engine.step import Chunk, Request, StepPlan
-from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, TreeRows, chunk_numbers, gain_sizes
+from manyheads.engine.step_run import (
+    ChunkRows,
+    DecodingRows,
+    Hidden,
+    StepRun,
+    TreeRows,
+    chunk_numbers,
+    gain_sizes,
+)
 from manyheads.speculation.draft import NO_DRAFT, Draft
 from manyheads.speculation.planner import Planner
 from manyheads.speculation.tree import Tree
-
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
-"""Rows that steps of roots alone are recorded for; beyond, steps of 64 rows."""
-TREE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""The same for trees: the nodes of a step go to the rows that are surest, and to dummy rows only their roots."""
-CHUNKS = ((0, 0), (32, 4), (64, 4), (128, 8), (192, 8), (256, 16), (384, 16), (512, 32), (768, 32), (1024, 32))
-"""Tokens of chunks that passes are recorded for, and the most chunks that may bring them. Beyond, the GPU is busy for
-longer than the host needs for the launches."""
-TREES = (
-    (0, 0),
-    (16, 16),
-    (32, 32),
-    (64, 64),
-    (128, 64),
-    (128, 128),
-    (192, 96),
-    (256, 128),
-    (256, 256),
-    (384, 256),
-    (512, 256),
-)
-"""Tokens of trees beside them, and the most rows."""
 
 _Key = tuple[int, int, int, int]
 """Rows, nodes that a row may bring, in-flight tokens, and passes of the drafter."""
@@ -60,14 +47,12 @@ class _Step:
     trees: Trees
     logits: Tensor  # [T, V]
     target: Tensor  # [T] int64
-    forward: Recorded[tuple[Trees, Tensor, Tensor, Tensor]]
+    forward: Recorded[tuple[Trees, Hidden, Tensor, Tensor]]
     finish: Recorded[Tensor]
 
 
 _TOKEN_FIELDS = ("tokens", "position", "slots", "bits")
 """What `InFlight` says of each token."""
-_PassKey = tuple[tuple[int, int], tuple[int, int]]
-"""One of `CHUNKS`, and one of `TREES`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +62,7 @@ class _Pass:
     numbers: Tensor | None  # [3, T] int64: tokens, rows and places of chunks
     chunks: ChunkRows | None
     trees: TreeRows | None
-    recorded: Recorded[Tensor]
+    recorded: Recorded[Hidden]
 
 
 class RecordedSteps:
@@ -91,7 +76,7 @@ class RecordedSteps:
     def __init__(self, run: StepRun, recorder: Recorder) -> None:
         self.run, self.recorder = run, recorder
         self._steps: dict[_Key, _Step] = {}
-        self._passes: dict[_PassKey, _Pass] = {}
+        self._passes: dict[PassKey, _Pass] = {}
         self.prompt_sizes: tuple[int, ...] = ()
         """Tokens of chunks that passes were recorded for."""
         self._trees: dict[_Key, Tree] = {}  # what stands in the steps' tree tensors now
@@ -145,15 +130,15 @@ class RecordedSteps:
             step.target.copy_(target)
         return step.trees, step.finish.replay()
 
-    def forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Tensor, Tensor] | None:
-        """[T, hidden] of the chunks' tokens (and of what pads them), and of the trees'; None where no pass was recorded
-        for so many."""
+    def forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden] | None:
+        """What a pass makes of the chunks' tokens (and of what pads them), and of the trees'; None where none was
+        recorded for so many."""
         num_tokens, num_trees = sum(chunk.num_inflight for chunk in chunks), 0
         num_rows = 0
         if trees is not None:
             num_trees, num_rows = trees.inflight.tokens.shape[0], trees.inflight.index.shape[0]
-        fitting: Any = (_fitting(CHUNKS, num_tokens, len(chunks)), _fitting(TREES, num_trees, num_rows))
-        found = self._passes.get(fitting)
+        key: Any = (fitting(CHUNKS, num_tokens, len(chunks)), fitting(TREES, num_trees, num_rows))
+        found = self._passes.get(key)
         if found is None:
             return None
         if found.chunks is not None and found.numbers is not None:
@@ -161,8 +146,8 @@ class RecordedSteps:
         if found.trees is not None and trees is not None:
             self._put_trees(found.trees.inflight, trees.inflight)
         hidden = found.recorded.replay()
-        start = fitting[0][0]
-        return hidden[:start], hidden[start : start + num_trees]
+        start = key[0][0]
+        return hidden.part(0, start), hidden.part(start, start + num_trees)
 
     def _put_chunks(self, numbers: Tensor, rows: ChunkRows, chunks: list[Chunk]) -> None:
         state = self.run.state
@@ -196,7 +181,7 @@ class RecordedSteps:
                 if key not in self._steps:
                     self._steps[key] = self._record_step(key[0], draft)
 
-    def _make_passes(self, keys: Iterable[_PassKey]) -> None:
+    def _make_passes(self, keys: Iterable[PassKey]) -> None:
         """Record what is not there yet, the largest first: the others compute in its memory."""
         with self.recorder.session():
             for key in sorted(keys, reverse=True):
@@ -212,15 +197,16 @@ class RecordedSteps:
             index=torch.full((num_rows,), run.state.num_rows, device=device),
             tree=TreeTensors.blank(num_nodes, reach, device),
             num_tokens=draft.num_tokens(num_rows),
+            nodes=draft.nodes,
             depth=draft.tree.max_depth,
             max_cached_len=run.state.max_len,
             sizes=gain_sizes(num_rows, draft, device),
         )
 
-        def forward() -> tuple[Trees, Tensor, Tensor, Tensor]:
+        def forward() -> tuple[Trees, Hidden, Tensor, Tensor]:
             trees, brought = run.expand(rows)
             hidden = run.forward(None, brought)
-            logits = run.model.lm_head(hidden)
+            logits = run.model.lm_head(hidden.last)
             return trees, hidden, logits, run.ops.argmax(logits)
 
         with self.recorder.aside():
@@ -231,7 +217,7 @@ class RecordedSteps:
             second = self.recorder.record(lambda: run.finish(rows, trees, hidden, target))
         return _Step(rows, trees, logits, target, first, second)
 
-    def _record_pass(self, key: _PassKey) -> _Pass:
+    def _record_pass(self, key: PassKey) -> _Pass:
         state = self.run.state
         device, dummy = state.device, state.num_rows
         (num_tokens, num_chunks), (num_trees, num_rows) = key
@@ -259,7 +245,7 @@ class RecordedSteps:
             )
             trees = TreeRows(inflight, MAX_NODES, state.max_len)
 
-        def forward() -> Tensor:
+        def forward() -> Hidden:
             return self.run.forward(chunks, trees)
 
         with self.recorder.aside():
@@ -267,29 +253,6 @@ class RecordedSteps:
             return _Pass(numbers, chunks, trees, self.recorder.record(forward))
 
 
-def pass_keys(num_rows: int, max_tokens: int) -> list[_PassKey]:
-    """The passes that so many rows may need where a step computes at most so many tokens of prompts."""
-    most = min((rows for _, rows in TREES if rows >= num_rows), default=num_rows)
-    trees = [size for size in TREES if size[1] <= most]
-    return [(size, other) for size in _up_to(CHUNKS, max_tokens) for other in trees][1:]
-
-
-def _up_to(sizes: tuple[tuple[int, int], ...], count: int) -> list[tuple[int, int]]:
-    """The sizes up to the one that holds so many tokens."""
-    smaller = [size for size in sizes if size[0] < count]
-    return [*smaller, *[size for size in sizes if size[0] >= count][:1]]
-
-
-def _fitting(sizes: tuple[tuple[int, int], ...], tokens: int, rows: int) -> tuple[int, int] | None:
-    """The first size that holds so many tokens of so many rows."""
-    return next((size for size in sizes if size[0] >= tokens and size[1] >= rows), None)
-
-
 def _starts(num_rows: int, num_tokens: int, device: torch.device) -> Tensor:
     """[R + 1] int32, where rows begin of which the last one holds all tokens."""
     return torch.tensor([0] * num_rows + [num_tokens], dtype=torch.int32).to(device)
-
-
-def padded_rows(count: int, most: int, sizes: tuple[int, ...]) -> int:
-    """The number of rows of the recording that serves `count` rows where at most `most` run."""
-    return min(next((rows for rows in sizes if rows >= count), -(-count // 64) * 64), most)

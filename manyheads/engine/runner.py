@@ -7,6 +7,7 @@ needed to launch the next one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -20,12 +21,20 @@ from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
 from manyheads.engine.state import admit, count_output, sync_pages
 from manyheads.engine.step import Chunk, Request, StepPlan
-from manyheads.engine.step_run import ChunkRows, DecodingRows, StepRun, TreeRows, chunk_numbers, gain_sizes
+from manyheads.engine.step_run import (
+    ChunkRows,
+    DecodingRows,
+    Hidden,
+    StepRun,
+    TreeRows,
+    chunk_numbers,
+    gain_sizes,
+)
 from manyheads.engine.threads import Threads
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.llama import Llama
 from manyheads.speculation.draft import Draft
-from manyheads.speculation.drafter import Drafter, Kept
+from manyheads.speculation.drafter import Chain, Drafter, Kept
 from manyheads.speculation.tree import ROOT, Tree, tree_tensors
 from manyheads.speculation.verify import accepted_nodes
 
@@ -119,20 +128,27 @@ class Runner:
         requests = sorted(plan.decoding, key=lambda request: request.max_cached_len)
         rows = self._decoding_rows(requests, plan.draft) if requests else None
         trees, brought = self.run.expand(rows) if rows is not None else (None, None)
+        chain = self._chain(plan.chunks) if plan.chunks and self.run.base_layers else None
         known, hidden = self._forward(plan.chunks, brought)
-        ended = self._advance(plan.chunks, known) if plan.chunks else []
-        if not ended and rows is None:
+        ended = self._advance(plan.chunks, known.last) if plan.chunks else []
+        if not ended and rows is None and chain is None:
             return []
-        last = known[state.tensor([at for _, at in ended])]
-        logits = self.model.logits(torch.cat((last, hidden)))
+        ends = state.tensor([at for _, at in ended])
+        last = known.last[ends]
         drawn: list[Drawn] = []
         others: Kept | None = None
+        if ended or rows is not None:
+            logits = self.model.logits(torch.cat((last, hidden.last)))
         if ended:
             drawn_first, others = self._begin([request for request, _ in ended], last, logits[: len(ended)])
             drawn.append(drawn_first)
+        if chain is not None:
+            assert known.states is not None
+            others = self._told_of(chain, known.states, others, last, ends)
         if rows is None or trees is None:
             assert others is not None
-            self.run.propose(others, plan.draft.tree.max_depth)
+            depth = plan.draft.tree.max_depth if ended else 0
+            self.run.propose(others, depth, plan.draft.nodes)
             return drawn
         logits = logits[len(ended) :]
         raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
@@ -141,13 +157,45 @@ class Runner:
         values = self.run.finish(rows, trees, hidden, target, accepted, others)
         return [*drawn, self._drawn(plan, requests, trees, values, raw)]
 
-    def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Tensor, Tensor]:
-        """Hidden states of the chunks' tokens (and of some that pad them), and of the trees'."""
+    def _chain(self, chunks: list[Chunk]) -> Chain:
+        """The tokens of chunks for a drafter that reads them all, without what the base makes of them."""
+        rows = self._chunk_rows(chunks)
+        inflight = self.run.chain(rows)
+        following: list[int] = []
+        for request, size in ((chunk.request, chunk.num_inflight) for chunk in chunks):
+            behind = request.tokens[request.cached_len + 1 : request.cached_len + size + 1]
+            following += behind + [0] * (size - len(behind))  # the last one is drawn in this step
+        return Chain(
+            group=self.run.chain_group(rows, inflight),
+            states=torch.empty(0),
+            following=self.state.tensor(following),
+            position=inflight.position,
+            slots=inflight.slots,
+        )
+
+    def _told_of(self, chain: Chain, states: Tensor, others: Kept | None, hidden: Tensor, ends: Tensor) -> Kept:
+        """What a step kept of chunks, the tokens of prompts that go on included.
+
+        Args:
+            states: [T, k, hidden], of the chunks' tokens and perhaps more.
+            others: rows whose prompts ended.
+            hidden: [R, hidden], of their last tokens, which stand at
+            ends: [R] int64.
+        """
+        if others is None:
+            none = ends.new_zeros(0, 1)
+            others = Kept(ends, hidden, none, none)
+        chain.following[ends] = others.tokens[:, 0].clamp(min=0)
+        chain = replace(chain, states=states[: len(chain.following)])
+        return replace(others, chains=(chain,), last=ends)
+
+    def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden]:
+        """What the pass makes of the chunks' tokens (and of some that pad them), and of the trees'."""
         if self.recorded is not None and (found := self.recorded.forward(chunks, trees)) is not None:
             return found
         hidden = self.run.forward(self._chunk_rows(chunks) if chunks else None, trees)
         count = sum(chunk.num_inflight for chunk in chunks)
-        return hidden[:count], hidden[count:]
+        return hidden.part(0, count), hidden.part(count, len(hidden.last))
 
     def _new_tensors(self, tree: Tree) -> TreeTensors:
         """NOTE: shared by all steps with this tree, and not to be written to."""
@@ -159,6 +207,7 @@ class Runner:
             index=self.state.tensor([request.row for request in requests]),
             tree=self._tensors(draft.tree),
             num_tokens=draft.num_tokens(len(requests)),
+            nodes=draft.nodes,
             depth=draft.tree.max_depth,
             max_cached_len=requests[-1].max_cached_len,
             sizes=gain_sizes(len(requests), draft, self.device),

@@ -11,6 +11,7 @@ from manyheads.engine.page_manager import PageManager
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.engine.step_target import StepTarget
 from manyheads.errors import QueueFull
+from manyheads.speculation.draft import Draft
 
 
 class StepsUnread(Exception):
@@ -109,7 +110,10 @@ class Scheduler:
         starting = self._next()
         prompts = self._divide(len(decoding), budget, starting)
         draft = self.planner.choose(max(len(decoding), 1), sum(prompts.values()))
-        while draft.propose and self._missing_pages(draft.tree.num_nodes) > self.pages.num_available - kept_pages:
+        while (
+            draft.propose
+            and self._missing_pages(draft, self.running or starting[:1]) > self.pages.num_available - kept_pages
+        ):
             draft = self.planner.smaller(draft)
         plan = StepPlan(chunks=[], decoding=[], draft=draft)
         preemptions = self.num_preemptions
@@ -161,7 +165,7 @@ class Scheduler:
             if num_tokens == 0:
                 break  # it would get none in this step
             starting[client] += 1
-            pages += self.pages.pages_for(num_tokens) + 1
+            pages += self.pages.pages_for(num_tokens + self.planner.scratch) + 1
             while starting.total() > self._num_free_rows or pages > self.pages.num_available - len(self.running):
                 last = self.running[-1]
                 without = levels[last.client] - self.waiting.expected(0, last.room)
@@ -178,24 +182,26 @@ class Scheduler:
             budget -= num_tokens
         return pages if self.num_preemptions > preemptions else 0
 
-    def _missing_pages(self, num_nodes: int) -> int:
-        """Pages to be taken if each decoding row brought a tree of so many nodes, beside the chunks of the others."""
+    def _missing_pages(self, draft: Draft, requests: list[Request]) -> int:
+        """Pages to be taken if each that decodes brought such a tree, beside the chunks of the others."""
         chunk = self.target.max_num_batched_tokens
-        wanted = ((r, num_nodes if r.decoding else min(r.num_uncomputed, chunk)) for r in self.running)
-        return sum(max(0, self.pages.pages_for(r.max_cached_len + n) - len(r.table.pages)) for r, n in wanted)
+        wanted = ((r, r.max_cached_len + r.most_slots(draft, chunk)) for r in requests)
+        return sum(max(0, self.pages.pages_for(length) - len(r.table.pages)) for r, length in wanted)
 
     def _plan_decoding(self, plan: StepPlan, request: Request) -> None:
         room = request.max_len - len(request.tokens) - request.unread
         if room < 1:
             return  # what is unread may be all that it gets
-        if self._reserve_or_preempt(request, request.max_cached_len + plan.draft.tree.num_nodes):
+        if self._reserve_or_preempt(request, request.max_cached_len + plan.draft.num_slots):
             plan.decoding.append(request)
 
     def _plan_chunk(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
-        if not self.pages.reserve(request.table, request.cached_len + num_tokens):
+        scratch = request.scratch(plan.draft, num_tokens)
+        if not self.pages.reserve(request.table, request.cached_len + num_tokens + scratch):
             held = (len(request.table.pages) + self.pages.num_available) * self.pages.page_size
-            num_tokens = max(1, min(num_tokens, held - request.cached_len))
-            if not self._reserve_or_preempt(request, request.cached_len + num_tokens):
+            num_tokens = max(1, min(num_tokens - (scratch > 0), held - request.cached_len))
+            length = request.cached_len + num_tokens + request.scratch(plan.draft, num_tokens)
+            if not self._reserve_or_preempt(request, length):
                 return
         plan.chunks.append(Chunk(request, num_tokens, num_tokens == request.num_uncomputed))
 
@@ -237,8 +243,9 @@ class Scheduler:
             num_tokens = min(request.num_uncomputed, prompts[request])
             # leave a page for each running row, or it would be preempted in the next step already
             spare = self.pages.num_available - len(self.running)
-            wanted = self.pages.pages_for(request.cached_len + num_tokens) - len(request.table.pages)
-            if wanted > spare or not self.pages.reserve(request.table, request.cached_len + num_tokens):
+            length = request.cached_len + num_tokens + request.scratch(plan.draft, num_tokens)
+            wanted = self.pages.pages_for(length) - len(request.table.pages)
+            if wanted > spare or not self.pages.reserve(request.table, length):
                 self.pages.free(request.table)
                 request.cached_len = 0
                 break

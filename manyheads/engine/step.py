@@ -113,6 +113,18 @@ class Request:
         being computed."""
         return len(self.tokens) - self.cached_len
 
+    def scratch(self, draft: Draft, num_tokens: int) -> int:
+        """Cache slots behind its text that a drafter needs if so many known tokens are computed, and none remain."""
+        return draft.scratch * (draft.propose and num_tokens == self.num_uncomputed)
+
+    def most_slots(self, draft: Draft, most: int) -> int:
+        """Cache slots behind `max_cached_len` that it may need in a step that computes at most so many known tokens."""
+        if self.decoding:
+            return draft.num_slots
+        # of one that is to start, the prefix cache may have nearly all
+        tokens = self.num_uncomputed if self.held_row is None else min(self.num_uncomputed, most)
+        return tokens + draft.scratch * draft.propose
+
     @property
     def decoding(self) -> bool:
         """Whether its next step draws from a tree, and computes no known tokens."""

@@ -8,7 +8,7 @@ target drew to the next candidates (`finish`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -22,7 +22,19 @@ from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
 from manyheads.ops.base import Ops
 from manyheads.speculation.draft import SIZES, Draft
-from manyheads.speculation.drafter import Drafter, Kept
+from manyheads.speculation.drafter import Chain, Drafter, Kept
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """What a forward pass makes of T tokens."""
+
+    last: Tensor  # [T, hidden], after the final norm
+    states: Tensor | None = None  # [T, k, hidden], the inputs of the k layers that the drafter reads
+
+    def part(self, start: int, stop: int) -> Hidden:
+        """That of some of the tokens."""
+        return Hidden(self.last[start:stop], None if self.states is None else self.states[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +45,8 @@ class DecodingRows:
     tree: TreeTensors
     num_tokens: int
     """Tokens that they bring in all."""
+    nodes: float
+    """That a row brings on average."""
     depth: int
     """Of trees; 0 for roots alone, after which nothing is proposed."""
     max_cached_len: int
@@ -74,31 +88,43 @@ class StepRun:
         self.model, self.drafter, self.ops, self.state, self.cache = model, drafter, ops, state, cache
         config = model.config
         self.attention = ops.attention(cache, config.num_heads, config.rms_norm_eps, model.rope)
+        self.base_layers: tuple[int, ...] = ()
+        """Layers whose inputs the drafter reads."""
+        if drafter is not None:
+            self.base_layers = drafter.shape.base_layers
+            drafter.attach(cache)
 
     def expand(self, decoding: DecodingRows) -> tuple[Trees, TreeRows]:
         """The trees that rows bring."""
         trees = self.ops.expand(self.state, decoding.index, decoding.tree, decoding.num_tokens, decoding.sizes)
         return trees, TreeRows(trees.inflight, decoding.tree.num_nodes, decoding.max_cached_len)
 
-    def forward(self, chunks: ChunkRows | None, trees: TreeRows | None) -> Tensor:
-        """One forward pass over the tokens of chunks and, behind them, of trees: hidden states [T, hidden]."""
+    def forward(self, chunks: ChunkRows | None, trees: TreeRows | None) -> Hidden:
+        """One forward pass over the tokens of chunks and, behind them, of trees."""
         inflight: list[InFlight] = []
         groups: list[Group] = []
         if chunks is not None:
-            inflight.append(self._chain(chunks))
-            groups.append(self._group(inflight[0], 0, chunks.max_tokens, chunks.max_cached_len, is_chain=True))
+            inflight.append(self.chain(chunks))
+            groups.append(self.chain_group(chunks, inflight[0]))
         if trees is not None:
             start = groups[0].stop if groups else 0
             inflight.append(trees.inflight)
             groups.append(self._group(trees.inflight, start, trees.max_tokens, trees.max_cached_len))
+        tokens = _joined([x.tokens for x in inflight])
         self.attention.plan(groups, _joined([x.position for x in inflight]), _joined([x.slots for x in inflight]))
-        return self.model.forward(_joined([x.tokens for x in inflight]), self.attention)
+        if not self.base_layers:
+            return Hidden(self.model.forward(tokens, self.attention))
+        model = self.model
+        shape = (len(tokens), len(self.base_layers), model.config.hidden_size)
+        states = torch.empty(shape, dtype=model.dtype, device=model.device)
+        inputs = dict(zip(self.base_layers, states.unbind(1), strict=True))
+        return Hidden(model.forward(tokens, self.attention, inputs), states)
 
     def finish(
         self,
         decoding: DecodingRows,
         trees: Trees,
-        hidden: Tensor,
+        hidden: Hidden,
         target: Tensor,
         accepted: Tensor | None = None,
         others: Kept | None = None,
@@ -106,7 +132,7 @@ class StepRun:
         """Keep what agrees with the target, and propose what may come next.
 
         Args:
-            hidden: [T, hidden], of the decoding rows' tokens.
+            hidden: of the decoding rows' tokens.
             target: [T] int64, what the target drew after each of them.
             accepted: as `Ops.settle`'s.
             others: rows whose prompts ended in this step, a token each: the drafter proposes for them as well.
@@ -117,27 +143,73 @@ class StepRun:
         outcome = self.ops.settle(self.state, self.cache, trees, target, accepted)
         width = trees.tree.max_depth + 1
         gained, tokens = outcome.values[:, :1], outcome.values[:, 3 : 3 + width]
-        kept = Kept(decoding.index, hidden[outcome.last], tokens, gained)
-        self.propose(kept if others is None else _both(others, kept), decoding.depth)
+        kept = Kept(decoding.index, hidden.last[outcome.last], tokens, gained)
+        if hidden.states is not None:
+            kept = self._with_chain(kept, trees, outcome.values[:, 3 + width : 3 + 2 * width], hidden.states)
+        self.propose(kept if others is None else _both(others, kept), decoding.depth, decoding.nodes)
         return outcome.values
 
-    def propose(self, kept: Kept, depth: int) -> None:
-        """Candidates for rows' next trees of such depth."""
+    def propose(self, kept: Kept, depth: int, nodes: float) -> None:
+        """Candidates for rows' next trees of such depth, and of so many nodes on average."""
         if self.drafter is None:
             return
         self.drafter.observe(self.state, kept)
         if depth == 0:
             self.state.forget_candidates(kept.index)
         else:
-            self.ops.propose(self.state, kept.index, *self.drafter.propose(self.state, kept, depth))
+            self.ops.propose(self.state, kept.index, *self.drafter.propose(self.state, kept, depth, nodes))
 
-    def _chain(self, chunks: ChunkRows) -> InFlight:
+    def chain(self, chunks: ChunkRows) -> InFlight:
         """Chunks behind their rows' prefixes."""
         rows = chunks.index[chunks.row]
         position = self.state.cached_len[rows] + chunks.place
         slots = self.state.slots(rows, position)
         bits = torch.zeros_like(chunks.tokens)
         return InFlight(chunks.index, chunks.row_start, chunks.tokens, position, slots, bits)
+
+    def chain_group(self, chunks: ChunkRows, inflight: InFlight) -> Group:
+        """The same rows, as attention wants them, at the beginning of a pass."""
+        return self._group(inflight, 0, chunks.max_tokens, chunks.max_cached_len, is_chain=True)
+
+    def _with_chain(self, kept: Kept, trees: Trees, path: Tensor, states: Tensor) -> Kept:
+        """What a step kept of trees, with the tokens themselves, packed: as many as there may be; a dummy row's pad
+        them.
+
+        Args:
+            path: [R, W] int64, the nodes that drew the tokens.
+            states: [T, k, hidden], of all tokens of the trees.
+        """
+        state, gained, index = self.state, kept.gained[:, 0], kept.index
+        rows, width = path.shape
+        ends = gained.cumsum(0)
+        # a CPU knows how many there are; a GPU is not asked
+        size = int(ends[-1]) if state.device.type == "cpu" else min(rows * width, states.shape[0])
+        at = torch.arange(size, device=state.device)
+        row = torch.searchsorted(ends, at, right=True)
+        is_real, row = row < rows, row.clamp(max=rows - 1)
+        place = (at - ends[row] + gained[row]).clamp(0, width - 1)
+        node = torch.where(is_real, path[row, place], 0)
+        first = state.cached_len[index] - gained
+        position = (first[row] + place).clamp(min=0)
+        one = torch.ones_like(at)
+        group = Group(
+            start=0,
+            stop=size,
+            row_start=torch.cat((ends.new_zeros(1), ends, ends.new_full((1,), size))).to(torch.int32),
+            bits=torch.where(is_real, (one << (place + 1)) - 1, 1),
+            cached_len=F.pad(first, (0, 1)),
+            page_table=state.page_table[F.pad(index, (0, 1), value=state.num_rows)],
+            max_tokens=width,
+            max_cached_len=state.max_len,
+        )
+        chain = Chain(
+            group=group,
+            states=states[trees.place[row, node]],
+            following=torch.where(is_real, kept.tokens[row, place].clamp(min=0), 0),
+            position=position,
+            slots=torch.where(is_real, state.slots(index[row], position), 0),
+        )
+        return replace(kept, chains=(chain,), last=ends - 1)
 
     def _group(
         self, inflight: InFlight, start: int, max_tokens: int, max_cached_len: int, is_chain: bool = False
@@ -188,11 +260,16 @@ def gain_sizes(num_rows: int, draft: Draft, device: torch.device) -> Tensor | No
 def _both(others: Kept, kept: Kept) -> Kept:
     """Rows that gained a token, and rows that gained some."""
     tokens = F.pad(others.tokens, (0, kept.tokens.shape[1] - others.tokens.shape[1]))
+    last = None
+    if others.last is not None and kept.last is not None:
+        last = torch.cat((others.last, kept.last + sum(len(chain.following) for chain in others.chains)))
     return Kept(
         torch.cat((others.index, kept.index)),
         torch.cat((others.hidden, kept.hidden)),
         torch.cat((tokens, kept.tokens)),
         torch.cat((others.gained, kept.gained)),
+        (*others.chains, *kept.chains),
+        last,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
 from manyheads.engine.page_manager import DUMMY_PAGE, PageTable
-from manyheads.engine.recorded import TREE_ROWS, padded_rows
+from manyheads.engine.record_sizes import TREE_ROWS, padded_rows
 from manyheads.engine.runner import Runner
 from manyheads.engine.state import admit, sync_pages
 from manyheads.engine.step import Chunk, Request, StepPlan

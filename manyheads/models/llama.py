@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,25 +81,32 @@ class Llama:
         self.config, self.ops = config, ops
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.rope = _rope_table(config, self.device, self.dtype)
+        self.rope = self.rope_table(config.rope_theta, config.rope_scaling)
         self.beat: Callable[[], None] = lambda: None
         """Called at each layer: a long prompt can take a CPU minutes, and a watchdog wants to know that it goes on."""
 
-    def forward(self, tokens: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(
+        self, tokens: Tensor, attention: AttentionBackend, inputs: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             tokens: [T] int64.
             attention: planned for these tokens.
+            inputs: by layer, [T, hidden] that its input is written to; that of layer n, of n, is what the last one
+                gives, before the final norm.
 
         Returns:
             [T, hidden]
         """
+        inputs = inputs or {}
         ops, eps = self.ops, self.config.rms_norm_eps
         residual = F.embedding(tokens, self.embedding)
         x: Tensor | QuantizedRows = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
             self.beat()
+            if i in inputs:
+                inputs[i].copy_(residual)
             y = layer.o(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
             x = ops.add_rms_norm(y, residual, layer.post_norm, eps, layer.gate_up.takes(residual))
             y = layer.down(ops.silu_mul(layer.gate_up(x), layer.down.takes(residual)))
@@ -107,7 +114,23 @@ class Llama:
                 following = self.layers[i + 1]
                 x = ops.add_rms_norm(y, residual, following.input_norm, eps, following.qkv.takes(residual))
         hidden: Tensor = ops.add_rms_norm(y, residual, self.norm, eps)
+        if len(self.layers) in inputs:
+            inputs[len(self.layers)].copy_(residual)
         return hidden
+
+    def rope_table(self, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of every position that this model may have, [positions, 1, head_dim]; the first half of
+        sin is negated."""
+        config = self.config
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        frequency = 1.0 / (theta**exponent)
+        if scaling is not None:
+            frequency = _scaled(frequency, scaling)
+        positions = torch.arange(config.max_position_embeddings + POSITION_MARGIN).float()
+        angle = positions[:, None] * frequency
+        cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos[:, None].to(self.device, self.dtype), sin[:, None].to(self.device, self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, V] float32."""
@@ -127,19 +150,6 @@ class Llama:
             norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
             total += sum(linear.nbytes for linear in linears) + sum(n.nbytes for n in norms if n is not None)
         return total
-
-
-def _rope_table(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of every position, [positions, 1, head_dim]; the first half of sin is negated."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequency = 1.0 / (config.rope_theta**exponent)
-    if config.rope_scaling is not None:
-        frequency = _scaled(frequency, config.rope_scaling)
-    positions = torch.arange(config.max_position_embeddings + POSITION_MARGIN).float()
-    angle = positions[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    return cos[:, None].to(device, dtype), sin[:, None].to(device, dtype)
 
 
 def _scaled(frequency: Tensor, scaling: RopeScaling) -> Tensor:

@@ -16,6 +16,8 @@ PRIOR_TRIALS = 64.0
 WINDOW_TRIALS = 20_000.0
 """Older observations fade: the table remembers about this many tokens."""
 
+LEAST_RATE = 1e-9
+
 MOST_SLOWER = 4.0
 """A step says at most that it takes so many times as long as was thought: other work may have disturbed it."""
 PACE_WINDOW = 0.05
@@ -105,8 +107,9 @@ class Acceptance:
             self._hits[d] = [(old + new) * fade for old, new in zip(self._hits[d], hits[d], strict=True)]
 
     def table(self) -> list[list[float]]:
-        """[depth][rank]: the rates now."""
-        return [[h / n for h in ranks] for ranks, n in zip(self._hits, self._trials, strict=True)]
+        """[depth][rank]: the rates now. None is 0, so that the largest tree has as many nodes whatever was seen, and
+        the steps that are recorded for it serve it for ever."""
+        return [[max(h / n, LEAST_RATE) for h in ranks] for ranks, n in zip(self._hits, self._trials, strict=True)]
 
 
 class Kind(NamedTuple):

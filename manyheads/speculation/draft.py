@@ -20,6 +20,8 @@ class Draft:
     nodes: float
     passes: int = 0
     """That the drafter runs for trees of this depth, if it runs some for each."""
+    scratch: int = 0
+    """Tokens behind a row's text of which the drafter keeps K/V while it guesses."""
 
     @property
     def propose(self) -> bool:
@@ -30,6 +32,11 @@ class Draft:
     def kind(self) -> Kind:
         """What its steps cost is told by this."""
         return Kind(self.nodes, self.passes)
+
+    @property
+    def num_slots(self) -> int:
+        """Cache slots behind its text that a row needs: for its tree, and then for guesses behind what it gained."""
+        return max(self.tree.num_nodes, self.most_gained + self.scratch) if self.propose else 1
 
     @property
     def most_gained(self) -> int:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from manyheads.attention.base import Group
 from manyheads.batch import RowState
-from manyheads.speculation.tree import Tree
+from manyheads.kv_cache import KVCache
+from manyheads.speculation.tree import Choice, Tree
 
 if TYPE_CHECKING:
     from manyheads.models.llama import Llama
@@ -33,6 +35,18 @@ observed replaces it."""
 
 
 @dataclass(frozen=True, eq=False)
+class Chain:
+    """Tokens that a step's forward pass computed and that stand in their rows' texts for good, row after row; for
+    drafters that read what the base's layers made of them, and keep K/V of them."""
+
+    group: Group  # of the rows, as attention wants it, from token 0 on
+    states: Tensor  # [T, k, hidden], the inputs of the layers in `DrafterShape.base_layers`
+    following: Tensor  # [T] int64, the token that stands behind each of them
+    position: Tensor  # [T] int64, of the tokens themselves
+    slots: Tensor  # [T] int64, cache slots
+
+
+@dataclass(frozen=True, eq=False)
 class Kept:
     """What a step kept of R rows, as a drafter reads it to guess what comes next."""
 
@@ -40,6 +54,10 @@ class Kept:
     hidden: Tensor  # [R, hidden], after the base's final norm, of each row's last accepted token
     tokens: Tensor  # [R, W] int64, the tokens that each row gained
     gained: Tensor  # [R, 1] int64, how many of them hold
+    chains: tuple[Chain, ...] = ()
+    """All that has come to stand in texts, of rows whose prompts go on, too; () unless the drafter reads it."""
+    last: Tensor | None = None
+    """[R] int64, where the last token of each row stands among those of the chains."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,11 @@ class DrafterShape:
     """Bytes that it computes with for each token that a row may hold."""
     kv_layers: int = 0
     """Layers of K/V that it keeps in the base's pages, behind the base's own layers."""
+    base_layers: tuple[int, ...] = ()
+    """The base's layers whose inputs it reads (n, of n layers, is what the last one gives): it is told of every token
+    (`Kept.chains`)."""
+    scratch_tokens: int = 0
+    """Tokens of a row, behind its text, of which it keeps K/V while it guesses."""
     row_state: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     """Shape and type of what it keeps for each row beside its candidates (`RowState.drafter`), by name."""
 
@@ -78,6 +101,10 @@ class Drafter(Protocol):
     promises fades slowly, and does not give way to the first step."""
 
     @property
+    def offered(self) -> frozenset[Choice] | None:
+        """The nodes for which it has candidates; None for any of so many ranks at each depth."""
+
+    @property
     def prior(self) -> list[list[float]]:
         """Acceptance by depth and rank to start from: how often the candidate of a rank is right once its parent is."""
 
@@ -93,6 +120,9 @@ class Drafter(Protocol):
             tokens: what came out.
         """
 
+    def attach(self, cache: KVCache) -> None:
+        """Told of the cache that its `kv_layers` are the last layers of, before anything runs."""
+
     def admit(self, state: RowState, row: int, tokens: list[int]) -> None:
         """A row begins, or begins again, with these known tokens."""
 
@@ -103,8 +133,8 @@ class Drafter(Protocol):
         may wait for the device.
         """
 
-    def propose(self, state: RowState, kept: Kept, depth: int) -> tuple[Tensor, Tensor]:
-        """Candidates for the next trees of rows, which are `depth` deep at most.
+    def propose(self, state: RowState, kept: Kept, depth: int, nodes: float) -> tuple[Tensor, Tensor]:
+        """Candidates for the next trees of rows, which are `depth` deep at most and have `nodes` nodes on average.
 
         Returns:
             [R, C] int64, and [R, C] float32: the chance of each, given that its parent holds; 0 is no guess.

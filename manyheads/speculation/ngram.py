@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.batch import MAX_NODES, RowState
+from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
 from manyheads.speculation.drafter import DrafterShape, Kept
 from manyheads.speculation.tree import Tree
@@ -38,6 +39,7 @@ class NgramDrafter:
 
     name = "ngram"
     passes_per_depth = 0
+    offered = None
     prior_holds = True
 
     def __init__(self, shape: DrafterShape, device: torch.device) -> None:
@@ -60,6 +62,9 @@ class NgramDrafter:
                 return
             yield [chains[0][depth]]
 
+    def attach(self, cache: KVCache) -> None:
+        """It keeps no K/V."""
+
     def admit(self, state: RowState, row: int, tokens: list[int]) -> None:
         state.drafter["text"][row, : len(tokens)] = state.tensor(tokens, torch.int32)
 
@@ -72,7 +77,7 @@ class NgramDrafter:
         position = torch.where(order < kept.gained, position.clamp(min=0), text.shape[1] - 1)
         text.index_put_((kept.index[:, None].expand_as(position), position), kept.tokens.to(text.dtype))
 
-    def propose(self, state: RowState, kept: Kept, depth: int) -> tuple[Tensor, Tensor]:
+    def propose(self, state: RowState, kept: Kept, depth: int, nodes: float) -> tuple[Tensor, Tensor]:
         text = state.drafter["text"][kept.index]  # [R, L]
         end = state.cached_len[kept.index][:, None]  # [R, 1], where the last token stands
         order = torch.arange(text.shape[1], device=text.device)

@@ -12,7 +12,7 @@ from itertools import accumulate
 from manyheads.batch import MAX_NODES
 from manyheads.speculation.costs import REACHES, Acceptance, CostTable, Kind, RunningCosts
 from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
-from manyheads.speculation.tree import ROOT, Tree, grow
+from manyheads.speculation.tree import ROOT, Choice, Tree, grow
 from manyheads.speculation.trials import Trials
 
 MAX_INFLIGHT = 256
@@ -45,7 +45,7 @@ class Planner:
         prior: [depth][rank] acceptance to start from; empty where the model has no drafter.
         tree_size: this many nodes always, whatever the load; None to choose.
         min_gain: see MIN_GAIN; where step times hardly vary, less will do.
-        passes_per_depth, prior_holds: as the drafter's.
+        passes_per_depth, prior_holds, offered, scratch: as the drafter's.
     """
 
     def __init__(
@@ -55,9 +55,12 @@ class Planner:
         min_gain: float = MIN_GAIN,
         passes_per_depth: int = 0,
         prior_holds: bool = False,
+        offered: frozenset[Choice] | None = None,
+        scratch: int = 0,
     ) -> None:
         self.acceptance = Acceptance(prior)
         self.min_gain, self.tree_size, self.passes_per_depth = min_gain, tree_size, passes_per_depth
+        self._offered, self.scratch = offered, scratch
         self.costs: RunningCosts | None = None
         """Without it, and without `tree_size`, nothing is drafted."""
         self._trials: Trials | None = None
@@ -162,12 +165,12 @@ class Planner:
         if nodes <= 1:
             return NO_DRAFT
         if (nodes, depth) not in self._drafts:
-            choices = self._grown.choices[: Kind(nodes).reach]
+            choices = self._grown.choices
             if depth is not None:
                 choices = tuple(choice for choice in choices if len(choice) <= depth)
-            tree = Tree(choices)
+            tree = Tree(choices[: Kind(nodes).reach])
             passes = self.passes_per_depth * tree.max_depth
-            self._drafts[nodes, depth] = Draft(tree, min(nodes, tree.num_nodes), passes)
+            self._drafts[nodes, depth] = Draft(tree, min(nodes, tree.num_nodes), passes, self.scratch)
         return self._drafts[nodes, depth]
 
     def smaller(self, draft: Draft) -> Draft:
@@ -274,7 +277,7 @@ class Planner:
         self._steps_until_regrow = REGROW_EVERY
         self._chosen.clear()
         self._drafts.clear()
-        self._grown, self._probabilities = grow(self.acceptance.table(), MAX_NODES)
+        self._grown, self._probabilities = grow(self.acceptance.table(), MAX_NODES, self._offered)
         self._expected = list(accumulate(self._probabilities))
 
 

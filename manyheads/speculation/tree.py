@@ -78,13 +78,16 @@ def tree_tensors(tree: Tree, columns: list[int], device: torch.device) -> TreeTe
     return TreeTensors(*(torch.tensor(table).to(device, non_blocking=True) for table in tables))
 
 
-def grow(acceptance: list[list[float]], num_nodes: int) -> tuple[Tree, list[float]]:
+def grow(
+    acceptance: list[list[float]], num_nodes: int, offered: frozenset[Choice] | None = None
+) -> tuple[Tree, list[float]]:
     """The `num_nodes` most probable nodes, and each one's probability of being accepted.
 
     Args:
         acceptance: [depth][rank], the probability that the candidate of this rank is right at this depth (from 1)
             given that its parent was accepted. The probability of a node is the product along its path.
         num_nodes: at most this many, root included; fewer when the table holds no more with a probability above 0.
+        offered: the nodes that there are; None for all of the table. A node is there only if its parent is.
 
     The trees for 1, 2, 3, … nodes are prefixes of one another (Cai et al. 2024, appendix C, grow their tree the
     same way).
@@ -98,11 +101,14 @@ def grow(acceptance: list[list[float]], num_nodes: int) -> tuple[Tree, list[floa
     def push(parent: Choice, parent_probability: float, place: int) -> None:
         """The child that stands at this place of the order at its depth."""
         depth = len(parent)
-        if depth < len(order) and place < len(order[depth]):
-            rank = order[depth][place]
-            p = parent_probability * acceptance[depth][rank]
-            if p > 0:
-                heapq.heappush(heap, (-p, (*parent, rank), place))
+        if depth == len(order):
+            return
+        for at in range(place, len(order[depth])):
+            choice = (*parent, order[depth][at])
+            p = parent_probability * acceptance[depth][choice[-1]]
+            if p > 0 and (offered is None or choice in offered):
+                heapq.heappush(heap, (-p, choice, at))
+                return
 
     probability: dict[Choice, float] = {(): 1.0}
     push((), 1.0, 0)

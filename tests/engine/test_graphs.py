@@ -18,7 +18,8 @@ from triton import knobs
 from manyheads import SamplingParams
 from manyheads.engine.engine import Engine
 from manyheads.engine.graphs import Recorded, Recorder
-from manyheads.engine.recorded import ROWS, TREE_ROWS, RecordedSteps, padded_rows
+from manyheads.engine.record_sizes import ROWS, TREE_ROWS, padded_rows
+from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.runner import Runner
 from manyheads.engine.step_run import StepRun
 from manyheads.engine.warmup import exercise

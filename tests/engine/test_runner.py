@@ -15,6 +15,7 @@ from manyheads.engine.engine import Engine
 from manyheads.engine.page_manager import PageTable
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Chunk, Request, StepPlan
+from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
 from manyheads.speculation.draft import NO_DRAFT
 from manyheads.speculation.drafter import DrafterShape, Kept
@@ -33,6 +34,7 @@ class Counting:
 
     name = "counting"
     passes_per_depth = 0
+    offered = None
     prior_holds = False
     prior = [[0.4, 0.3]] * 2
 
@@ -50,13 +52,16 @@ class Counting:
     def follow(self, candidates: list[int], tokens: list[int]) -> Iterator[list[int]]:
         return medusa(2, 2).follow(candidates, tokens)
 
+    def attach(self, cache: KVCache) -> None:
+        pass
+
     def admit(self, state: RowState, row: int, tokens: list[int]) -> None:
         state.drafter["length"][row] = len(tokens)
 
     def observe(self, state: RowState, kept: Kept) -> None:
         state.drafter["length"].index_add_(0, kept.index, kept.gained[:, 0])
 
-    def propose(self, state: RowState, kept: Kept, depth: int) -> tuple[Tensor, Tensor]:
+    def propose(self, state: RowState, kept: Kept, depth: int, nodes: float) -> tuple[Tensor, Tensor]:
         last = kept.tokens.gather(1, kept.gained - 1)
         candidates = (last + torch.tensor([1, 2, 2, 3])) % VOCAB
         return candidates, torch.full(candidates.shape, 0.4)

@@ -64,7 +64,7 @@ def test_known_tokens_are_placed_one_after_the_other(n: int, cached: int) -> Non
     n = min(n, state.page_table.shape[1] * 4 - cached)
     tokens = torch.randint(0, 50, (n,))
     chunks = [chunk("one", 2, [0] * cached + tokens.tolist(), cached, n)]
-    inflight = step_run(case, state)._chain(chunk_rows(chunks, n, []))
+    inflight = step_run(case, state).chain(chunk_rows(chunks, n, []))
     assert torch.equal(inflight.tokens, tokens)
     assert inflight.index.tolist() == [2]
     assert inflight.row_start.tolist() == [0, n]
@@ -79,7 +79,7 @@ def test_chunks_of_several_rows_and_what_pads_them() -> None:
     state = case.state()
     state.cached_len[:4] = torch.tensor([6, 0, 0, 1])
     chunks = [chunk("a", 3, [7, 8, 9, 10, 11], 1, 3), chunk("b", 0, [*range(20, 28)], 6, 2)]
-    inflight = step_run(case, state)._chain(chunk_rows(chunks, 9, [5, 5]))
+    inflight = step_run(case, state).chain(chunk_rows(chunks, 9, [5, 5]))
     assert inflight.tokens.tolist() == [8, 9, 10, 26, 27, 0, 0, 0, 0]
     assert inflight.index.tolist() == [3, 0, 5, 5]
     assert inflight.row_start.tolist() == [0, 3, 5, 5, 9]

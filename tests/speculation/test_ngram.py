@@ -52,7 +52,7 @@ def test_candidates_are_what_followed_the_longest_match(texts: list[list[int]], 
         tokens[i, :width] = torch.tensor(text[len(text) - width :])
     kept = Kept(torch.tensor(order), torch.empty(len(order), 1), tokens, torch.tensor(widths)[:, None])
     drafter.observe(state, kept)
-    found, chances = drafter.propose(state, kept, DEPTH)
+    found, chances = drafter.propose(state, kept, DEPTH, nodes=4)
     for i, row in enumerate(order):
         seen: list[int] = []
         best = wanted(texts[row])

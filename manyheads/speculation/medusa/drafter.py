@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from manyheads.batch import RowState
+from manyheads.kv_cache import KVCache
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE, DrafterShape, Kept
@@ -29,6 +30,7 @@ class MedusaDrafter:
 
     name = "medusa"
     passes_per_depth = 0
+    offered = None
     prior_holds = False
 
     def __init__(self, heads: MedusaHeads, shape: DrafterShape, accuracy: list[list[float]] | None) -> None:
@@ -50,13 +52,16 @@ class MedusaDrafter:
         for start in range(0, len(candidates), self._num_ranks):
             yield candidates[start : start + self._num_ranks]
 
+    def attach(self, cache: KVCache) -> None:
+        """The heads keep no K/V."""
+
     def admit(self, state: RowState, row: int, tokens: list[int]) -> None:
         """The heads read hidden states alone."""
 
     def observe(self, state: RowState, kept: Kept) -> None:
         """The heads keep nothing."""
 
-    def propose(self, state: RowState, kept: Kept, depth: int) -> tuple[Tensor, Tensor]:
+    def propose(self, state: RowState, kept: Kept, depth: int, nodes: float) -> tuple[Tensor, Tensor]:
         candidates, chances = self.heads.candidates(kept.hidden, self._num_ranks)
         return candidates.flatten(1), chances.flatten(1)
 

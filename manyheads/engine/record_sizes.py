@@ -1,0 +1,51 @@
+"""For which sizes steps are recorded: what a step brings is rounded up to the next of them."""
+
+from __future__ import annotations
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+"""Rows that steps of roots alone are recorded for; beyond, steps of 64 rows."""
+TREE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""The same for trees: the nodes of a step go to the rows that are surest, and to dummy rows only their roots."""
+CHUNKS = ((0, 0), (32, 4), (64, 4), (128, 8), (192, 8), (256, 16), (384, 16), (512, 32), (768, 32), (1024, 32))
+"""Tokens of chunks that passes are recorded for, and the most chunks that may bring them. Beyond, the GPU is busy for
+longer than the host needs for the launches."""
+TREES = (
+    (0, 0),
+    (16, 16),
+    (32, 32),
+    (64, 64),
+    (128, 64),
+    (128, 128),
+    (192, 96),
+    (256, 128),
+    (256, 256),
+    (384, 256),
+    (512, 256),
+)
+"""Tokens of trees beside them, and the most rows."""
+
+PassKey = tuple[tuple[int, int], tuple[int, int]]
+"""A recorded forward pass: one of `CHUNKS`, and one of `TREES`."""
+
+
+def pass_keys(num_rows: int, max_tokens: int) -> list[PassKey]:
+    """The passes that so many rows may need where a step computes at most so many tokens of prompts."""
+    most = min((rows for _, rows in TREES if rows >= num_rows), default=num_rows)
+    trees = [size for size in TREES if size[1] <= most]
+    return [(size, other) for size in _up_to(CHUNKS, max_tokens) for other in trees][1:]
+
+
+def _up_to(sizes: tuple[tuple[int, int], ...], count: int) -> list[tuple[int, int]]:
+    """The sizes up to the one that holds so many tokens."""
+    smaller = [size for size in sizes if size[0] < count]
+    return [*smaller, *[size for size in sizes if size[0] >= count][:1]]
+
+
+def fitting(sizes: tuple[tuple[int, int], ...], tokens: int, rows: int) -> tuple[int, int] | None:
+    """The first size that holds so many tokens of so many rows."""
+    return next((size for size in sizes if size[0] >= tokens and size[1] >= rows), None)
+
+
+def padded_rows(count: int, most: int, sizes: tuple[int, ...]) -> int:
+    """The number of rows of the recording that serves `count` rows where at most `most` run."""
+    return min(next((rows for rows in sizes if rows >= count), -(-count // 64) * 64), most)

@@ -1,0 +1,112 @@
+"""What an EAGLE-3 drafter computes: one decoder layer between features and a draft vocabulary.
+
+Li et al. 2025, "EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test"; the layer
+is that of SafeAILab's cnets.py, its variants those of speculators and vLLM (`checkpoint.Eagle3Config`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyheads.attention.base import AttentionBackend
+from manyheads.models.linear import Linear, Split
+from manyheads.models.llama import Llama
+from manyheads.quantization.base import Weight
+from manyheads.quantization.schemes import compress, compress_vocabulary, find
+from manyheads.speculation.eagle3.checkpoint import LAYER, Eagle3Weights
+
+
+class Eagle3Layer:
+    """The drafter's weights on a device.
+
+    Args:
+        weights: as read from a checkpoint.
+        model: the base, for its embedding and its `ops`.
+        quantization: one of `config.QUANTIZATIONS` rounds the projections, which are nearly all of the drafter.
+    """
+
+    def __init__(
+        self, weights: Eagle3Weights, model: Llama, dtype: torch.dtype, device: torch.device, quantization: str | None
+    ) -> None:
+        self.config, self.ops, scheme = weights.config, model.ops, find(quantization)
+        tensors = {name: tensor.to(device, dtype) for name, tensor in weights.tensors.items() if name != "d2t"}
+
+        def linear(weight: Weight, split: Split = Split.OUTPUTS) -> Linear:
+            return Linear(weight, None, dtype, self.ops, split)
+
+        def joined(names: str, at: str) -> Tensor:
+            return torch.cat([tensors[f"{LAYER}{at}{name}_proj.weight"] for name in names.split()])
+
+        def norm(name: str) -> Tensor | None:
+            return tensors.get(f"{name}.weight")
+
+        self.fc = linear(compress(tensors["fc.weight"], scheme))
+        self.qkv = linear(compress(joined("q k v", "self_attn."), scheme))
+        self.o = linear(compress(joined("o", "self_attn."), scheme), Split.INPUTS)
+        self.gate_up = linear(compress(joined("gate up", "mlp."), scheme))
+        self.down = linear(compress(joined("down", "mlp."), scheme), Split.INPUTS)
+        self.lm_head = linear(compress_vocabulary(tensors["lm_head.weight"], scheme))
+        self.embedding = tensors.get("embed_tokens.weight", model.embedding)
+        self._own = [] if self.embedding is model.embedding else [self.embedding]
+        self.token_map = None if weights.token_map is None else weights.token_map.to(device)
+        self._token_norm = tensors[f"{LAYER}input_layernorm.weight"]
+        self._feature_norm = tensors[f"{LAYER}hidden_norm.weight"]
+        self._post_norm = tensors[f"{LAYER}post_attention_layernorm.weight"]
+        self._norm = tensors["norm.weight"]
+        self._states_norm = norm("input_norm")
+        self._state_norms = [tensors[f"fc_norm.{i}.weight"] for i in range(3)] if self.config.fc_norm else None
+        self._q_norm, self._k_norm = norm(f"{LAYER}self_attn.q_norm"), norm(f"{LAYER}self_attn.k_norm")
+
+    def features(self, states: Tensor) -> Tensor:
+        """What three of the base's layers read becomes one feature: [T, 3, base's hidden] → [T, hidden]."""
+        eps = self.config.rms_norm_eps
+        if self._state_norms is not None:
+            states = torch.stack(
+                [
+                    self.ops.rms_norm(s.contiguous(), w, eps)
+                    for s, w in zip(states.unbind(1), self._state_norms, strict=True)
+                ],
+                dim=1,
+            )
+        x = states.flatten(1)
+        if self._states_norm is not None:
+            x = self.ops.rms_norm(x, self._states_norm, eps)
+        return self.fc(x)
+
+    def __call__(
+        self, features: Tensor, tokens: Tensor, layer: int, attention: AttentionBackend
+    ) -> tuple[Tensor, Tensor]:
+        """One pass.
+
+        Args:
+            features: [T, hidden], of places in texts.
+            tokens: [T] int64, those that follow them.
+            layer: of the cache.
+            attention: planned for these tokens.
+
+        Returns:
+            [T, hidden], the features of the next pass, and [T, hidden], what `logits` reads.
+        """
+        ops, eps = self.ops, self.config.rms_norm_eps
+        embedded = ops.rms_norm(F.embedding(tokens, self.embedding), self._token_norm, eps)
+        normed = ops.rms_norm(features, self._feature_norm, eps)
+        x = torch.cat((embedded, normed), dim=-1)
+        residual = normed.clone() if self.config.norm_before_residual else features.clone()
+        y = self.o(attention(layer, self.qkv(x), self._q_norm, self._k_norm))
+        rows = ops.add_rms_norm(y, residual, self._post_norm, eps, self.gate_up.takes(residual))
+        y = self.down(ops.silu_mul(self.gate_up(rows), self.down.takes(residual)))
+        out: Tensor = ops.add_rms_norm(y, residual, self._norm, eps)
+        return (out if self.config.norm_output else residual), out
+
+    def best(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens that come next, best first, and their chances: [N, count] int64 (of the base's
+        vocabulary) and float32."""
+        tokens, chances = self.ops.best(self.lm_head(normed), count)
+        return (tokens if self.token_map is None else self.token_map[tokens]), chances
+
+    def memory_bytes(self) -> int:
+        """Bytes of the drafter's own weights."""
+        linears = (self.fc, self.qkv, self.o, self.gate_up, self.down, self.lm_head)
+        return sum(linear.nbytes for linear in linears) + sum(tensor.nbytes for tensor in self._own)

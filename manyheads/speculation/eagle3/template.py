@@ -1,0 +1,71 @@
+"""The nodes for which an EAGLE-3 drafter has candidates, and what its passes need to know of them.
+
+The tree of a step is a part of them. Which of them are looked at in which row is decided on the device; the template
+only says which there are at all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from manyheads.batch import MAX_NODES
+from manyheads.speculation.costs import LEAST_RATE
+from manyheads.speculation.tree import Choice, grow
+
+LEAST_CHILDREN = 2
+"""What is expanded has so many children at least: that they differ says that it was."""
+
+
+class Template:
+    """A tree of C nodes beside the root, parents before their children; node c holds candidate c of a row.
+
+    Args:
+        prior: [depth][rank] acceptance to expect; its nodes are the most probable ones.
+        num_nodes: most nodes, the root included.
+    """
+
+    def __init__(self, prior: list[list[float]], num_nodes: int = MAX_NODES) -> None:
+        # from the best rank on, so that a node's children are the best candidates
+        falling = [sorted((max(p, LEAST_RATE) for p in ranks), reverse=True) for ranks in prior]
+        grown = grow(falling, num_nodes)[0].choices[1:]
+        sizes = Counter(choice[:-1] for choice in grown)
+        kept = [c for c in grown if all(sizes[c[:depth]] >= LEAST_CHILDREN for depth in range(len(c)))]
+        self.choices: tuple[Choice, ...] = tuple(sorted(kept, key=lambda choice: (len(choice), choice)))
+        self.index = {choice: c for c, choice in enumerate(self.choices)}
+        self.max_depth = max(len(choice) for choice in self.choices)
+        self.children = {
+            parent: [self.index[choice] for choice in self.choices if choice[:-1] == parent]
+            for parent in {choice[:-1] for choice in self.choices}
+        }
+        """Candidates by rank, of every node that has some."""
+
+    @property
+    def num_candidates(self) -> int:
+        """C."""
+        return len(self.choices)
+
+    @property
+    def num_inner(self) -> int:
+        """Nodes that have children, the root left out: so many a row may be expanded."""
+        return len(self.children) - 1
+
+    def inner(self, depth: int) -> list[int]:
+        """The candidates at a depth that have children."""
+        return [self.index[parent] for parent in sorted(self.children) if len(parent) == depth]
+
+    def ancestors(self, device: torch.device) -> Tensor:
+        """[C, D] int64, the candidates on the way to each one, itself at its own depth and below."""
+        rows = []
+        for choice in self.choices:
+            path = [self.index[choice[: depth + 1]] for depth in range(len(choice))]
+            rows.append(path + path[-1:] * (self.max_depth - len(path)))
+        return torch.tensor(rows, device=device)
+
+    def families(self, parents: list[int], device: torch.device) -> Tensor:
+        """[len(parents), K] int64, the children of candidates (-1 is the root) by rank; C pads."""
+        found = [self.children[self.choices[parent] if parent >= 0 else ()] for parent in parents]
+        width = max(len(family) for family in found)
+        return torch.tensor([family + [self.num_candidates] * (width - len(family)) for family in found], device=device)
