@@ -8,8 +8,8 @@ BUILTIN = "builtin"
 QUANTIZATIONS = ("int8", "fp8", "int4", "bitsandbytes-8bit", "bitsandbytes-4bit")
 """What weights can be quantized to (docs/quantization.md)."""
 DRAFTERS = ("medusa", "eagle3", "ngram")
-"""What may guess tokens (docs/heads.md): heads or a drafter for the model, or what followed the same words earlier in the
-text."""
+"""What may guess tokens (docs/heads.md): heads or a drafter for the model, or what followed the same words earlier in
+the text."""
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 
 
