@@ -15,12 +15,15 @@ from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Request
 from manyheads.models.registry import read_config
+from manyheads.ops.triton import TritonOps
 from manyheads.request import EngineRequest, SamplingParams
 from manyheads.speculation.eagle3.checkpoint import Eagle3Weights
 from manyheads.speculation.eagle3.drafter import Eagle3Drafter
 from tests.eagle3 import ReferenceEagle3, make_drafter
 from tests.engine.test_exactness import engine, prompts, run
 from tests.engine.test_graphs import record
+from tests.kernels import INTERPRETED
+from tests.tiny import save_model
 
 DRAFT_VOCAB = 11
 VARIANTS: list[dict[str, Any]] = [
@@ -101,6 +104,29 @@ def test_candidates_are_the_references(
                 deep += count > 1
     assert looked_at > 50
     assert deep > 25  # nodes below the root were expanded
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the other tests run with kernels")
+def test_candidates_of_kernels_are_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_model(tmp_path / "model", head_dim=16)
+    weights = drafter(tmp_path / "model", tmp_path / "drafter")
+    ops = TritonOps()
+    monkeypatch.setattr(TritonOps, "records", False)
+    monkeypatch.setattr("manyheads.engine.build.ops_for", lambda device: ops)
+    monkeypatch.setattr(
+        "manyheads.engine.build.measure_costs", lambda *args: None
+    )  # steps take the interpreter seconds
+    served = serve(tmp_path / "model", tmp_path / "drafter", prefix_caching=False)
+    for i, prompt in enumerate(prompts(2)):
+        params = SamplingParams(temperature=0.0, max_tokens=3)
+        served.add_request(EngineRequest(request_id=str(i), prompt_token_ids=prompt[:9], params=params))
+    looked_at = 0
+    while served.has_work():
+        served.step()
+        for request in served.scheduler.running:
+            if request.decoding and request.has_candidates:
+                looked_at += check_row(served, request, base, weights)
+    assert looked_at > 10
 
 
 @pytest.mark.parametrize("tree_size", [2, 7, 24])

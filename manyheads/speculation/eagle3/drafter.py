@@ -146,7 +146,7 @@ class Eagle3Drafter:
             out, normed = self._expand(state, kept.index, opened, features, tokens, len(found))
             features = torch.cat((features, out))
             self._offer(self._families[below][which], row, normed, worth[row, candidate], tokens, chances, worth)
-        return tokens[:, :-1], chances[:, :-1]
+        return tokens[:, :-1].contiguous(), chances[:, :-1].contiguous()
 
     def _offer(
         self,
