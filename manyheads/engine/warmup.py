@@ -62,8 +62,12 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
         runner.recorded.record_steps(planner)
         padded = partial(padded_rows, most=state.num_rows, sizes=TREE_ROWS)
         padded_prompts = runner.recorded.padded_prompts
-    for num_rows in [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows <= state.num_rows]:
-        if patience == 0 and num_rows > ENOUGH_ROWS and runner.device.type == "cpu":
+    counts = [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows <= state.num_rows]
+    least = TURN_SECONDS
+    if not planner.chooses:  # a rough idea will do, of how much a step's prompts may take
+        counts, patience, least = sorted({counts[0], counts[len(counts) // 2], counts[-1]}), 0.0, 0.0
+    for num_rows in counts:
+        if planner.chooses and patience == 0 and num_rows > ENOUGH_ROWS and runner.device.type == "cpu":
             break
         requests = [_dummy(i, context, state.page_size) for i in range(num_rows)]
         admit(state, runner.drafter, requests)
@@ -72,12 +76,12 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
         drafts = _measured_drafts(planner.drafts(num_rows))
         plans = [StepPlan(chunks=[], decoding=requests, draft=draft) for draft in (NO_DRAFT, *drafts)]
         began = time.perf_counter()
-        plain, *seconds = _time(runner, plans, context, patience)
+        plain, *seconds = _time(runner, plans, context, patience, least)
         patience = max(0.0, patience - (time.perf_counter() - began))
         costs.plain[num_rows] = plain
         costs.trees[num_rows], costs.passes[num_rows] = _apart(drafts, seconds, num_rows)
     progress("measuring prompts")
-    costs.prompts = _time_prompts(runner)
+    costs.prompts = _time_prompts(runner, MIN_TURNS if planner.chooses else 2)
     _clear(state)
     planner.measured(costs, padded, padded_prompts)
 
@@ -119,7 +123,7 @@ def _clear(state: RowState) -> None:
     state.page_table.zero_()
 
 
-def _time_prompts(runner: Runner) -> dict[int, float]:
+def _time_prompts(runner: Runner, turns: int) -> dict[int, float]:
     """Seconds of passes over chunks of PROMPTS tokens, the shortest of a few; no larger ones where they take long."""
     state, seconds = runner.state, dict[int, float]()
     for size in (size for size in PROMPTS if size < state.max_len):
@@ -129,7 +133,7 @@ def _time_prompts(runner: Runner) -> dict[int, float]:
         admit(state, runner.drafter, [request])
         sync_pages(state, [request])
         taken: list[float] = []
-        while len(taken) < (2 if sum(taken) > TURN_SECONDS else MIN_TURNS):
+        while len(taken) < (2 if sum(taken) > TURN_SECONDS else turns):
             state.cached_len[0] = 0
             began = time.perf_counter()
             runner.launch(plan).read()
@@ -169,13 +173,13 @@ def _apart(drafts: list[Draft], seconds: list[float], num_rows: int) -> tuple[di
     return without, one_pass
 
 
-def _time(runner: Runner, plans: list[StepPlan], context: int, patience: float) -> list[float]:
-    """The shortest time of each step, in seconds."""
+def _time(runner: Runner, plans: list[StepPlan], context: int, patience: float, least: float) -> list[float]:
+    """The shortest time of each step, in seconds; at least so many are spent on it, unless MAX_TURNS take less."""
     burst = BURST if runner.overlaps else 1
     # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
     times: list[list[float]] = [[] for _ in plans]
     start = time.perf_counter()
-    while not _enough(times, time.perf_counter() - start, max(patience, TURN_SECONDS)):
+    while not _enough(times, time.perf_counter() - start, max(patience, least), least):
         for plan, taken in zip(plans, times, strict=True):
             runner.state.cached_len[: len(plan.decoding)] = context
             began = time.perf_counter()
@@ -189,9 +193,9 @@ def _time(runner: Runner, plans: list[StepPlan], context: int, patience: float) 
     return [min(taken[1:]) for taken in times]
 
 
-def _enough(kinds: list[list[float]], elapsed: float, patience: float) -> bool:
+def _enough(kinds: list[list[float]], elapsed: float, patience: float, least: float) -> bool:
     turns = len(kinds[0])
-    if turns < (MIN_TURNS if elapsed < patience else 2) or (turns < MAX_TURNS and elapsed < TURN_SECONDS):
+    if turns < (MIN_TURNS if elapsed < patience else 2) or (turns < MAX_TURNS and elapsed < least):
         return False
     shortest = [sorted(times[1:])[:SAME_TURNS] for times in kinds]
     return elapsed > patience or all(times[-1] <= SAME * times[0] for times in shortest)

@@ -96,6 +96,11 @@ class Planner:
         self._trials = Trials(self.costs)
         self._chosen.clear()
 
+    @property
+    def chooses(self) -> bool:
+        """Whether there is anything to choose."""
+        return self.tree_size is None and self.acceptance.num_depths > 0
+
     def choose(self, rows: int, prompt_tokens: int = 0) -> Draft:
         """What `rows` decoding rows are to bring beside `prompt_tokens` of prompts; NO_DRAFT when nothing pays.
 
@@ -251,7 +256,7 @@ class Planner:
         if not changed:
             told = seconds / self.costs.seconds(rows, draft.kind)
             dearer = self.costs.observe(rows, draft.kind, seconds)
-            if self.tree_size is not None or not self.acceptance.num_depths:
+            if not self.chooses:
                 return
             if abs(dearer - 1) > NEWS:
                 self._until_review = min(self._until_review, REVIEW_SOON)

@@ -46,7 +46,7 @@ def test_a_text_that_repeats_itself_takes_few_steps(folder: Path, reference: Lla
 def test_heads_and_ngram_exclude_each_other(folder: Path, reference: LlamaForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ngram needs no heads"):
         EngineConfig(model=str(folder), heads=str(folder / "heads"), drafter="ngram")
-    with pytest.raises(ConfigError, match="drafter must be one of medusa, ngram"):
+    with pytest.raises(ConfigError, match="drafter must be one of medusa, eagle3, ngram"):
         EngineConfig(drafter="eagle")
     plain = tmp_path / "plain"
     reference.save_pretrained(plain)

@@ -95,6 +95,8 @@ class Others:
     def __init__(self, running: Running) -> None:
         self.running = running
         self.alone = min(ask(running) for _ in range(3))
+        self.count = 0
+        """Requests that were answered meanwhile."""
         assert eventually(lambda: num_connections(running) == 1)
         self.files = num_files(running)
 
@@ -105,6 +107,7 @@ class Others:
         while not gone():
             assert time.monotonic() < deadline, "the clients are still there"
             times.append(ask(self.running))
+        self.count += len(times)
         assert sorted(times)[len(times) // 2] < 3 * self.alone + 0.5
 
     def find_all_clean(self) -> None:
@@ -163,7 +166,8 @@ def test_all_of_them_at_once(tmp_path: Path) -> None:
         ]
         others.are_served_until(lambda: not any(kind.num_open() for kind in kinds))
     others.find_all_clean()
-    assert dropped(running, "room", "headers") == 1400
+    # where there is no more room, a connection whose answer is read may go before its client closes it
+    assert 1400 <= dropped(running, "room", "headers") <= 1400 + others.count
     assert dropped(running, "write") == 40
     words = ("clients read nothing for 1.5 s", "closed to make room", "no whole headers within 1.5 s")
     assert eventually(lambda: all(word in running.errors() for word in words)), running.errors()
