@@ -6,8 +6,8 @@ from manyheads.speculation.costs import PLAIN
 from manyheads.speculation.planner import Planner
 
 PROMPT_SHARE = 3.0
-"""Without a target, the prompts of a step may take so many times as long as its decoding rows do by themselves: with as
-long, first tokens waited up to five times longer where a CPU was nearly full of prompts."""
+"""Without a target, the prompts of a step may take so many times as long as its decoding rows do by themselves. With
+less, first tokens wait where a machine is nearly full of prompts; with more, so do those who decode."""
 SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 """Prompt tokens of a step that are considered, and multiples of the last."""
 

@@ -111,7 +111,8 @@ def exercise(runner: Runner, planner: Planner, max_tokens: int) -> None:
             chunks = [Chunk(prompt, n, is_last=True) for n in (*PROMPTS, length) if n <= length]
             plans = [StepPlan(chunks=[chunks[0]], decoding=requests, draft=draft) for draft in drafts]
             plans += [StepPlan(chunks=[chunk], decoding=requests, draft=drafts[-1]) for chunk in chunks[1:]]
-            plans += [StepPlan(chunks=[], decoding=requests, draft=draft) for draft in drafts if params.logprobs]
+            if params.logprobs and requests:
+                plans += [StepPlan(chunks=[], decoding=requests, draft=draft) for draft in drafts]
             for plan in plans:
                 state.cached_len[:count], state.cached_len[count] = context, 0
                 runner.launch(plan).read()
