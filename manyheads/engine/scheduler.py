@@ -104,7 +104,9 @@ class Scheduler:
         Raises:
             StepsUnread: call again when nothing is unread.
         """
-        budget = self.target.most_prompt_tokens(sum(request.decoding for request in self.running))
+        num_decoding = sum(request.decoding for request in self.running)
+        has_prompts = self.waiting or num_decoding < len(self.running)  # most steps have none
+        budget = self.target.most_prompt_tokens(num_decoding) if has_prompts else 0
         kept_pages = self._make_room(budget)
         decoding = [request for request in self.running if request.decoding]
         starting = self._next()
@@ -140,7 +142,7 @@ class Scheduler:
             known = self.pages.num_known(request.tokens) if wanted < budget else 0
             prompts[request] = len(request.tokens) - known
             wanted += prompts[request]
-        total = self.target.prompt_tokens(num_decoding, wanted)
+        total = self.target.prompt_tokens(num_decoding, wanted) if prompts else 0
         given = divide([(request.client, tokens) for request, tokens in prompts.items()], total)
         return dict(zip(prompts, given, strict=True))
 

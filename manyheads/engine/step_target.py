@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from manyheads.engine.record_sizes import CHUNKS
 from manyheads.speculation.costs import PLAIN
 from manyheads.speculation.planner import Planner
 
 PROMPT_SHARE = 3.0
 """Without a target, the prompts of a step may take so many times as long as its decoding rows do by themselves. With
 less, first tokens wait where a machine is nearly full of prompts; with more, so do those who decode."""
-SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+SIZES = tuple(tokens for tokens, _ in CHUNKS[1:])
 """Prompt tokens of a step that are considered, and multiples of the last."""
 
 

@@ -184,10 +184,8 @@ def _time(runner: Runner, plans: list[StepPlan], context: int, patience: float, 
         for plan, taken in zip(plans, times, strict=True):
             runner.state.cached_len[: len(plan.decoding)] = context
             began = time.perf_counter()
-            for i, step in enumerate([runner.launch(plan) for _ in range(burst)]):
-                is_finite = all(row.is_finite for row in step.read().rows)
-                # what a model says to its own tokens is its requests' affair
-                if not is_finite and i == 0 and not times[0]:
+            for step in [runner.launch(plan) for _ in range(burst)]:
+                if not all(row.is_finite for row in step.read().rows):
                     dtype = str(runner.model.dtype).removeprefix("torch.")
                     raise ConfigError(f"the model's logits are not finite in {dtype}; dtype=float32 has more range")
             taken.append((time.perf_counter() - began) / burst)
