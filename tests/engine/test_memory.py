@@ -290,10 +290,12 @@ def test_scratch_is_enough(monkeypatch: pytest.MonkeyPatch, params: dict[str, An
             tree_size=16,
             num_blocks=128,
             num_threads=1,
+            seed=0,
+            target_step_ms=60_000,  # whatever steps turn out to take, prompts fill them
         )
     )
     for i in range(8):
-        engine.add_request(request(str(i), 100 + i, max_tokens=8, **params))
+        engine.add_request(request(str(i), 100 + i, max_tokens=32, **params))
     with Live() as live:
         finish(engine)
     assert share < live.most / shapes[0].parts().scratch < 1
