@@ -44,6 +44,8 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     """`auto` (as `dtype`), or 8 bits: `fp8` or `int8`, with a scale per token, layer and kv head."""
     device: str = "auto"
+    tensor_parallel_size: int = 1
+    """Ranks that share the model, each a process with a GPU of its own (on a CPU, with a share of its cores)."""
     max_model_len: int | None = None
     """Longest sequence, prompt and output together, in tokens; None takes the checkpoint's."""
     max_num_seqs: int | None = None
@@ -78,7 +80,7 @@ class EngineConfig:
     """CPU threads of the engine; None chooses by measuring, again and again (`engine/threads.py`)."""
 
     def __post_init__(self) -> None:
-        names = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue")
+        names = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue", "tensor_parallel_size")
         for name in (*names, "max_model_len", "num_blocks", "kv_cache_bytes", "memory_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

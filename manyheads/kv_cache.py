@@ -6,7 +6,7 @@ magnitude at the largest code. What a token's codes are depends on nothing but t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class KVShape:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+
+    def with_layers(self, more: int) -> KVShape:
+        """The same with more layers behind these, which are a drafter's."""
+        return replace(self, num_layers=self.num_layers + more)
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,6 +41,7 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     ),
     "kv_cache_dtype": (str, "auto (as --dtype), or 8 bits for twice as many tokens: fp8 or int8"),
     "device": (str, "where the model runs"),
+    "tensor_parallel_size": (int, "GPUs that share the model, each a part of every layer"),
     "max_model_len": (int, "longest sequence in tokens, prompt and output together (default: the checkpoint's)"),
     "max_num_seqs": (int, "most requests that run at once (default: 64 on a CPU, 256 on a GPU)"),
     "max_num_batched_tokens": (

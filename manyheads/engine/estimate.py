@@ -21,7 +21,6 @@ from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
 from manyheads.engine.memory import Limit
 from manyheads.engine.record_sizes import ROWS, TREE_ROWS, padded_rows, pass_keys
-from manyheads.engine.runner import kept_shape
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import POSITION_MARGIN
@@ -94,7 +93,7 @@ class Shape:
 
     @property
     def _kept(self) -> KVShape:
-        return kept_shape(self.model.kv_shape, self.drafter.kv_layers if self.drafter else 0)
+        return self.model.kv_shape.with_layers(self.drafter.kv_layers if self.drafter else 0)
 
     def _page_bytes(self, dtype: torch.dtype) -> int:
         return KVCache.zeros(self._kept, 1, self.page_size, dtype, torch.device("meta")).nbytes

@@ -81,15 +81,9 @@ class RecordedSteps:
         """Tokens of chunks that passes were recorded for."""
         self._trees: dict[_Key, Tree] = {}  # what stands in the steps' tree tensors now
 
-    def record_steps(self, planner: Planner) -> None:
-        """Record steps of all numbers of rows, and of all drafts that the planner may choose."""
-        most = self.run.state.num_rows
-        wanted: list[tuple[_Key, Draft]] = []
-        for num_rows in sorted({min(rows, most) for rows in ROWS}, reverse=True):
-            wanted.append((self._key(num_rows, NO_DRAFT), NO_DRAFT))
-        for num_rows in sorted({min(rows, most) for rows in TREE_ROWS}, reverse=True):
-            wanted += [(self._key(num_rows, draft), draft) for draft in planner.drafts(num_rows)]
-        self._make_steps(wanted)
+    def record_steps(self, wanted: list[tuple[int, Draft]]) -> None:
+        """Record steps of so many rows with these drafts."""
+        self._make_steps([(self._key(num_rows, draft), draft) for num_rows, draft in wanted])
 
     def record_passes(self, max_tokens: int) -> None:
         """Record forward passes over all numbers of tokens of chunks, up to `max_tokens`, and of trees."""
@@ -251,6 +245,14 @@ class RecordedSteps:
         with self.recorder.aside():
             forward()
             return _Pass(numbers, chunks, trees, self.recorder.record(forward))
+
+
+def all_steps(planner: Planner, most: int) -> list[tuple[int, Draft]]:
+    """All numbers of rows, up to `most`, and all drafts that the planner may choose for them; the largest first."""
+    wanted = [(rows, NO_DRAFT) for rows in sorted({min(rows, most) for rows in ROWS}, reverse=True)]
+    for rows in sorted({min(rows, most) for rows in TREE_ROWS}, reverse=True):
+        wanted += [(rows, draft) for draft in planner.drafts(rows)]
+    return wanted
 
 
 def _starts(num_rows: int, num_tokens: int, device: torch.device) -> Tensor:

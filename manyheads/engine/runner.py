@@ -19,19 +19,18 @@ from manyheads.engine.graphs import Recorder
 from manyheads.engine.readout import Drawn, PendingStep
 from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
-from manyheads.engine.state import admit, count_output, sync_pages
+from manyheads.engine.state import admit, clear, count_output, rewind, sync_pages
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.engine.step_run import (
-    ChunkRows,
     DecodingRows,
     Hidden,
     StepRun,
     TreeRows,
-    chunk_numbers,
+    chunk_rows,
     gain_sizes,
 )
 from manyheads.engine.threads import Threads
-from manyheads.kv_cache import KVCache, KVShape
+from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
 from manyheads.speculation.draft import Draft
 from manyheads.speculation.drafter import Chain, Drafter, Kept
@@ -64,7 +63,7 @@ class Runner:
     ) -> None:
         self.model, self.drafter, self.device = model, drafter, model.device
         shape = drafter.shape if drafter is not None else None
-        kept = kept_shape(model.config.kv_shape, shape.kv_layers if shape else 0)
+        kept = model.config.kv_shape.with_layers(shape.kv_layers if shape else 0)
         self.cache = KVCache.zeros(kept, num_pages, page_size, kv_dtype or model.dtype, self.device)
         self.state = RowState(
             num_rows,
@@ -102,6 +101,29 @@ class Runner:
         self.model.ops.watch(tell)
         if self.recorded is not None:
             self.recorded.recorder.tell = tell
+
+    def record_passes(self, max_tokens: int) -> None:
+        """`RecordedSteps.record_passes`, where steps are recorded."""
+        if self.recorded is not None:
+            self.recorded.record_passes(max_tokens)
+
+    def record_steps(self, wanted: list[tuple[int, Draft]]) -> None:
+        """`RecordedSteps.record_steps`, where steps are recorded."""
+        if self.recorded is not None:
+            self.recorded.record_steps(wanted)
+
+    def put(self, requests: list[Request]) -> None:
+        """Fill the rows of requests, outside of a step."""
+        admit(self.state, self.drafter, requests)
+        sync_pages(self.state, requests)
+
+    def rewind(self, requests: list[Request]) -> None:
+        """Let rows that have gone on stand where their requests do."""
+        rewind(self.state, requests)
+
+    def clear(self) -> None:
+        """Forget all rows; there are no requests."""
+        clear(self.state)
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step, after those launched before."""
@@ -159,7 +181,7 @@ class Runner:
 
     def _chain(self, chunks: list[Chunk]) -> Chain:
         """The tokens of chunks for a drafter that reads them all, without what the base makes of them."""
-        rows = self._chunk_rows(chunks)
+        rows = chunk_rows(self.state, chunks)
         inflight = self.run.chain(rows)
         following: list[int] = []
         for request, size in ((chunk.request, chunk.num_inflight) for chunk in chunks):
@@ -193,7 +215,7 @@ class Runner:
         """What the pass makes of the chunks' tokens (and of some that pad them), and of the trees'."""
         if self.recorded is not None and (found := self.recorded.forward(chunks, trees)) is not None:
             return found
-        hidden = self.run.forward(self._chunk_rows(chunks) if chunks else None, trees)
+        hidden = self.run.forward(chunk_rows(self.state, chunks) if chunks else None, trees)
         count = sum(chunk.num_inflight for chunk in chunks)
         return hidden.part(0, count), hidden.part(count, len(hidden.last))
 
@@ -211,19 +233,6 @@ class Runner:
             depth=draft.tree.max_depth,
             max_cached_len=requests[-1].max_cached_len,
             sizes=gain_sizes(len(requests), draft, self.device),
-        )
-
-    def _chunk_rows(self, chunks: list[Chunk]) -> ChunkRows:
-        numbers, starts = chunk_numbers(chunks, sum(chunk.num_inflight for chunk in chunks), 0)
-        tokens, row, place = self.state.tensor(numbers).unbind()
-        return ChunkRows(
-            tokens=tokens,
-            row=row,
-            place=place,
-            index=self.state.tensor([chunk.request.row for chunk in chunks]),
-            row_start=self.state.tensor(starts, torch.int32),
-            max_tokens=max(chunk.num_inflight for chunk in chunks),
-            max_cached_len=max(chunk.request.cached_len for chunk in chunks),
         )
 
     def _advance(self, chunks: list[Chunk], hidden: Tensor) -> list[tuple[Request, int]]:
@@ -290,8 +299,3 @@ class Runner:
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         return PendingStep(drawn, self.drafter, copied)
-
-
-def kept_shape(base: KVShape, drafter_layers: int) -> KVShape:
-    """What a token keeps of K/V: the base's layers, and behind them those of its drafter."""
-    return KVShape(base.num_layers + drafter_layers, base.num_kv_heads, base.head_dim)

@@ -39,6 +39,18 @@ def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> 
             _count_known(state, request)
 
 
+def rewind(state: RowState, requests: list[Request]) -> None:
+    """Set the lengths of rows back to those of their requests."""
+    where = state.tensor([[request.row, request.cached_len] for request in requests])
+    state.cached_len[where[:, 0]] = where[:, 1]
+
+
+def clear(state: RowState) -> None:
+    """Rows hold nothing, in no pages."""
+    state.cached_len.zero_()
+    state.page_table.zero_()
+
+
 def sync_pages(state: RowState, requests: list[Request]) -> None:
     """Bring the device's page tables up to date with the pages that the requests hold."""
     rows: list[int] = []

@@ -229,6 +229,21 @@ class StepRun:
         )
 
 
+def chunk_rows(state: RowState, chunks: list[Chunk]) -> ChunkRows:
+    """Chunks as they are, on their way to the device."""
+    numbers, starts = chunk_numbers(chunks, sum(chunk.num_inflight for chunk in chunks), 0)
+    tokens, row, place = state.tensor(numbers).unbind()
+    return ChunkRows(
+        tokens=tokens,
+        row=row,
+        place=place,
+        index=state.tensor([chunk.request.row for chunk in chunks]),
+        row_start=state.tensor(starts, torch.int32),
+        max_tokens=max(chunk.num_inflight for chunk in chunks),
+        max_cached_len=max(chunk.request.cached_len for chunk in chunks),
+    )
+
+
 def chunk_numbers(chunks: Sequence[Chunk], num_tokens: int, dummy: int) -> tuple[list[list[int]], list[int]]:
     """Tokens, rows and places of chunks, padded to `num_tokens` by a last row, and where rows begin.
 

@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from manyheads.batch import MAX_NODES, RowState
+from manyheads.batch import MAX_NODES
 from manyheads.config import ConfigError
 from manyheads.engine.page_manager import DUMMY_PAGE, PageTable
 from manyheads.engine.record_sizes import TREE_ROWS, padded_rows
+from manyheads.engine.recorded import all_steps
 from manyheads.engine.runner import Runner
-from manyheads.engine.state import admit, sync_pages
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.request import SamplingParams
 from manyheads.speculation.costs import CostTable
@@ -59,7 +59,7 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
     patience = MAX_SECONDS
     if runner.recorded is not None:
         progress("capturing steps")
-        runner.recorded.record_steps(planner)
+        runner.record_steps(all_steps(planner, state.num_rows))
         padded = partial(padded_rows, most=state.num_rows, sizes=TREE_ROWS)
         padded_prompts = runner.recorded.padded_prompts
     counts = [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows <= state.num_rows]
@@ -70,19 +70,18 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
         if planner.chooses and patience == 0 and num_rows > ENOUGH_ROWS and runner.device.type == "cpu":
             break
         requests = [_dummy(i, context, state.page_size) for i in range(num_rows)]
-        admit(state, runner.drafter, requests)
-        sync_pages(state, requests)
+        runner.put(requests)
         progress(f"measuring steps of {num_rows} row{'s' if num_rows > 1 else ''}")
         drafts = _measured_drafts(planner.drafts(num_rows))
         plans = [StepPlan(chunks=[], decoding=requests, draft=draft) for draft in (NO_DRAFT, *drafts)]
         began = time.perf_counter()
-        plain, *seconds = _time(runner, plans, context, patience, least)
+        plain, *seconds = _time(runner, plans, patience, least)
         patience = max(0.0, patience - (time.perf_counter() - began))
         costs.plain[num_rows] = plain
         costs.trees[num_rows], costs.passes[num_rows] = _apart(drafts, seconds, num_rows)
     progress("measuring prompts")
     costs.prompts = _time_prompts(runner, MIN_TURNS if planner.chooses else 2)
-    _clear(state)
+    runner.clear()
     planner.measured(costs, padded, padded_prompts)
 
 
@@ -104,8 +103,7 @@ def exercise(runner: Runner, planner: Planner, max_tokens: int) -> None:
             requests = [_dummy(i, context, state.page_size, params) for i in range(count)]
             prompt = _dummy(count, length, state.page_size, params)
             prompt.cached_len = 0
-            admit(state, runner.drafter, [*requests, prompt])
-            sync_pages(state, [*requests, prompt])
+            runner.put([*requests, prompt])
             drafts = [NO_DRAFT, *planner.drafts(count)] if count else [planner.best(1)]
             # prompts of any length go through a pass of their own, or one with few tokens of trees
             chunks = [Chunk(prompt, n, is_last=True) for n in (*PROMPTS, length) if n <= length]
@@ -114,14 +112,9 @@ def exercise(runner: Runner, planner: Planner, max_tokens: int) -> None:
             if params.logprobs and requests:
                 plans += [StepPlan(chunks=[], decoding=requests, draft=draft) for draft in drafts]
             for plan in plans:
-                state.cached_len[:count], state.cached_len[count] = context, 0
+                runner.rewind([*requests, prompt])
                 runner.launch(plan).read()
-    _clear(state)
-
-
-def _clear(state: RowState) -> None:
-    state.cached_len.zero_()
-    state.page_table.zero_()
+    runner.clear()
 
 
 def _time_prompts(runner: Runner, turns: int) -> dict[int, float]:
@@ -131,11 +124,10 @@ def _time_prompts(runner: Runner, turns: int) -> dict[int, float]:
         request = _dummy(0, size, state.page_size)
         request.cached_len = 0
         plan = StepPlan(chunks=[Chunk(request, size, is_last=False)], decoding=[])
-        admit(state, runner.drafter, [request])
-        sync_pages(state, [request])
+        runner.put([request])
         taken: list[float] = []
         while len(taken) < (2 if sum(taken) > TURN_SECONDS else turns):
-            state.cached_len[0] = 0
+            runner.rewind([request])
             began = time.perf_counter()
             runner.launch(plan).read()
             if runner.device.type == "cuda":  # nothing is drawn, so that reading waits for nothing
@@ -174,7 +166,7 @@ def _apart(drafts: list[Draft], seconds: list[float], num_rows: int) -> tuple[di
     return without, one_pass
 
 
-def _time(runner: Runner, plans: list[StepPlan], context: int, patience: float, least: float) -> list[float]:
+def _time(runner: Runner, plans: list[StepPlan], patience: float, least: float) -> list[float]:
     """The shortest time of each step, in seconds; at least so many are spent on it, unless MAX_TURNS take less."""
     burst = BURST if runner.overlaps else 1
     # in turns, since a machine's speed wanders; the shortest counts, since what disturbs a step makes it longer
@@ -182,7 +174,7 @@ def _time(runner: Runner, plans: list[StepPlan], context: int, patience: float, 
     start = time.perf_counter()
     while not _enough(times, time.perf_counter() - start, max(patience, least), least):
         for plan, taken in zip(plans, times, strict=True):
-            runner.state.cached_len[: len(plan.decoding)] = context
+            runner.rewind(plan.decoding)
             began = time.perf_counter()
             for step in [runner.launch(plan) for _ in range(burst)]:
                 if not all(row.is_finite for row in step.read().rows):

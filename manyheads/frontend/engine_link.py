@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -91,7 +92,8 @@ class EngineLink:
         """End the process for good, stopped or not, and remove the sockets."""
         if self._watch is not None and self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()  # it owns nothing that would have to be saved
+                # with the ranks that it started; they own nothing that would have to be saved
+                os.killpg(self._process.pid, signal.SIGKILL)
             await self._watch
         self._cleanup.close()
 

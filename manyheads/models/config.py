@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from manyheads.checkpoint import read_json
 from manyheads.config import ConfigError
 from manyheads.kv_cache import KVShape
+from manyheads.models.parallel import Share, shared_rows
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,20 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
+    num_ranks: int = 1
+    """That share the model; heads, K/V heads and the intermediate size are then a rank's share."""
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of a rank's share of the vocabulary."""
+        return shared_rows(self.vocab_size, self.num_ranks)
+
+    def shared(self, num_ranks: int) -> ModelConfig:
+        """That of one of so many ranks. Raises ConfigError: the model cannot be shared so."""
+        if self.vocab_size < num_ranks**2:
+            raise ConfigError(f"tensor_parallel_size={num_ranks} is too much for {self.vocab_size} tokens")
+        share = Share.of(num_ranks, self.num_heads, self.num_kv_heads, self.intermediate_size, "the model")
+        return replace(self, num_ranks=num_ranks, **asdict(share))
 
     @property
     def kv_shape(self) -> KVShape:

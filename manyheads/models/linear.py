@@ -1,13 +1,15 @@
-"""A linear layer of a model: which weight it has and how that can be shared out; how it multiplies is up to `ops`."""
+"""A linear layer of a model: which weight it has and how ranks share it; how it multiplies is up to `ops`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from manyheads.models.parallel import ALONE, Ranks
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import CodedScheme, Weight
 
@@ -16,35 +18,50 @@ if TYPE_CHECKING:
 
 
 class Split(Enum):
-    """The side by which the weight [out, in] of a layer can be taken apart."""
+    """How ranks share the weight [out, in] of a layer."""
 
     OUTPUTS = auto()
-    """It splits by its rows: each part computes some of the outputs, from all of the input."""
+    """By its rows: each computes some of the outputs, from all of the input, and whoever reads them is shared alike."""
     INPUTS = auto()
-    """It splits by its columns: each part computes a share of every output, from some of the inputs, and the shares are
-    added up."""
+    """By its columns: each computes a share of every output, from some of the inputs, and the shares are added up."""
+    GATHERED = auto()
+    """By its rows, and each rank gets all outputs."""
 
 
 class Linear:
     """y = x Wᵀ + b.
 
     A layer that is split by inputs may leave its result in parts, for whoever adds it to something next; so it may be
-    called only where that happens. This is the one place where a model's weights would be shared out among devices:
-    here the constructor would keep this device's part of the weight, and a call would add up what the devices hold.
+    called only where that happens.
 
     Args:
-        weight: [out, in].
-        bias: [out] or None.
+        weight: [out, in], this rank's part.
+        bias: [out] or None, this rank's part.
         dtype: of the activations.
         ops: of the device that holds the weight.
-        split: how the weight would be shared out.
+        split: how ranks share the weight.
+        ranks: that share it.
+        size: outputs of all ranks, where they are gathered; None: as many as the weight has.
     """
 
     def __init__(
-        self, weight: Weight, bias: Tensor | None, dtype: torch.dtype, ops: Ops, split: Split = Split.OUTPUTS
+        self,
+        weight: Weight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        ops: Ops,
+        split: Split = Split.OUTPUTS,
+        ranks: Ranks = ALONE,
+        size: int | None = None,
     ) -> None:
-        self.product = ops.product(weight, bias, dtype)
-        self._multiply = self.product if split is Split.OUTPUTS else self.product.parts
+        if split is Split.INPUTS and ranks.rank > 0:
+            bias = None  # it is added once
+        self.product = product = ops.product(weight, bias, dtype)
+        self._multiply: Callable[[Any], Tensor] = product
+        if split is Split.INPUTS:
+            self._multiply = product.parts if ranks.size == 1 else lambda x: ranks.sum(product(x))
+        elif split is Split.GATHERED and ranks.size > 1:
+            self._multiply = lambda x: ranks.gather(product(x), size or ranks.size * product.out_features)
 
     @property
     def nbytes(self) -> int:

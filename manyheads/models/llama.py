@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend
 from manyheads.models.config import ModelConfig, RopeScaling
 from manyheads.models.linear import Linear, Split
+from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.parameters import Packed, Parameters, Plain
 from manyheads.ops.base import Ops
 
@@ -57,10 +57,10 @@ def parameters(config: ModelConfig) -> Parameters:
         }
 
     return Parameters(
-        embedding=Plain("embed_tokens", (config.vocab_size, hidden)),
+        embedding=Plain("embed_tokens", (config.vocab_rows, hidden)),
         layers=[layer(f"layers.{i}.") for i in range(config.num_layers)],
         norm=Plain("norm", (hidden,)),
-        lm_head=Packed("", {"lm_head": config.vocab_size}, hidden),
+        lm_head=Packed("", {"lm_head": config.vocab_rows}, hidden, split=Split.GATHERED),
         is_tied=config.tie_word_embeddings,
     )
 
@@ -69,16 +69,25 @@ class Llama:
     """The forward pass over a flat ragged batch; attention and its cache are the caller's.
 
     Args:
-        embedding: [V, hidden].
+        config: of this rank.
+        embedding: [V, hidden], or this rank's share.
         norm: [hidden], the final one's weight.
         lm_head: hidden → V.
         ops: of the device that all of it is on.
+        ranks: that share the model.
     """
 
     def __init__(
-        self, config: ModelConfig, embedding: Tensor, layers: list[Layer], norm: Tensor, lm_head: Linear, ops: Ops
+        self,
+        config: ModelConfig,
+        embedding: Tensor,
+        layers: list[Layer],
+        norm: Tensor,
+        lm_head: Linear,
+        ops: Ops,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.ranks = config, ops, ranks
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
         self.rope = self.rope_table(config.rope_theta, config.rope_scaling)
@@ -101,7 +110,7 @@ class Llama:
         """
         inputs = inputs or {}
         ops, eps = self.ops, self.config.rms_norm_eps
-        residual = F.embedding(tokens, self.embedding)
+        residual = self.ranks.embed(tokens, self.embedding)
         x: Tensor | QuantizedRows = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
             self.beat()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from manyheads.checkpoint import read_tensors, tensor_files
 from manyheads.config import CheckpointError, ConfigError
 from manyheads.models.config import ModelConfig
-from manyheads.models.linear import Linear
+from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Llama
+from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.parameters import Packed, Plain
 from manyheads.models.registry import FAMILIES, parameters
 from manyheads.ops import ops_for
@@ -36,19 +38,22 @@ def load_model(
     progress: Callable[[str], None] | None = None,
     quantization: str | None = None,
     ops: Ops | None = None,
+    ranks: Ranks = ALONE,
 ) -> Llama:
     """Read the base model of a checkpoint: every parameter is filled, every key is used.
 
     Args:
+        config: of the whole model.
         quantization: one of `config.QUANTIZATIONS` rounds the weights of linear layers one by one as they come, so that
             they are never all in memory in full; None leaves them as they come, quantized or not.
         ops: of the device; None takes those that serve it best.
+        ranks: that share the model; this one's part is kept.
 
     Raises:
         CheckpointError: naming the key that is missing, left over, of the wrong shape, or not finite.
         ConfigError: the checkpoint is quantized in a way that is not supported, or in another than `quantization`.
     """
-    weights = _Weights(folder, config, dtype, device, quantization)
+    weights = _Weights(folder, config, dtype, device, quantization, ranks)
     files = tensor_files(folder)
     for number, path in enumerate(files, 1):
         if progress and len(files) > 1:
@@ -61,14 +66,24 @@ def load_model(
 
 
 class _Weights:
-    """The parameters of a model as they come from a checkpoint, on their device, by name."""
+    """The parameters of a model, or a rank's part of them, as they come from a checkpoint, on their device, by name."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None
+        self,
+        folder: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None,
+        ranks: Ranks,
     ) -> None:
-        self.folder, self.config, self.dtype, self.device = folder, config, dtype, device
-        self.declared = parameters(config)
-        self.expected = self.declared.shapes
+        self.folder, self.dtype, self.device, self.ranks = folder, dtype, device, ranks
+        self.expected = parameters(config).shapes
+        self.vocab_size = config.vocab_size
+        self.config = config.shared(ranks.size)
+        self.declared = parameters(self.config)
+        self.kept = self.declared.shapes
+        """Shapes of this rank's parts."""
         self.linear = {module for part in self.declared if isinstance(part, Packed) for module in part.modules}
         self.layout = read_format(folder)
         self.scheme = find(quantization)
@@ -102,14 +117,17 @@ class _Weights:
             raise CheckpointError(f"{path}: key {key} belongs to no parameter of a {self.config.architecture}")
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {shape}")
-        value = tensor.to(self.device, self.dtype)
+        is_rounded = self.scheme is not None and module in self.linear and leaf == "weight"
+        part = self.ranks.tensor_part(tensor, self.kept[name][:1] if is_rounded else self.kept[name])
+        value = part.to(self.device, self.dtype)
         # summed on the device, where a large checkpoint takes no time
         wide = torch.float64 if self.device.type == "cpu" else torch.float32
         if not torch.isfinite(value.sum(dtype=wide)):
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
         self.state[name] = value
-        if module in self.linear and leaf == "weight":
-            self.state[name] = (compress_vocabulary if is_vocabulary else compress)(value, self.scheme)
+        if is_rounded:
+            rounded = partial(compress_vocabulary if is_vocabulary else compress, scheme=self.scheme)
+            self.state[name] = self.ranks.rounded_part(value, self.kept[name], rounded)
 
     def finish(self) -> None:
         """Read what was quantized already, and see that nothing is missing."""
@@ -118,7 +136,10 @@ class _Weights:
             name = f"{module}.weight"
             if name in self.state:
                 raise CheckpointError(f"{self.folder}: {module} has a weight that is quantized and one that is not")
-            self.state[name] = self.layout.read(f"{self.folder}: {module}", self.parts.pop(module), self.expected[name])
+            weight: Weight = self.layout.read(f"{self.folder}: {module}", self.parts.pop(module), self.expected[name])
+            for dim, size in enumerate(self.kept[name]):
+                weight = self.ranks.part(weight, dim, size)
+            self.state[name] = weight
         missing = self.expected.keys() - self.state.keys()
         if missing:
             raise CheckpointError(f"{self.folder}: parameter {min(missing)} is missing ({len(missing)} in all)")
@@ -134,10 +155,11 @@ class _Weights:
         layers = [family.layer(**{field: made(part) for field, part in layer.items()}) for layer in declared.layers]
         embedding = made(declared.embedding)
         if declared.is_tied:
-            lm_head = Linear(compress_vocabulary(embedding, self.scheme), None, self.dtype, ops)
+            weight = compress_vocabulary(embedding, self.scheme)
+            lm_head = Linear(weight, None, self.dtype, ops, Split.GATHERED, self.ranks, self.vocab_size)
         else:
             lm_head = made(declared.lm_head)
-        return family.model(self.config, embedding, layers, made(declared.norm), lm_head, ops)
+        return family.model(self.config, embedding, layers, made(declared.norm), lm_head, ops, self.ranks)
 
     def _tensor(self, name: str) -> Tensor:
         value = self.state.pop(name)
@@ -154,4 +176,6 @@ class _Weights:
             names = ", ".join(part.outputs)
             raise CheckpointError(f"{self.folder}: {part.prefix}{names} do not go together: {error}") from error
         weights.clear()
-        return Linear(weight, torch.cat(biases) if biases else None, self.dtype, ops, part.split)
+        bias = torch.cat(biases) if biases else None
+        size = self.vocab_size if part is self.declared.lm_head else None
+        return Linear(weight, bias, self.dtype, ops, part.split, self.ranks, size)

@@ -33,7 +33,7 @@ class Packed:
     inputs: int
     has_bias: bool = False
     split: Split = Split.OUTPUTS
-    """How the weight can be shared out."""
+    """How ranks share the weight."""
 
     def __post_init__(self) -> None:
         if self.split is Split.INPUTS and len(self.outputs) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from manyheads.config import ConfigError
+
+LEAST_GROUP = 32
+"""The fewest columns with a scale of their own that products are made for."""
 _CHUNK = 2**24
 """Numbers that are quantized at a time, which bounds the memory that it takes."""
 
@@ -68,6 +73,11 @@ class QuantizedWeight(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
+
+    @abstractmethod
+    def part(self, dim: int, start: int, stop: int) -> QuantizedWeight:
+        """Some of its rows (dim 0) or columns (dim 1), which stand for the same numbers. Raises ConfigError where it
+        cannot be taken apart so."""
 
     @staticmethod
     @abstractmethod
@@ -146,6 +156,29 @@ class CodedWeight(QuantizedWeight):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """What it stands for: [out, in], computed in float32 and rounded once."""
         return (self.values.float() * self.scale).to(dtype)
+
+    def part(self, dim: int, start: int, stop: int) -> CodedWeight:
+        if stop > self.shape[dim]:
+            raise ConfigError(
+                f"{self.scheme}: a quantized weight {self.shape} cannot be shared in parts of {stop - start}"
+            )
+        if dim == 0:
+            rows = slice(start, stop)
+            zero = None if self.zero is None else self.zero[rows].contiguous()
+            return type(self)(self.values[rows].contiguous(), self.scale[rows].contiguous(), zero)
+        per_byte = self.in_features // self.values.shape[1]
+        values = self.values[:, start // per_byte : stop // per_byte].contiguous()
+        if self.scale.shape[1] == 1 and self.zero is None:
+            return type(self)(values, self.scale)
+        # a group that is cut is kept as smaller ones, which have the same scale
+        size = math.gcd(self.group_size, start, stop)
+        if size < LEAST_GROUP:
+            raise ConfigError(f"{self.scheme}: columns {start} to {stop} do not end with groups of {self.group_size}")
+
+        def groups(of: Tensor) -> Tensor:
+            return of.repeat_interleave(self.group_size // size, dim=1)[:, start // size : stop // size].contiguous()
+
+        return type(self)(values, groups(self.scale), None if self.zero is None else groups(self.zero))
 
     @staticmethod
     def cat(parts: Sequence[CodedWeight]) -> CodedWeight:

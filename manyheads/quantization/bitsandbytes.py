@@ -44,6 +44,9 @@ class BitsandbytesWeight(QuantizedWeight):
     def nbytes(self) -> int:
         return sum(_nbytes(module.weight) for module in self.modules)
 
+    def part(self, dim: int, start: int, stop: int) -> BitsandbytesWeight:
+        raise ConfigError("bitsandbytes cannot share its weights among ranks; take int8 or int4")
+
     @staticmethod
     def cat(parts: Sequence[BitsandbytesWeight]) -> BitsandbytesWeight:
         modules = [module for part in parts for module in part.modules]

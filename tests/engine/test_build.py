@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manyheads.engine.build import _dtype
+from manyheads.engine.blueprint import _dtype
 
 GPU = torch.device("cuda")
 

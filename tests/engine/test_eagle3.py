@@ -112,7 +112,7 @@ def test_candidates_of_kernels_are_the_references(tmp_path: Path, monkeypatch: p
     weights = drafter(tmp_path / "model", tmp_path / "drafter")
     ops = TritonOps()
     monkeypatch.setattr(TritonOps, "records", False)
-    monkeypatch.setattr("manyheads.engine.build.ops_for", lambda device: ops)
+    monkeypatch.setattr("manyheads.engine.blueprint.ops_for", lambda device: ops)
     monkeypatch.setattr("manyheads.engine.build.measure_costs", lambda *args: None)  # slow here
     served = serve(tmp_path / "model", tmp_path / "drafter", prefix_caching=False)
     for i, prompt in enumerate(prompts(2)):

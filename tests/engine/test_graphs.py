@@ -19,7 +19,7 @@ from manyheads import SamplingParams
 from manyheads.engine.engine import Engine
 from manyheads.engine.graphs import Recorded, Recorder
 from manyheads.engine.record_sizes import ROWS, TREE_ROWS, padded_rows
-from manyheads.engine.recorded import RecordedSteps
+from manyheads.engine.recorded import RecordedSteps, all_steps
 from manyheads.engine.runner import Runner
 from manyheads.engine.step_run import StepRun
 from manyheads.engine.warmup import exercise
@@ -95,7 +95,7 @@ def test_memory_of_graphs_is_what_capturing_took(
     recorder, runner = recorded.recorder, served.runner
     assert isinstance(runner, Runner)
     assert recorder.memory_bytes == runner.graph_bytes == 0
-    recorded.record_steps(Planner([[0.5, 0.3]] * 3))
+    recorded.record_steps(all_steps(Planner([[0.5, 0.3]] * 3), recorded.run.state.num_rows))
     assert recorder.memory_bytes == 300
     assert len(recorded._steps) > 4
     wide = Draft(Tree(((), *((rank,) for rank in range(63)))), 64)
@@ -143,7 +143,7 @@ def test_drafts_of_other_depths_are_other_steps(folder: Path, reference: LlamaFo
     """Where a drafter runs passes for each depth, so many of them are in the recording."""
     recorded = record(engine(folder, 1))
     planner = Planner([[0.5, 0.3]] * 3, passes_per_depth=1)
-    recorded.record_steps(planner)
+    recorded.record_steps(all_steps(planner, recorded.run.state.num_rows))
     for rows in (1, 2, 4):
         drafts = planner.drafts(rows)
         assert {draft.passes for draft in drafts} == {1, 2, 3}

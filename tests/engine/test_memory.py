@@ -20,7 +20,8 @@ from manyheads.batch import RowState
 from manyheads.checkpoint import BUILTIN_FOLDER
 from manyheads.config import ConfigError
 from manyheads.engine import memory
-from manyheads.engine.build import _kv_dtype, build_engine
+from manyheads.engine.blueprint import _kv_dtype
+from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.estimate import Shape
 from manyheads.engine.memory import Limit, base_bytes
@@ -320,7 +321,7 @@ def test_an_engine_lives_inside_its_memory() -> None:
 
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manyheads.engine.build.load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("manyheads.engine.blueprint.load_model", lambda *_: pytest.fail("it was loaded"))
     gc.collect()  # as building does: earlier tests' engines are no part of the process itself
     config = EngineConfig(memory_bytes=base_bytes(CPU) + 40 * MIB, device="cpu")
     with pytest.raises(ConfigError, match=r"is too little: .*weights 33 MiB, heads 3 MiB, .*max_num_seqs=8 instead"):
@@ -339,7 +340,7 @@ def test_weights_that_turn_out_larger_are_refused_then(
     def limit(*_: Any) -> Limit:
         return Limit(room, 0, "a memory of so much")
 
-    monkeypatch.setattr("manyheads.engine.build.limit", limit)
+    monkeypatch.setattr("manyheads.engine.blueprint.limit", limit)
     with pytest.raises(ConfigError, match="a memory of so much is too little"):
         build_engine(config)
     room = shapes[0].parts().total + 2 * shapes[0].page_cost

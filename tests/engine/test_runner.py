@@ -71,7 +71,7 @@ class Counting:
 
 
 def counting(folder: Path, monkeypatch: pytest.MonkeyPatch, tree_size: int) -> Engine:
-    monkeypatch.setattr("manyheads.engine.build.find_drafter", lambda *args: Counting())
+    monkeypatch.setattr("manyheads.engine.blueprint.find_drafter", lambda *args: Counting())
     return engine(folder, tree_size, num_blocks=24)
 
 

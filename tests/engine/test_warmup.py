@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from manyheads.batch import RowState
 from manyheads.engine import warmup
-from manyheads.engine.step import StepPlan, StepResult
+from manyheads.engine.state import admit, clear, rewind, sync_pages
+from manyheads.engine.step import Request, StepPlan, StepResult
 from manyheads.speculation.costs import CostTable
 from manyheads.speculation.draft import NO_DRAFT
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
@@ -37,7 +39,21 @@ def fake_runner(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(warmup.time, "perf_counter", lambda: clock.now)
     device = torch.device("cpu")
     state = RowState(4, 1024, 16, 40, 100, device)
-    return SimpleNamespace(launch=clock.launch, overlaps=False, recorded=None, drafter=None, device=device, state=state)
+
+    def put(requests: list[Request]) -> None:
+        admit(state, None, requests)
+        sync_pages(state, requests)
+
+    return SimpleNamespace(
+        launch=clock.launch,
+        overlaps=False,
+        recorded=None,
+        device=device,
+        state=state,
+        put=put,
+        rewind=partial(rewind, state),
+        clear=partial(clear, state),
+    )
 
 
 def measure(clock: Clock, monkeypatch: pytest.MonkeyPatch, planner: Planner | None = None) -> CostTable:

@@ -21,7 +21,7 @@ Draft token i stands for the base's token i + d2t[i], and t2d says which tokens 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from manyheads.checkpoint import read_tensors, tensor_files, tensor_keys
 from manyheads.config import CheckpointError
 from manyheads.models.config import ModelConfig, RopeScaling
 from manyheads.models.loader import IGNORED_ENDINGS
+from manyheads.models.parallel import Share, shared_rows
 from manyheads.speculation.eagle3.declared import LAYER_IDS, read_declared
 from manyheads.speculation.medusa.checkpoint import read_accuracy
 
@@ -74,6 +75,13 @@ class Eagle3Config:
     what the layer gives before it (vLLM: `LlamaModel.forward`; absent means false there and in speculators)."""
     qk_norm: bool = False
     """Whether queries and keys are normed: a layer of a Qwen3 (speculators, vLLM: qwen3_eagle3.py)."""
+    num_ranks: int = 1
+    """That share the drafter, as `ModelConfig.num_ranks`."""
+
+    def shared(self, num_ranks: int) -> Eagle3Config:
+        """That of one of so many ranks. Raises ConfigError: the drafter cannot be shared so."""
+        share = Share.of(num_ranks, self.num_heads, self.num_kv_heads, self.intermediate_size, "the drafter")
+        return replace(self, num_ranks=num_ranks, **asdict(share))
 
     def feature_layers(self, num_layers: int) -> tuple[int, int, int]:
         """The layers whose inputs are read, of a base of that many: those of SafeAILab and vLLM unless named."""
@@ -81,7 +89,7 @@ class Eagle3Config:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """The shape of every tensor that a drafter must have, by its name."""
+        """The shape of every tensor that a drafter must have, by its name; what ranks share is a rank's part."""
         hidden, states, inner = self.hidden_size, 3 * self.target_hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         layer: dict[str, Shape] = {
@@ -96,7 +104,8 @@ class Eagle3Config:
         }
         if self.qk_norm:
             layer |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (self.head_dim,))
-        modules = {"fc": (hidden, states), "norm": (hidden,), "lm_head": (self.draft_vocab_size, hidden)}
+        features, tokens = (shared_rows(size, self.num_ranks) for size in (hidden, self.draft_vocab_size))
+        modules = {"fc": (features, states), "norm": (hidden,), "lm_head": (tokens, hidden)}
         modules |= {LAYER + name: shape for name, shape in layer.items()}
         if self.norm_before_fc:
             modules["input_norm"] = (states,)

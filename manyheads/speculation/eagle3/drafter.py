@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from manyheads.config import ConfigError
 from manyheads.kv_cache import KVCache
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
+from manyheads.models.parallel import shared_rows
 from manyheads.speculation.drafter import DrafterShape, Kept
 from manyheads.speculation.eagle3.checkpoint import Eagle3Weights, read_drafter
 from manyheads.speculation.eagle3.layer import Eagle3Layer
@@ -221,7 +222,7 @@ class Eagle3Source:
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         """Raises CheckpointError or ConfigError: the folder holds none, or none for this model."""
         self._weights: Eagle3Weights = read_drafter(folder, model)
-        config = self._weights.config
+        config = self._config = self._weights.config.shared(model.num_ranks)
         own, base = (config.num_kv_heads, config.head_dim), (model.num_kv_heads, model.head_dim)
         if own != base:
             raise ConfigError(
@@ -230,19 +231,21 @@ class Eagle3Source:
             )
         self._prior = self._weights.accuracy or ACCEPTANCE
         template = Template(self._prior)
-        numbers = {name: tensor.numel() for name, tensor in self._weights.tensors.items() if tensor.dim() == 2}
-        vocabulary = numbers.pop("lm_head.weight") + numbers.pop("embed_tokens.weight", 0)
+        numbers = {name: prod(shape) for name, shape in config.shapes.items() if len(shape) == 2}
+        embedding = self._weights.embedding
+        vocabulary = numbers.pop("lm_head.weight")
+        vocabulary += 0 if embedding is None else shared_rows(embedding.numel(), model.num_ranks)
         self.shape = DrafterShape(
             max_depth=template.max_depth,
             num_candidates=template.num_candidates,
             layer_weights=sum(numbers.values()),
             vocabulary_weights=vocabulary,
-            row_logits=config.draft_vocab_size,
+            row_logits=self._weights.config.draft_vocab_size,
             kv_layers=1,
             base_layers=config.feature_layers(model.num_layers),
             scratch_tokens=template.num_inner,
         )
 
     def build(self, model: Llama, dtype: torch.dtype, device: torch.device, quantization: str | None) -> Eagle3Drafter:
-        layer = Eagle3Layer(self._weights, model, dtype, device, quantization)
+        layer = Eagle3Layer(self._weights, self._config, model, dtype, device, quantization)
         return Eagle3Drafter(layer, model, self.shape, self._prior)

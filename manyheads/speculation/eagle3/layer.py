@@ -6,50 +6,72 @@ is that of SafeAILab's cnets.py, its variants those of speculators and vLLM (`ch
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend
 from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Llama
+from manyheads.models.parallel import shared_rows
 from manyheads.quantization.base import Weight
 from manyheads.quantization.schemes import compress, compress_vocabulary, find
-from manyheads.speculation.eagle3.checkpoint import LAYER, Eagle3Weights
+from manyheads.speculation.eagle3.checkpoint import LAYER, Eagle3Config, Eagle3Weights
 
 
 class Eagle3Layer:
     """The drafter's weights on a device.
 
     Args:
-        weights: as read from a checkpoint.
-        model: the base, for its embedding and its `ops`.
+        weights: as read from a checkpoint, whole.
+        config: of this rank.
+        model: the base, for its embedding, its `ops` and its `ranks`.
         quantization: one of `config.QUANTIZATIONS` rounds the projections, which are nearly all of the drafter.
     """
 
     def __init__(
-        self, weights: Eagle3Weights, model: Llama, dtype: torch.dtype, device: torch.device, quantization: str | None
+        self,
+        weights: Eagle3Weights,
+        config: Eagle3Config,
+        model: Llama,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None,
     ) -> None:
-        self.config, self.ops, scheme = weights.config, model.ops, find(quantization)
-        tensors = {name: tensor.to(device, dtype) for name, tensor in weights.tensors.items() if name != "d2t"}
+        self.config, self.ops, self.ranks, scheme = config, model.ops, model.ranks, find(quantization)
+        ranks, shapes, whole = model.ranks, config.shapes, weights.config
+        # what is split by its columns is rounded by whole rows, so that it is rounded as without other ranks
+        tensors = {
+            name: ranks.tensor_part(tensor, shapes[name][:1] if name in shapes else tensor.shape).to(device, dtype)
+            for name, tensor in weights.tensors.items()
+            if name not in ("d2t", "embed_tokens.weight")
+        }
 
-        def linear(weight: Weight, split: Split = Split.OUTPUTS) -> Linear:
-            return Linear(weight, None, dtype, self.ops, split)
+        def linear(weight: Weight, split: Split = Split.OUTPUTS, size: int | None = None) -> Linear:
+            return Linear(weight, None, dtype, self.ops, split, ranks, size)
 
-        def joined(names: str, at: str) -> Tensor:
-            return torch.cat([tensors[f"{LAYER}{at}{name}_proj.weight"] for name in names.split()])
+        def joined(names: str, at: str) -> Weight:
+            return compress(torch.cat([tensors[f"{LAYER}{at}{name}_proj.weight"] for name in names.split()]), scheme)
+
+        def narrow(name: str) -> Weight:
+            return ranks.rounded_part(tensors[name], shapes[name], partial(compress, scheme=scheme))
 
         def norm(name: str) -> Tensor | None:
             return tensors.get(f"{name}.weight")
 
-        self.fc = linear(compress(tensors["fc.weight"], scheme))
-        self.qkv = linear(compress(joined("q k v", "self_attn."), scheme))
-        self.o = linear(compress(joined("o", "self_attn."), scheme), Split.INPUTS)
-        self.gate_up = linear(compress(joined("gate up", "mlp."), scheme))
-        self.down = linear(compress(joined("down", "mlp."), scheme), Split.INPUTS)
-        self.lm_head = linear(compress_vocabulary(tensors["lm_head.weight"], scheme))
-        self.embedding = tensors.get("embed_tokens.weight", model.embedding)
-        self._own = [] if self.embedding is model.embedding else [self.embedding]
+        self.fc = linear(compress(tensors["fc.weight"], scheme), Split.GATHERED, whole.hidden_size)
+        self.qkv = linear(joined("q k v", "self_attn."))
+        self.o = linear(narrow(f"{LAYER}self_attn.o_proj.weight"), Split.INPUTS)
+        self.gate_up = linear(joined("gate up", "mlp."))
+        self.down = linear(narrow(f"{LAYER}mlp.down_proj.weight"), Split.INPUTS)
+        projection = compress_vocabulary(tensors["lm_head.weight"], scheme)
+        self.lm_head = linear(projection, Split.GATHERED, whole.draft_vocab_size)
+        self.embedding, self._own = model.embedding, list[Tensor]()
+        if weights.embedding is not None:
+            share = (shared_rows(whole.vocab_size, ranks.size), whole.hidden_size)
+            self.embedding = ranks.tensor_part(weights.embedding, share).to(device, dtype)
+            self._own = [self.embedding]
         self.token_map = None if weights.token_map is None else weights.token_map.to(device)
         self._token_norm = tensors[f"{LAYER}input_layernorm.weight"]
         self._feature_norm = tensors[f"{LAYER}hidden_norm.weight"]
@@ -90,7 +112,7 @@ class Eagle3Layer:
             [T, hidden], the features of the next pass, and [T, hidden], what `logits` reads.
         """
         ops, eps = self.ops, self.config.rms_norm_eps
-        embedded = ops.rms_norm(F.embedding(tokens, self.embedding), self._token_norm, eps)
+        embedded = ops.rms_norm(self.ranks.embed(tokens, self.embedding), self._token_norm, eps)
         normed = ops.rms_norm(features, self._feature_norm, eps)
         x = torch.cat((embedded, normed), dim=-1)
         residual = normed.clone() if self.config.norm_before_residual else features.clone()

@@ -12,6 +12,7 @@ from manyheads.batch import RowState
 from manyheads.kv_cache import KVCache
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
+from manyheads.models.parallel import shared_rows
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE, DrafterShape, Kept
 from manyheads.speculation.medusa.checkpoint import read_heads
 from manyheads.speculation.medusa.heads import MedusaHeads
@@ -77,11 +78,12 @@ class MedusaSource:
         self._weights = weights = read_heads(folder, model)
         depth, projections = len(weights.blocks), {id(p): p for p in weights.projections or []}
         num_tokens = model.vocab_size if weights.token_map is None else weights.token_map.numel()
+        first, *later = (sum(w.numel() + b.numel() for w, b in layer) for layer in zip(*weights.blocks, strict=True))
         self.shape = DrafterShape(
             max_depth=depth,
             num_candidates=depth * min(NUM_RANKS, num_tokens),
-            layer_weights=sum(w.numel() + b.numel() for head in weights.blocks for w, b in head),
-            vocabulary_weights=sum(projection.numel() for projection in projections.values()),
+            layer_weights=shared_rows(first, model.num_ranks) + sum(later),  # those are every rank's
+            vocabulary_weights=sum(shared_rows(p.numel(), model.num_ranks) for p in projections.values()),
             row_logits=depth * num_tokens,
         )
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyheads.models.linear import Linear
+from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Llama
+from manyheads.models.parallel import shared_rows
 from manyheads.quantization.schemes import compress, compress_vocabulary, find
 from manyheads.speculation.medusa.checkpoint import HeadWeights
 
@@ -20,7 +21,7 @@ class MedusaHeads:
 
     Args:
         weights: as read from a checkpoint.
-        model: the base, for its vocabulary projection and its `ops`.
+        model: the base, for its vocabulary projection, its `ops` and its `ranks`.
         quantization: one of `config.QUANTIZATIONS` rounds the first blocks and the projections, which are nearly all of
             the heads.
     """
@@ -41,7 +42,10 @@ class MedusaHeads:
         layers = list(zip(*weights.blocks, strict=True))  # per layer: (weight, bias) of every head
         # the first layer's blocks all read the same hidden state: one product
         weight, bias = (torch.cat([part.to(device, dtype) for part in parts]) for parts in zip(*layers[0], strict=True))
-        self._first = Linear(compress(weight, scheme), bias, dtype, ops)
+        ranks, size = model.ranks, len(weight)
+        share = (shared_rows(size, ranks.size), weight.shape[1])
+        weight, bias = ranks.tensor_part(weight, share), ranks.tensor_part(bias, share[:1])
+        self._first = Linear(compress(weight, scheme), bias, dtype, ops, Split.GATHERED, ranks, size)
         self._later = [
             (
                 torch.stack([w.to(device, dtype).T for w, _ in layer]),  # [H, hidden, hidden]
@@ -52,8 +56,10 @@ class MedusaHeads:
         self._projections: list[Linear] | None = None
         if weights.projections is not None:
             own = weights.projections[:1] if weights.shares_one_projection else weights.projections
+            share = (shared_rows(self.num_tokens, ranks.size), share[1])
+            parts = [compress_vocabulary(ranks.tensor_part(w, share).to(device, dtype), scheme) for w in own]
             self._projections = [
-                Linear(compress_vocabulary(w.to(device, dtype), scheme), None, dtype, ops) for w in own
+                Linear(part, None, dtype, ops, Split.GATHERED, ranks, self.num_tokens) for part in parts
             ]
         self._token_map = weights.token_map.to(device) if weights.token_map is not None else None
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.models.linear import Linear
+from manyheads.models.parallel import ALONE
 from manyheads.ops.torch import TorchOps
 from manyheads.speculation.medusa.checkpoint import HeadWeights
 from manyheads.speculation.medusa.heads import MedusaHeads
@@ -36,7 +37,11 @@ def model() -> Any:
     ops = TorchOps()
     lm_head = Linear(torch.randn(VOCAB, HIDDEN), None, torch.float32, ops)
     return SimpleNamespace(
-        config=SimpleNamespace(vocab_size=VOCAB), lm_head=lm_head, logits=lambda x: lm_head(x).float(), ops=ops
+        config=SimpleNamespace(vocab_size=VOCAB),
+        lm_head=lm_head,
+        logits=lambda x: lm_head(x).float(),
+        ops=ops,
+        ranks=ALONE,
     )
 
 

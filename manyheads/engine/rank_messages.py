@@ -1,0 +1,158 @@
+"""What rank 0 tells the other ranks, so that they do what its runner does: no tensors, and nothing that they know.
+
+The others keep a copy of every request that runs, as far as a runner reads it, by the row that it has.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from manyheads.engine.runner import Runner
+from manyheads.engine.step import Chunk, Request, StepPlan
+from manyheads.speculation.draft import Draft
+
+
+class RowNews(msgspec.Struct, array_like=True, frozen=True):
+    """What has come to a request since it was last told of."""
+
+    row: int
+    tokens: list[int]
+    """Behind those that are known."""
+    cached_len: int
+    unread: int
+    has_candidates: bool
+    num_synced: int
+    """Its pages, from this one on, are"""
+    pages: list[int]
+
+
+class Launch(msgspec.Struct, array_like=True, frozen=True, tag="launch"):
+    """`Runner.launch`."""
+
+    admitted: list[Request]
+    news: list[RowNews]
+    """Of the other requests in the step."""
+    chunks: list[tuple[int, int, bool]]
+    """Row, tokens, and whether it is the last one."""
+    decoding: list[int]
+    """Rows."""
+    draft: Draft
+
+
+class Put(msgspec.Struct, array_like=True, frozen=True, tag="put"):
+    """`Runner.put`."""
+
+    requests: list[Request]
+
+
+class Rewind(msgspec.Struct, array_like=True, frozen=True, tag="rewind"):
+    """`Runner.rewind`."""
+
+    rows: list[int]
+
+
+class Clear(msgspec.Struct, array_like=True, frozen=True, tag="clear"):
+    """`Runner.clear`."""
+
+
+class RecordSteps(msgspec.Struct, array_like=True, frozen=True, tag="record_steps"):
+    """`Runner.record_steps`."""
+
+    wanted: list[tuple[int, Draft]]
+
+
+class RecordPasses(msgspec.Struct, array_like=True, frozen=True, tag="record_passes"):
+    """`Runner.record_passes`."""
+
+    max_tokens: int
+
+
+Message = Launch | Put | Rewind | Clear | RecordSteps | RecordPasses
+
+
+class Teller:
+    """Rank 0's: it makes messages of plans, and remembers what it has told."""
+
+    def __init__(self) -> None:
+        self._told: dict[int, int] = {}  # tokens of the request in each row
+
+    def launch(self, plan: StepPlan) -> Launch:
+        """Of a step that is about to be launched."""
+        self._tell(plan.admitted)
+        new = {request.row for request in plan.admitted}
+        running = [*(chunk.request for chunk in plan.chunks), *plan.decoding]
+        return Launch(
+            admitted=plan.admitted,
+            news=[self._news(request) for request in running if request.row not in new],
+            chunks=[(chunk.request.row, chunk.num_inflight, chunk.is_last) for chunk in plan.chunks],
+            decoding=[request.row for request in plan.decoding],
+            draft=plan.draft,
+        )
+
+    def put(self, requests: list[Request]) -> Put:
+        """Of rows that are filled outside of a step."""
+        self._tell(requests)
+        return Put(requests)
+
+    def _tell(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._told[request.row] = len(request.tokens)
+
+    def _news(self, request: Request) -> RowNews:
+        row, table = request.row, request.table
+        known, self._told[row] = self._told[row], len(request.tokens)
+        return RowNews(
+            row=row,
+            tokens=request.tokens[known:],
+            cached_len=request.cached_len,
+            unread=request.unread,
+            has_candidates=request.has_candidates,
+            num_synced=table.num_synced,
+            pages=table.pages[table.num_synced :],
+        )
+
+
+class Follower:
+    """Another rank's: it does with its runner what the messages say."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._requests: dict[int, Request] = {}  # by row
+
+    def follow(self, message: Message) -> None:
+        """Do the same as rank 0."""
+        runner = self._runner
+        match message:
+            case Launch():
+                runner.launch(self._plan(message))
+            case Put(requests):
+                self._take(requests)
+                runner.put(requests)
+            case Rewind(rows):
+                runner.rewind([self._requests[row] for row in rows])
+            case Clear():
+                runner.clear()
+            case RecordSteps(wanted):
+                runner.record_steps(wanted)
+            case RecordPasses(max_tokens):
+                runner.record_passes(max_tokens)
+
+    def _plan(self, message: Launch) -> StepPlan:
+        self._take(message.admitted)
+        for news in message.news:
+            request, table = self._requests[news.row], self._requests[news.row].table
+            request.tokens += news.tokens
+            request.cached_len, request.unread = news.cached_len, news.unread
+            request.has_candidates = news.has_candidates
+            table.pages[news.num_synced :] = news.pages
+            table.num_synced = news.num_synced
+        return StepPlan(
+            chunks=[Chunk(self._requests[row], size, is_last) for row, size, is_last in message.chunks],
+            decoding=[self._requests[row] for row in message.decoding],
+            draft=message.draft,
+            admitted=message.admitted,
+        )
+
+    def _take(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._requests[request.row] = request

@@ -1,0 +1,173 @@
+"""Ranks: processes that hold a model together, each a share of every layer (tensor parallelism).
+
+Shoeybi et al. 2019, "Megatron-LM", section 3: attention's heads and the feed-forward part's inner size are shared out,
+so each rank computes a share of what a layer adds to the residual, and the shares are added up, twice a layer. The
+vocabulary is shared out as well. What comes out of a sum or a gathering is the same on every rank, bit for bit; so all
+of them draw the same tokens, and none has to tell the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed
+
+from manyheads.config import ConfigError
+from manyheads.quantization.base import QuantizedWeight, Weight
+
+PATIENCE = timedelta(days=1)
+"""How long a rank waits for the others. A rank that has died ends them, and one that hangs is the supervisor's to
+find; meanwhile they may be idle for any time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The ranks that share a model, as one of them sees them; one alone shares with nobody."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    """torch's process group, which carries tensors between them; None for one alone."""
+
+    @classmethod
+    def join(cls, rank: int, size: int, folder: Path, device: torch.device) -> Ranks:
+        """Meet the others, who join as well; it waits until all are there.
+
+        Args:
+            folder: a private one, in which they find each other.
+            device: of this rank.
+        """
+        # NOTE: groups of our own, since torch's default group is one for a whole process
+        torch_groups: Any = distributed
+        store = torch_groups.FileStore(str(folder / "ranks"), size)
+        if device.type == "cuda":
+            return cls(rank, size, torch_groups.ProcessGroupNCCL(store, rank, size, PATIENCE))
+        gloo = torch_groups.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = PATIENCE
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        return cls(rank, size, gloo(store, rank, size, options))
+
+    def abort(self) -> None:
+        """Let go whoever waits for another rank, with a RuntimeError."""
+        if self.group is not None:
+            self.group.abort()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, in its place."""
+        if self.group is not None:
+            self.group.allreduce([x]).wait()
+        return x
+
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers."""
+        if self.group is None:
+            return number
+        device = "cuda" if self.group.name() == "nccl" else "cpu"
+        least = torch.tensor([number], device=device)
+        options: Any = distributed.AllreduceOptions()
+        options.reduceOp = distributed.ReduceOp.MIN
+        self.group.allreduce([least], options).wait()
+        return int(least)
+
+    def gather(self, x: Tensor, size: int) -> Tensor:
+        """All ranks' x [T, n] side by side, the first rank's first, and of those `size` columns: [T, size]."""
+        if self.group is None:
+            return x
+        every = x.new_empty(self.size * x.shape[0], x.shape[1])
+        self.group._allgather_base(every, x.contiguous()).wait()
+        return every.view(self.size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)[:, :size]
+
+    def embed(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Embeddings of tokens [T] int64, [T, hidden].
+
+        Args:
+            rows: this rank's share of the embedding.
+        """
+        if self.group is None:
+            return F.embedding(tokens, rows)
+        place = tokens - self.rank * len(rows)
+        elsewhere = (place < 0) | (place >= len(rows))
+        return self.sum(F.embedding(place.masked_fill(elsewhere, 0), rows).masked_fill_(elsewhere[:, None], 0.0))
+
+    def part(self, weight: Weight, dim: int, size: int) -> Weight:
+        """This rank's `size` rows (dim 0) or columns (dim 1) of a weight, or numbers of a bias.
+
+        Where ranks times size are more than there are, neighbours hold the same part, if the weight has fewer parts
+        than there are ranks (K/V heads); else the last part is padded with zeros, unless it is in few bits.
+        """
+        there = weight.shape[dim]
+        if size == there:
+            return weight
+        start = self.rank * -(-there // size) // self.size * size
+        if isinstance(weight, QuantizedWeight):
+            return weight.part(dim, start, start + size)
+        return padded(weight.narrow(dim, start, min(size, there - start)), dim, size).contiguous()
+
+    def rounded_part(self, weight: Tensor, shape: tuple[int, ...], rounded: Callable[[Tensor], Weight]) -> Weight:
+        """This rank's part, of this shape, of a weight that is rounded by whole rows, as without other ranks."""
+        rows = self.tensor_part(weight, shape[:1])
+        if shape[1] < rows.shape[1]:
+            rows = padded(rows, 1, shape[1] * self.size)
+        return self.part(rounded(rows), 1, shape[1])
+
+    def tensor_part(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """This rank's part of a tensor, of this shape."""
+        for dim, size in enumerate(shape):
+            part = self.part(tensor, dim, size)
+            assert isinstance(part, Tensor)
+            tensor = part
+        return tensor
+
+
+def padded(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """So many rows or columns of a tensor that has at most as many, the last ones zeros."""
+    if tensor.shape[dim] == size:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = size - tensor.shape[dim]
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
+
+
+ALONE = Ranks()
+"""A model that one process holds."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of a layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    """Where there are more ranks than K/V heads, neighbours hold the same one."""
+    intermediate_size: int
+    """Of the last rank, some may be padding."""
+
+    @classmethod
+    def of(cls, num_ranks: int, num_heads: int, num_kv_heads: int, intermediate_size: int, whose: str) -> Share:
+        """One of `num_ranks` shares. Raises ConfigError: they cannot be equal.
+
+        Args:
+            whose: named in the message.
+        """
+
+        def refuse(number: int, what: str) -> ConfigError:
+            return ConfigError(f"tensor_parallel_size={num_ranks} does not divide {whose}'s {what} of {number}")
+
+        if num_heads % num_ranks:
+            raise refuse(num_heads, "number of heads")
+        if num_kv_heads % num_ranks and num_ranks % num_kv_heads:
+            raise refuse(num_kv_heads, "number of K/V heads")
+        kv_heads = max(1, num_kv_heads // num_ranks)
+        return cls(num_heads // num_ranks, kv_heads, shared_rows(intermediate_size, num_ranks))
+
+
+def shared_rows(size: int, num_ranks: int) -> int:
+    """A rank's share of so many rows; the last rank's may be fewer, and are padded."""
+    return -(-size // num_ranks)

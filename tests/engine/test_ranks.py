@@ -1,0 +1,238 @@
+"""Ranks that share a model give the text of one that holds it alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from manyheads import EngineConfig, SamplingParams
+from manyheads.config import ConfigError
+from manyheads.engine import ranks
+from manyheads.engine.build import build_engine
+from manyheads.engine.engine import Engine
+from manyheads.engine.rank import build
+from manyheads.engine.rank_messages import Follower, Message
+from manyheads.engine.ranks import LeadingRunner, Others, RankFailed, RankLaunch
+from manyheads.models.parallel import Ranks
+from manyheads.models.registry import read_config
+from manyheads.request import EngineRequest
+from tests.eagle3 import make_drafter
+from tests.tiny import VOCAB, make_model, save_model
+
+SAMPLED = SamplingParams(temperature=1.0, seed=5, top_p=0.9, max_tokens=20)
+PARAMS = (
+    SamplingParams(temperature=0.0, max_tokens=24),
+    SAMPLED,
+    SamplingParams(temperature=0.7, seed=6, max_tokens=20, acceptance="typical"),
+    SamplingParams(temperature=0.0, max_tokens=20, logprobs=2, repetition_penalty=1.3, presence_penalty=0.2),
+    SamplingParams(temperature=0.0, max_tokens=12, speculative=False, min_tokens=4, logit_bias={3: 1.0}),
+)
+
+
+class ThreadRanks:
+    """The other ranks as threads of this process, which start at once."""
+
+    def __init__(self, config: EngineConfig, folder: Path) -> None:
+        self.inboxes = [queue.SimpleQueue[bytes | None]() for _ in range(1, config.tensor_parallel_size)]
+        self.followers: list[Follower] = []
+        self.error: BaseException | None = None
+        self._ranks = Ranks()
+        for rank, inbox in enumerate(self.inboxes, 1):
+            launch = RankLaunch(config=config, rank=rank, folder=str(folder), version=ranks.version("manyheads"))
+            threading.Thread(target=self._run, args=(launch, inbox), daemon=True).start()
+
+    def join(self, folder: Path, device: torch.device) -> Ranks:
+        self._ranks = Ranks.join(0, len(self.inboxes) + 1, folder, device)
+        self._ranks.least(0)
+        return self._ranks
+
+    def tell(self, message: Message) -> None:
+        if self.error is not None:
+            raise self.error
+        for inbox in self.inboxes:
+            inbox.put(msgspec.msgpack.encode(message))
+
+    def blamed(self) -> Any:
+        return contextlib.nullcontext()
+
+    def _run(self, launch: RankLaunch, inbox: queue.SimpleQueue[bytes | None]) -> None:
+        try:
+            follower = build(launch)
+            self.followers.append(follower)
+            while (data := inbox.get()) is not None:
+                follower.follow(msgspec.msgpack.decode(data, type=Message))
+        except BaseException as error:
+            self.error = error
+            self._ranks.abort()
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ThreadRanks]]:
+    made: list[ThreadRanks] = []
+
+    def others(config: EngineConfig, folder: Path) -> ThreadRanks:
+        made.append(ThreadRanks(config, folder))
+        return made[-1]
+
+    monkeypatch.setattr(ranks, "Others", others)
+    yield made
+    for each in made:
+        for inbox in each.inboxes:
+            inbox.put(None)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers whose columns can be shared in groups of 64."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    save_model(folder, hidden=128, intermediate=256, head_dim=32)
+    return folder
+
+
+def engine(model: Path, size: int, **settings: Any) -> Engine:
+    settings = {"max_num_seqs": 5, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 34, "seed": 0} | settings
+    config = EngineConfig(
+        model=str(model), dtype="float32", device="cpu", num_threads=1, tensor_parallel_size=size, **settings
+    )
+    return build_engine(config)
+
+
+def texts(engine: Engine, count: int = 10) -> list[list[int]]:
+    """Everyone's tokens: prompts in chunks that share a beginning, and pages for a part of what is asked."""
+    rng = random.Random(1)
+    common = [rng.randrange(VOCAB) for _ in range(9)]
+    for i in range(count):
+        prompt = common + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 25))]
+        params = PARAMS[i % len(PARAMS)]
+        engine.add_request(EngineRequest(request_id=str(i), prompt_token_ids=prompt, params=params))
+    replies: dict[str, list[int]] = {str(i): [] for i in range(count)}
+    while engine.has_work():
+        for delta in engine.step():
+            replies[delta.request_id] += delta.new_token_ids
+        engine.check_integrity()
+    return list(replies.values())
+
+
+def finish(engine: Engine) -> None:
+    while engine.has_work():
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("drafter", "size"), [("none", 2), ("medusa", 2), ("ngram", 2), ("eagle3", 2), ("medusa", 4), ("eagle3", 4)]
+)
+def test_text_is_that_of_one_rank(
+    folder: Path,
+    reference: LlamaForCausalLM,
+    tmp_path: Path,
+    threads: list[ThreadRanks],
+    overlaps: bool,
+    drafter: str,
+    size: int,
+) -> None:
+    """Four ranks hold each of two K/V heads twice; some rows of the vocabulary and of the inner size may be padding."""
+    if overlaps and size == 4:
+        pytest.skip("two ranks show it")
+    settings: dict[str, Any] = {"tree_size": 6}
+    if drafter == "none":
+        settings = {"speculative": False}
+    elif drafter == "medusa":
+        settings["heads"] = str(folder / "heads")
+    elif drafter == "ngram":
+        settings["drafter"] = "ngram"
+    else:
+        make_drafter(tmp_path / "drafter", read_config(folder), draft_vocab=11)
+        settings["heads"] = str(tmp_path / "drafter")
+    alone, shared = engine(folder, 1, **settings), engine(folder, size, **settings)
+    assert isinstance(shared.runner, LeadingRunner)
+    count = 10 if size == 2 else 5
+    assert texts(shared, count) == texts(alone, count)
+    stats = shared.stats()
+    assert stats.preemptions > 0 or size > 2
+    assert stats.prefix_hits > 0
+    assert drafter == "none" or stats.accepted_tokens > 0
+    check_ranks(shared, threads[0], size)
+
+
+def check_ranks(engine: Engine, others: ThreadRanks, size: int) -> None:
+    """All ranks' rows are the same, and each holds its part of the weights only."""
+    assert isinstance(engine.runner, LeadingRunner)
+    mine = engine.runner
+    assert len(others.followers) == size - 1
+    for follower in others.followers:
+        their = follower._runner
+        for name in ("cached_len", "drafts", "chances", "page_table", "ints", "floats"):
+            assert torch.equal(getattr(mine.state, name), getattr(their.state, name)), name
+        assert their.model.embedding.shape == (-(-VOCAB // size), 32)
+        assert their.cache.nbytes == mine.cache.nbytes
+        assert their.model.memory_bytes() == mine.model.memory_bytes()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+def test_text_of_fewer_bits_is_that_of_one_rank(wide: Path, threads: list[ThreadRanks], scheme: str) -> None:
+    """int4's groups of 128 columns are cut."""
+    settings = {"quantization": scheme, "heads": str(wide / "heads"), "tree_size": 6, "kv_cache_dtype": "auto"}
+    assert texts(engine(wide, 2, **settings), 5) == texts(engine(wide, 1, **settings), 5)
+
+
+def test_a_tied_vocabulary_that_does_not_divide(tmp_path: Path, threads: list[ThreadRanks]) -> None:
+    make_model(tie_word_embeddings=True, vocab_size=19, intermediate_size=49).save_pretrained(tmp_path)
+    assert texts(engine(tmp_path, 2, drafter="ngram"), 5) == texts(engine(tmp_path, 1, drafter="ngram"), 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the model's number of heads of 4"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, not 0"),
+        ({"tensor_parallel_size": 2, "quantization": "int4"}, "int4 needs weights whose columns come in groups"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    folder: Path, reference: LlamaForCausalLM, threads: list[ThreadRanks], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_engine(EngineConfig(model=str(folder), device="cpu", num_blocks=9, **settings))
+
+
+def test_fewer_gpus_than_asked_are_refused(
+    folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=4: torch [\w.+]+ sees 2 GPUs"):
+        build_engine(EngineConfig(model=str(folder), device="cuda", tensor_parallel_size=4))
+    with pytest.raises(ConfigError, match="device cuda:1 is one GPU, and tensor_parallel_size=2 takes 2; say cuda"):
+        build_engine(EngineConfig(model=str(folder), device="cuda:1", tensor_parallel_size=2))
+
+
+def test_a_rank_that_dies_ends_the_engine(folder: Path, reference: LlamaForCausalLM) -> None:
+    """Real processes; the text before is right, and the error says who died."""
+    alone, shared = engine(folder, 1, speculative=False), engine(folder, 2, speculative=False)
+    assert texts(shared, 5) == texts(alone, 5)
+    assert isinstance(shared.runner, LeadingRunner)
+    others = shared.runner._others
+    assert isinstance(others, Others)
+    shared.add_request(EngineRequest(request_id="a", prompt_token_ids=[1, 2], params=PARAMS[0]))
+    shared.step()
+    [process] = others._processes
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(RankFailed, match="rank 1 ended by signal 9"):
+        finish(shared)
+
+
+def test_a_rank_of_another_version_is_refused(folder: Path, reference: LlamaForCausalLM) -> None:
+    launch = RankLaunch(config=EngineConfig(model=str(folder)), rank=1, folder="", version="0.0")
+    with pytest.raises(ValueError, match=r"this is manyheads [\d.]+, and rank 0 is 0\.0"):
+        build(launch)
