@@ -131,6 +131,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """A lower one runs earlier, as in vLLM; among equal ones, clients are served in turn."""
     timeout: float | None = None
     """It has to start within so many seconds, or is refused; None leaves it to the engine's `max_wait`."""
+    session: str = ""
+    """Of several engines, requests with the same one go to the same; an engine does not read it."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

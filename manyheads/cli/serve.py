@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from manyheads.cli.extras import needs_ray
 from manyheads.cli.parser import Parser, add_engine, add_model, add_option, engine_config
 from manyheads.server.config import ConnectionLimits, ServerConfig
 
@@ -45,6 +46,7 @@ def add_commands(parser: Parser) -> None:
     for settings, texts in ((ServerConfig, SERVER_HELP), (ConnectionLimits, CONNECTION_HELP)):
         for name, (kind, text) in texts.items():
             add_option(web, name, kind, text, getattr(settings, name))
+    web.add_argument("--replicas", type=int, help="engines on this machine, behind this server (needs the extra ray)")
     text = "longest time until a request starts, in seconds; who would wait longer is rejected"
     add_option(web, "max_wait", float, text, 30.0)
     web.add_argument("--verbose", action="store_true", help="tell what the engine does while it starts")
@@ -53,28 +55,34 @@ def add_commands(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
-    config = engine_config(args)
+    config, options = engine_config(args), _server_config(args)
+    if args.replicas is not None:
+        with needs_ray():
+            from manyheads.scale.local import serve_replicas
+
+        return serve_replicas(config, options, args.replicas)
     from manyheads.server.run import serve
 
-    return serve(
-        config,
-        ServerConfig(
-            host=args.host,
-            port=args.port,
-            api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
-            api_key_file=args.api_key_file,
-            protect_info=args.protect_info,
-            ssl_certfile=args.ssl_certfile,
-            ssl_keyfile=args.ssl_keyfile,
-            root_path=args.root_path,
-            served_model_names=tuple(args.served_model_name),
-            chat_template=args.chat_template,
-            cors_origins=tuple(args.cors_origin),
-            max_body_bytes=args.max_body_bytes,
-            connections=ConnectionLimits(**{name: getattr(args, name) for name in CONNECTION_HELP}),
-            access_log=args.access_log,
-            log_format=args.log_format,
-            verbose=args.verbose or args.debug,
-            **{name: getattr(args, name) for name in SERVER_HELP},
-        ),
+    return serve(config, options)
+
+
+def _server_config(args: argparse.Namespace) -> ServerConfig:
+    return ServerConfig(
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
+        api_key_file=args.api_key_file,
+        protect_info=args.protect_info,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        root_path=args.root_path,
+        served_model_names=tuple(args.served_model_name),
+        chat_template=args.chat_template,
+        cors_origins=tuple(args.cors_origin),
+        max_body_bytes=args.max_body_bytes,
+        connections=ConnectionLimits(**{name: getattr(args, name) for name in CONNECTION_HELP}),
+        access_log=args.access_log,
+        log_format=args.log_format,
+        verbose=args.verbose or args.debug,
+        **{name: getattr(args, name) for name in SERVER_HELP},
     )

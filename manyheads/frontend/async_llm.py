@@ -7,16 +7,14 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 
-import msgspec
-
 from manyheads.errors import EngineError, ModelError, QueueFull, RequestError, require
-from manyheads.frontend.engine_client import EngineClient
+from manyheads.frontend.backend import Backend
 from manyheads.frontend.generation import Generation, OpenSequences, Place, Prompt, Update, take
-from manyheads.frontend.open_request import DeltaQueue
+from manyheads.frontend.open_request import waiting
 from manyheads.frontend.output import SequenceOutput
 from manyheads.frontend.text_queue import TextQueue
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import EngineReady, RequestDelta, SamplingParams
+from manyheads.request import EngineReady, SamplingParams
 
 _ERRORS = {"invalid": RequestError, "engine": EngineError, "model": ModelError}
 INLINE_CHARACTERS = 4000
@@ -33,7 +31,7 @@ class AsyncLLM:
         ready: what it serves.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, ready: EngineReady) -> None:
+    def __init__(self, client: Backend, tokenizer: Tokenizer, ready: EngineReady) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.ready = ready
@@ -60,7 +58,7 @@ class AsyncLLM:
         queue = self.client.submit(request for request, _ in pairs)
         try:
             while sequences:
-                for n, delta in enumerate(await _waiting(queue)):
+                for n, delta in enumerate(await waiting(queue)):
                     if n > 0:
                         await asyncio.sleep(0)  # others come in, and the news that the reader has left
                     update = take(delta, sequences, self.client.abort)
@@ -110,27 +108,3 @@ def _error(output: SequenceOutput) -> Exception:
     if output.error_kind == "queue_full":
         return QueueFull(message, output.retry_after)
     return _ERRORS[output.error_kind or "engine"](message)
-
-
-async def _waiting(queue: DeltaQueue) -> list[RequestDelta]:
-    """Wait for a delta and take what has come beside it; if this process did not keep up, several steps of a request
-    become one delta. So a server that lags behind writes fewer and larger events, and its readers wait no longer."""
-    found = {(delta := await queue.get()).request_id: delta}
-    is_behind = not queue.empty()
-    while not queue.empty():
-        delta = queue.get_nowait()
-        found[delta.request_id] = _joined(found[delta.request_id], delta) if delta.request_id in found else delta
-    if is_behind:  # a task that only waits for what is there already cannot be cancelled
-        await asyncio.sleep(0)
-    return list(found.values())
-
-
-def _joined(earlier: RequestDelta, later: RequestDelta) -> RequestDelta:
-    """Join what two steps added to a request, as if one had."""
-    return msgspec.structs.replace(
-        later,
-        new_token_ids=earlier.new_token_ids + later.new_token_ids,
-        logprobs=[*(earlier.logprobs or ()), *(later.logprobs or ())] or None,
-        num_cached_tokens=max(earlier.num_cached_tokens, later.num_cached_tokens),
-        num_steps=max(earlier.num_steps, later.num_steps),
-    )

@@ -79,6 +79,11 @@ class EngineClient:
         self._idle_deaths = 0  # in a row, of engines that finished no request
 
     @property
+    def by_engine(self) -> dict[str, EngineStats]:
+        """There is one."""
+        return {}
+
+    @property
     def serving(self) -> bool:
         """Tell whether an engine is there that takes requests."""
         return self._link is not None and self.failure is None

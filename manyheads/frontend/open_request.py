@@ -36,3 +36,27 @@ class OpenRequest:
         return msgspec.structs.replace(
             self.request, output_token_ids=list(self.tokens), num_steps=self.num_steps, resumes=True
         )
+
+
+async def waiting(queue: DeltaQueue) -> list[RequestDelta]:
+    """Wait for a delta and take what has come beside it; if this process did not keep up, several steps of a request
+    become one delta. So a server that lags behind writes fewer and larger events, and its readers wait no longer."""
+    found = {(delta := await queue.get()).request_id: delta}
+    is_behind = not queue.empty()
+    while not queue.empty():
+        delta = queue.get_nowait()
+        found[delta.request_id] = _joined(found[delta.request_id], delta) if delta.request_id in found else delta
+    if is_behind:  # a task that only waits for what is there already cannot be cancelled
+        await asyncio.sleep(0)
+    return list(found.values())
+
+
+def _joined(earlier: RequestDelta, later: RequestDelta) -> RequestDelta:
+    """Join what two steps added to a request, as if one had."""
+    return msgspec.structs.replace(
+        later,
+        new_token_ids=earlier.new_token_ids + later.new_token_ids,
+        logprobs=[*(earlier.logprobs or ()), *(later.logprobs or ())] or None,
+        num_cached_tokens=max(earlier.num_cached_tokens, later.num_cached_tokens),
+        num_steps=max(earlier.num_steps, later.num_steps),
+    )

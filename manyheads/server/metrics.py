@@ -35,9 +35,12 @@ class SequenceTimer:
 class EngineCounts(Protocol):
     """The client of an engine knows this (`EngineClient`)."""
 
-    stats: EngineStats
     num_restarts: int
     num_resumed: int
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine said last."""
 
 
 class Metrics(Collector):

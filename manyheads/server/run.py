@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import uvicorn
@@ -18,6 +18,7 @@ import uvicorn
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.errors import EngineError
 from manyheads.frontend.async_llm import AsyncLLM
+from manyheads.frontend.backend import Backend
 from manyheads.frontend.engine_client import EngineClient
 from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.llm import tokenizer_folder
@@ -37,7 +38,7 @@ CLOSE_SECONDS = 1
 class Server(GuardedServer):
     """uvicorn ends when we say so: after the requests that run, or when there is no engine any more."""
 
-    def __init__(self, config: uvicorn.Config, guard: Guard, client: EngineClient) -> None:
+    def __init__(self, config: uvicorn.Config, guard: Guard, client: Backend) -> None:
         super().__init__(config, guard)
         self._client = client
 
@@ -63,8 +64,18 @@ class Server(GuardedServer):
         self.should_exit = True
 
 
-def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD_ENGINE) -> int:
+def serve(
+    config: EngineConfig,
+    server: ServerConfig,
+    *,
+    build: str = BUILD_ENGINE,
+    backend: Callable[[], Backend] | None = None,
+) -> int:
     """Serve until a signal, and return the exit status.
+
+    Args:
+        build: as of `EngineClient`.
+        backend: makes what requests go to, within the event loop; None is an engine in a process beside this one.
 
     Raises:
         ConfigError, EngineError: it could not start, or the engine has died; nothing is left behind.
@@ -74,10 +85,16 @@ def serve(config: EngineConfig, server: ServerConfig, *, build: str = BUILD_ENGI
         print(f"warning: anybody who reaches {server.host} may ask: no --api-key or --api-key-file", file=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processors are the engine's
     raise_file_limit()
-    return asyncio.run(_serve(config, server, build))
+
+    def engine() -> Backend:
+        return EngineClient(
+            config, watchdog=server.watchdog, max_restarts=server.max_restarts, build=build, verbose=server.verbose
+        )
+
+    return asyncio.run(_serve(config, server, backend or engine))
 
 
-async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int:
+async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[[], Backend]) -> int:
     loop = asyncio.get_running_loop()
     main = asyncio.current_task()
     assert main is not None
@@ -100,15 +117,17 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
             loop.call_later(CLOSE_SECONDS, setattr, server, "force_exit", True)
         stopping = True
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-    client = EngineClient(
-        config, watchdog=options.watchdog, max_restarts=options.max_restarts, build=build, verbose=options.verbose
-    )
+    def take_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+
+    take_signals()
+    client = backend()
     try:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_bind(options.host, options.port))
             tokenizer, ready = await _start(client, config, options)
+            take_signals()  # what starts with a backend may have taken them (Ray does)
             llm = stack.enter_context(contextlib.closing(AsyncLLM(client, tokenizer, ready)))
             names = options.served_model_names or (ready.model,)
             service = Service(llm, names)
@@ -142,7 +161,7 @@ async def _serve(config: EngineConfig, options: ServerConfig, build: str) -> int
     return 0
 
 
-async def _start(client: EngineClient, config: EngineConfig, options: ServerConfig) -> tuple[Tokenizer, EngineReady]:
+async def _start(client: Backend, config: EngineConfig, options: ServerConfig) -> tuple[Tokenizer, EngineReady]:
     """Load the tokenizer here while the engine process loads the model."""
     loaded: Future[Tokenizer] = Future()
     loaded.set_running_or_notify_cancel()  # so that it takes a result even when nobody waits for it any more

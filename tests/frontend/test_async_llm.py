@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from manyheads.frontend.async_llm import _waiting
-from manyheads.frontend.open_request import DeltaQueue
+from manyheads.frontend.open_request import DeltaQueue, waiting
 from manyheads.request import RequestDelta, TokenLogprobs
 
 
@@ -18,7 +17,7 @@ def taken(*deltas: RequestDelta) -> list[RequestDelta]:
     queue: DeltaQueue = asyncio.Queue()
     for one in deltas:
         queue.put_nowait(one)
-    return asyncio.run(_waiting(queue))
+    return asyncio.run(waiting(queue))
 
 
 def test_one_step_as_it_is() -> None:

@@ -1,0 +1,62 @@
+"""Which replica has computed which beginnings of texts lately, as far as a router knows: what it has sent there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+
+BLOCK = 32
+"""Tokens that are looked up at a time."""
+
+
+class Prefixes:
+    """Beginnings of texts by the replicas that have computed them; the least recently used are forgotten.
+
+    Args:
+        capacity: blocks of BLOCK tokens that are remembered.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._holders: OrderedDict[bytes, dict[Hashable, None]] = OrderedDict()
+
+    def longest(self, tokens: Sequence[int]) -> dict[Hashable, int]:
+        """How many of a text's first tokens each replica has; those that have none are left out."""
+        found: dict[Hashable, int] = {}
+        for n, digest in enumerate(_digests(tokens), 1):
+            holders = self._holders.get(digest)
+            if holders is None:
+                break
+            for replica in holders:
+                if found.get(replica, 0) == (n - 1) * BLOCK:  # it has all that comes before
+                    found[replica] = n * BLOCK
+        return found
+
+    def add(self, tokens: Sequence[int], replica: Hashable) -> None:
+        """A text is computed there."""
+        for digest in _digests(tokens):
+            self._holders.setdefault(digest, {})[replica] = None
+            self._holders.move_to_end(digest)
+        while len(self._holders) > self._capacity:
+            self._holders.popitem(last=False)
+
+    def keep(self, replicas: set[Hashable]) -> None:
+        """Only these replicas are still there."""
+        for digest in list(self._holders):
+            holders = self._holders[digest]
+            for gone in holders.keys() - replicas:
+                del holders[gone]
+            if not holders:
+                del self._holders[digest]
+
+
+def _digests(tokens: Sequence[int]) -> Iterator[bytes]:
+    """Names of a text's whole blocks, each with all that comes before it."""
+    digest = b""
+    data = np.asarray(tokens, dtype=np.int64)
+    for end in range(BLOCK, len(tokens) + 1, BLOCK):
+        digest = hashlib.blake2b(digest + data[end - BLOCK : end].tobytes(), digest_size=16).digest()
+        yield digest

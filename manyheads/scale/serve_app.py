@@ -1,0 +1,199 @@
+"""The Ray Serve application: replicas, and an ingress in front of them that speaks manyheads' HTTP.
+
+A Serve config file says `import_path: manyheads.scale:app` and gives the fields of `AppSettings` as `args`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from manyheads.config import ConfigError, EngineConfig
+from manyheads.frontend.async_llm import AsyncLLM
+from manyheads.frontend.engine_process import BUILD_ENGINE
+from manyheads.frontend.llm import tokenizer_folder
+from manyheads.frontend.tokenizer import Tokenizer
+from manyheads.scale.client import ReplicaClient
+from manyheads.scale.replica import Replica
+from manyheads.scale.room import resources_by_machine
+from manyheads.scale.router import PrefixRouter
+from manyheads.server.app import create_app
+from manyheads.server.config import ServerConfig
+from manyheads.server.service import Service
+
+T = TypeVar("T")
+
+
+class Strict(BaseModel):
+    """What is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Scaling(Strict):
+    """How many replicas there are."""
+
+    replicas: int = Field(default=1, ge=0)
+    """So many, or at first, where they follow the load."""
+    most: int | None = None
+    """They follow the load, up to so many; None leaves them as many as there are."""
+    least: int = Field(default=1, ge=0)
+    open_requests: float = 32.0
+    """A replica is for so many open requests, those that wait included."""
+    up_seconds: float = 10.0
+    down_seconds: float = 300.0
+    """The load must have changed for so long."""
+
+    def options(self) -> dict[str, Any]:
+        """Serve's options of the deployment."""
+        if self.most is None:
+            return {"num_replicas": self.replicas}
+        scaling = {
+            "min_replicas": self.least,
+            "initial_replicas": self.replicas,
+            "max_replicas": self.most,
+            "target_ongoing_requests": self.open_requests,
+            "upscale_delay_s": self.up_seconds,
+            "downscale_delay_s": self.down_seconds,
+        }
+        return {"autoscaling_config": scaling}
+
+
+class Resources(Strict):
+    """What Ray keeps for each replica."""
+
+    num_cpus: float = 1.0
+    num_gpus: float | None = None
+    """None: one for each rank where the model runs on GPUs."""
+    custom: dict[str, float] = Field(default_factory=dict)
+    """Ray's custom resources, by name."""
+
+    def options(self, config: EngineConfig) -> dict[str, Any]:
+        """Ray's options of a replica; a cluster is there."""
+        gpus = self.num_gpus
+        if gpus is None:
+            device = config.device
+            if device == "auto":
+                device = "cuda" if any(there.get("GPU") for there in resources_by_machine()) else "cpu"
+            gpus = 0 if device == "cpu" else config.tensor_parallel_size
+        return {"num_cpus": self.num_cpus, "num_gpus": gpus, "resources": self.custom}
+
+
+class AppSettings(Strict):
+    """The `args` of the application."""
+
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `EngineConfig`, such as model, heads, tensor_parallel_size."""
+    server: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `ServerConfig` that are not about sockets, such as api_key_file, served_model_names."""
+    scaling: Scaling = Scaling()
+    resources: Resources = Resources()
+    ingresses: int = Field(default=1, ge=1)
+    routing: dict[str, float] = Field(default_factory=dict)
+    """Settings of `routing.Chooser`."""
+
+
+def replicas(
+    config: EngineConfig, options: ServerConfig, settings: AppSettings, build: str = BUILD_ENGINE
+) -> serve.Application:
+    """The deployment of the engines; a replica whose engine has several ranks takes as many GPUs of one machine."""
+    router: dict[str, Any] = {
+        "request_router_class": f"{PrefixRouter.__module__}:{PrefixRouter.__name__}",
+        "request_router_kwargs": settings.routing,
+        "request_routing_stats_period_s": 1.0,
+    }
+    deployment: Any = serve.deployment(
+        name="engine",
+        ray_actor_options=settings.resources.options(config),
+        max_ongoing_requests=2 * config.max_queue,  # the queue is the engine's
+        graceful_shutdown_timeout_s=options.drain_timeout,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5.0,
+        request_router_config=RequestRouterConfig(**router),
+        **settings.scaling.options(),
+    )(Replica)
+    application: serve.Application = deployment.bind(
+        msgspec.json.encode(config).decode(), options.watchdog, options.max_restarts, build
+    )
+    return application
+
+
+class LateApp:
+    """An ASGI application that is there once the ingress is."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on."""
+        if scope["type"] == "lifespan":
+            return
+        assert self.app is not None
+        await self.app(scope, receive, send)
+
+
+_here = LateApp()
+"""Of this process: an ingress is one."""
+
+
+def _build_app() -> ASGIApp:
+    return _here
+
+
+@serve.ingress(_build_app)
+class Ingress:
+    """A front end of all replicas; it keeps nothing but the streams that go through it."""
+
+    async def __init__(self, engines: DeploymentHandle[Any], engine: str, server: str) -> None:  # type: ignore[misc]
+        config = msgspec.json.decode(engine, type=EngineConfig)
+        options = msgspec.json.decode(server, type=ServerConfig)
+
+        async def find() -> DeploymentHandle[Any]:
+            return engines
+
+        client = ReplicaClient(config, find)
+        ready = await client.start()
+        tokenizer = Tokenizer.load(tokenizer_folder(config), options.chat_template)
+        self._service = Service(AsyncLLM(client, tokenizer, ready), options.served_model_names or (ready.model,))
+        _here.app = create_app(self._service, options)
+
+
+def app(args: AppSettings) -> serve.Application:
+    """Build the application that a Serve config file asks for.
+
+    Raises:
+        ConfigError: a setting cannot hold.
+    """
+    config, options = (
+        checked_settings("engine", args.engine, EngineConfig),
+        checked_settings("server", args.server, ServerConfig),
+    )
+    options.check()
+    engines = replicas(config, options, args)
+    ingress: Any = serve.deployment(
+        name="ingress",
+        num_replicas=args.ingresses,
+        max_ongoing_requests=4096,
+        ray_actor_options={"num_cpus": 1},
+        graceful_shutdown_timeout_s=options.drain_timeout,
+    )(Ingress)
+    texts = (msgspec.json.encode(config).decode(), msgspec.json.encode(options).decode())
+    application: serve.Application = ingress.bind(engines, *texts)
+    return application
+
+
+def checked_settings(name: str, given: dict[str, Any], kind: type[T]) -> T:
+    """Raise ConfigError for what is no setting, or has another type."""
+    if unknown := sorted(given.keys() - {field.name for field in fields(kind)}):  # type: ignore[arg-type]
+        raise ConfigError(f"{name}: there is no setting {unknown[0]!r}")
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name}: {error}") from error

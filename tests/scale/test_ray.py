@@ -1,0 +1,228 @@
+"""Replicas on a local cluster of several raylets: texts, failover, routing and statistics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from manyheads import EngineConfig, SamplingParams
+from manyheads.engine.build import build_engine
+from manyheads.request import EngineRequest, RequestDelta
+from manyheads.server.config import ServerConfig
+from tests.tiny import VOCAB, save_model
+
+ray = pytest.importorskip("ray")
+from ray import serve  # noqa: E402
+from ray.cluster_utils import Cluster  # noqa: E402
+from ray.serve.config import ProxyLocation  # noqa: E402
+
+from manyheads.scale.client import ReplicaClient  # noqa: E402
+from manyheads.scale.serve_app import AppSettings, Resources, Scaling, replicas  # noqa: E402
+
+T = TypeVar("T")
+LONG = 80
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_model(folder)
+    return EngineConfig(
+        model=str(folder),
+        heads=str(folder / "heads"),
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        num_blocks=300,
+        max_num_seqs=16,
+        tree_size=2,
+        seed=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head, and two machines that have room for a replica each."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    made.workers = [made.add_node(num_cpus=2, resources={"engine": 1}) for _ in range(2)]
+    ray.init(address=made.address, logging_level="warning", log_to_driver=False)
+    serve.start(proxy_location=ProxyLocation.Disabled)
+    yield made
+    serve.shutdown()
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def handle(cluster: Any, config: EngineConfig) -> Any:
+    settings = AppSettings(
+        scaling=Scaling(replicas=2), resources=Resources(num_cpus=1, num_gpus=0, custom={"engine": 1})
+    )
+    return serve.run(replicas(config, ServerConfig(), settings), name="test", route_prefix=None)
+
+
+def request(name: str, prompt: list[int], **params: Any) -> EngineRequest:
+    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params))
+
+
+def asked(count: int, name: str = "") -> list[EngineRequest]:
+    rng = random.Random(0)
+    prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(2, 30))] for _ in range(count)]
+    return [
+        request(f"{name}{i}", prompt, max_tokens=LONG, seed=i, temperature=float(i % 2))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def alone(config: EngineConfig, requests: list[EngineRequest]) -> dict[str, list[int]]:
+    """What an engine in this process says."""
+    engine = build_engine(config)
+    texts: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    for one in requests:
+        engine.add_request(one)
+    while engine.has_work():
+        for delta in engine.step():
+            texts[delta.request_id] += delta.new_token_ids
+    return texts
+
+
+def with_client(handle: Any, config: EngineConfig, work: Callable[[ReplicaClient], Awaitable[T]]) -> T:
+    async def find() -> Any:
+        return handle
+
+    async def run() -> T:
+        client = ReplicaClient(config, find)
+        ready = await client.start()
+        assert ready.vocab_size == VOCAB
+        try:
+            return await asyncio.wait_for(work(client), 120)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+async def texts(
+    client: ReplicaClient, requests: list[EngineRequest], after: int = 0, then: Callable[[], None] = lambda: None
+) -> dict[str, list[int]]:
+    """What replicas say; when so many tokens are there, something happens."""
+    queue = client.submit(requests)
+    said: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    left, count = len(requests), 0
+    while left:
+        delta: RequestDelta = await queue.get()
+        said[delta.request_id] += delta.new_token_ids
+        count += len(delta.new_token_ids)
+        if after and count >= after:
+            after = 0
+            then()
+        if delta.finish_reason is not None:
+            left -= 1
+            assert delta.finish_reason == "length", delta.error
+    return said
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def engine_processes() -> list[int]:
+    """Of the replicas: the parents of engine processes."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command = (folder / "cmdline").read_bytes()
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue  # it has ended meanwhile
+            if b"manyheads.frontend.engine_process" in command:
+                found.append(parent)
+    return found
+
+
+def test_texts_are_those_of_one_engine_and_replicas_are_told_apart(handle: Any, config: EngineConfig) -> None:
+    requests = asked(8)
+
+    async def work(client: ReplicaClient) -> dict[str, list[int]]:
+        said = await texts(client, requests)
+        while sum(stats.generation_tokens for stats in client.by_engine.values()) < 8 * LONG:
+            await asyncio.sleep(0.1)
+        assert client.serving
+        assert len(client.by_engine) == 2
+        assert all(stats.generation_tokens > 0 for stats in client.by_engine.values())
+        assert client.stats.num_pages == 600
+        return said
+
+    assert with_client(handle, config, work) == alone(config, requests)
+
+
+def test_a_session_and_a_long_beginning_go_where_they_were(handle: Any, config: EngineConfig) -> None:
+    shared = [i % VOCAB for i in range(70)]
+
+    async def work(client: ReplicaClient) -> None:
+        for i in range(5):
+            await texts(client, [request(f"p{i}", [*shared, i], max_tokens=3)])
+        for i in range(5):
+            await texts(client, [request(f"q{i}", [*shared, i, i], max_tokens=3)])
+        before = client.stats.prefix_hits
+        while client.stats.prefix_hits < 9 * 64:
+            await asyncio.sleep(0.1)
+        assert before <= client.stats.prefix_hits
+
+    with_client(handle, config, work)
+
+
+def test_an_aborted_request_ends_here_and_there(handle: Any, config: EngineConfig) -> None:
+    async def work(client: ReplicaClient) -> None:
+        queue = client.submit([request("x", [1, 2], max_tokens=100)])
+        await queue.get()
+        client.abort("x")
+        while (delta := await queue.get()).finish_reason is None:
+            pass
+        assert delta.finish_reason == "abort"
+        assert client.num_open == 0
+        while client.stats.num_running:
+            await asyncio.sleep(0.1)
+
+    with_client(handle, config, work)
+
+
+def test_a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) -> None:
+    requests = asked(8, "k")
+    victims = engine_processes()
+    assert len(victims) == 2
+
+    async def work(client: ReplicaClient) -> dict[str, list[int]]:
+        said = await texts(client, requests, 100, lambda: os.kill(victims[0], signal.SIGKILL))
+        assert client.num_resumed > 0
+        return said
+
+    assert with_client(handle, config, work) == alone(config, requests)
+    until(lambda: len(engine_processes()) == 2)
+
+
+def test_a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: EngineConfig) -> None:
+    requests = asked(8, "n")
+
+    async def work(client: ReplicaClient) -> dict[str, list[int]]:
+        while len(client.by_engine) < 2:
+            await asyncio.sleep(0.1)
+        lose = lambda: cluster.remove_node(cluster.workers.pop(), allow_graceful=False)  # noqa: E731
+        said = await texts(client, requests, 100, lose)
+        assert client.num_resumed > 0
+        return said
+
+    assert with_client(handle, config, work) == alone(config, requests)
