@@ -14,6 +14,8 @@ from manyheads.errors import RequestError, require
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 64
 """So many tokens may wait for the rest of a character; more than that is not UTF-8 and is shown as it is."""
+LONGEST_CHARACTER = 4
+"""A character of UTF-8 has at most so many bytes, and so many tokens."""
 CONTEXT_TOKENS = 6
 _BREAK = "\ufdd0"  # a Unicode noncharacter: never part of a text
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -169,26 +171,31 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens; give the text that is certain now."""
-        self._ids += [t for t in token_ids if t not in self._skip] if self._skip else token_ids
-        return self._advance(final=len(self._ids) - self._read > MAX_HELD_TOKENS)
+        new = [t for t in token_ids if t not in self._skip] if self._skip else token_ids
+        self._ids += new
+        # of tokens that come together only the last may be the beginning of a character, and have to wait
+        for end in range(len(self._ids), len(self._ids) - min(len(new), LONGEST_CHARACTER), -1):
+            if text := self._advance(end, final=False):
+                return text
+        return self.flush() if len(self._ids) - self._read > MAX_HELD_TOKENS else ""
 
     def flush(self) -> str:
         """Give the text of what is still held, as it is: there will be no more tokens."""
-        return self._advance(final=True)
+        return self._advance(len(self._ids), final=True)
 
-    def _advance(self, final: bool) -> str:
-        if len(self._ids) == self._read:
+    def _advance(self, end: int, final: bool) -> str:
+        """Give the text of the window's tokens up to this one; nothing if it may not be whole, unless it is final."""
+        if end == self._read:
             return ""
-        window = self._decode(self._ids)
+        window = self._decode(self._ids[:end])
         if window.endswith(REPLACEMENT) and not final:
             return ""
-        new = self._decode(self._ids[self._read :])
+        new = self._decode(self._ids[self._read : end])
         # where it does not start so, bytes that are no UTF-8 took the text before them along
         text = window[len(self._prefix) :] if window.startswith(self._prefix) else new
         if not text and not final:
             return ""
-        self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
+        self._ids, self._read = self._ids[self._read :], end - self._read
         self._prefix = new
         return text
 

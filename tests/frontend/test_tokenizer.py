@@ -53,6 +53,14 @@ def test_deltas_join_to_the_text(text: str, sizes: list[int]) -> None:
         assert not any("\ufffd" in part for part in parts)
 
 
+@pytest.mark.parametrize("cut", range(60, 140))
+def test_many_tokens_at_once_may_end_within_a_character(cut: int) -> None:
+    """A server with too many streams takes those of many steps together."""
+    text = "The cat 🐈 sat on the mat, 猫はマットの上に座った。 " * 10
+    ids = TOKENIZER.encode(text)
+    assert "".join(detokenize(TOKENIZER, ids, [cut, len(ids)])) == text
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.integers(0, len(TOKENIZER.hf) - 1), max_size=60),
