@@ -19,6 +19,10 @@ from chaos_server import Server
 Row = dict[str, Any]
 READY_WITHIN = 2.0
 """Seconds beyond those of a start that a restart may take."""
+GONE_WITHIN = 1.0
+"""After the server has been killed, its engine may be there for so many seconds."""
+FLIPPED_WITHIN = 0.5
+"""Seconds after SIGTERM until /ready says no."""
 COUNTS = ("engine_restarts_total", "requests_resumed_total")
 NOTICED_WITHIN = 1.5
 """Seconds beyond the watchdog's: the engine may have spoken just before, and a process takes a moment to end."""
@@ -47,7 +51,7 @@ class Size:
 SHORT = Size(
     streams=5,
     plain=3,
-    kills=3,
+    kills=2,
     stops=1,
     poisons=2,
     poisoned=6,
@@ -188,7 +192,7 @@ async def server_killed(server: Server, size: Size, left_out: str = "") -> Row:
     await answers
     return {
         "found": f"engine gone after {gone:.2f} s, {len(left)} files, sockets or pieces of shared memory left",
-        "met": gone <= 1.0 and not left,
+        "met": gone <= GONE_WITHIN and not left,
         "engine_gone_s": round(gone, 3),
         "left": left[:5],
     }
@@ -218,7 +222,7 @@ async def drained(server: Server, size: Size, seconds: float) -> Row:
     return {
         "found": f"/ready flipped after {flipped * 1000:.0f} ms; {asked - len(wrong)} of {asked} streams whole; "
         f"a late request was {'' if refused else 'not '}refused; exit {status} after {took:.1f} s",
-        "met": flipped <= 0.5 and refused and still_open and not wrong and status == 0 and not left,
+        "met": flipped <= FLIPPED_WITHIN and refused and still_open and not wrong and status == 0 and not left,
         "flipped_s": round(flipped, 4),
         "ended_s": round(took, 2),
         "wrong": wrong[:5],

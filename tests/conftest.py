@@ -1,3 +1,29 @@
-"""Before any kernel is imported it must be clear whether Triton's interpreter runs it."""
+"""What holds for all tests."""
 
-import tests.kernels  # noqa: F401
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from hypothesis import settings
+
+import tests.kernels  # noqa: F401 (before any kernel is imported it must be clear whether Triton's interpreter runs it)
+
+# the same examples every time, so that a change is not refused for what another one has broken;
+# `--hypothesis-profile=random` looks for new ones
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random", derandomize=False)
+settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """A test that draws from torch's own generator gets the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """An engine that is built looks for garbage first: among what imports have made, it need not look 300 times."""
+    gc.collect()
+    gc.freeze()

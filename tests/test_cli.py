@@ -132,20 +132,13 @@ def test_unknown_model(capsys: Capture, command: str, tmp_path: Path) -> None:
     check(capsys, argv, "'nowhere' is no folder; give a local folder, a hub id (name/model) or 'builtin'")
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["nowhere"], "'nowhere' is no folder; give a local folder, a hub id (name/model) or 'builtin'"),
-        (["no-such/model"], "'no-such/model' is no local folder and could not be had from the hub"),
-    ],
-)
-def test_serving_an_unknown_model(tmp_path: Path, options: list[str], words: str) -> None:
+def test_serving_an_unknown_model(tmp_path: Path) -> None:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-m", "manyheads", "serve", "--port", "0", *options]
+    command = [sys.executable, "-m", "manyheads", "serve", "--port", "0", "no-such/model"]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr.startswith("manyheads: error: ")
-    assert words in ended.stderr
+    assert "'no-such/model' is no local folder and could not be had from the hub" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("manyheads-*"))
 

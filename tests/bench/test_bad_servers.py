@@ -31,7 +31,7 @@ TEST = ["users", "--settle", "0", "--timeout", "1", "--no-limit", "--output-toke
 
 def test_each_under_its_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Good answers and all kinds of broken ones in turn: the run goes on, all are counted, the report says why."""
-    argv = ["bench", *TEST, "--users", "8", "--hold", "5"]
+    argv = ["bench", *TEST, "--users", "8", "--hold", "3"]
     with running(Script(breaks=("", *BROKEN))) as url:
         assert main([*argv, "--url", url, "-o", str(tmp_path)]) == 0
     out, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
@@ -51,7 +51,7 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
         taken.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         assert (
-            main(["bench", *TEST, "--users", "1", "--hold", "2", "--no-check", "--url", url, "-o", str(tmp_path)]) == 1
+            main(["bench", *TEST, "--users", "1", "--hold", "1", "--no-check", "--url", url, "-o", str(tmp_path)]) == 1
         )
     found = result.load(tmp_path)
     assert set(found.whole.failures) == {reasons.UNREACHABLE}
@@ -60,7 +60,7 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 def test_the_generator_is_the_bottleneck(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A server whose answers cost less to write than to read: the figures are those of the load generator."""
-    argv = ["users", "--users", "16", "--hold", "3", "--settle", "1", "--output-tokens", "500"]
+    argv = ["users", "--users", "16", "--hold", "1", "--settle", "0.5", "--output-tokens", "500"]
     with running(Script(ttft=0.0, chunks=500, at_once=True)) as url:
         assert main(["bench", *argv, "--url", url, "-o", str(tmp_path)]) == 0
     found = result.load(tmp_path)

@@ -40,10 +40,10 @@ def end(process: subprocess.Popen[str], number: int) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "0"), (signal.SIGINT, "2"), (signal.SIGTERM, "0")])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "0")])
 def test_what_was_measured_is_kept(tmp_path: Path, number: int, workers: str) -> None:
     """The first load is whole, the second is cut, the third never came; answers under way are no failures."""
-    argv = ["users", "--users", "2,4,6", "--hold", "5", "--settle", "0", "--no-limit", "--output-tokens", "5"]
+    argv = ["users", "--users", "2,4,6", "--hold", "4", "--settle", "0", "--no-limit", "--output-tokens", "5"]
     with running(Script(ttft=0.2, gap=0.05)) as url:
         process = start(*argv, "--workers", workers, "--url", url, "-o", str(tmp_path))
         wait_for(process, "users: 4")
@@ -70,7 +70,7 @@ def test_workers_that_joined(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    argv = ["rate", "--rates", "20,40", "--hold", "2", "--settle", "0", "--output-tokens", "5"]
+    argv = ["rate", "--rates", "20,40", "--hold", "1", "--settle", "0", "--output-tokens", "5"]
     joined = [start("--join", address) for _ in range(2)]
     try:
         with running(Script()) as url:
@@ -80,7 +80,7 @@ def test_workers_that_joined(tmp_path: Path) -> None:
         assert f"waiting for 2 workers: manyheads bench --join {address}" in " ".join(err.split())
         assert "The load generator was not the bottleneck" in out
         assert [level.load for level in result.load(tmp_path).levels] == [20, 40]
-        assert result.load(tmp_path).whole.completed > 50
+        assert result.load(tmp_path).whole.completed > 25
         for worker in joined:
             # whatever its generator does now, for one run has ended and the next is being waited for
             status, _, err = end(worker, signal.SIGINT)

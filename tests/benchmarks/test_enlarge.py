@@ -52,7 +52,7 @@ SHAPES = {
     # one copy, its norm weights rounded; every query head has a K/V head of its own
     "512": ({"hidden_size": 512, "intermediate_size": 1280, "num_heads": 4, "num_kv_heads": 4}, torch.float32),
     # three copies, nothing rounded; the small model's three query heads sit at two K/V heads
-    "2048": ({"hidden_size": 2048, "intermediate_size": 1024, "num_heads": 4, "num_kv_heads": 2}, torch.float16),
+    "1152": ({"hidden_size": 1152, "intermediate_size": 1024, "num_heads": 4, "num_kv_heads": 2}, torch.float16),
 }
 
 
@@ -100,7 +100,7 @@ def test_hidden_states_logits_and_candidates(large: Large) -> None:
 def replies(llm: LLM) -> tuple[list[list[int]], int]:
     """Greedy replies to all questions, and the steps they took in all."""
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=24))
+    outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=16))
     return [list(o.outputs[0].token_ids) for o in outputs], sum(o.outputs[0].num_steps for o in outputs)
 
 

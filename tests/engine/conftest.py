@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
+from manyheads.engine import warmup
 from manyheads.engine.runner import Runner
 from tests.tiny import save_model
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of engines are built, and none of them needs costs that can be relied on."""
+    monkeypatch.setattr(warmup, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(warmup, "TURN_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")

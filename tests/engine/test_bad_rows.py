@@ -37,7 +37,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine(folder: Path, poison: float | None = None, **settings: Any) -> Engine:
     """Checkpoints with such numbers are refused; a row gets them where something overflows."""
-    some = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "block_size": 4, "num_blocks": 80, "tree_size": 8}
+    some = {
+        "seed": 0,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 16,
+        "block_size": 4,
+        "num_blocks": 80,
+        "tree_size": 8,
+    }
     made = build_engine(EngineConfig(model=str(folder), dtype="float32", num_threads=1, **(some | settings)))
     if poison is not None:
         assert isinstance(made.runner, Runner)

@@ -22,7 +22,7 @@ TREES = [1, 4, 16, 64, None]
 
 
 def engine(folder: Path, tree_size: int | None, **settings: Any) -> Engine:
-    settings = {"max_num_seqs": 6, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 40} | settings
+    settings = {"seed": 0, "max_num_seqs": 6, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 40} | settings
     return build_engine(
         EngineConfig(model=str(folder), dtype="float32", tree_size=tree_size, num_threads=1, **settings)
     )
@@ -80,11 +80,11 @@ def test_greedy_text_is_the_models(
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_greedy_text_of_a_cache_in_8_bits_is_one(folder: Path, reference: LlamaForCausalLM, kv_dtype: str) -> None:
     """With any tree, chunks, preemption and shared prefixes it is what each gets alone; it is not the model's own."""
-    jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(24, shared=9))]
+    jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(12, shared=9))]
     alone = engine(folder, 1, kv_cache_dtype=kv_dtype, max_num_seqs=1, max_num_batched_tokens=256, prefix_caching=False)
     wanted = run(alone, jobs)
     assert wanted != run(engine(folder, 1), jobs)
-    for tree_size in TREES:
+    for tree_size in (1, 16, None):
         served = engine(folder, tree_size, kv_cache_dtype=kv_dtype)
         assert run(served, jobs, rate=0.3) == wanted
         stats = served.stats()
@@ -109,7 +109,7 @@ def distribution(model: LlamaForCausalLM, prompt: list[int], temperature: float)
 
 @pytest.mark.parametrize("tree_size", [1, 16])
 def test_sampled_text_has_the_models_distribution(folder: Path, reference: LlamaForCausalLM, tree_size: int) -> None:
-    prompt, count = prompts(1)[0][:12], 4000
+    prompt, count = prompts(1)[0][:12], 2000
     wanted = distribution(reference, prompt, 0.8).flatten() * count
     served = engine(folder, tree_size, max_num_seqs=64, max_num_batched_tokens=512, num_blocks=2000)
     jobs = [(prompt, SamplingParams(temperature=0.8, max_tokens=3, seed=seed)) for seed in range(count)]

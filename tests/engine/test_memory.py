@@ -305,7 +305,9 @@ def test_scratch_is_enough(monkeypatch: pytest.MonkeyPatch, params: dict[str, An
 def test_an_engine_lives_inside_its_memory() -> None:
     cap = base_bytes(CPU) + 280 * MIB
     engine = build_engine(
-        EngineConfig(memory_bytes=cap, device="cpu", max_num_seqs=64, tree_size=4, num_threads=1, max_model_len=512)
+        EngineConfig(
+            memory_bytes=cap, device="cpu", max_num_seqs=64, tree_size=4, num_threads=1, max_model_len=512, seed=0
+        )
     )
     use = engine.ready.memory
     assert use.kv_cache_tokens == engine.ready.num_pages * 16 < 64 * 512  # the memory was what counted

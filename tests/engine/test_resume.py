@@ -36,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(folder: Path, tree_size: int) -> Engine:
-    settings = {"max_num_batched_tokens": 16, "block_size": 4, "num_blocks": 80, "num_threads": 1}
+    settings = {"seed": 0, "max_num_batched_tokens": 16, "block_size": 4, "num_blocks": 80, "num_threads": 1}
     return build_engine(EngineConfig(model=str(folder), dtype="float32", tree_size=tree_size, **settings))
 
 

@@ -28,7 +28,7 @@ def engine(folder: Path, reference: LlamaForCausalLM, overlaps: bool, request: p
 
 
 def build(folder: Path, tree_size: int, **settings: Any) -> Engine:
-    settings = {"num_blocks": 64} | settings
+    settings = {"seed": 0, "num_blocks": 64} | settings
     return build_engine(
         EngineConfig(model=str(folder), dtype="float32", tree_size=tree_size, num_threads=1, **settings)
     )

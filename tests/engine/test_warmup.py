@@ -20,6 +20,11 @@ from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.planner import Planner
 
 
+@pytest.fixture(autouse=True)
+def little_patience() -> None:
+    """Here the clock is no real one, and patience costs nothing."""
+
+
 class Clock:
     """Steps take 1 ms and 0.1 ms a token, and so much for each pass of the drafter; each of the disturbed ones takes
     longer than the one before."""

@@ -28,7 +28,7 @@ def walk(nodes: list[Choice], holds: Callable[[Choice], bool]) -> list[Choice]:
     return best
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(cases(vocab=2), st.booleans())
 def test_the_longest_path_that_a_row_brought_is_accepted(case: Case, lossy: bool) -> None:
     state, before = case.state(), case.state()
@@ -94,7 +94,7 @@ def moved(case: Case, cache: KVCache, state: RowState, trees: Trees, ends: list[
     return wanted
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(cases())
 def test_a_row_moves_on_by_what_was_accepted(case: Case) -> None:
     state, before = case.state(), case.state()
@@ -172,7 +172,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases())
 def test_the_kernel_moves_the_same(case: Case) -> None:
     check_compaction(case, through_kernel)

@@ -12,7 +12,7 @@ from tests.ops.rows import CPU, HEADS, OPS, RANKS, ROWS, Case, brought, cases, t
 from tests.trees import medusa_tensors
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(cases())
 def test_a_batch_brings_its_roots_and_its_most_probable_nodes(case: Case) -> None:
     state = case.state()
@@ -41,7 +41,7 @@ def test_a_batch_brings_its_roots_and_its_most_probable_nodes(case: Case) -> Non
         assert trees.gains.tolist() == pytest.approx(wanted, abs=1e-4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(cases())
 def test_tokens_are_filled_from_the_draft_and_placed_after_the_prefix(case: Case) -> None:
     state = case.state()

@@ -16,6 +16,7 @@ from manyheads.ops.integer import IntegerProduct
 from manyheads.ops.products import CodesProduct
 from manyheads.quantization.base import CodedScheme, CodedWeight
 from manyheads.quantization.schemes import SCHEMES
+from tests.engine.conftest import little_patience  # noqa: F401
 from tests.engine.test_exactness import engine, prompts, run
 from tests.tiny import save_model
 
@@ -60,17 +61,17 @@ def test_greedy_text_is_that_of_the_widened_weights(
         monkeypatch.setattr(integer, "LEAST_SIZE", 0)
         scheme = "int8"
     reference = widened(plain, scheme)
-    jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(8, shared=9))]
+    jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(6, shared=9))]
     wanted = [greedy(reference, prompt, params.max_tokens or 0) for prompt, params in jobs]
     assert wanted != [greedy(plain, prompt, params.max_tokens or 0) for prompt, params in jobs]  # it is another model
-    for tree_size in (1, 4, 16, None):
+    for tree_size in (1, 16, None):
         served = engine(folder, tree_size, quantization=scheme)
         assert served.ready.quantization == scheme
         assert run(served, jobs, rate=0.5) == wanted
         forms = {type(layer.qkv.product) for layer in served.runner.model.layers}
         expected = IntegerProduct if form == "integer" else CodesProduct
         assert form not in ("int8", "fp8", "integer") or forms == {expected}
-        if tree_size in (4, 16):
+        if tree_size == 16:
             assert served.stats().accepted_tokens > 0
 
 

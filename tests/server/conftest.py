@@ -34,7 +34,7 @@ class Running:
     temp: Path
     pids: Path
 
-    def wait_ready(self, seconds: float = 40.0) -> Running:
+    def wait_ready(self, seconds: float = 120.0) -> Running:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.process.poll() is None, "the server ended while starting"
@@ -54,7 +54,7 @@ class Running:
         """What it wrote to standard error."""
         return self.pids.with_name("stderr").read_text()
 
-    def is_gone(self, seconds: float = 2.0) -> bool:
+    def is_gone(self, seconds: float = 20.0) -> bool:
         """Whether no process, socket or temporary folder is left."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -65,13 +65,19 @@ class Running:
         return False
 
     def engine_pid(self) -> int:
-        return int(next(iter(sorted(self.pids.iterdir()))).name)
+        """The process of the engine that is there now."""
+        (pid,) = filter(process_exists, (int(path.name) for path in self.pids.iterdir()))
+        return pid
+
+    def kill_engine(self, number: int = signal.SIGKILL) -> None:
+        """Send the engine's process a signal, SIGKILL or SIGSTOP."""
+        os.kill(self.engine_pid(), number)
 
     def stop(self, number: int = signal.SIGINT) -> float:
         """Seconds that it took to end."""
         start = time.monotonic()
         self.process.send_signal(number)
-        self.process.wait(10)
+        self.process.wait(60)
         return time.monotonic() - start
 
 

@@ -18,7 +18,7 @@ from manyheads.request import (
     RequestDelta,
     TokenLogprobs,
 )
-from tests.server.tiny_tokenizer import tiny_tokenizer
+from tests.server.tiny_tokenizer import END, make_backend
 
 TEXT = "The cat 🐈 sat on the mat, 猫はマットの上に座った。 It was e\u0301legant. " * 40
 """What every reply says, from the beginning, to its end of text."""
@@ -37,7 +37,10 @@ class _Open:
 
 @dataclass
 class FakeEngine:
-    """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`, `WHO` asks. Nobody starts within 1 s."""
+    """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`, `WHO` asks. Nobody starts within 1 s.
+
+    Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything.
+    """
 
     config: EngineConfig
     per_step: int = 3
@@ -51,13 +54,13 @@ class FakeEngine:
         """Nobody listens, until somebody does."""
 
     def __post_init__(self) -> None:
-        self.tokenizer = tiny_tokenizer()
-        self.eos = self.tokenizer.hf.eos_token_id
-        self.text = [*self.tokenizer.encode(TEXT), self.eos]
+        self.tokenizer = make_backend()
+        self.eos = self.tokenizer.token_to_id(END)
+        self.text = [*self.tokenizer.encode(TEXT).ids, self.eos]
         self.ready = EngineReady(
             model="fake",
             max_model_len=self.config.max_model_len or 2048,
-            vocab_size=len(self.tokenizer.hf),
+            vocab_size=self.tokenizer.get_vocab_size(),
             drafter="medusa",
             draft_depth=3,
             dtype="float32",
@@ -100,6 +103,10 @@ class FakeEngine:
     def step(self) -> list[RequestDelta]:
         deltas, self.pending = self.pending, []
         if self.open:
+            folder = os.environ.get("FAKE_ENGINE_PID_FOLDER")
+            if folder and Path(folder).with_name("pause").exists():
+                time.sleep(0.01)
+                return deltas
             self.counts["steps"] += 1
             time.sleep(self.step_seconds)
         for request_id, entry in list(self.open.items()):
@@ -179,5 +186,7 @@ def build(config: EngineConfig, progress: object = None) -> FakeEngine:
         raise ValueError(text)
     if folder := os.environ.get("FAKE_ENGINE_PID_FOLDER"):
         Path(folder, str(os.getpid())).touch()
+        while Path(folder).with_name("hold").exists():
+            time.sleep(0.02)
     time.sleep(float(os.environ.get("FAKE_ENGINE_START_SECONDS", "0")))
     return FakeEngine(config, step_seconds=float(os.environ.get("FAKE_ENGINE_STEP_SECONDS", "0.002")))

