@@ -1,4 +1,8 @@
-"""Prometheus gets vLLM's names and meanings under the prefix `manyheads_`, and what only speculation has."""
+"""Prometheus gets vLLM's names and meanings under the prefix `manyheads_`, and what only speculation has.
+
+Beside that stand the few that the endpoint picker of Kubernetes' Gateway API inference extension reads, by vLLM's own
+names (its proposal 003, "Model Server Protocol"), so that it routes to us without a setting.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from manyheads.request import EngineStats, FinishReason
+from manyheads.request import EngineReady, EngineStats, FinishReason
 from manyheads.server.drops import Drops
 
-PREFIX = "manyheads_"
+PREFIX, VLLM_PREFIX = "manyheads_", "vllm:"
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
@@ -46,9 +50,9 @@ class EngineCounts(Protocol):
 class Metrics(Collector):
     """Metrics are what the server counts itself, and the engine's latest statistics, for `/metrics`."""
 
-    def __init__(self, engine: EngineCounts) -> None:
+    def __init__(self, engine: EngineCounts, ready: EngineReady) -> None:
         self.registry = CollectorRegistry()
-        self._engine = engine
+        self._engine, self._ready = engine, ready
         self.registry.register(self)
         self.drops = Drops(self.registry)
 
@@ -104,11 +108,20 @@ class Metrics(Collector):
         """Make the metrics of the engine's latest statistics, at a scrape."""
         engine, s = self._engine, self._engine.stats
         used = (s.num_pages - s.num_free_pages) / s.num_pages if s.num_pages else 0.0
-        for name, text, value in (
+        load = (
             ("num_requests_running", "Requests in the running batch", s.num_running),
             ("num_requests_waiting", "Requests that wait to run", s.num_waiting),
-            ("queue_wait_seconds", "Time that a new client's request would wait if it came now", s.queue_wait),
             ("kv_cache_usage_perc", "Share of K/V cache pages in use; 1 is all", used),
+        )
+        for name, text, value in load:
+            yield GaugeMetricFamily(VLLM_PREFIX + name, text, value=value)
+        cache = {"block_size": str(self._ready.page_size), "num_gpu_blocks": str(self._ready.num_pages)}
+        info = GaugeMetricFamily(VLLM_PREFIX + "cache_config_info", "Pages of the K/V cache", labels=list(cache))
+        info.add_metric(list(cache.values()), 1)
+        yield info
+        for name, text, value in (
+            *load,
+            ("queue_wait_seconds", "Time that a new client's request would wait if it came now", s.queue_wait),
             ("tokens_per_step", "Generated tokens by decoding row and step", s.generation_tokens / max(s.row_steps, 1)),
             ("tree_size", "Nodes per speculating row in the latest step", s.tree_size),
             ("kv_cache_tokens", "Tokens of context that the K/V cache holds", s.memory.kv_cache_tokens),

@@ -32,7 +32,7 @@ class Service:
     def __init__(self, llm: AsyncLLM, names: Sequence[str]) -> None:
         self.llm = llm
         self.names = list(names)
-        self.metrics = Metrics(llm.client)
+        self.metrics = Metrics(llm.client, llm.ready)
         self.started = int(time.time())
         self.draining = False
         """Whether the server is about to end, and takes no new requests."""

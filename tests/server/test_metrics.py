@@ -30,8 +30,16 @@ VLLM_NAMES = [  # what dashboards made for vLLM ask for
 ]
 
 
+ENDPOINT_PICKER = [  # what the Gateway API inference extension's endpoint picker asks for
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:cache_config_info",
+]
+
+
 def scrape(client: httpx.Client) -> dict[str, float]:
-    """Samples by name and labels, the prefix left out."""
+    """Samples by name and labels, our own prefix left out."""
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     samples: dict[str, float] = {}
@@ -39,7 +47,7 @@ def scrape(client: httpx.Client) -> dict[str, float]:
         assert family.documentation
         assert family.type in ("counter", "gauge", "histogram")
         for sample in family.samples:
-            assert sample.name.startswith("manyheads_")
+            assert sample.name.startswith("manyheads_") or sample.name in ENDPOINT_PICKER
             labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
             key = sample.name.removeprefix("manyheads_") + (f"[{labels}]" if labels else "")
             assert key not in samples
@@ -56,6 +64,17 @@ def settled(client: httpx.Client) -> dict[str, float]:
 def test_names(client: httpx.Client) -> None:
     names = {key.split("[")[0] for key in scrape(client)}
     assert set(VLLM_NAMES) <= names
+
+
+def test_an_endpoint_picker_finds_the_load(client: httpx.Client) -> None:
+    with client.stream("POST", "/generate_stream", json={"prompt": "SLOW"}) as response:
+        lines = response.iter_lines()  # kept, for its end is the connection's
+        next(lines)
+        assert eventually(lambda: scrape(client)["vllm:num_requests_running"] == 1)
+        assert scrape(client)["vllm:kv_cache_usage_perc"] == pytest.approx(1 / 64)
+    samples = settled(client)
+    assert samples["vllm:num_requests_waiting"] == 0
+    assert samples["vllm:cache_config_info[block_size=16,num_gpu_blocks=64]"] == 1
 
 
 def test_what_moves(client: httpx.Client) -> None:
