@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +222,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "replicas.json")
     args = parser.parse_args()
-    parts: dict[str, Callable[[argparse.Namespace], Awaitable[dict[str, Any]]]]
+    parts: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]]]
     parts = {"speed": speed, "killed": killed, "prefixes": prefixes, "scaling": scaling}
     for name in args.only or PARTS:
         where = machine()
-        result = asyncio.run(parts[name](args))  # type: ignore[arg-type]
+        result = asyncio.run(parts[name](args))
         print(name, json.dumps(result))
         save(args.out, name, {"machine": where, **result})
 

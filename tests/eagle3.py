@@ -70,8 +70,8 @@ def drafter_config(
         "vocab_size": base.vocab_size,
         "draft_vocab_size": draft_vocab or base.vocab_size,
         "rms_norm_eps": base.rms_norm_eps,
-        "rope_theta": base.rope_theta,
-        "rope_scaling": base.rope_scaling,
+        "rope_theta": base.rope.theta,
+        "rope_scaling": base.rope.scaling,
         "max_position_embeddings": base.max_position_embeddings,
         "layer_ids": None if layer_ids is None else tuple(layer_ids),
     }

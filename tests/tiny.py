@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.models.config import ModelConfig
+from manyheads.models.rope import Rope
 
 VOCAB = 16
 HIDDEN = 32
@@ -33,16 +34,9 @@ def model_config(**changes: Any) -> ModelConfig:
         "num_kv_heads": 2,
         "head_dim": 16,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 10.0,
-        "rope_scaling": None,
+        "ropes": (Rope(10.0, 16),) * 2,
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
-        "qkv_bias": False,
-        "o_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "eos_token_ids": (),
-        "dtype": torch.float32,
     }
     return ModelConfig(**(some | changes))
 

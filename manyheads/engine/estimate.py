@@ -23,7 +23,7 @@ from manyheads.engine.memory import Limit
 from manyheads.engine.record_sizes import ROWS, TREE_ROWS, padded_rows, pass_keys
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.config import ModelConfig
-from manyheads.models.llama import POSITION_MARGIN
+from manyheads.models.rope import POSITION_MARGIN
 from manyheads.models.size import matrix_bytes, weights_bytes
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import Scheme

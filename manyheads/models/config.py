@@ -1,7 +1,8 @@
-"""What a checkpoint's config.json says, read strictly: what is not understood is an error, not a guess."""
+"""The shape of a model, as a checkpoint's config.json says it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,19 @@ import torch
 from manyheads.checkpoint import read_json
 from manyheads.config import ConfigError
 from manyheads.kv_cache import KVShape
+from manyheads.models.keys import Keys
 from manyheads.models.parallel import Share, shared_rows
+from manyheads.models.rope import LongScaling, Rope
+from manyheads.models.rope_keys import RopeKeys
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Rotary embedding for longer contexts: `linear`, or `llama3` (Llama 3.1, section "Positional embedding")."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+SLIDING, FULL = "sliding_attention", "full_attention"
+ACTIVATIONS = {"silu": "silu"}
+"""What a feed-forward part may compute, by its name in config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Llama-like model."""
+    """Shape of a model."""
 
     architecture: str
     """Which family it is of (`registry.FAMILIES`)."""
@@ -39,17 +36,19 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    activation: str = "silu"
+    """One of `ACTIVATIONS`."""
+    ropes: tuple[Rope, ...]
+    """Of each layer."""
     max_position_embeddings: int
     """Longest sequence; a sliding window smaller than the checkpoint's value caps it."""
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    eos_token_ids: tuple[int, ...]
-    dtype: torch.dtype
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
     num_ranks: int = 1
     """That share the model; heads, K/V heads and the intermediate size are then a rank's share."""
 
@@ -70,87 +69,111 @@ class ModelConfig:
         """What a token keeps of K/V."""
         return KVShape(self.num_layers, self.num_kv_heads, self.head_dim)
 
+    @property
+    def rope(self) -> Rope:
+        """That of all layers. Raises ConfigError: they differ."""
+        if len(set(self.ropes)) > 1:
+            raise ConfigError(f"layers of a {self.architecture} have rotary embeddings of several kinds")
+        return self.ropes[0]
+
     @classmethod
-    def read(
-        cls, raw: dict[str, Any], folder: Path, *, qkv_bias: bool | None = None, qk_norm: bool = False
-    ) -> ModelConfig:
-        """Read what config.json says, and generation_config.json beside it.
+    def read(cls, keys: Keys, folder: Path, **own: Any) -> ModelConfig:
+        """Read what config.json says that all families say alike, and generation_config.json beside it.
 
         Args:
-            raw: what config.json holds.
-            folder: where it is.
-            qkv_bias: whether q, k and v have biases; None: config.json's `attention_bias` says so, of the projection
-                of attention's output as well.
-            qk_norm: whether queries and keys are normed.
+            own: fields that the family reads by itself; `ropes`, `windows` and `rms_norm_eps` if it has them otherwise.
 
         Raises:
             ConfigError: naming the file and the key that is missing or not supported.
         """
-        path = folder / "config.json"
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
-
-        def need(key: str) -> int:
-            value = raw.get(key)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{path}: {key} must be a positive integer, not {value!r}")
-            return value
-
-        theta, scaling = read_rope(raw, path)
-        num_heads, hidden_size = need("num_attention_heads"), need("hidden_size")
-        longest = need("max_position_embeddings")
-        window = raw.get("sliding_window")
-        if window is not None and raw.get("use_sliding_window", True):
-            # within its window a sliding model is a plain one
-            longest = min(longest, int(window))
-        attention_bias = bool(raw.get("attention_bias", False))
+        num_heads, hidden_size = keys.integer("num_attention_heads"), keys.integer("hidden_size")
+        num_layers = keys.integer("num_hidden_layers")
+        num_kv_heads = keys.integer_or("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise keys.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+        head_dim = keys.integer_or("head_dim", hidden_size // num_heads)
+        longest = keys.integer("max_position_embeddings")
+        ropes = own.pop("ropes", None) or (rope_keys(keys, head_dim).read(),) * num_layers
+        windows = own.pop("windows", None) or _no_windows(keys)
+        for rope in ropes:
+            if isinstance(rope.scaling, LongScaling):
+                longest = min(longest, rope.scaling.original_max_position_embeddings)
+        # within its window a sliding model is a plain one
+        longest = min([longest, *(window for window in windows if window is not None)])
         return cls(
-            architecture=raw["architectures"][0],
-            vocab_size=need("vocab_size"),
+            architecture=keys.raw["architectures"][0],
+            vocab_size=keys.integer("vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=need("intermediate_size"),
-            num_layers=need("num_hidden_layers"),
+            intermediate_size=keys.integer("intermediate_size"),
+            num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=theta,
-            rope_scaling=scaling,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            activation=own.pop("activation", None) or keys.choice("hidden_act", ACTIVATIONS),
+            rms_norm_eps=own.pop("rms_norm_eps", None) or keys.number("rms_norm_eps"),
+            ropes=ropes,
             max_position_embeddings=longest,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias if qkv_bias is None else qkv_bias,
-            o_bias=attention_bias and qkv_bias is None,
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            qk_norm=qk_norm,
-            eos_token_ids=_eos_token_ids(raw, folder),
-            dtype=_dtype(raw, path),
+            tie_word_embeddings=keys.flag("tie_word_embeddings"),
+            eos_token_ids=_eos_token_ids(keys.raw, folder),
+            dtype=_dtype(keys.raw, keys.path),
+            **own,
         )
 
 
-def _eos_token_ids(raw: dict[str, Any], folder: Path) -> tuple[int, ...]:
+def rope_keys(keys: Keys, head_dim: int, **own: Any) -> RopeKeys:
+    """The keys of rotary embedding.
+
+    Args:
+        own: what is special to a family (`RopeKeys`).
+    """
+    names = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
+             "original_max_position_embeddings")  # fmt: skip
+    values = {name: keys.value(name) for name in names}
+    return RopeKeys(
+        values=values,
+        path=keys.path,
+        head_dim=head_dim,
+        max_position_embeddings=keys.integer("max_position_embeddings"),
+        **own,
+    )
+
+
+def windows_of(keys: Keys, types: list[str] | None = None) -> tuple[int | None, ...]:
+    """How far back each layer looks, itself included; None: to the beginning.
+
+    Args:
+        types: `sliding_attention` or `full_attention` for each layer, where config.json says nothing of them.
+    """
+    num_layers = keys.integer("num_hidden_layers")
+    said = keys.value("layer_types")
+    types = types if said is None else said
+    window = keys.integer_or("sliding_window", None)
+    if not isinstance(types, list) or len(types) != num_layers or not set(types) <= {SLIDING, FULL}:
+        raise keys.wrong("layer_types", f"{num_layers} times {SLIDING} or {FULL}")
+    if window is None and SLIDING in types:
+        raise keys.wrong("sliding_window", f"a positive integer, since layers are of {SLIDING}")
+    return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def _no_windows(keys: Keys) -> tuple[None, ...]:
+    """Of a family whose layers all look to the beginning; what else is said has to mean the same."""
+    longest = keys.integer("max_position_embeddings")
+    if keys.integer_or("sliding_window", longest) < longest:
+        raise keys.wrong("sliding_window", "null")
+    if set(keys.value("layer_types") or ()) - {FULL}:
+        raise keys.wrong("layer_types", f"{FULL} for each layer")
+    return (None,) * keys.integer("num_hidden_layers")
+
+
+def _eos_token_ids(raw: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
     eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
 
 
-def _dtype(raw: dict[str, Any], path: Path) -> torch.dtype:
+def _dtype(raw: Mapping[str, Any], path: Path) -> torch.dtype:
     name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"{path}: dtype {name!r} is no floating-point type of torch")
     return dtype
-
-
-def read_rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, spelled as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) does."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3"):
-        raise ConfigError(f"{path}: rope scaling {kind!r} is not supported, only default, linear and llama3")
-    if not isinstance(parameters.get("factor"), (int, float)):
-        raise ConfigError(f"{path}: rope scaling {kind!r} needs a factor")
-    known = RopeScaling.__dataclass_fields__.keys() - {"kind"}
-    return theta, RopeScaling(kind=kind, **{key: parameters[key] for key in known if key in parameters})

@@ -1,17 +1,15 @@
-"""Llama-shaped models: the parameters that their checkpoints hold, and the forward pass."""
+"""The forward pass: that of Llama, and the parameters that its checkpoints hold."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend
-from manyheads.models.config import ModelConfig, RopeScaling
+from manyheads.models.config import ModelConfig
 from manyheads.models.linear import Linear, Split
 from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.parameters import Packed, Parameters, Plain
@@ -19,9 +17,6 @@ from manyheads.ops.base import Ops
 
 if TYPE_CHECKING:
     from manyheads.kernels.rows import QuantizedRows
-
-POSITION_MARGIN = 64
-"""Rotary positions past the longest sequence: nodes of a tree may stick out, and are never kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +85,7 @@ class Llama:
         self.config, self.ops, self.ranks = config, ops, ranks
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.rope = self.rope_table(config.rope_theta, config.rope_scaling)
+        self.rope = config.rope.table(config.max_position_embeddings, config.head_dim, self.device, self.dtype)
         self.beat: Callable[[], None] = lambda: None
         """Called at each layer: a long prompt can take a CPU minutes, and a watchdog wants to know that it goes on."""
 
@@ -127,20 +122,6 @@ class Llama:
             inputs[len(self.layers)].copy_(residual)
         return hidden
 
-    def rope_table(self, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of every position that this model may have, [positions, 1, head_dim]; the first half of
-        sin is negated."""
-        config = self.config
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        frequency = 1.0 / (theta**exponent)
-        if scaling is not None:
-            frequency = _scaled(frequency, scaling)
-        positions = torch.arange(config.max_position_embeddings + POSITION_MARGIN).float()
-        angle = positions[:, None] * frequency
-        cos, sin = angle.cos(), angle.sin()
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return cos[:, None].to(self.device, self.dtype), sin[:, None].to(self.device, self.dtype)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, V] float32."""
         return self.lm_head(hidden).float()
@@ -159,16 +140,3 @@ class Llama:
             norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
             total += sum(linear.nbytes for linear in linears) + sum(n.nbytes for n in norms if n is not None)
         return total
-
-
-def _scaled(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    # llama3: long wavelengths are slowed by the factor, short ones kept, those between interpolated
-    original = scaling.original_max_position_embeddings
-    wavelength = 2 * math.pi / frequency
-    smooth = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-    slow = wavelength > original / scaling.low_freq_factor
-    fast = wavelength < original / scaling.high_freq_factor
-    return torch.where(slow, frequency / scaling.factor, torch.where(fast, frequency, blended))

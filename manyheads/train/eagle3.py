@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from manyheads.config import ConfigError
 from manyheads.models.config import ModelConfig
+from manyheads.models.rope import LongScaling
 from manyheads.speculation.eagle3.checkpoint import Eagle3Config, Eagle3Weights
 from manyheads.speculation.eagle3.export import write_drafter
 from manyheads.train.attention import Spans, chain_attention
@@ -72,6 +73,10 @@ class TrainedEagle3(TrainedDrafter):
         token_map: Tensor | None,
     ) -> None:
         super().__init__()
+        rope = config.rope
+        if rope.dim != config.head_dim or isinstance(rope.scaling, LongScaling):
+            raise ConfigError(f"EAGLE-3 drafters do not know the rotary embedding of a {config.architecture}: {rope}")
+        self._theta, self._scaling = rope.theta, rope.scaling
         self.depth, self.layers = passes, layers
         self.head_dim, self.vocab_size = config.head_dim, config.vocab_size
         hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
@@ -258,8 +263,8 @@ class TrainedEagle3(TrainedDrafter):
             vocab_size=config.vocab_size,
             draft_vocab_size=len(self.lm_head.weight),
             rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
-            rope_scaling=config.rope_scaling,
+            rope_theta=self._theta,
+            rope_scaling=self._scaling,
             max_position_embeddings=config.max_position_embeddings,
             layer_ids=self.layers,
         )

@@ -29,6 +29,7 @@ from manyheads.engine.runner import Runner
 from manyheads.kv_cache import CODES
 from manyheads.models.loader import load_model
 from manyheads.models.registry import read_config
+from manyheads.models.rope import Rope
 from manyheads.models.size import weights_bytes
 from manyheads.ops import ops_for
 from manyheads.quantization.schemes import SCHEMES
@@ -46,7 +47,7 @@ VICUNA = model_config(
     num_heads=32,
     num_kv_heads=32,
     head_dim=128,
-    rope_theta=10000.0,
+    ropes=(Rope(10000.0, 128),) * 32,
     max_position_embeddings=2048,
     eos_token_ids=(2,),
     dtype=torch.float16,

@@ -188,10 +188,20 @@ def test_rope_is_understood_as_transformers_4_spelled_it(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("values", "longest"),
     [
-        ({"sliding_window": 40}, 40),
-        ({"sliding_window": 400}, 128),
-        ({"sliding_window": 40, "use_sliding_window": False}, 128),
-        ({"sliding_window": 40, "use_sliding_window": True}, 40),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 40}, 40),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 400}, 128),
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 400}, 128),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 40}, 128),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 40, "use_sliding_window": False}, 128),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 40,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            40,
+        ),
     ],
 )
 def test_a_sliding_window_caps_the_length(llama: Path, values: dict[str, Any], longest: int) -> None:
@@ -213,10 +223,10 @@ def test_the_generation_config_says_where_texts_end(llama: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM"),
         ({"architectures": None}, "architecture . is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"vocab_size": None}, "vocab_size must be a positive integer, not None"),
+        ({"vocab_size": True}, "vocab_size must be a positive integer, not True"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
         ({"hidden_size": "32"}, "hidden_size must be"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope scaling 'su'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"torch_dtype": "no_such_type"}, "dtype 'no_such_type'"),

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from manyheads.checkpoint import read_tensors, tensor_files, tensor_keys
 from manyheads.config import CheckpointError
-from manyheads.models.config import ModelConfig, RopeScaling
+from manyheads.models.config import ModelConfig
 from manyheads.models.loader import IGNORED_ENDINGS
 from manyheads.models.parallel import Share, shared_rows
+from manyheads.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 from manyheads.speculation.eagle3.declared import LAYER_IDS, read_declared
 from manyheads.speculation.medusa.checkpoint import read_accuracy
 
@@ -57,7 +58,7 @@ class Eagle3Config:
     draft_vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: LinearScaling | Llama3Scaling | YarnScaling | None
     max_position_embeddings: int
     """What config.json says. It limits nothing here: a drafter goes as far as its base does."""
     layer_ids: tuple[int, int, int] | None = None

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from manyheads.checkpoint import named_base, read_json
-from manyheads.config import CheckpointError
-from manyheads.models.config import read_rope
+from manyheads.config import CheckpointError, ConfigError
+from manyheads.models.rope import LongScaling
+from manyheads.models.rope_keys import RopeKeys
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -142,7 +143,10 @@ def _fields(values: dict[str, Any], nested: dict[str, Any], path: Path) -> dict[
     eps = values.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, float) or eps <= 0:
         raise CheckpointError(f"{path}: rms_norm_eps must be a positive number, not {eps!r}")
-    theta, scaling = read_rope(values, path)
+    longest = number("max_position_embeddings", 2048)
+    rope = RopeKeys(values=values, path=path, head_dim=head_dim, max_position_embeddings=longest).read()
+    if isinstance(rope.scaling, LongScaling):
+        raise ConfigError(f"{path}: rope scaling 'longrope' of a drafter is not supported")
     flags = {key: flag(key) for key in FLAGS}
     flags["norm_before_fc"] = bool(nested.get("norm_before_fc", flags["norm_before_fc"]))
     if flags["norm_before_fc"] and flags["fc_norm"]:
@@ -156,10 +160,10 @@ def _fields(values: dict[str, Any], nested: dict[str, Any], path: Path) -> dict[
         "head_dim": head_dim,
         "vocab_size": vocab_size,
         "draft_vocab_size": draft_vocab_size,
-        "max_position_embeddings": number("max_position_embeddings", 2048),
+        "max_position_embeddings": longest,
         "rms_norm_eps": eps,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
         "layer_ids": _layer_ids(values.get(LAYER_IDS), nested.get(LAYER_IDS), path),
         **flags,
     }

@@ -24,6 +24,7 @@ from manyheads.kv_cache import KVCache
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
 from manyheads.models.parallel import shared_rows
+from manyheads.models.rope import Rope
 from manyheads.speculation.drafter import DrafterShape, Kept
 from manyheads.speculation.eagle3.checkpoint import Eagle3Weights, read_drafter
 from manyheads.speculation.eagle3.layer import Eagle3Layer
@@ -95,7 +96,10 @@ class Eagle3Drafter:
 
     def attach(self, cache: KVCache) -> None:
         config = self.layer.config
-        rope = self.model.rope_table(config.rope_theta, config.rope_scaling)
+        longest = self.model.config.max_position_embeddings
+        rope = Rope(config.rope_theta, config.head_dim, config.rope_scaling).table(
+            longest, config.head_dim, self.model.device, self.model.dtype
+        )
         self._attention = self.model.ops.attention(cache, config.num_heads, config.rms_norm_eps, rope)
 
     def admit(self, state: RowState, row: int, tokens: list[int]) -> None:

@@ -139,8 +139,7 @@ def _rope_scaling(config: Eagle3Config) -> dict[str, Any] | None:
         return None
     if scaling.kind == "linear":
         return {"type": "linear", "rope_type": "linear", "factor": scaling.factor}
-    fields = asdict(scaling)
-    return {"rope_type": fields.pop("kind"), **fields}
+    return {"rope_type": scaling.kind, **asdict(scaling)}
 
 
 def _flat(weights: Eagle3Weights, form: str, base: str | None) -> dict[str, Any]:

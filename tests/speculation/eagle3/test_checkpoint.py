@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from manyheads.config import CheckpointError, ConfigError, EngineConfig
-from manyheads.models.config import RopeScaling
+from manyheads.models.rope import Llama3Scaling
 from manyheads.speculation.eagle3.checkpoint import Eagle3Weights, is_eagle3, read_drafter
 from manyheads.speculation.eagle3.drafter import Eagle3Source
 from manyheads.speculation.kinds import find_drafter
@@ -85,7 +85,7 @@ def test_shards_are_read(tmp_path: Path) -> None:
         {"qk_norm": True},
         {"head_dim": 16},
         {"hidden_size": 16, "embedding": "random"},
-        {"rope_theta": 5e5, "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)},
+        {"rope_theta": 5e5, "rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 8192)},
         {"layer_ids": (1, 3, 8)},
     ],
 )

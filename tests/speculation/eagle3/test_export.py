@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from manyheads.cli import main
 from manyheads.cli.heads import EAGLE3_FORMATS
 from manyheads.config import ConfigError
-from manyheads.models.config import RopeScaling
 from manyheads.models.registry import read_config
+from manyheads.models.rope import LinearScaling, Llama3Scaling
 from manyheads.speculation.eagle3.checkpoint import Eagle3Weights, read_drafter
 from manyheads.speculation.eagle3.export import FORMATS, write_drafter
 from tests.eagle3 import LAYER_IDS, make_drafter
@@ -22,7 +22,7 @@ from tests.tiny import make_model, model_config
 
 VOCAB, HIDDEN, DRAFT = 40, 32, 24
 BASE = model_config(num_layers=8, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=VOCAB, hidden_size=HIDDEN)
-LLAMA3 = {"rope_theta": 5e5, "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)}
+LLAMA3 = {"rope_theta": 5e5, "rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 8192)}
 Capture = pytest.CaptureFixture[str]
 
 
@@ -39,7 +39,7 @@ HELD: list[tuple[str, dict[str, Any]]] = [
     *((form, {"draft_vocab": DRAFT}) for form in FORMATS),
     *((form, {"embedding": "random", "rope_theta": 5e5}) for form in FORMATS),
     *((form, {"draft_vocab": DRAFT, "hidden_size": 16, "head_dim": 4, "embedding": "random"}) for form in FORMATS),
-    *((form, {"rope_theta": 10000.0, "rope_scaling": RopeScaling("linear", 4.0)}) for form in FORMATS),
+    *((form, {"rope_theta": 10000.0, "rope_scaling": LinearScaling(4.0)}) for form in FORMATS),
     *((form, {"draft_vocab": DRAFT, "fc_norm": True, "norm_output": True}) for form in FORMATS[1:]),
     *((form, {"head_dim": 16, "layer_ids": (1, 4, 8), **LLAMA3}) for form in FORMATS[1:]),
     ("speculators", {"norm_before_residual": True, "norm_before_fc": True, "layer_ids": (0, 4, 8)}),
@@ -169,7 +169,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("safeailab", LLAMA3, "cannot say rotary scaling llama3"),
     (
         "safeailab",
-        {"rope_theta": 5e5, "rope_scaling": RopeScaling("linear", 2.0)},
+        {"rope_theta": 5e5, "rope_scaling": LinearScaling(2.0)},
         "rotary scaling with a base of 500000",
     ),
     ("specforge", {"norm_before_residual": True}, "cannot say norm_before_residual"),
