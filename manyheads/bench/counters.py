@@ -24,11 +24,13 @@ class Counters(msgspec.Struct):
     accepted_by_depth: dict[int, float] = {}
     memory: dict[str, int] = {}
     """The bytes of each kind of memory."""
+    by_engine: dict[str, float] = {}
+    """Of several engines behind one server, the tokens of each, by its name."""
 
 
 def parse(text: str) -> Counters | None:
     """Read counters from Prometheus' text, ours or vLLM's; return None if it holds neither."""
-    seen = Counters(drafted_by_depth={}, accepted_by_depth={}, memory={})
+    seen = Counters(drafted_by_depth={}, accepted_by_depth={}, memory={}, by_engine={})
     known = False
     for line in text.splitlines():
         match = _LINE.match(line)
@@ -46,6 +48,8 @@ def parse(text: str) -> Counters | None:
         labels = dict(_LABEL.findall(labels_text or ""))
         if name == "generation_tokens_total":
             seen.tokens += value
+        elif name == "engine_generation_tokens_total":
+            seen.by_engine[labels["engine"]] = value
         elif name == "decoding_row_steps_total":
             seen.row_steps += value
         elif name == "spec_decode_num_drafts_total":
@@ -81,6 +85,11 @@ def tokens_per_step(before: Counters, after: Counters) -> float | None:
         return (after.tokens - before.tokens) / steps
     drafts = after.drafts - before.drafts
     return 1 + (after.accepted - before.accepted) / drafts if drafts > 0 else None
+
+
+def by_engine(before: Counters, after: Counters) -> dict[str, float]:
+    """Return the tokens of each engine between two looks; one that has gone meanwhile is left out."""
+    return {name: tokens - before.by_engine.get(name, 0.0) for name, tokens in after.by_engine.items()}
 
 
 def acceptance(before: Counters, after: Counters) -> list[float]:

@@ -40,7 +40,7 @@ def findings(result: Result) -> list[str]:
     if len(levels) > 1:
         said += _sweep(result, levels) if result.kind == "users" else _rates(result, levels)
     said += _speculation(result, levels)
-    said += _memory(result)
+    said += _engines(result, levels) + _memory(result)
     few = [level for level in result.levels if level.completed < FEW]
     if few:
         loads = ", ".join(f"{level.load:g} ({level.completed})" for level in few)
@@ -179,6 +179,18 @@ def _speculation(result: Result, levels: Sequence[Level]) -> list[str]:
         f"The server gave between {low[1]:.2f} (at {low[0]:g} {result.unit}) and {high[1]:.2f} (at {high[0]:g}) "
         "tokens per row and step."
     ]
+
+
+def _engines(result: Result, levels: Sequence[Level]) -> list[str]:
+    total: dict[str, float] = {}
+    for level in levels:
+        for name, tokens in level.tokens_by_engine.items():
+            total[name] = total.get(name, 0.0) + tokens
+    mean = sum(total.values()) / max(1, len(total))
+    if mean == 0:
+        return []
+    name, most = max(total.items(), key=lambda engine: engine[1])
+    return [f"{len(total)} engines made the tokens; the busiest, {name}, {most / mean:.2f} times as many as the mean."]
 
 
 def _memory(result: Result) -> list[str]:

@@ -158,6 +158,7 @@ class _Bench:
             told = counters.tokens_per_step(*looks)
             level.tokens_per_step = told if told is not None else level.tokens_per_step
             level.acceptance = counters.acceptance(*looks)
+            level.tokens_by_engine = counters.by_engine(*looks)
         return level
 
     def limit(self) -> dict[str, float]:

@@ -70,6 +70,8 @@ class Level(msgspec.Struct):
     tokens_per_step: float | None = None
     acceptance: list[float] = []
     """The share of trees that were accepted to depth 1, 2, …"""
+    tokens_by_engine: dict[str, float] = {}
+    """What each of several engines behind the server generated."""
     good: int = 0
     """The number of requests within both objectives."""
     goodput: float = 0.0

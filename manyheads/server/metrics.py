@@ -24,6 +24,16 @@ _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.
 _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 
+_OF_EACH: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, str], ...] = (
+    (GaugeMetricFamily, "requests_running", "Requests in a replica's running batch", "num_running"),
+    (GaugeMetricFamily, "requests_waiting", "Requests that wait to run at a replica", "num_waiting"),
+    (CounterMetricFamily, "prompt_tokens", "Prompt tokens that a replica computed", "prompt_tokens"),
+    (CounterMetricFamily, "generation_tokens", "Tokens that a replica generated", "generation_tokens"),
+    (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked up in a replica", "prefix_queries"),
+    (CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found in a replica", "prefix_hits"),
+)
+"""What is told of each of several engines."""
+
 
 @dataclass
 class SequenceTimer:
@@ -45,6 +55,10 @@ class EngineCounts(Protocol):
     @property
     def stats(self) -> EngineStats:
         """What the engine said last."""
+
+    @property
+    def by_engine(self) -> dict[str, EngineStats]:
+        """The same of each of several engines, by its name; {} where there is one."""
 
 
 class Metrics(Collector):
@@ -157,3 +171,9 @@ class Metrics(Collector):
             for key, value in values.items() if isinstance(values, dict) else enumerate(values, 1):
                 metric.add_metric([str(key)], value)
             yield metric
+        if by_engine := engine.by_engine:
+            for family, name, text, field in _OF_EACH:
+                metric = family(f"{PREFIX}engine_{name}", text, labels=["engine"])
+                for key, stats in by_engine.items():
+                    metric.add_metric([key], getattr(stats, field))
+                yield metric

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from manyheads.bench.counters import Counters, acceptance, parse, tokens_per_step
+from manyheads.bench.counters import Counters, acceptance, by_engine, parse, tokens_per_step
 from manyheads.request import EngineStats
 from manyheads.server.metrics import Metrics
 
@@ -20,13 +20,29 @@ vllm:e2e_request_latency_seconds_bucket{le="+Inf"} 3.0
 """
 
 
+def told(stats: EngineStats, by_engine: dict[str, EngineStats] | None = None) -> Counters:
+    """What our server's page says of such statistics."""
+    engine = SimpleNamespace(stats=stats, num_restarts=0, num_resumed=0, by_engine=by_engine or {})
+    found = parse(Metrics(engine, SimpleNamespace(page_size=16, num_pages=9)).render().decode())
+    assert found is not None
+    return found
+
+
 def test_ours() -> None:
     stats = EngineStats(generation_tokens=30, row_steps=20, drafted_by_depth=[20, 10], accepted_by_depth=[8, 2])
-    seen = parse(Metrics(SimpleNamespace(stats=stats, num_restarts=0, num_resumed=0)).render().decode())
-    assert seen is not None
+    seen = told(stats)
     assert (seen.tokens, seen.row_steps) == (30, 20)
     assert tokens_per_step(Counters(), seen) == 1.5
     assert acceptance(Counters(), seen) == [0.4, 0.2]
+
+
+def test_of_several_engines() -> None:
+    """A replica that was started meanwhile has its own name."""
+
+    def seen(**tokens: int) -> Counters:
+        return told(EngineStats(), {name: EngineStats(generation_tokens=count) for name, count in tokens.items()})
+
+    assert by_engine(seen(a=5, b=7), seen(a=11, c=4)) == {"a": 6, "c": 4}
 
 
 def test_of_vllm() -> None:

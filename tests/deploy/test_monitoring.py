@@ -26,7 +26,10 @@ PROMETHEUS_OWN = {"up"}
 def page() -> dict[str, set[str]]:
     """Samples of our `/metrics` by name, with the values of `le` that they have."""
     engine = SimpleNamespace(
-        stats=EngineStats(drafted_by_depth=[2], accepted_by_depth=[1], drafter="medusa"), num_restarts=0, num_resumed=0
+        stats=EngineStats(drafted_by_depth=[2], accepted_by_depth=[1], drafter="medusa"),
+        num_restarts=0,
+        num_resumed=0,
+        by_engine={},
     )
     ready = EngineReady(
         model="m",
