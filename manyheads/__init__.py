@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from manyheads.errors import RequestError
     from manyheads.frontend.llm import LLM
     from manyheads.frontend.output import CompletionOutput, RequestOutput
+    from manyheads.grammar import Grammar
     from manyheads.request import SamplingParams
 
 _HOMES = {
@@ -16,6 +17,7 @@ _HOMES = {
     "CompletionOutput": "frontend.output",
     "ConfigError": "config",
     "EngineConfig": "config",
+    "Grammar": "grammar",
     "RequestError": "request",
     "RequestOutput": "frontend.output",
     "SamplingParams": "request",
@@ -25,6 +27,7 @@ __all__ = [
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",
+    "Grammar",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

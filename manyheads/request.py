@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from manyheads.errors import QueueFull, RequestError, require
+from manyheads.grammar import Grammar
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
@@ -73,6 +74,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     (Cai et al. 2024, section 2.3.1)."""
     typical_epsilon: float = 0.09
     typical_alpha: float = 0.3
+    grammar: Grammar | None = None
+    """The output is in this language; at its end only a stop token may follow."""
 
     def validate(self) -> SamplingParams:
         """Raise RequestError for a field whose value is out of its range, else return self so that calls chain."""
@@ -105,6 +108,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids must not be negative")
         in_range = all(-100 <= bias <= 100 for bias in self.logit_bias.values())
         require(in_range, "logit_bias values must be between -100 and 100")
+        if self.grammar is not None:
+            self.grammar.validate()
         return self
 
     @property
