@@ -11,10 +11,12 @@ import torch
 
 from manyheads.batch import MAX_NODES
 from manyheads.config import ConfigError, EngineConfig
+from manyheads.engine.compiler import Compiler
 from manyheads.engine.estimate import Parts, Shape
 from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limit
 from manyheads.engine.runner import Runner
 from manyheads.engine.threads import Threads
+from manyheads.engine.vocabulary import Vocabulary
 from manyheads.kv_cache import CODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
@@ -105,6 +107,10 @@ class Blueprint:
         )
         runner.threads = self.threads
         return runner
+
+    def compiler(self) -> Compiler:
+        """What compiles grammars for this model's tokens."""
+        return Compiler(Vocabulary(self.folder, self.model.vocab_size, self.model.eos_token_ids))
 
 
 def _scheme(config: EngineConfig, model_folder: Path) -> Scheme | None:

@@ -9,6 +9,7 @@ from manyheads.engine.admission import Admission
 from manyheads.engine.blueprint import Blueprint, Progress
 from manyheads.engine.engine import Engine
 from manyheads.engine.estimate import Shape
+from manyheads.engine.grammars import Grammars
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.ranks import leading_runner
 from manyheads.engine.runner import Runner
@@ -46,7 +47,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         return plan.meter.look(cache.nbytes, (cache.num_pages - 1) * config.block_size, runner.graph_bytes)
 
     name = plan.folder.name if Path(config.model).exists() else config.model
-    return Engine(runner, scheduler, _ready(config, shape, runner, name, memory()), config.seed, memory)
+    ready = _ready(config, shape, runner, name, memory())
+    grammars = Grammars(plan.compiler())
+    return Engine(runner, scheduler, ready, config.seed, memory, grammars)
 
 
 def _ready(config: EngineConfig, shape: Shape, runner: Runner, model: str, memory: MemoryUse) -> EngineReady:

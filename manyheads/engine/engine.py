@@ -6,13 +6,14 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
 from manyheads.engine.counts import Counts
+from manyheads.engine.ending import gain
+from manyheads.engine.grammars import Grammars
 from manyheads.engine.scheduler import Scheduler, StepsUnread
-from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.engine.step import PendingStep, Request, RowResult, StepPlan, StepResult, StepRunner
 from manyheads.errors import RequestError, require
 from manyheads.request import (
     EngineReady,
@@ -23,30 +24,6 @@ from manyheads.request import (
     RequestDelta,
     SamplingParams,
 )
-
-
-class PendingStep(Protocol):
-    """A step that was launched; a device may still be at work on it."""
-
-    def read(self) -> StepResult:
-        """Wait for it."""
-
-
-class StepRunner(Protocol):
-    """What the engine needs of a runner."""
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the host has anything to gain from launching a step before it reads the one before."""
-
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Run a step, after those launched before; the row state advances without the host."""
-
-    def listen(self, beat: Callable[[], None]) -> None:
-        """Call this now and then in the middle of a step that the host computes itself."""
-
-    def watch(self, tell: Callable[[str], None]) -> None:
-        """Call this for whatever is compiled or captured from now on."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +44,7 @@ class Engine:
         ready: what is served.
         seed: for requests that bring none; None takes one from the operating system.
         memory: says where memory goes.
+        grammars: holds texts to grammars; None refuses requests that have one.
     """
 
     def __init__(
@@ -76,6 +54,7 @@ class Engine:
         ready: EngineReady,
         seed: int | None = None,
         memory: Callable[[], MemoryUse] = MemoryUse,
+        grammars: Grammars | None = None,
     ) -> None:
         fits = scheduler.pages.num_usable * scheduler.pages.page_size
         if ready.max_model_len > fits:
@@ -90,6 +69,7 @@ class Engine:
         self._read_at = 0.0
         self._random = random.Random(seed)
         self._memory = memory
+        self._grammars = grammars
         self._counts = Counts(ready)
         self._announce: Callable[[list[str]], None] = lambda admitted: None
         runner.watch(self._counts.compiled)
@@ -103,7 +83,7 @@ class Engine:
         """Queue a request.
 
         Raises:
-            RequestError: it can never be served; nothing was queued.
+            RequestError: it can never be served; nothing was queued. (What a grammar lacks, a step's delta says.)
             QueueFull: it would not start in time, or too many wait; nothing was queued.
         """
         params, known = message.params, message.prompt_token_ids + message.output_token_ids
@@ -121,9 +101,12 @@ class Engine:
                 len(known) < max_len, f"{len(message.output_token_ids)} tokens of output are all that was asked for"
             )
         require(message.timeout is None or message.timeout > 0, f"timeout must be above 0, not {message.timeout}")
+        require(params.grammar is None or self._grammars is not None, "this engine holds no text to a grammar")
         request = Request.from_message(message, max_len, tuple(self.ready.eos_token_ids), self._random.getrandbits(62))
         self.scheduler.add(request)
         self._requests[request.request_id] = request
+        if params.grammar is not None and self._grammars is not None:
+            self._grammars.hold(request)
 
     def abort(self, request_id: str) -> None:
         """End a request; its last delta comes with the next step. Unknown (already finished) ids are fine."""
@@ -142,24 +125,35 @@ class Engine:
         at what came out and plans, the device computes. What the scheduler does not know yet, it takes for the worst
         case (`Request.unread`); what a finished request gains from a step that was launched too early is dropped.
         """
-        deltas, self._pending = self._pending + self._refuse_late(), []
+        deltas, self._pending = self._pending + self._refuse(), []
         try:
             plan = self.scheduler.schedule()
         except StepsUnread:
             deltas += self._read_unread()
             plan = self.scheduler.schedule()
         launched = self._launch(plan) if plan is not None else None
+        if plan is None and self._grammars is not None:
+            self._grammars.nap()
         deltas += self._read_unread()
         self._unread = launched
         return deltas if self.runner.overlaps else deltas + self._read_unread()
 
-    def _refuse_late(self) -> list[RequestDelta]:
-        """End those who can no longer start in time."""
-        late = self.scheduler.expired()
-        for request in late:
+    def _refuse(self) -> list[RequestDelta]:
+        """End those who can no longer start in time, and those whose grammars turned out to be none."""
+        found = self._grammars.settle() if self._grammars is not None else []
+        refused = [
+            (request, RequestDelta.failure(request.request_id, *why))
+            for request, why in found
+            if self._requests.get(request.request_id) is request
+        ]
+        for request in self.scheduler.expired():
+            if all(request is not other for other, _ in refused):
+                why = self.scheduler.refusal(request)
+                refused.append((request, RequestDelta.refusal(request.request_id, why)))
+        for request, _ in refused:
             self.scheduler.remove(request)
             del self._requests[request.request_id]
-        return [RequestDelta.refusal(request.request_id, self.scheduler.refusal(request)) for request in late]
+        return [delta for _, delta in refused]
 
     def _launch(self, plan: StepPlan) -> _Launched:
         if plan.admitted:
@@ -168,6 +162,7 @@ class Engine:
         launched = _Launched(plan, self.runner.launch(plan), began)
         for chunk in plan.chunks:
             chunk.request.cached_len += chunk.num_inflight
+            chunk.request.is_extended = False
         for request in (chunk.request for chunk in plan.chunks if chunk.is_last):
             request.unread += 1
             request.has_candidates = plan.draft.propose
@@ -230,26 +225,22 @@ class Engine:
             self._counts.row_steps += 1
         self._counts.add_tree(row)
         request.num_steps += 1
-        reason: FinishReason | None = None
-        stop_token: int | None = None
-        room = request.max_len - len(request.tokens)
-        if len(tokens) >= room:
-            tokens, reason = tokens[:room], "length"
-        for i, token in enumerate(tokens):
-            if token in request.stop_ids:
-                tokens, reason, stop_token = tokens[: i + 1], "stop", token
-                break
-        if reason is None and request.num_steps == request.params.max_steps:
-            reason = "length"
+        gained = gain(request, tokens)
+        tokens, reason = gained.tokens, gained.reason
         request.tokens.extend(tokens)
+        request.is_extended = len(tokens) > len(row.tokens)
         self._counts.generation_tokens += len(tokens)
         self.scheduler.charge(request, len(tokens))
-        if reason is None and not row.is_finite:
+        if reason is not None:
+            return self._finish(request, tokens, reason, row, gained.stop_token)
+        if request.matcher is not None and request.matcher.error is not None:
+            delta = self._finish(request, tokens, "error", row)
+            why = f"the grammar cannot be followed after {request.num_output} tokens: {request.matcher.error}"
+            return msgspec.structs.replace(delta, error=why, error_kind="invalid")
+        if not row.is_finite:
             return self._fail(request, tokens, row)
-        if reason is None:
-            self._register(request)
-            return self._delta(request, tokens, row)
-        return self._finish(request, tokens, reason, row, stop_token)
+        self._register(request)
+        return self._delta(request, tokens, row)
 
     def _fail(self, request: Request, tokens: list[int], row: RowResult) -> RequestDelta:
         """End a request whose logits are not finite. What it computed is shared with nobody."""

@@ -162,16 +162,18 @@ class FairQueue:
         return max(counter, self.served.get(self._last_to_leave, 0.0))
 
     def in_turn(self, levels: Mapping[str, float]) -> Iterator[Request]:
-        """The requests in the order in which they are to start, each adding to its client's level on the way."""
+        """The requests that can start, in the order in which they are to, each adding to its client's level on the
+        way."""
         for priority in sorted({priority for priority, _ in self._lines}):
             lines = [(client, line.requests) for (p, client), line in self._lines.items() if p == priority]
             heap = [(levels.get(client, 0.0), line[0].arrival, 0, list(line)) for client, line in lines]
             heapq.heapify(heap)
             while heap:
                 level, _, i, line = heapq.heappop(heap)
-                yield line[i]
-                if i + 1 < len(line):
+                if not line[i].is_held:
+                    yield line[i]
                     level += self.expected(line[i].unpaid, line[i].room)
+                if i + 1 < len(line):
                     heapq.heappush(heap, (level, line[i + 1].arrival, i + 1, line))
 
     def work_before(self, client: str, priority: int, levels: Mapping[str, float]) -> float:

@@ -46,7 +46,7 @@ def build(launch: RankLaunch) -> Follower:
     size = launch.config.tensor_parallel_size
     ranks = Ranks.join(launch.rank, size, Path(launch.folder), plan.shape.device)
     ranks.least(0)
-    return Follower(plan.runner(lambda line: None, ranks=ranks))
+    return Follower(plan.runner(lambda line: None, ranks=ranks), plan.compiler())
 
 
 def _receive(pipe: IO[bytes], inbox: queue.SimpleQueue[bytes]) -> None:

@@ -1,12 +1,17 @@
 """What rank 0 tells the other ranks, so that they do what its runner does: no tensors, and nothing that they know.
 
-The others keep a copy of every request that runs, as far as a runner reads it, by the row that it has.
+The others keep a copy of every request that runs, as far as a runner reads it, by the row that it has; and follow its
+grammar by themselves.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
+from manyheads.engine.compiler import Compiler
+from manyheads.engine.grammars import matcher_of
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.speculation.draft import Draft
@@ -21,6 +26,7 @@ class RowNews(msgspec.Struct, array_like=True, frozen=True):
     cached_len: int
     unread: int
     has_candidates: bool
+    is_extended: bool
     num_synced: int
     """Its pages, from this one on, are"""
     pages: list[int]
@@ -82,7 +88,7 @@ class Teller:
         new = {request.row for request in plan.admitted}
         running = [*(chunk.request for chunk in plan.chunks), *plan.decoding]
         return Launch(
-            admitted=plan.admitted,
+            admitted=_without_matchers(plan.admitted),
             news=[self._news(request) for request in running if request.row not in new],
             chunks=[(chunk.request.row, chunk.num_inflight, chunk.is_last) for chunk in plan.chunks],
             decoding=[request.row for request in plan.decoding],
@@ -92,7 +98,7 @@ class Teller:
     def put(self, requests: list[Request]) -> Put:
         """Of rows that are filled outside of a step."""
         self._tell(requests)
-        return Put(requests)
+        return Put(_without_matchers(requests))
 
     def _tell(self, requests: list[Request]) -> None:
         for request in requests:
@@ -107,6 +113,7 @@ class Teller:
             cached_len=request.cached_len,
             unread=request.unread,
             has_candidates=request.has_candidates,
+            is_extended=request.is_extended,
             num_synced=table.num_synced,
             pages=table.pages[table.num_synced :],
         )
@@ -115,8 +122,8 @@ class Teller:
 class Follower:
     """Another rank's: it does with its runner what the messages say."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, compiler: Compiler) -> None:
+        self._runner, self._compiler = runner, compiler
         self._requests: dict[int, Request] = {}  # by row
 
     def follow(self, message: Message) -> None:
@@ -142,8 +149,10 @@ class Follower:
         for news in message.news:
             request, table = self._requests[news.row], self._requests[news.row].table
             request.tokens += news.tokens
+            if request.matcher is not None:
+                request.matcher.take(news.tokens, 0)
             request.cached_len, request.unread = news.cached_len, news.unread
-            request.has_candidates = news.has_candidates
+            request.has_candidates, request.is_extended = news.has_candidates, news.is_extended
             table.pages[news.num_synced :] = news.pages
             table.num_synced = news.num_synced
         return StepPlan(
@@ -156,3 +165,10 @@ class Follower:
     def _take(self, requests: list[Request]) -> None:
         for request in requests:
             self._requests[request.row] = request
+            if request.params.grammar is not None:
+                compiled = self._compiler.start(request.params.grammar).result()
+                request.matcher = matcher_of(request, compiled, self._compiler.vocabulary)
+
+
+def _without_matchers(requests: list[Request]) -> list[Request]:
+    return [request if request.matcher is None else replace(request, matcher=None) for request in requests]

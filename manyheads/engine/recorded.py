@@ -98,7 +98,8 @@ class RecordedSteps:
     def serves(plan: StepPlan) -> bool:
         """Whether a step is a decoding step, of rows that want nothing that only the sampler in one pass does."""
         return not plan.chunks and all(
-            r.params.logprobs is None and (r.params.greedy or r.params.acceptance == "exact") for r in plan.decoding
+            r.params.logprobs is None and r.matcher is None and (r.params.greedy or r.params.acceptance == "exact")
+            for r in plan.decoding
         )
 
     def decode(self, requests: list[Request], draft: Draft, tree: TreeTensors) -> tuple[Trees, Tensor]:

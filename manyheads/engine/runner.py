@@ -7,7 +7,6 @@ needed to launch the next one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
+from manyheads.engine.chains import chunk_chain, told_of
 from manyheads.engine.graphs import Recorder
+from manyheads.engine.masks import TreeWalk
 from manyheads.engine.readout import Drawn, PendingStep
 from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
@@ -33,7 +34,7 @@ from manyheads.engine.threads import Threads
 from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
 from manyheads.speculation.draft import Draft
-from manyheads.speculation.drafter import Chain, Drafter, Kept
+from manyheads.speculation.drafter import Drafter, Kept
 from manyheads.speculation.tree import ROOT, Tree, tree_tensors
 from manyheads.speculation.verify import accepted_nodes
 
@@ -136,7 +137,7 @@ class Runner:
 
     @torch.inference_mode()
     def _launch(self, plan: StepPlan) -> PendingStep:
-        admit(self.state, self.drafter, plan.admitted)
+        admit(self.state, self.drafter, [*plan.admitted, *plan.extended])
         sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
         if self.recorded is not None and self.recorded.serves(plan):
             trees, values = self.recorded.decode(plan.decoding, plan.draft, self._tensors(plan.draft.tree))
@@ -149,8 +150,13 @@ class Runner:
         # of about equal length side by side: attention may pad them to rectangles
         requests = sorted(plan.decoding, key=lambda request: request.max_cached_len)
         rows = self._decoding_rows(requests, plan.draft) if requests else None
+        walk = TreeWalk.of(requests, state)
+        if walk is not None:
+            walk.drop(self._tensors(plan.draft.tree))
         trees, brought = self.run.expand(rows) if rows is not None else (None, None)
-        chain = self._chain(plan.chunks) if plan.chunks and self.run.base_layers else None
+        if walk is not None and trees is not None:
+            walk.send(trees)
+        chain = chunk_chain(self.run, plan.chunks) if plan.chunks and self.run.base_layers else None
         known, hidden = self._forward(plan.chunks, brought)
         ended = self._advance(plan.chunks, known.last) if plan.chunks else []
         if not ended and rows is None and chain is None:
@@ -166,7 +172,7 @@ class Runner:
             drawn.append(drawn_first)
         if chain is not None:
             assert known.states is not None
-            others = self._told_of(chain, known.states, others, last, ends)
+            others = told_of(chain, known.states, others, last, ends)
         if rows is None or trees is None:
             assert others is not None
             depth = plan.draft.tree.max_depth if ended else 0
@@ -174,42 +180,11 @@ class Runner:
             return drawn
         logits = logits[len(ended) :]
         raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
-        target, distributions = draw(logits, nodes_of(requests, trees, state, rows.depth), state)
+        masks = walk.masks(plan.draft.tree) if walk is not None else None
+        target, distributions = draw(logits, nodes_of(requests, trees, state, rows.depth, masks), state)
         accepted = accepted_nodes(state, trees, target, distributions)
         values = self.run.finish(rows, trees, hidden, target, accepted, others)
         return [*drawn, self._drawn(plan, requests, trees, values, raw)]
-
-    def _chain(self, chunks: list[Chunk]) -> Chain:
-        """The tokens of chunks for a drafter that reads them all, without what the base makes of them."""
-        rows = chunk_rows(self.state, chunks)
-        inflight = self.run.chain(rows)
-        following: list[int] = []
-        for request, size in ((chunk.request, chunk.num_inflight) for chunk in chunks):
-            behind = request.tokens[request.cached_len + 1 : request.cached_len + size + 1]
-            following += behind + [0] * (size - len(behind))  # the last one is drawn in this step
-        return Chain(
-            group=self.run.chain_group(rows, inflight),
-            states=torch.empty(0),
-            following=self.state.tensor(following),
-            position=inflight.position,
-            slots=inflight.slots,
-        )
-
-    def _told_of(self, chain: Chain, states: Tensor, others: Kept | None, hidden: Tensor, ends: Tensor) -> Kept:
-        """What a step kept of chunks, the tokens of prompts that go on included.
-
-        Args:
-            states: [T, k, hidden], of the chunks' tokens and perhaps more.
-            others: rows whose prompts ended.
-            hidden: [R, hidden], of their last tokens, which stand at
-            ends: [R] int64.
-        """
-        if others is None:
-            none = ends.new_zeros(0, 1)
-            others = Kept(ends, hidden, none, none)
-        chain.following[ends] = others.tokens[:, 0].clamp(min=0)
-        chain = replace(chain, states=states[: len(chain.following)])
-        return replace(others, chains=(chain,), last=ends)
 
     def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden]:
         """What the pass makes of the chunks' tokens (and of some that pad them), and of the trees'."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
+from manyheads.engine.masks import Masks, first_masks
 from manyheads.engine.state import has_penalties
 from manyheads.engine.step import Request
 
@@ -32,9 +33,13 @@ class Nodes:
     node_tokens: Tensor  # [R, n] int64, what the nodes of the whole tree would hold
     place: Tensor  # [R, n] int64, where they stand among the T; nodes that a row did not bring stand at its root
     tree: TreeTensors
+    masks: Masks | None = None
+    """What grammars allow; None where no row has one."""
 
 
-def nodes_of(requests: list[Request], trees: Trees, state: RowState, max_depth: int) -> Nodes:
+def nodes_of(
+    requests: list[Request], trees: Trees, state: RowState, max_depth: int, masks: Masks | None = None
+) -> Nodes:
     """What the sampler needs to know of decoding rows whose trees are so deep at most."""
     index = trees.inflight.index
     return Nodes(
@@ -47,6 +52,7 @@ def nodes_of(requests: list[Request], trees: Trees, state: RowState, max_depth: 
         node_tokens=trees.node_tokens,
         place=trees.place,
         tree=trees.tree,
+        masks=masks,
     )
 
 
@@ -63,6 +69,7 @@ def last_nodes(requests: list[Request], index: Tensor, root: TreeTensors, state:
         node_tokens=state.drafts[index, :1],
         place=order[:, None],
         tree=root,
+        masks=first_masks(requests, state),
     )
 
 
@@ -70,7 +77,7 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[in
     """Draw the target's token at every node.
 
     Args:
-        logits: [T, V] float32, overwritten for rows whose parameters change them.
+        logits: [T, V] float32, overwritten for rows whose parameters or grammars change them.
 
     Returns:
         [T] int64 tokens (-1 where the logits are not finite), and for each request with typical acceptance (by its
@@ -83,6 +90,8 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[in
             # nodes that the row did not bring write to its root, and must write what the root does
             absent = (nodes.place[i] == nodes.place[i, 0])[:, None]
             logits[nodes.place[i]] = torch.where(absent, edited[:1], edited)
+    if nodes.masks is not None:
+        nodes.masks.apply(logits)
     most, target = logits.max(dim=-1)
     target.masked_fill_(~most.isfinite(), -1)
     params = [request.params for request in nodes.requests]
@@ -133,8 +142,12 @@ def _fmix32(x: Tensor) -> Tensor:
 
 def edits_logits(request: Request) -> bool:
     """Whether its parameters change logits before a token is chosen."""
-    early_stop = request.num_output < request.params.min_tokens and bool(request.stop_ids)
-    return has_penalties(request) or bool(request.params.logit_bias) or early_stop
+    return has_penalties(request) or bool(request.params.logit_bias) or _stops_are_early(request)
+
+
+def _stops_are_early(request: Request) -> bool:
+    """Whether stop tokens are to be kept from a row's tree; a grammar's masks do that themselves."""
+    return request.num_output < request.params.min_tokens and bool(request.stop_ids) and request.matcher is None
 
 
 def _edit_logits(logits: Tensor, nodes: Nodes, i: int, request: Request, state: RowState) -> None:
@@ -158,7 +171,7 @@ def _edit_logits(logits: Tensor, nodes: Nodes, i: int, request: Request, state: 
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[:, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if request.num_output < params.min_tokens and request.stop_ids:
+    if _stops_are_early(request):
         early = nodes.first[i] + nodes.tree.depth < state.min_len[row]  # [n]
         stops = torch.tensor(sorted(request.stop_ids), device=logits.device)
         logits[:, stops] = torch.where(early[:, None], float("-inf"), logits[:, stops])

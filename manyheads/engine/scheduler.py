@@ -15,7 +15,7 @@ from manyheads.speculation.draft import Draft
 
 
 class StepsUnread(Exception):
-    """Pages ran out while steps are unread: what they gained must be known before someone is preempted for it."""
+    """What was launched must be read first: pages ran out, or a row has a grammar, which has to follow its text."""
 
 
 class Scheduler:
@@ -104,6 +104,8 @@ class Scheduler:
         Raises:
             StepsUnread: call again when nothing is unread.
         """
+        if any(request.unread and request.matcher is not None for request in self.running):
+            raise StepsUnread
         num_decoding = sum(request.decoding for request in self.running)
         has_prompts = self.waiting or num_decoding < len(self.running)  # most steps have none
         budget = self.target.most_prompt_tokens(num_decoding) if has_prompts else 0
@@ -129,9 +131,7 @@ class Scheduler:
         if self.num_preemptions == preemptions:
             self._admit(plan, starting, prompts)
         self.admission.tick(len(self.waiting) > 0)
-        if not (plan.chunks or plan.decoding):
-            return None
-        return plan
+        return plan if plan.chunks or plan.decoding else None
 
     def _divide(self, num_decoding: int, budget: int, starting: list[Request]) -> dict[Request, int]:
         """How many tokens of each prompt a step computes: of those that have begun, and of those that are to start."""

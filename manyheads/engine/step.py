@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from manyheads.engine.matcher import Matcher
 from manyheads.engine.page_manager import PageTable
 from manyheads.request import EngineRequest, SamplingParams, TokenLogprobs
 from manyheads.speculation.draft import NO_DRAFT, Draft
@@ -52,6 +55,12 @@ class Request:
     num_cached_prompt_tokens: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
+    matcher: Matcher | None = None
+    """Where its text stands in its grammar, if it has one; behind `tokens`."""
+    is_held: bool = False
+    """Whether it cannot start yet, since its grammar is being compiled."""
+    is_extended: bool = False
+    """Whether it runs and has known tokens that no step drew: those that its grammar leaves no choice about."""
 
     @classmethod
     def from_message(
@@ -158,6 +167,11 @@ class StepPlan:
     """Requests whose row is new: the runner fills in its state."""
 
     @property
+    def extended(self) -> list[Request]:
+        """Requests that went on without a step: the runner brings their rows' state up to date."""
+        return [chunk.request for chunk in self.chunks if chunk.request.is_extended]
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Tokens of all chunks."""
         return sum(chunk.num_inflight for chunk in self.chunks)
@@ -198,3 +212,27 @@ class StepResult:
     average: one entry for each of `speculation.planner.SIZES`. Empty where no trees were drafted."""
     is_typical: bool = True
     """Whether steps like it take as long; one that tries another number of threads says nothing of that."""
+
+
+class PendingStep(Protocol):
+    """A step that was launched; a device may still be at work on it."""
+
+    def read(self) -> StepResult:
+        """Wait for it."""
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a runner."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the host has anything to gain from launching a step before it reads the one before."""
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Run a step, after those launched before; the row state advances without the host."""
+
+    def listen(self, beat: Callable[[], None]) -> None:
+        """Call this now and then in the middle of a step that the host computes itself."""
+
+    def watch(self, tell: Callable[[str], None]) -> None:
+        """Call this for whatever is compiled or captured from now on."""

@@ -11,8 +11,7 @@ from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
-from manyheads.engine.engine import PendingStep
-from manyheads.engine.step import StepPlan
+from manyheads.engine.step import PendingStep, StepPlan
 from manyheads.request import EngineRequest
 from manyheads.speculation.costs import CostTable
 from manyheads.speculation.draft import NO_DRAFT, Draft

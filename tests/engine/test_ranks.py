@@ -25,10 +25,12 @@ from manyheads.engine.engine import Engine
 from manyheads.engine.rank import build
 from manyheads.engine.rank_messages import Follower, Message
 from manyheads.engine.ranks import LeadingRunner, Others, RankFailed, RankLaunch
+from manyheads.grammar import Grammar
 from manyheads.models.parallel import Ranks
 from manyheads.models.registry import read_config
 from manyheads.request import EngineRequest
 from tests.eagle3 import make_drafter
+from tests.structured import SCHEMA, save_structured
 from tests.tiny import VOCAB, make_model, save_model
 
 SAMPLED = SamplingParams(temperature=1.0, seed=5, top_p=0.9, max_tokens=20)
@@ -187,6 +189,26 @@ def test_text_of_fewer_bits_is_that_of_one_rank(wide: Path, threads: list[Thread
     """int4's groups of 128 columns are cut."""
     settings = {"quantization": scheme, "heads": str(wide / "heads")}
     assert texts(engine(wide, 2, **settings), 5) == texts(engine(wide, 1, **settings), 5)
+
+
+def test_text_under_a_grammar_is_that_of_one_rank(tmp_path: Path, threads: list[ThreadRanks], overlaps: bool) -> None:
+    """Each rank follows the grammars by itself; what they leave no choice about is not drawn."""
+    model = save_structured(tmp_path / "model")
+
+    def said(size: int) -> list[list[int]]:
+        served = engine(model, size, heads=str(model / "heads"), num_blocks=90)
+        grammar = Grammar(kind="json", value=SCHEMA)
+        for i in range(6):
+            params = SamplingParams(temperature=i % 2, seed=i, max_tokens=60, grammar=grammar if i < 4 else None)
+            served.add_request(EngineRequest(request_id=str(i), prompt_token_ids=[7 + i, 8], params=params))
+        replies: dict[str, list[int]] = {str(i): [] for i in range(6)}
+        while served.has_work():
+            for delta in served.step():
+                assert delta.error is None
+                replies[delta.request_id] += delta.new_token_ids
+        return list(replies.values())
+
+    assert said(2) == said(1)
 
 
 def test_a_tied_vocabulary_that_does_not_divide(tmp_path: Path, threads: list[ThreadRanks]) -> None:

@@ -1,0 +1,159 @@
+"""Follows one text through a grammar: what may come next, and what has to.
+
+Where the grammar leaves one text only, such as the name of the next field, that text is written in the tokenizer's own
+tokens: a *chain*. Its tokens are then the only ones that are allowed, one after the other. (Otherwise a model might
+spell the same text in other tokens, and nothing could be known in advance.) What is allowed is a function of the
+tokens up to there and of nothing else, so it is the same on every way to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manyheads.engine.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Words = NDArray[np.int32]
+"""[W], the bits of a mask: bit t % 32 of word t // 32 says whether token t is allowed."""
+MAX_CHAIN = 512
+"""Tokens that are written at once without a step of the model; what goes on longer goes on with the next step."""
+
+
+class Matcher:
+    """A place in a grammar. It moves on with the text (`take`), and down a tree and back (`enter`, `leave`).
+
+    A text that is complete, and behind which nothing may come, needs no end-of-text token. Where it might also go on,
+    such a token is allowed beside.
+
+    Args:
+        followed: a matcher of the library at the start of its grammar, of this object alone.
+        ends: tokens that may end a text that is complete.
+    """
+
+    def __init__(self, followed: LLMatcher, vocabulary: Vocabulary, ends: Iterable[int]) -> None:
+        self._followed = followed
+        self._vocabulary = vocabulary
+        self._ends = frozenset(ends)
+        self.error: str | None = None
+        """Why nothing more can be said; from then on everything is allowed."""
+        self._chain: tuple[int, ...] = self._find_chain()
+        self._above: list[tuple[int, ...]] = []  # what `_chain` was before each `enter`
+
+    @property
+    def num_words(self) -> int:
+        """W, of a mask."""
+        return self._vocabulary.num_words
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text may end here and cannot go on."""
+        return self.error is None and bool(self._followed.is_stopped())
+
+    def take(self, tokens: Iterable[int], most: int) -> tuple[list[int], bool]:
+        """Go on by what was drawn.
+
+        Args:
+            most: tokens of a chain that may follow at once.
+
+        Returns:
+            The tokens as far as the text goes, and of the chain that follows as many as may; whether the text is whole.
+        """
+        taken: list[int] = []
+        for token in tokens:
+            if self.is_complete or self.error is not None:
+                break
+            taken.append(token)
+            if token in self._ends:
+                return taken, False
+            self._consume(token)
+        room = min(most, MAX_CHAIN)
+        while self._chain and room > 0:
+            taken.append(self._chain[0])
+            self._consume(self._chain[0])
+            room -= 1
+        return taken, self.is_complete
+
+    def enter(self, token: int) -> bool:
+        """Go on by a token that a tree holds; False if it is not allowed, and then this stays where it is."""
+        if self.error is not None or self.is_complete or token in self._vocabulary.eos_token_ids:
+            return False
+        if token != self._chain[0] if self._chain else self._followed.validate_tokens([token]) != 1:
+            return False
+        self._above.append(self._chain)
+        self._consume(token)
+        return True
+
+    def leave(self) -> None:
+        """Take back the last token that was entered."""
+        self._chain = self._above.pop()
+        if self.error is None and not self._followed.rollback(1):
+            self._fail()
+
+    def write(self, words: Words, early_stops: Iterable[int] = ()) -> None:
+        """Write what may come next: the bits of a mask of `Vocabulary.num_words` words.
+
+        Args:
+            early_stops: tokens that would end the text before it may end; they are forbidden unless nothing else is
+                allowed.
+        """
+        if self.error is None and not self.is_complete:
+            if self._chain:
+                words.fill(0)
+                _set(words, self._chain[:1], True)
+            else:
+                self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+                _set(words, (*self._vocabulary.tokens.eos_tokens, *self._vocabulary.eos_token_ids), False)
+                _set(words, self._ends if self._followed.is_accepting() else (), True)
+            if early_stops:
+                others = words.copy()
+                _set(others, early_stops, False)
+                if others.any():
+                    words[:] = others
+            if self._followed.is_error() or not words.any():
+                self._fail()
+        if self.error is not None or self.is_complete:
+            # what is drawn here is no part of the text
+            words.fill(-1)
+
+    def _consume(self, token: int) -> None:
+        if self.error is not None:
+            return
+        if not self._followed.consume_token(token):
+            self._fail()
+            return
+        self._chain = self._chain[1:] or self._find_chain()
+
+    def _find_chain(self) -> tuple[int, ...]:
+        """The tokens that have to come, as far as the library knows; none where it would have to guess how a token
+        goes on behind what is certain."""
+        if self.error is not None or self._followed.is_stopped():
+            return ()
+        chain = self._followed.compute_ff_tokens()
+        # a tokenizer that does not spell what it is asked to leaves the choice to the model
+        return tuple(chain) if self._followed.validate_tokens(chain) == len(chain) else ()
+
+    def _fail(self) -> None:
+        self._chain = ()
+        error = first_line(self._followed.get_error())
+        is_stuck = error in ("", "NoExtensionBias")
+        self.error = "no token of the model's vocabulary goes on with the text" if is_stuck else error
+
+
+def first_line(message: str) -> str:
+    """The part of the library's message that says what is wrong; the rest shows the place, or what it was about."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:1] + [line for line in lines[1:] if line.startswith("error:")])[:300]
+
+
+def _set(words: Words, tokens: Iterable[int], allowed: bool) -> None:
+    for token in tokens:
+        word, bit = token >> 5, np.uint32(1 << (token & 31))
+        if word < len(words):
+            unsigned = words.view(np.uint32)
+            unsigned[word] = unsigned[word] | bit if allowed else unsigned[word] & ~bit

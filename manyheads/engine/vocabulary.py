@@ -1,0 +1,63 @@
+"""What the tokens of a model's vocabulary stand for, as the library that follows grammars wants it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+END = "<|the grammar's text is whole|>"
+"""A token behind the vocabulary that ends texts for the library, so that it knows nothing of the model's own."""
+
+
+class Vocabulary:
+    """The tokens of a tokenizer as bytes. It is read when the first grammar needs it.
+
+    Byte-level vocabularies and those of SentencePiece, with bytes to fall back on, are both told by tokenizer.json.
+
+    Args:
+        folder: of the model, with its tokenizer.
+        size: of the model's vocabulary, which may be larger than the tokenizer's.
+        eos_token_ids: the model's; they are nobody's text.
+    """
+
+    def __init__(self, folder: Path, size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._folder, self._size = folder, size
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    @cached_property
+    def tokens(self) -> LLTokenizer:
+        """The library's own form, which takes it a moment to make. Raises OSError or ValueError: it cannot be read."""
+        from llguidance import LLTokenizer
+
+        backend = self._backend()
+        backend.no_truncation()
+        backend.no_padding()
+        backend.add_special_tokens([END])
+        size = max(self._size, backend.get_vocab_size(with_added_tokens=True))
+        return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=[backend.token_to_id(END)])
+
+    @property
+    def num_words(self) -> int:
+        """Words of 32 bits that a mask of the library has, at least as many as the model's logits need."""
+        return -(-self.tokens.vocab_size // 32)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is no text: it controls something."""
+        return token in self.eos_token_ids or self.tokens.is_special_token(token)
+
+    def _backend(self) -> Any:
+        """The tokenizer of the library `tokenizers`."""
+        file = self._folder / "tokenizer.json"
+        if file.is_file():
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(file))
+        # a vocabulary of SentencePiece alone is brought into that form
+        from transformers import AutoTokenizer
+
+        hf = AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True, trust_remote_code=False)
+        return hf.backend_tokenizer

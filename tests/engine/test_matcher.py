@@ -1,0 +1,202 @@
+"""A place in a grammar: down a tree and back, in vocabularies of every kind."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import jsonschema_rs
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+from manyheads import Grammar
+from manyheads.engine.compiler import Compiler
+from manyheads.engine.matcher import Matcher
+from manyheads.engine.vocabulary import Vocabulary
+from tests.server.tiny_tokenizer import make_backend
+from tests.structured import EOS, SCHEMA
+
+
+def sentencepiece_like() -> Tokenizer:
+    """Spaces are "▁", the first one is added, and what has no piece is spelt in bytes, as Llama 2 has it."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    specials = ["<unk>", "<s>", "</s>", "<pad>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(['{"name": "the cat", "age": 12} the dog "tags": ["mat"]'] * 9, trainer)
+    data = json.loads(tokenizer.to_str())
+    # bytes are pieces of the vocabulary, not special tokens
+    data["added_tokens"] = [token for token in data["added_tokens"] if not token["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(data))
+
+
+BACKENDS = {"byte-level": make_backend, "SentencePiece": sentencepiece_like}
+
+
+@lru_cache
+def backend(kind: str) -> Tokenizer:
+    return BACKENDS[kind]()
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiler]:
+    found = {}
+    for kind in BACKENDS:
+        folder: Path = tmp_path_factory.mktemp("vocabulary")
+        backend(kind).save(str(folder / "tokenizer.json"))
+        found[kind] = Compiler(Vocabulary(folder, backend(kind).get_vocab_size() + 5, (EOS,)))
+    return found
+
+
+def matcher(compiler: Compiler, grammar: Grammar) -> Matcher:
+    return Matcher(compiler.start(grammar).result().deep_copy(), compiler.vocabulary, [EOS])
+
+
+def allowed(place: Matcher, early_stops: tuple[int, ...] = ()) -> list[int]:
+    words = np.zeros(place.num_words, dtype=np.int32)
+    place.write(words, early_stops)
+    assert place.error is None
+    return [int(token) for token in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
+
+
+PIECES = st.sampled_from(
+    [
+        {"type": "string", "maxLength": 5},
+        {"type": "integer", "minimum": -3, "maximum": 1200},
+        {"type": "number", "minimum": 0, "maximum": 2},
+        {"enum": ["é", "a", "ab", None, 7]},
+        {"type": "boolean"},
+        {"type": "string", "pattern": "^[a-c]{1,3}x$"},
+    ]
+)
+SCHEMAS = st.recursive(
+    PIECES,
+    lambda inner: st.one_of(
+        st.dictionaries(st.sampled_from(["name", "age", "the cat", "ü"]), inner, min_size=1, max_size=3).map(
+            lambda p: {"type": "object", "properties": p, "required": list(p), "additionalProperties": False}
+        ),
+        inner.map(lambda items: {"type": "array", "items": items, "maxItems": 2}),
+        st.lists(inner, min_size=2, max_size=2).map(lambda any_of: {"anyOf": any_of}),
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(schema=SCHEMAS, choices=st.lists(st.integers(0, 10**6), min_size=150, max_size=150))
+def test_any_way_through_a_schema_is_of_the_schema(
+    compilers: dict[str, Compiler], kind: str, schema: dict[str, object], choices: list[int]
+) -> None:
+    compiler = compilers[kind]
+    place = matcher(compiler, Grammar("json", json.dumps(schema)))
+    text: list[int] = []
+    for choice in choices:
+        tokens = allowed(place)
+        if EOS in tokens:
+            # the end may come: JSON goes on behind it only where it is a number
+            assert place.take([EOS], 0) == ([EOS], False)
+            break
+        token = tokens[choice % len(tokens)]
+        if choice % 3 == 0:  # other ways are looked at before this one is taken
+            for other in tokens[:: max(1, len(tokens) // 4)]:
+                assert place.enter(other)
+                inner = place.is_complete or allowed(place)
+                if inner is not True and place.enter(inner[choice % len(inner)]):
+                    place.leave()
+                place.leave()
+            assert allowed(place) == tokens
+        taken, is_whole = place.take([token], choice % 4)
+        text += taken
+        if choice % 5 == 0:  # the same place is found by the tokens alone
+            again = matcher(compiler, Grammar("json", json.dumps(schema)))
+            assert again.take(text, 0) == (text, is_whole)
+            assert again.is_complete == place.is_complete
+            assert again.is_complete or allowed(again) == allowed(place)
+        if is_whole:
+            break
+    else:
+        return
+    value = json.loads(b"".join(_bytes(kind, token) for token in text))
+    assert jsonschema_rs.is_valid(schema, value)
+
+
+def _bytes(kind: str, token: int) -> bytes:
+    """What a token stands for, by the tokenizer's own decoder."""
+    piece = backend(kind).id_to_token(token) or ""
+    if kind == "SentencePiece":
+        is_byte = piece.startswith("<0x") and len(piece) == 6
+        return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("▁", " ").encode()
+    from manyheads.frontend.tokenizer import _BYTE_OF_CHAR
+
+    return bytes(_BYTE_OF_CHAR[c] for c in piece)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_chain_is_the_only_way_and_ends_where_there_is_a_choice(compilers: dict[str, Compiler], kind: str) -> None:
+    place = matcher(compilers[kind], Grammar("json", SCHEMA))
+    chain, is_whole = place.take([], 100)
+    # the last of what is certain may be part of a longer token
+    text = b"".join(_bytes(kind, token) for token in chain)
+    assert len(text) >= 3
+    assert b'{"name": "'.startswith(text)
+    assert not is_whole
+    step = matcher(compilers[kind], Grammar("json", SCHEMA))
+    for token in chain:
+        assert allowed(step) == [token]
+        assert not step.enter(token + 1)
+        assert step.take([token], 0) == ([token], False)
+    assert allowed(step) == allowed(place) != []
+    assert len(allowed(place)) > 1
+
+
+def test_complete_texts_go_nowhere(compilers: dict[str, Compiler]) -> None:
+    compiler = compilers["byte-level"]
+    place = matcher(compiler, Grammar("choice", '["hello"]'))
+    tokens, is_whole = place.take([], 100)
+    assert (backend("byte-level").decode(tokens), is_whole) == ("hello", True)
+    assert place.take([7, 8], 100) == ([], True)
+    assert not place.enter(7)
+    assert len(allowed(place)) >= compiler.vocabulary.tokens.vocab_size  # whatever is drawn is dropped
+
+
+def test_end_tokens_stand_beside_what_may_follow(compilers: dict[str, Compiler]) -> None:
+    place = matcher(compilers["byte-level"], Grammar("regex", "a+"))
+    assert EOS not in allowed(place)
+    place.take(allowed(place)[:1], 0)
+    assert EOS in allowed(place)
+    assert EOS not in allowed(place, early_stops=(EOS,))
+    assert not place.enter(EOS)  # nothing stands behind it
+    only = matcher(compilers["byte-level"], Grammar("regex", "a"))
+    (a,) = allowed(only)
+    assert allowed(only, early_stops=(a,)) == [a]
+
+
+def test_compiled_grammars_are_kept_and_the_oldest_forgotten(
+    compilers: dict[str, Compiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manyheads.engine.compiler.MAX_GRAMMARS", 2)
+    compiler = Compiler(compilers["byte-level"].vocabulary)
+    one, two, three = (Grammar("regex", text) for text in ("a", "b", "c"))
+    first, second = compiler.start(one), compiler.start(two)
+    assert compiler.start(one) is first
+    compiler.start(three)
+    assert compiler.start(one) is first
+    assert compiler.start(two) is not second
+
+
+def test_a_vocabulary_without_the_letters_says_so(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    place = matcher(Compiler(Vocabulary(tmp_path, 2, ())), Grammar("regex", "a[xy]"))
+    words = np.zeros(place.num_words, dtype=np.int32)
+    assert place.enter(0)
+    place.write(words)
+    assert place.error == "no token of the model's vocabulary goes on with the text"

@@ -1,0 +1,263 @@
+"""Texts under grammars: the same with trees and without, complete, and no trouble for anyone else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from manyheads import EngineConfig, Grammar, SamplingParams
+from manyheads.engine import grammars
+from manyheads.engine.build import build_engine
+from manyheads.engine.engine import Engine
+from manyheads.errors import RequestError
+from manyheads.frontend.tokenizer import Tokenizer
+from manyheads.request import EngineRequest, RequestDelta
+from tests.structured import EOS, SCHEMA, save_structured
+
+PROMPT = [60, 61, 62, 63, 64, 65]
+JSON = Grammar("json", SCHEMA)
+GRAMMARS = {
+    "json": JSON,
+    "any json": Grammar("json", '{"type": "object"}'),
+    "regex": Grammar("regex", "[a-c]{2,9}(the cat|the dog)+"),
+    "choice": Grammar("choice", '["hello", "hello there", "the mat é"]'),
+    "lark": Grammar("grammar", 'start: "<" item+ ">"\nitem: /[a-z]{1,3}/ ","'),
+    "gbnf": Grammar("grammar", 'root ::= "a" ("b" | "c")+ "end"'),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_structured(tmp_path_factory.mktemp("structured"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer.load(model)
+
+
+def build(folder: Path, **settings: Any) -> Engine:
+    settings = {"num_blocks": 256, "num_threads": 1, "dtype": "float32", "tree_size": 8} | settings
+    return build_engine(EngineConfig(model=str(folder), **settings))
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, overlaps: bool) -> Engine:
+    return build(model)
+
+
+def answers(engine: Engine, *params: SamplingParams, **fields: Any) -> list[list[RequestDelta]]:
+    """What comes of requests that are sent together."""
+    found: dict[str, list[RequestDelta]] = {}
+    for i, each in enumerate(params):
+        engine.add_request(EngineRequest(request_id=f"{i}", prompt_token_ids=PROMPT, params=each, **fields))
+        found[f"{i}"] = []
+    while engine.has_work():
+        for delta in engine.step():
+            found[delta.request_id].append(delta)
+        engine.check_integrity()
+    return list(found.values())
+
+
+def tokens_of(deltas: list[RequestDelta]) -> list[int]:
+    return [token for delta in deltas for token in delta.new_token_ids]
+
+
+def under(grammar: Grammar, **params: Any) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": 60, "seed": 5, "grammar": grammar} | params)).validate()
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.0},
+    "filtered": {"temperature": 0.8, "top_p": 0.9, "top_k": 5},
+    "penalties": {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {70: 5.0}},
+    "log-probabilities": {"temperature": 1.0, "logprobs": 2},
+    "min_tokens": {"temperature": 1.0, "min_tokens": 20},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trees_write_what_one_token_a_step_writes(engine: Engine, way: str) -> None:
+    some = GRAMMARS if way in ("greedy", "sampled") else {"json": JSON}
+    params = [under(grammar, **WAYS[way]) for grammar in some.values()]
+    params += [SamplingParams(max_tokens=20, seed=1), SamplingParams(max_tokens=20, temperature=0.0)]
+    one_by_one = [SamplingParams(**{**_fields(each), "speculative": False}) for each in params]
+    for deltas, plain in zip(answers(engine, *params), answers(engine, *one_by_one), strict=True):
+        assert tokens_of(deltas) == tokens_of(plain)
+        assert deltas[-1].finish_reason == plain[-1].finish_reason != "error"
+        assert deltas[-1].num_steps <= plain[-1].num_steps
+
+
+def _fields(params: SamplingParams) -> dict[str, Any]:
+    return {name: getattr(params, name) for name in SamplingParams.__struct_fields__}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_finished_texts_are_of_the_schema(engine: Engine, tokenizer: Tokenizer, temperature: float) -> None:
+    seeds = range(4)
+    found = answers(engine, *(under(JSON, temperature=temperature, seed=seed, max_tokens=120) for seed in seeds))
+    for deltas in found:
+        assert deltas[-1].finish_reason == "stop"
+        assert deltas[-1].stop_token_id is None  # nothing but the end was possible, so no step was made for it
+        value = json.loads(tokenizer.decode(tokens_of(deltas)))
+        assert jsonschema_rs.is_valid(json.loads(SCHEMA), value)
+
+
+@pytest.mark.parametrize("acceptance", ["exact", "typical"])
+def test_lossy_acceptance_keeps_to_the_grammar(engine: Engine, tokenizer: Tokenizer, acceptance: str) -> None:
+    params = [under(JSON, acceptance=acceptance, typical_epsilon=0.0, seed=seed, max_tokens=120) for seed in range(4)]
+    for deltas in answers(engine, *params):
+        text = tokenizer.decode(tokens_of(deltas))
+        assert jsonschema_rs.is_valid(json.loads(SCHEMA), json.loads(text))
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram"])
+def test_without_heads_too(model: Path, engine: Engine, drafter: str | None) -> None:
+    """Chains alone pay then."""
+    other = build(model, drafter=drafter, speculative=drafter is not None)
+    params = [under(JSON, temperature=1.0), under(GRAMMARS["lark"], temperature=0.0), SamplingParams(max_tokens=9)]
+    params = [SamplingParams(**{**_fields(each), "seed": 3}) for each in params]
+    for deltas, expected in zip(answers(other, *params), answers(engine, *params), strict=True):
+        assert tokens_of(deltas) == tokens_of(expected)
+    chained = answers(other, under(JSON, temperature=0.0))[0]
+    assert chained[-1].num_steps < len(tokens_of(chained)) - 10  # names of fields take no steps of their own
+
+
+def test_a_few_pages_and_preemptions_change_nothing(model: Path, engine: Engine) -> None:
+    params = [under(JSON, seed=seed, max_tokens=100) for seed in range(5)]
+    small = build(model, num_blocks=14, block_size=8, max_num_seqs=5, max_num_batched_tokens=16)
+    assert [tokens_of(d) for d in answers(small, *params)] == [tokens_of(d) for d in answers(engine, *params)]
+    assert small.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("way", ["greedy", "sampled", "log-probabilities"])
+def test_another_engine_goes_on_where_one_died(engine: Engine, way: str) -> None:
+    params = under(JSON, **WAYS[way])
+    (whole,) = answers(engine, params)
+    tokens = tokens_of(whole)
+    for cut in {len(tokens_of(whole[:n])) for n in (1, len(whole) - 1)} | {7}:
+        (rest,) = answers(engine, params, output_token_ids=tokens[:cut], num_steps=1, resumes=True)
+        assert tokens_of(rest) == tokens[cut:]
+        assert rest[-1].finish_reason == whole[-1].finish_reason
+
+
+def test_output_that_no_engine_wrote_is_refused(engine: Engine) -> None:
+    (deltas,) = answers(engine, under(JSON), output_token_ids=[70, 71], resumes=True)
+    assert (deltas[-1].error_kind, deltas[-1].error) == ("invalid", "the output so far does not follow the grammar")
+
+
+def test_end_of_text_may_come_where_the_text_is_complete(engine: Engine, tokenizer: Tokenizer) -> None:
+    params = under(Grammar("regex", "[ab]{2,40}"), logit_bias={EOS: 100.0})
+    (deltas,) = answers(engine, params)
+    assert (deltas[-1].finish_reason, deltas[-1].stop_token_id) == ("stop", EOS)
+    assert set(tokenizer.decode(tokens_of(deltas)[:-1])) <= {"a", "b"}
+    assert 2 <= len(tokenizer.decode(tokens_of(deltas)[:-1])) <= 4
+    (deltas,) = answers(engine, SamplingParams(**{**_fields(params), "min_tokens": 9}))
+    assert len(tokens_of(deltas)) == 10
+    (deltas,) = answers(engine, SamplingParams(**{**_fields(params), "ignore_eos": True, "max_tokens": 15}))
+    assert (deltas[-1].finish_reason, len(tokens_of(deltas))) == ("length", 15)
+
+
+def test_a_text_token_may_stop_it_and_counts_as_text(engine: Engine, tokenizer: Tokenizer) -> None:
+    (stop,) = tokenizer.encode("c")
+    (deltas,) = answers(engine, under(Grammar("regex", "[ab]{3}c+"), stop_token_ids=(stop,), min_tokens=2))
+    assert (deltas[-1].finish_reason, deltas[-1].stop_token_id) == ("stop", stop)
+    # where nothing else is allowed, it may come before min_tokens
+    (deltas,) = answers(engine, under(Grammar("regex", "c{3}"), stop_token_ids=(stop,), min_tokens=9))
+    assert tokens_of(deltas) == [stop]
+
+
+def test_a_model_without_an_end_token_ends_all_the_same(tmp_path: Path, overlaps: bool) -> None:
+    engine = build(save_structured(tmp_path, eos=None))
+    (deltas,) = answers(engine, under(JSON, max_tokens=120))
+    assert (deltas[-1].finish_reason, deltas[-1].stop_token_id) == ("stop", None)
+
+
+def test_limits_cut_a_chain(engine: Engine) -> None:
+    (whole,) = answers(engine, under(JSON, temperature=0.0))
+    for most in range(1, 9):
+        (deltas,) = answers(engine, under(JSON, temperature=0.0, max_tokens=most))
+        assert tokens_of(deltas) == tokens_of(whole)[:most]
+        assert deltas[-1].finish_reason == "length"
+    (deltas,) = answers(engine, under(JSON, temperature=0.0, max_steps=1))
+    assert deltas[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("json", '{"type": "object", "not": {}}', 'Unimplemented keys: ["not"]'),
+        ("json", '{"type": "strin"}', "strin"),
+        ("json", '{"$ref": "#/nowhere"}', "/nowhere"),
+        ("json", "false", "the schema false holds for nothing"),
+        ("json", '{"type": "string", "pattern": "(a"}', "unclosed group"),
+        ("regex", "(a", "unclosed group"),
+        ("regex", "a(?=b)", "invalid regex"),
+        ("grammar", "start: nobody", "unknown name"),
+        ("grammar", "}{", "neither Lark nor GBNF"),
+        ("structural_tag", '{"structures": []}', "structures"),
+        ("structural_tag", '{"structures": [{"begin": "a"}], "triggers": ["a"]}', "a tag has begin and end"),
+    ],
+)
+def test_a_grammar_that_is_none_is_refused_and_others_go_on(
+    engine: Engine, kind: Any, value: str, message: str
+) -> None:
+    bad, good = answers(engine, under(Grammar(kind, value)), under(GRAMMARS["choice"]))
+    assert len(bad) == 1
+    assert (bad[0].finish_reason, bad[0].error_kind, bad[0].new_token_ids) == ("error", "invalid", [])
+    assert message in str(bad[0].error)
+    assert "\n" not in str(bad[0].error)
+    assert good[-1].finish_reason == "stop"
+
+
+def test_what_takes_too_long_to_compile_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "COMPILE_SECONDS", 0.0)
+    choices = json.dumps([f"choice {i}" for i in range(2000)])
+    late, free = answers(engine, under(Grammar("choice", choices)), SamplingParams(max_tokens=5))
+    assert "takes longer than 0 s" in str(late[-1].error)
+    assert len(tokens_of(free)) == 5
+
+
+def test_a_request_is_aborted_while_its_grammar_is_compiled(engine: Engine) -> None:
+    choices = json.dumps([f"option {i}" for i in range(2000)])
+    request = EngineRequest(request_id="x", prompt_token_ids=PROMPT, params=under(Grammar("choice", choices)))
+    engine.add_request(request)
+    engine.abort("x")
+    deltas = []
+    while engine.has_work():
+        deltas += engine.step()
+    assert [delta.finish_reason for delta in deltas] == ["abort"]
+    (again,) = answers(engine, request.params)
+    assert again[-1].finish_reason == "stop"
+
+
+def test_a_matcher_that_fails_ends_its_request_alone(engine: Engine, tokenizer: Tokenizer) -> None:
+    # a thousand ways to read every text: more than the library follows
+    words = " | ".join(f"w{i}" for i in range(3000))
+    rules = "\n".join(f'w{i}: "a" "b" "{i}"' for i in range(3000))
+    bad, good = answers(engine, under(Grammar("grammar", f"start: {words}\n{rules}")), under(JSON, max_tokens=100))
+    assert (bad[-1].finish_reason, bad[-1].error_kind) == ("error", "invalid")
+    assert "the grammar cannot be followed after 1 tokens: Parser Error" in str(bad[-1].error)
+    assert good[-1].finish_reason == "stop"
+
+
+def test_structural_tags(engine: Engine, tokenizer: Tokenizer) -> None:
+    properties = {"x": {"enum": [17, 18]}}
+    schema = {"type": "object", "properties": properties, "required": ["x"], "additionalProperties": False}
+    form = {"structures": [{"begin": "<do>", "schema": schema, "end": "</do>"}], "triggers": ["<"]}
+    (opening,) = tokenizer.encode("<")
+    (deltas,) = answers(engine, under(Grammar("structural_tag", json.dumps(form)), logit_bias={opening: 9.0}))
+    text = tokenizer.decode(tokens_of(deltas))
+    assert re.match(r'[^<]*<do>\{"x": (17|18)\}</do>', text)
+
+
+def test_an_engine_without_grammars_says_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_grammars", None)
+    with pytest.raises(RequestError, match="holds no text to a grammar"):
+        answers(engine, under(JSON))
