@@ -26,8 +26,10 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kinds = get_args(Kind)
         require(self.kind in kinds, f"grammar: kind must be one of {', '.join(kinds)}, not {self.kind!r}")
         name = f"grammar of kind {self.kind}"
-        require(bool(self.value.strip()), f"{name}: the value is empty")
+        require(self.value != "", f"{name}: the value is empty")
         require(len(self.value) <= MAX_CHARACTERS, f"{name}: at most {MAX_CHARACTERS} characters")
+        is_text = not any("\ud800" <= character <= "\udfff" for character in self.value)
+        require(is_text, f"{name}: not valid Unicode: half a surrogate pair")
         if self.kind not in ("json", "choice", "structural_tag"):
             return
         try:

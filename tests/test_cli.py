@@ -112,6 +112,8 @@ def test_unknown_option(capsys: Capture, command: str) -> None:
         (["generate", "--n", "1000000", "/dev/null"], ["n must be between 1 and 64"]),
         (["generate", "no-such-file.txt"], ["cannot read no-such-file.txt", "give a file, or - for standard input"]),
         (["generate", "/dev/null"], ["the input holds no prompt"]),
+        (["generate", "--json-schema", "nowhere.json", "-"], ["--json-schema: cannot read nowhere.json"]),
+        (["generate", "--regex", "", "-"], ["grammar of kind regex: the value is empty"]),
         (["generate", "--format", "xml", "x"], ["invalid choice: 'xml'", "jsonl", "see manyheads generate --help"]),
     ],
 )

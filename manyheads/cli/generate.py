@@ -15,6 +15,7 @@ import msgspec
 from manyheads.cli.parser import Parser, add_engine, add_sampling, engine_config, sampling_params
 from manyheads.config import BUILTIN, ConfigError
 from manyheads.errors import RequestError
+from manyheads.grammar import Grammar
 from manyheads.interrupt import between_steps
 from manyheads.request import SamplingParams
 
@@ -67,6 +68,9 @@ def add_commands(parser: Parser) -> None:
     command.add_argument("--output", "-o", help="file for the answers (default: standard output)")
     command.add_argument("--raw", action="store_true", help="prompts are texts to continue, not instructions")
     command.add_argument("--n", type=int, default=1, help="answers per prompt (default: 1)")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="answers are JSON of the schema in this file")
+    form.add_argument("--regex", help="answers are texts of this regular expression")
     command.add_argument("--quiet", "-q", action="store_true", help="no progress bar")
     command.add_argument("--model", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
     command.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer every line; return 1 if one of them could not be answered."""
     from manyheads.frontend.llm import LLM
 
-    params = sampling_params(args, n=args.n)
+    params = sampling_params(args, n=args.n, grammar=_grammar(args))
     lines = read_lines(args.input, args.format)
     if not lines:
         raise ConfigError("the input holds no prompt")
@@ -143,6 +147,18 @@ def write_answers(llm: LLM, items: list[Item], out: IO[str], *, progress: bool) 
         print(f"stopped: {written} of {len(items)} lines are answered and written", file=sys.stderr)
         raise
     return failed
+
+
+def _grammar(args: argparse.Namespace) -> Grammar | None:
+    """Make the grammar that the options ask for."""
+    if args.regex is not None:
+        return Grammar("regex", args.regex)
+    if args.json_schema is None:
+        return None
+    try:
+        return Grammar("json", Path(args.json_schema).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--json-schema: cannot read {args.json_schema}: {error}") from error
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from manyheads.engine.formats import with_real_dates
 from manyheads.engine.matcher import first_line
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.errors import RequestError, require
@@ -80,9 +81,9 @@ class Compiler:
 def _json(value: str) -> str:
     from llguidance import LLMatcher
 
-    _check(value.strip() != "false", "the schema false holds for nothing")
-    value = "{}" if value.strip() == "true" else value
-    return LLMatcher.grammar_from_json_schema(value, defaults=JSON_FORM)  # type: ignore[arg-type]
+    schema = with_real_dates(json.loads(value))
+    _check(schema is not False, "the schema false holds for nothing")
+    return LLMatcher.grammar_from_json_schema({} if schema is True else schema, defaults=JSON_FORM)  # type: ignore[arg-type]
 
 
 def _regex(value: str) -> str:
@@ -121,7 +122,7 @@ def _structural_tag(value: str) -> str:
         _check(_are_texts([begin, end]) and isinstance(schema, dict), "a tag has begin and end, texts, and a schema")
         trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
         _check(trigger is not None, f"no trigger begins the tag {begin!r}")
-        form: Any = {"x-guidance": JSON_FORM, **schema}
+        form: Any = {"x-guidance": JSON_FORM, **with_real_dates(schema)}
         tags.append(StructTag(trigger=trigger or "", begin=begin, grammar=form, end=end))
     return StructTag.to_grammar(tags, assume_special=False)
 

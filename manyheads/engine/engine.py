@@ -222,7 +222,7 @@ class Engine:
             self._counts.prompt_tokens += request.prompt_len if request.num_output == 0 else 0
         else:
             request.cached_len += len(tokens)
-            self._counts.row_steps += 1
+        self._counts.row_steps += request.num_output > 0
         self._counts.add_tree(row)
         request.num_steps += 1
         gained = gain(request, tokens)

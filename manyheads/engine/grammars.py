@@ -25,11 +25,12 @@ NAP_SECONDS = 0.005
 """An engine with nothing else to do looks so often for what is compiled."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Held:
     request: Request
     compiled: Future[LLMatcher]
-    since: float
+    began: float | None = None
+    """When it was first seen being compiled: others may stand before it."""
 
 
 class Grammars:
@@ -49,7 +50,7 @@ class Grammars:
         """Keep a request from starting until its grammar is compiled."""
         assert request.params.grammar is not None
         request.is_held = True
-        self._held.append(_Held(request, self._compiler.start(request.params.grammar), self._clock()))
+        self._held.append(_Held(request, self._compiler.start(request.params.grammar)))
 
     def settle(self) -> list[tuple[Request, tuple[str, ErrorKind]]]:
         """Let those start whose grammars are compiled now.
@@ -62,7 +63,7 @@ class Grammars:
         failed: list[tuple[Request, tuple[str, ErrorKind]]] = []
         waiting: list[_Held] = []
         for held in self._held:
-            if not held.compiled.done() and self._clock() - held.since < COMPILE_SECONDS:
+            if self._is_waiting(held):
                 waiting.append(held)
                 continue
             try:
@@ -80,6 +81,12 @@ class Grammars:
     def nap(self) -> None:
         """Wait a moment for what is compiled, if anything is."""
         wait([held.compiled for held in self._held], timeout=NAP_SECONDS)
+
+    def _is_waiting(self, held: _Held) -> bool:
+        if held.began is None and held.compiled.running():
+            held.began = self._clock()
+        is_late = held.began is not None and self._clock() - held.began >= COMPILE_SECONDS
+        return not held.compiled.done() and not is_late
 
     def _matcher(self, held: _Held) -> Matcher:
         assert held.request.params.grammar is not None

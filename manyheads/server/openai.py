@@ -39,7 +39,7 @@ def openai_router(service: Service) -> APIRouter:
         service.check_model(body.model)
         body.check()
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        params = body.to_params(logprobs=body.logprobs, max_tokens=max_tokens)
+        params = body.to_params(logprobs=body.logprobs, max_tokens=max_tokens, grammar=body.grammar())
         prompts = []
         for text in body.prompts():
             ids = await service.llm.encode(text) if isinstance(text, str) and text else []

@@ -10,6 +10,7 @@ from manyheads.errors import RequestError, require
 from manyheads.frontend.generation import Place
 from manyheads.request import MAX_STOP_STRINGS, MAX_STOP_TOKENS, SamplingParams
 from manyheads.server.fields import EMPTY, Count, Empty, Ids, Limits, LogitBias, Priority, StopString, Whole, between
+from manyheads.server.structured import GuidedParameters, Structured
 
 MAX_PROMPTS = 256
 """A request has at most so many prompts."""
@@ -90,7 +91,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class OpenAIRequest(Sampling, Queueing):
+class OpenAIRequest(Sampling, Queueing, Structured):
     """Both OpenAI endpoints take this. The fields from `user` on have no effect here."""
 
     model: str | None = None
@@ -174,12 +175,6 @@ class Message(Body, json_schema_extra={"anyOf": [_HAS_CONTENT, _IS_ASSISTANT]}):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ResponseFormat(BaseModel, extra="allow"):
-    """The form of an answer can be chosen, but only text is supported."""
-
-    type: Annotated[str, Limits(enum=["text"])] = "text"
-
-
 _NO_TOOLS = (None, "none", "auto")
 NoTools = Annotated[Any, Limits(enum=_NO_TOOLS)]
 
@@ -191,7 +186,6 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: Count | None = Field(default=None, description="most output tokens (the same as max_tokens)")
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, between("logprobs")] | None = Field(default=None, description="needs logprobs: true")
-    response_format: ResponseFormat | None = None
     tools: Empty = None
     tool_choice: NoTools = None
     functions: Empty = None
@@ -208,8 +202,6 @@ class ChatRequest(OpenAIRequest):
 
     def check(self) -> None:
         """Raise RequestError for what this server does not do."""
-        if self.response_format is not None and self.response_format.type != "text":
-            raise RequestError(f"response_format {self.response_format.type!r} is not supported, only 'text'")
         no_tools = "tools are not supported by this server; leave"
         require(self.tools in EMPTY and self.functions in EMPTY, f"{no_tools} tools and functions out")
         for choice in (self.tool_choice, self.function_call):
@@ -226,11 +218,13 @@ class ChatRequest(OpenAIRequest):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise RequestError("max_tokens and max_completion_tokens differ; max_tokens is the old name, drop it")
         return self.to_params(
-            max_tokens=self.max_completion_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+            max_tokens=self.max_completion_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            grammar=self.grammar(),
         )
 
 
-class GenerateParameters(Sampling, Queueing):
+class GenerateParameters(Sampling, Queueing, GuidedParameters):
     """`parameters` of /generate are those of SamplingParams, also by TGI's names for them."""
 
     n: Annotated[Whole, Limits(const=1)] | None = None
@@ -242,7 +236,7 @@ class GenerateParameters(Sampling, Queueing):
         if None not in (self.max_tokens, self.max_new_tokens) and self.max_tokens != self.max_new_tokens:
             raise RequestError("max_tokens and max_new_tokens are the same and must not differ")
         require(self.n in (None, 1), "n must be 1 here; /v1/completions gives several continuations")
-        return self.to_params(max_tokens=self.max_new_tokens)
+        return self.to_params(max_tokens=self.max_new_tokens, grammar=self.asked())
 
 
 _EXAMPLE = {"prompt": "Tell me something about hip hop.", "parameters": {"temperature": 0.5, "max_steps": 100}}

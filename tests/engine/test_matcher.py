@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from manyheads import Grammar
 from manyheads.engine.compiler import Compiler
 from manyheads.engine.matcher import Matcher
 from manyheads.engine.vocabulary import Vocabulary
+from manyheads.errors import RequestError
+from manyheads.grammar import Kind
 from tests.server.tiny_tokenizer import make_backend
 from tests.structured import EOS, SCHEMA
 
@@ -189,6 +192,35 @@ def test_compiled_grammars_are_kept_and_the_oldest_forgotten(
     compiler.start(three)
     assert compiler.start(one) is first
     assert compiler.start(two) is not second
+
+
+FRAGMENTS = r"""
+{"type": "object" "string" "properties": "items": "pattern": "$ref": "#" "anyOf": "allOf": "enum": "const": "format":
+"date" "maxLength": "minItems": "x-guidance": true null { } [ ] , : ( ) a b* + ? {2,} {1,9999} | \ [^ ^ $ . -1 1e999
+start: root ::= "a" %json %regex %ignore @x /a/ x é 😀
+"""
+PARTS = [*FRAGMENTS.split(), " ", "\n", "\0"]
+
+
+@pytest.mark.parametrize("kind", ["json", "regex", "grammar", "choice", "structural_tag"])
+@settings(max_examples=int(os.environ.get("HOSTILE_GRAMMARS", "40")), deadline=None)
+@given(pieces=st.lists(st.sampled_from(PARTS), min_size=1, max_size=25), choices=st.lists(st.integers(0, 999)))
+def test_no_grammar_breaks_the_engine(
+    compilers: dict[str, Compiler], kind: Kind, pieces: list[str], choices: list[int]
+) -> None:
+    grammar = Grammar(kind, "".join(pieces))
+    try:
+        grammar.validate()
+        place = matcher(compilers["byte-level"], grammar)
+    except RequestError:
+        return
+    for choice in choices:
+        words = np.zeros(place.num_words, dtype=np.int32)
+        place.write(words)
+        if place.error is not None or place.is_complete:
+            return
+        tokens = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        place.take([int(tokens[choice % len(tokens)])], 10)
 
 
 def test_a_vocabulary_without_the_letters_says_so(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from manyheads.server.schemas import ChatRequest, CompletionRequest
 from tests.server.conftest import Running
 
 HELLO = [{"role": "user", "content": "hello"}]
+NAMELESS = {"schema": {"type": "object"}}
 CHAT, TEXT, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 
 
@@ -97,7 +98,16 @@ def check(response: httpx.Response, status: int, *words: str) -> None:
         (CHAT, {"messages": HELLO, "model": "gpt-4"}, 404, "gpt-4"),
         (CHAT, {"messages": HELLO, "nonsense": 1}, 400, "unknown field 'nonsense'"),
         (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools"),
-        (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "response_format"),
+        (CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}, 400, "response_format: type must be text"),
+        (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+        (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": NAMELESS}}, 400, "name"),
+        (CHAT, {"messages": HELLO, "structured_outputs": {}}, 400, "must have one of json, regex"),
+        (CHAT, {"messages": HELLO, "structured_outputs": {"regex": "a", "choice": ["b"]}}, 400, "not 2 of them"),
+        (CHAT, {"messages": HELLO, "structured_outputs": {"yaml": "a"}}, 400, "structured_outputs.yaml"),
+        (CHAT, {"messages": HELLO, "guided_json": "{"}, 400, "grammar of kind json: the value is not JSON"),
+        (CHAT, {"messages": HELLO, "guided_choice": []}, 400, "grammar of kind choice"),
+        (CHAT, {"messages": HELLO, "guided_regex": "a", "guided_json": {}}, 400, "ask for one form of answer"),
+        (TEXT, {"prompt": "a", "structured_outputs": {"regex": "\ud800"}}, 400, "surrogate"),
         (CHAT, {"messages": HELLO, "seed": 2**70}, 400, "seed"),
         (CHAT, [1, 2], 400, "JSON object"),
     ],

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, Field
 
 from manyheads import LLM, SamplingParams
 from tests.server.conftest import ROOT, Running, free_port
@@ -90,6 +91,55 @@ def test_the_openai_package(builtin: Running) -> None:
     completion = client.completions.create(model="builtin", prompt="Once there was", max_tokens=8, logprobs=2, n=2)
     assert len(completion.choices) == 2
     assert completion.choices[0].logprobs is not None
+
+
+def test_answers_of_a_schema(builtin: Running) -> None:
+    class Person(BaseModel, extra="forbid"):
+        name: str = Field(max_length=30)
+        age: int = Field(ge=0, le=150)
+        likes: list[Literal["music", "dance", "tea"]] = Field(max_length=2)
+
+    client = openai.OpenAI(base_url=f"{builtin.url}/v1", api_key="none", max_retries=0)
+    messages: Any = [{"role": "user", "content": "Who is Anna?"}]
+    options: Any = {"model": "builtin", "messages": messages, "temperature": 1.0, "seed": 3, "max_tokens": 150}
+    parsed = client.chat.completions.parse(**options, response_format=Person).choices[0]
+    assert parsed.finish_reason == "stop"
+    assert isinstance(parsed.message.parsed, Person)
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": Person.model_json_schema()}}
+    pieces = list(client.chat.completions.create(**options, response_format=form, stream=True))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == parsed.message.content
+    plain = client.chat.completions.create(**options, response_format=form, extra_body={"speculative": False})
+    assert plain.choices[0].message.content == parsed.message.content
+
+
+FORMS: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/chat/completions", {"response_format": {"type": "json_object"}, "max_tokens": 5}, r"\{.*"),
+    ("/v1/chat/completions", {"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+    ("/v1/completions", {"structured_outputs": {"regex": "[0-9]{3}-[a-z]{2}"}}, "[0-9]{3}-[a-z]{2}"),
+    ("/v1/completions", {"guided_json": {"enum": [1, "a"]}}, '1|"a"'),
+    ("/v1/completions", {"guided_grammar": 'root ::= "x" [yz]'}, "x[yz]"),
+    ("/generate", {"parameters": {"grammar": {"type": "regex", "value": "b+c"}, "logit_bias": {}}}, "b+c?"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "pattern"), FORMS)
+def test_forms_of_answers(web: httpx.Client, path: str, fields: dict[str, Any], pattern: str) -> None:
+    chat = {"messages": [{"role": "user", "content": QUESTION}]}
+    body = {**(chat if "chat" in path else {"prompt": QUESTION}), **fields}
+    answer = web.post(path, json=body).json()
+    choice = answer["choices"][0] if "choices" in answer else {"text": answer["response"]}
+    text = choice.get("text", choice.get("message", {}).get("content"))
+    assert re.fullmatch(pattern, text), text
+
+
+def test_a_bad_grammar_is_told_before_anything_is_streamed(web: httpx.Client) -> None:
+    schema = {"type": "object", "not": {"required": ["a"]}}
+    form = {"type": "json_schema", "json_schema": {"name": "bad", "schema": schema}}
+    body = {"messages": [{"role": "user", "content": "a"}], "response_format": form}
+    for stream in (False, True):
+        response = web.post("/v1/chat/completions", json={**body, "stream": stream})
+        assert response.status_code == 400
+        assert 'Unimplemented keys: ["not"]' in response.json()["error"]["message"]
 
 
 def test_the_metrics_know_of_speculation(web: httpx.Client) -> None:

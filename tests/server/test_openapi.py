@@ -27,9 +27,11 @@ from tests.server.conftest import Running, launch
 NUM_EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "12"))
 BEYOND_SCHEMAS = re.compile(
     "best_of must equal n|max_tokens and max_(new|completion)_tokens|top_logprobs needs|echo and logprobs"
+    "|ask for one form of answer|grammar of kind (json|structural_tag): the value|seed must be a 64-bit integer"
     r"|min_tokens \(\d+\) must not exceed|must be between 0 and \d+$|context|are too many: this server queues"
 )
-"""The description cannot say what fields have to do with each other, nor what the model has to do with them."""
+"""The description cannot say what fields have to do with each other, nor what the model has to do with them, nor that a
+text is JSON; and what it says of 64-bit integers, a client may round."""
 load_all_checks()
 ACCEPTS = CHECKS.get_one("positive_data_acceptance")
 
