@@ -71,7 +71,7 @@ def score(model: Llama, tokens: list[int], start: int) -> tuple[Tensor, Tensor]:
     config, n, device = model.config, len(tokens), model.device
     pages = -(-n // PAGE)
     cache = KVCache.zeros(config.kv_shape, pages, PAGE, model.dtype, device)
-    attention = TorchAttention(cache, config.num_heads, config.rms_norm_eps, model.rope)
+    attention = TorchAttention(cache, model.heads)
     chain = Group(
         start=0,
         stop=n,

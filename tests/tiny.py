@@ -35,6 +35,7 @@ def model_config(**changes: Any) -> ModelConfig:
         "head_dim": 16,
         "rms_norm_eps": 1e-5,
         "ropes": (Rope(10.0, 16),) * 2,
+        "windows": (None,) * 2,
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
     }

@@ -6,10 +6,32 @@ and to its ancestors in the row's tree (itself included).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and signed sin of every position, [positions, 1, head_dim] each; the first half of sin is negated."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Heads:
+    """What attention has to know of a model beside its cache."""
+
+    num_heads: int
+    """Of queries."""
+    eps: float
+    """Of the norms of queries and keys, where there are such."""
+    ropes: Mapping[int, Rotation]
+    """By layer of the cache, how queries and keys are turned."""
+    windows: Mapping[int, int] = field(default_factory=dict)
+    """By layer of the cache, how many tokens back it looks, itself included; the others look to the beginning."""
+    scale: float | None = None
+    """What products of queries and keys are multiplied with; None is head_dim ** -0.5."""
+    softcap: float | None = None
+    """Scores s become softcap · tanh(s / softcap) (Gemma 2)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyheads.attention.base import Group
+from manyheads.attention.base import Group, Heads
 from manyheads.kv_cache import KVCache, Plane
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """What rows see of their caches through a window, or to the beginning: L slots each."""
+
+    pages: Tensor  # [R · L / page size] int64
+    span: tuple[int, int] | None  # the slots of a single row whose pages lie side by side
+    mask: Tensor | None  # [R, 1, n · query heads per kv head, L], 0 or -inf; None where all is visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,14 +31,14 @@ class _Part:
     num_rows: int
     num_tokens: int  # n
     place: Tensor | None  # [stop - start] int64, into the R · n; None where every row has n tokens
-    pages: Tensor  # [R · L / page size] int64
-    span: tuple[int, int] | None  # the slots of a single row whose pages lie side by side
-    mask: Tensor | None  # [R, 1, n · query heads per kv head, L], 0 or -inf; None where all is visible
+    views: dict[int | None, _View]  # by window
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, its statistics in float32 (Zhang and Sennrich 2019)."""
+    """RMSNorm over the last dimension, its statistics in float32 (Zhang and Sennrich 2019); rounded once."""
     if x.dtype != torch.float32:
+        if weight.dtype != x.dtype:
+            return rms_norm(x.float(), weight.float(), eps).to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, eps)
     # F.rms_norm on a CPU is a dozen operations, which for few rows costs twice as much
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -43,24 +52,24 @@ class TorchAttention:
 
     Args:
         cache: of all layers.
-        num_heads: of queries.
-        eps: of the norms of queries and keys, where there are such.
-        rope: cos and signed sin, [positions, 1, head_dim].
+        heads: of the model.
     """
 
-    def __init__(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> None:
-        self.cache, self.rope = cache, rope
+    def __init__(self, cache: KVCache, heads: Heads) -> None:
+        self.cache, self.heads = cache, heads
         self.page_size, self.num_kv_heads, self.head_dim = cache.data.shape[3:]
-        self.num_heads, self.eps = num_heads, eps
-        self.queries_per_kv = num_heads // self.num_kv_heads
+        self.num_heads, self.queries_per_kv = heads.num_heads, heads.num_heads // self.num_kv_heads
         self._layers = cache.layers()
+        self._dtype = next(iter(heads.ropes.values()))[0].dtype
         self._parts: list[_Part] = []
-        self._slots = torch.empty(0, dtype=torch.int64, device=cache.device)
-        self._cos, self._sin = rope
+        self._slots = self._positions = torch.empty(0, dtype=torch.int64, device=cache.device)
+        self._ropes = {id(rope): rope for rope in heads.ropes.values()}  # most models have one for all layers
+        self._windows = [heads.windows.get(layer) for layer in heads.ropes]
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}  # of each, cos and sin of the step's tokens: [T, 1, d]
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
-        self._slots = slots
-        self._cos, self._sin = self.rope[0][positions], self.rope[1][positions]  # [T, 1, d]
+        self._positions, self._slots = positions, slots
+        self._turns = {key: (cos[positions], sin[positions]) for key, (cos, sin) in self._ropes.items()}
         self._parts = [part for group in groups for part in self._split(group)]
 
     def _split(self, group: Group) -> list[_Part]:
@@ -87,11 +96,9 @@ class TorchAttention:
         counts = [stop - start for start, stop in pairwise(starts)]
         num_rows, tokens = len(counts), max(counts)
         longest = max(length + count for length, count in zip(lengths, counts, strict=True))
-        num_pages = -(-longest // self.page_size)
-        pages = group.page_table[rows, :num_pages].reshape(-1)
-        device = pages.device
         start, stop = group.start + starts[0], group.start + starts[-1]
         bits = group.bits[starts[0] : starts[-1]]
+        device = bits.device
         place = None
         if min(counts) < tokens:
             place = torch.tensor(
@@ -102,29 +109,74 @@ class TorchAttention:
         order = torch.arange(tokens, device=device)
         # [R, n, n]
         branches = (order[:, None] >= order)[None] if group.is_chain else (bits[..., None] >> order) & 1 != 0
+        views: dict[int | None, _View] = {}
+        for window in self._windows:
+            if window in views:
+                continue
+            if window is None or window >= longest:  # tokens stand no further apart than slots
+                whole = views.get(None) or self._view(group, rows, min(lengths), longest, branches)
+                views[None] = views[window] = whole
+            else:
+                at = self._positions[start:stop]
+                if place is not None:
+                    at = at.new_zeros(num_rows * tokens).index_copy_(0, place, at)
+                depth = at.view(num_rows, tokens) - group.cached_len[rows, None]
+                views[window] = self._view(group, rows, min(lengths), longest, branches, depth, window)
+        return _Part(start, stop, num_rows, tokens, place, views)
+
+    def _view(
+        self,
+        group: Group,
+        rows: slice,
+        shortest: int,
+        longest: int,
+        branches: Tensor,
+        depth: Tensor | None = None,
+        window: int = 0,
+    ) -> _View:
+        """What rows see.
+
+        Args:
+            shortest: of their caches' lengths,
+            longest: of these and their tokens.
+            branches: [R or 1, n, n] bool, which of a row's tokens a token sees.
+            depth: [R, n] int64, how far its tokens stand behind its cache; only with a window.
+            window: how far back a token sees, itself included; 0: to the beginning.
+        """
+        num_rows, tokens = rows.stop - rows.start, branches.shape[1]
+        low = max(0, shortest + 1 - window) if window else 0  # nobody sees what stands before
+        skip, num_pages = low // self.page_size, -(-longest // self.page_size)
+        pages = group.page_table[rows, skip:num_pages].reshape(-1)
+        device, span = pages.device, None
         if num_rows == 1:
             first = int(pages[0])
-            if torch.equal(pages, torch.arange(first, first + num_pages, device=device)):
+            if torch.equal(pages, torch.arange(first, first + num_pages - skip, device=device)):
                 # nothing is padded: the prefix is visible, and behind it stand the tokens
-                mask = None
-                if tokens > 1:
-                    mask = F.pad(self._mask(~branches), (longest - tokens, 0))
-                span = (first * self.page_size, first * self.page_size + longest)
-                return _Part(start, stop, 1, tokens, place, pages, span, mask)
+                begin = (first - skip) * self.page_size
+                span = (begin + low, begin + longest)
+                if tokens == 1:
+                    return _View(pages, span, None)
+                if not window:
+                    return _View(pages, span, F.pad(self._mask(~branches), (longest - tokens, 0)))
         # position of each slot relative to the first in-flight token: [R, 1, L]
-        slots = torch.arange(num_pages * self.page_size, device=device)
+        slots = torch.arange(skip * self.page_size, num_pages * self.page_size, device=device)
+        if span is not None:
+            slots = torch.arange(low, longest, device=device)
         relative = (slots - group.cached_len[rows, None])[:, None]
+        at = relative.clamp(0, tokens - 1)
         if tokens == 1:
             hidden = relative > 0
         else:
-            at = relative.clamp(0, tokens - 1).expand(-1, tokens, -1)
-            seen = branches.expand(num_rows, -1, -1).gather(2, at) & (relative < tokens)
+            seen = branches.expand(num_rows, -1, -1).gather(2, at.expand(-1, tokens, -1)) & (relative < tokens)
             hidden = ~(seen | (relative < 0))
-        return _Part(start, stop, num_rows, tokens, place, pages, None, self._mask(hidden))
+        if depth is not None:
+            at_depth = torch.where(relative < 0, relative, depth[:, None].gather(2, at))
+            hidden = hidden | (depth[..., None] - at_depth >= window)
+        return _View(pages, span, self._mask(hidden))
 
     def _mask(self, hidden: Tensor) -> Tensor:
         """[R, n, L] bool to what is added to scores, for all query heads of a K/V head."""
-        mask = torch.zeros(hidden.shape, dtype=self._cos.dtype, device=hidden.device)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
         return mask.masked_fill_(hidden, float("-inf")).repeat_interleave(self.queries_per_kv, dim=1)[:, None]
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
@@ -137,10 +189,11 @@ class TorchAttention:
         qk = qkv[:, :num_rotated]
         if q_norm is not None and k_norm is not None:
             q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-            q, k = (rms_norm(x, w, self.eps) for x, w in ((q, q_norm), (k, k_norm)))
+            q, k = (rms_norm(x, w, self.heads.eps) for x, w in ((q, q_norm), (k, k_norm)))
             qk = torch.cat((q, k), dim=1)
         # sin is signed: x · cos + rotate_half(x) · sin, without the negation
-        qk = torch.addcmul(qk * self._cos, qk.roll(self.head_dim // 2, dims=-1), self._sin)
+        cos, sin = self._turns[id(self.heads.ropes[layer])]
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)
         keys, values = self._layers[layer]
         keys.write(self._slots, qk[:, self.num_heads :])
         values.write(self._slots, qkv[:, num_rotated:])
@@ -149,9 +202,10 @@ class TorchAttention:
 
     def _attend(self, layer: int, part: _Part, qk: Tensor) -> Tensor:
         rows, tokens, kv_heads, dim = part.num_rows, part.num_tokens, self.num_kv_heads, self.head_dim
+        view = part.views[self.heads.windows.get(layer)]
 
         def read(plane: Plane) -> Tensor:
-            found = plane.pages(part.pages, qk.dtype) if part.span is None else plane.span(*part.span, qk.dtype)
+            found = plane.pages(view.pages, qk.dtype) if view.span is None else plane.span(*view.span, qk.dtype)
             return found.view(rows, -1, kv_heads, dim).transpose(1, 2)
 
         keys, values = (read(plane) for plane in self._layers[layer])
@@ -161,7 +215,20 @@ class TorchAttention:
             queries = padded.index_copy_(0, part.place, queries)
         queries = queries.reshape(rows, tokens, kv_heads, self.queries_per_kv, dim).transpose(1, 2)
         queries = queries.reshape(rows, kv_heads, tokens * self.queries_per_kv, dim)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=part.mask)
+        if self.heads.softcap is None:
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=view.mask, scale=self.heads.scale)
+        else:
+            out = self._attend_capped(queries, keys, values, view.mask, self.heads.softcap)
         out = out.view(rows, kv_heads, tokens, self.queries_per_kv, dim).transpose(1, 2)
         out = out.reshape(rows * tokens, self.num_heads * dim)
         return out if part.place is None else out.index_select(0, part.place)
+
+    def _attend_capped(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softcap: float
+    ) -> Tensor:
+        """scaled_dot_product_attention with scores that are capped before the mask."""
+        scale = self.head_dim**-0.5 if self.heads.scale is None else self.heads.scale
+        scores = (queries @ keys.transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap)
+        if mask is not None:
+            scores += mask
+        return scores.softmax(-1, dtype=torch.float32).to(queries.dtype) @ values

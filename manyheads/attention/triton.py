@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import Group
+from manyheads.attention.base import Group, Heads
+from manyheads.config import ConfigError
 from manyheads.kernels.attention import choose_splits, tile_sizes, tree_attention
 from manyheads.kernels.fused import rope_store
 from manyheads.kv_cache import KVCache
@@ -17,31 +18,38 @@ class TritonAttention:
     Args: as `TorchAttention`'s.
     """
 
-    def __init__(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> None:
-        self.cache, self.rope, self.device = cache, rope, cache.device
-        self.num_heads, self.num_kv_heads, self.eps = num_heads, cache.data.shape[4], eps
+    def __init__(self, cache: KVCache, heads: Heads) -> None:
+        self.cache, self.heads, self.device = cache, heads, cache.device
+        self.num_heads, self.num_kv_heads = heads.num_heads, cache.data.shape[4]
+        head_dim = cache.data.shape[5]
+        if head_dim < 16 or head_dim & (head_dim - 1):
+            raise ConfigError(f"head_dim {head_dim} is not supported on a GPU, only powers of two from 16 on")
         self._layers = cache.layers()
         on_gpu = self.device.type == "cuda"  # else Triton's interpreter
         self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
-        self._calls: list[tuple[Group, int]] = []
+        self._calls: dict[int, list[tuple[Group, int]]] = {}  # by window; 0 is none
         self._positions = self._slots = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         self._positions, self._slots = positions, slots
-        self._calls = [(group, self._num_splits(group)) for group in groups]
+        windows = {self.heads.windows.get(layer, 0) for layer in self.heads.ropes}
+        self._calls = {window: [(group, self._num_splits(group, window)) for group in groups] for window in windows}
 
-    def _num_splits(self, group: Group) -> int:
-        """Programs that share a row's prefix."""
+    def _num_splits(self, group: Group, window: int) -> int:
+        """Programs that share a row's prefix, or what is seen of it through a window."""
         tokens, per_kv = group.stop - group.start, self.num_heads // self.num_kv_heads
         block_m, _ = tile_sizes(group.max_tokens, -(-tokens // group.num_rows), per_kv)
         tiles = max(group.num_rows, -(-tokens * per_kv // block_m))  # about as many hold queries
         longest = group.max_cached_len + group.max_tokens
+        if window:
+            longest = min(longest, window + group.max_tokens)
         quantized = self._layers[0][0].scale is not None
         return choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms, quantized)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         keys, values = self._layers[layer]
-        cos, sin = self.rope
+        cos, sin = self.heads.ropes[layer]
+        window = self.heads.windows.get(layer, 0)
         q = rope_store(
             qkv,
             cos,
@@ -53,12 +61,12 @@ class TritonAttention:
             self.num_heads,
             q_norm,
             k_norm,
-            self.eps,
+            self.heads.eps,
             keys.scale,
             values.scale,
         )
         out = torch.empty_like(q)
-        for group, num_splits in self._calls:
+        for group, num_splits in self._calls[window]:
             tokens = slice(group.start, group.stop)
             tree_attention(
                 q[tokens],
@@ -70,6 +78,10 @@ class TritonAttention:
                 group.bits,
                 max_nodes=group.max_tokens,
                 num_splits=num_splits,
+                scale=self.heads.scale,
+                softcap=self.heads.softcap,
+                window=window,
+                positions=self._positions[tokens],
                 k_scale=keys.scale,
                 v_scale=values.scale,
                 out=out[tokens],

@@ -21,7 +21,7 @@ from manyheads.kv_cache import CODES
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
 from manyheads.models.parallel import ALONE, Ranks
-from manyheads.models.registry import read_config
+from manyheads.models.registry import read_config, shared
 from manyheads.ops import ops_for, shortfalls
 from manyheads.quantization.base import Scheme
 from manyheads.quantization.formats import read_format
@@ -66,7 +66,7 @@ class Blueprint:
         there = limit(config, device)
         model_folder, heads_folder = split_model(config.model, config.heads)
         model = read_config(model_folder)
-        part = model.shared(config.tensor_parallel_size)
+        part = shared(model, config.tensor_parallel_size)
         source = find_drafter(config, heads_folder, part)
         shape = _shape(config, part, source, device, _scheme(config, model_folder))
         _announce(config, shape, progress)

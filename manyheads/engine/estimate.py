@@ -129,8 +129,8 @@ class Shape:
             drafter.row_state,
         )
         state.count_tokens()
-        rope = 2 * (model.max_position_embeddings + POSITION_MARGIN) * model.head_dim * self.dtype.itemsize
-        return state.nbytes + rope
+        table = 2 * (model.max_position_embeddings + POSITION_MARGIN) * model.head_dim * self.dtype.itemsize
+        return state.nbytes + len(set(model.ropes)) * table
 
     def _scratch(self) -> int:
         tokens = self.max_num_batched_tokens + self.num_drawn
@@ -141,7 +141,10 @@ class Shape:
             return scratch + self.ops.library_bytes
         # masks: of every query head of a K/V head, before they are repeated, and as the bits they are made of
         queries = self.model.num_heads // self.model.num_kv_heads
-        return scratch + tokens * self.max_model_len * ((queries + 1) * self.dtype.itemsize + 3)
+        masks = len(set(self.model.windows)) * ((queries + 1) * self.dtype.itemsize + 3)
+        # scores that are capped are all there at once, and once more as weights in float32
+        scores = self.model.num_heads * 8 if self.model.attention_softcap is not None else 0
+        return scratch + tokens * self.max_model_len * (masks + scores)
 
     def _activations(self, tokens: int) -> int:
         """A layer's: residual, norm and a product in two float32 parts; q, k, v rotated, attended; gate, up, both."""

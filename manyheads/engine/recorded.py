@@ -201,7 +201,7 @@ class RecordedSteps:
         def forward() -> tuple[Trees, Hidden, Tensor, Tensor]:
             trees, brought = run.expand(rows)
             hidden = run.forward(None, brought)
-            logits = run.model.lm_head(hidden.last)
+            logits = run.model.project(hidden.last)
             return trees, hidden, logits, run.ops.argmax(logits)
 
         with self.recorder.aside():

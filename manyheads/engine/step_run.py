@@ -86,8 +86,7 @@ class StepRun:
 
     def __init__(self, model: Llama, drafter: Drafter | None, ops: Ops, state: RowState, cache: KVCache) -> None:
         self.model, self.drafter, self.ops, self.state, self.cache = model, drafter, ops, state, cache
-        config = model.config
-        self.attention = ops.attention(cache, config.num_heads, config.rms_norm_eps, model.rope)
+        self.attention = ops.attention(cache, model.heads)
         self.base_layers: tuple[int, ...] = ()
         """Layers whose inputs the drafter reads."""
         if drafter is not None:

@@ -112,6 +112,10 @@ def tree_attention(
     *,
     max_nodes: int,
     num_splits: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int = 0,
+    positions: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     out: Tensor | None = None,
@@ -132,6 +136,11 @@ def tree_attention(
         max_nodes: tokens of the longest row, or more. Programs past a row's nodes end at once, but are started: rows of
             very different lengths are better given to two calls.
         num_splits: programs that share a row's positions; above 1, their results meet in scratch.
+        scale: of the products of queries and keys; None is d ** -0.5.
+        softcap: scores s become softcap · tanh(s / softcap).
+        window: so many positions back a token sees, its own included; 0: to the beginning. Pages that nobody sees are
+            not read, whatever the table says.
+        positions: [T] int64, only needed with a window: where tokens stand in their texts, at cached_len and behind.
         k_scale, v_scale: [pages, page size, KV] float32, any strides; both or neither: the cache is of codes, to be
             multiplied with these (`kv_cache`).
         out: [T, H, d], written to and returned.
@@ -172,9 +181,13 @@ def tree_attention(
         mask,
         q if k_scale is None else k_scale,  # without codes they are never read
         q if v_scale is None else v_scale,
+        row_start if positions is None else positions,  # nor this without a window
         num_tokens,
         num_splits,
-        head_dim**-0.5 * _LOG2_E,
+        # scores are powers of 2; of those that are capped, the kernel takes what tanh is of, and gives the power
+        (head_dim**-0.5 if scale is None else scale) * (_LOG2_E if softcap is None else 2 * _LOG2_E / softcap),
+        0.0 if softcap is None else softcap * _LOG2_E,
+        window,
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -196,6 +209,8 @@ def tree_attention(
         BLOCK_N=block_n,
         SPLIT=split,
         QUANTIZED=k_scale is not None,
+        CAPPED=softcap is not None,
+        WINDOWED=window > 0,
         MAX_TREE=MAX_TREE_NODES,
         IN_REGISTERS=q.device.type == "cuda",
         num_warps=num_warps,
@@ -249,6 +264,11 @@ def _attend_block(
     acc,
     acc_odd,
     scale,
+    cap,
+    at,
+    at_base,
+    window,
+    lowest,
     stride_k_page,
     stride_k_slot,
     stride_v_page,
@@ -262,20 +282,24 @@ def _attend_block(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     QUANTIZED: tl.constexpr,
-    IN_FLIGHT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
-    """Online softmax over one block of positions; all of them are visible unless IN_FLIGHT.
+    """Online softmax over one block of positions; all of them are visible unless MASKED.
 
-    q [M, d]; page, pos [N]; node, mask, m, denom [M]; acc [M, d], or of codes acc and acc_odd [M, d / 2].
+    q [M, d]; page, pos [N]; node, at, mask, m, denom [M]; acc [M, d], or of codes acc and acc_odd [M, d / 2].
     """
     dim = tl.arange(0, HEAD_DIM)
     value = tl.arange(0, HEAD_DIM // 2) if QUANTIZED else dim
     slot = pos.to(tl.uint32) % PAGE_SIZE
     page = page.to(tl.int64)  # page id · stride passes 2^31 elements in a cache of a few gigabytes
-    if IN_FLIGHT:
+    if MASKED:
         # slots past the end are some other step's leftovers, perhaps NaN, and 0 · NaN is NaN: they must not be loaded
         inside = pos < end
+        if WINDOWED:
+            inside &= pos >= lowest
         k_at = k_base + (page * stride_k_page + slot * stride_k_slot)[:, None] + dim[None, :]
         v_at = v_base + (page * stride_v_page + slot * stride_v_slot)[:, None] + value[None, :]
         k = tl.load(k_at, mask=inside[:, None], other=0.0)
@@ -288,7 +312,7 @@ def _attend_block(
         k = _widened(k, IN_REGISTERS).to(q.dtype)
         k_scale_at = k_scale_base + page * stride_k_scale_page + slot * stride_k_scale_slot
         v_scale_at = v_scale_base + page * stride_v_scale_page + slot * stride_v_scale_slot
-        if IN_FLIGHT:
+        if MASKED:
             k_scale = tl.load(k_scale_at, mask=inside, other=0.0)
             v_scale = tl.load(v_scale_at, mask=inside, other=0.0)
         else:
@@ -297,17 +321,25 @@ def _attend_block(
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if QUANTIZED:
         scores *= k_scale[None, :]
-    if IN_FLIGHT:
+    if CAPPED:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends; the scale holds 2 / softcap and log2(e)
+        scores = cap - 2 * cap / (tl.exp2(scores) + 1)
+    if MASKED:
         other = pos - cached  # node at this position; negative in the prefix
         # a shift by less than 0 or more than 63 is undefined; an arithmetic shift of bit 63 copies it, so keep one bit
         bit = tl.minimum(tl.maximum(other, 0), 63).to(tl.int64)
         branch = ((mask[:, None] >> bit[None, :]) & 1) != 0
         chain = (mask == 0)[:, None] & (other[None, :] <= node[:, None])
         visible = ((other < 0)[None, :] | branch | chain) & inside[None, :]
+        if WINDOWED:
+            # a node of a tree stands where its depth says, and its slot behind those of other branches
+            place = tl.load(at_base + tl.maximum(other, 0), mask=inside & (other >= 0), other=0).to(tl.int32)
+            place = tl.where(other < 0, pos, place)
+            visible &= at[:, None] - place[None, :] < window
         scores = tl.where(visible, scores, float("-inf"))
     m_new = tl.maximum(m, tl.max(scores, 1))
     # a query that has seen nothing yet has the maximum -inf, and -inf - -inf is NaN
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if IN_FLIGHT else m_new
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
     p = tl.exp2(scores - shift[:, None])
     alpha = tl.exp2(m - shift)
     denom = denom * alpha + tl.sum(p, 1)
@@ -348,7 +380,7 @@ def _halves(pair, dtype: tl.constexpr, IN_REGISTERS: tl.constexpr):
 # Values that change from step to step must not be specialized on, or serving would stop to compile.
 @triton.jit(
     do_not_specialize=["num_tokens", "num_splits"],
-    do_not_specialize_on_alignment=["row_start", "cached_len", "page_table", "token_mask"],
+    do_not_specialize_on_alignment=["row_start", "cached_len", "page_table", "token_mask", "position_ptr"],
 )
 def _attend_kernel(
     q_ptr,
@@ -362,9 +394,12 @@ def _attend_kernel(
     token_mask,
     k_scale_ptr,
     v_scale_ptr,
+    position_ptr,
     num_tokens,
     num_splits,
     scale,
+    cap,
+    window,
     stride_q_token,
     stride_q_head,
     stride_out_token,
@@ -390,6 +425,8 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
     MAX_TREE: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -430,13 +467,28 @@ def _attend_kernel(
     seen_by_all = cached + tl.where(is_chain, first_node + 1, 0)
     end = cached + tl.where(is_chain, last_node + 1, num_nodes)
 
-    # Shares are whole blocks, so that blocks of one split never overlap the next one's. A late share may be empty.
+    # of a window, what nobody sees any more, and what all see still; a chain's later nodes see less of the beginning
     unit: tl.constexpr = max(BLOCK_N, MIN_SHARE)
-    share = tl.cdiv(tl.cdiv(end, num_splits), unit) * unit
-    low = tl.minimum(split * share, end)
+    lowest = 0
+    seen_from = 0
+    all_from = 0
+    at = node
+    at_base = position_ptr + first_token
+    if WINDOWED:
+        at = tl.load(position_ptr + token, mask=real, other=0).to(tl.int32)
+        lowest = tl.maximum(tl.min(tl.where(real, at, end), 0) + 1 - window, 0)
+        seen_from = lowest // unit * unit
+        all_from = tl.maximum(tl.max(at, 0) + 1 - window, 0)
+
+    # Shares are whole blocks, so that blocks of one split never overlap the next one's. A late share may be empty.
+    share = tl.cdiv(tl.cdiv(end - seen_from, num_splits), unit) * unit
+    low = tl.minimum(seen_from + split * share, end)
     high = tl.minimum(low + share, end)
-    # whole blocks that need no mask; the few behind them do
-    unmasked = tl.maximum(tl.minimum(seen_by_all, high) // BLOCK_N * BLOCK_N, low)
+    # whole blocks that need no mask; the few before and behind them do
+    begun = low
+    if WINDOWED:
+        begun = tl.minimum(tl.maximum(tl.cdiv(all_from, BLOCK_N) * BLOCK_N, low), high)
+    unmasked = tl.maximum(tl.minimum(seen_by_all, high) // BLOCK_N * BLOCK_N, begun)
 
     k_base = k_ptr + kv_head * stride_k_head
     v_base = v_ptr + kv_head * stride_v_head
@@ -458,22 +510,35 @@ def _attend_kernel(
     # A block's pages are looked up a block ahead: K and V whose addresses come from the same iteration would be copied
     # after its arithmetic, and overlap none.
     page = tl.load(table + tl.minimum(low + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
-    for start in range(low, unmasked, BLOCK_N):
+    if WINDOWED:
+        for start in range(low, begun, BLOCK_N):
+            next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
+            m, denom, acc, acc_odd = _attend_block(
+                q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale, cap,
+                at, at_base, window, lowest, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
+                k_scale_base, v_scale_base, stride_k_scale_page, stride_k_scale_slot,
+                stride_v_scale_page, stride_v_scale_slot,
+                PAGE_SIZE, HEAD_DIM, QUANTIZED, CAPPED, True, True, IN_REGISTERS,
+            )  # fmt: skip
+            page = next_page
+    for start in range(begun, unmasked, BLOCK_N):
         next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
         m, denom, acc, acc_odd = _attend_block(
-            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale,
-            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
-            stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
-            PAGE_SIZE, HEAD_DIM, QUANTIZED, False, IN_REGISTERS,
+            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale, cap,
+            at, at_base, window, lowest, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
+            k_scale_base, v_scale_base, stride_k_scale_page, stride_k_scale_slot,
+            stride_v_scale_page, stride_v_scale_slot,
+            PAGE_SIZE, HEAD_DIM, QUANTIZED, CAPPED, False, False, IN_REGISTERS,
         )  # fmt: skip
         page = next_page
     for start in range(unmasked, high, BLOCK_N):
         next_page = tl.load(table + tl.minimum(start + BLOCK_N + offset, end - 1).to(tl.uint32) // PAGE_SIZE)
         m, denom, acc, acc_odd = _attend_block(
-            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale,
-            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, k_scale_base, v_scale_base,
-            stride_k_scale_page, stride_k_scale_slot, stride_v_scale_page, stride_v_scale_slot,
-            PAGE_SIZE, HEAD_DIM, QUANTIZED, True, IN_REGISTERS,
+            q, k_base, v_base, page, start + offset, node, mask, cached, end, m, denom, acc, acc_odd, scale, cap,
+            at, at_base, window, lowest, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
+            k_scale_base, v_scale_base, stride_k_scale_page, stride_k_scale_slot,
+            stride_v_scale_page, stride_v_scale_slot,
+            PAGE_SIZE, HEAD_DIM, QUANTIZED, CAPPED, True, WINDOWED, IN_REGISTERS,
         )  # fmt: skip
         page = next_page
 

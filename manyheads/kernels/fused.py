@@ -34,12 +34,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     """
     if out is None:
         out = torch.empty_like(x)
-    _launch_norm(x, x, weight, eps, out, add=False)
+    _launch_norm(x, x, weight, None, eps, out)
     return out
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: CodedScheme | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    scheme: CodedScheme | None = None,
+    multiplier: float = 1.0,
 ) -> Tensor | QuantizedRows:
     """Adds x to the residual in place, rounded to its dtype, and norms the sum.
 
@@ -48,32 +53,69 @@ def add_rms_norm(
         residual: [T, D]
         weight: [D]
         scheme: that of the weight that is multiplied next, if it takes `QuantizedRows`.
+        multiplier: of x.
 
     Returns:
         [T, D], the norm of the new residual.
     """
     out = torch.empty_like(residual) if scheme is None else empty_rows(residual, residual.shape[1], scheme)
-    _launch_norm(x, residual, weight, eps, out, add=True)
+    _launch_norm(x, residual, weight, None, eps, out, add=True, multiplier=multiplier)
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / deviation · weight + bias, of [T, D] and [D], D up to 16384."""
+    out = torch.empty_like(x)
+    _launch_norm(x, x, weight, bias, eps, out, centered=True)
+    return out
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    scheme: CodedScheme | None = None,
+    multiplier: float = 1.0,
+) -> Tensor | QuantizedRows:
+    """`add_rms_norm` by a layer norm, with or without a bias [D]."""
+    out = torch.empty_like(residual) if scheme is None else empty_rows(residual, residual.shape[1], scheme)
+    _launch_norm(x, residual, weight, bias, eps, out, add=True, centered=True, multiplier=multiplier)
     return out
 
 
 def _launch_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | QuantizedRows, add: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor | QuantizedRows,
+    *,
+    add: bool = False,
+    centered: bool = False,
+    multiplier: float = 1.0,
 ) -> None:
     rows, dim = residual.shape
     block = triton.next_power_of_2(dim)
     pointers, constants = where_to(out)
-    _rms_norm_kernel[(rows,)](
+    _norm_kernel[(rows,)](
         x,
         residual,
         weight,
+        weight if bias is None else bias,  # without one it is never read
         **pointers,
         eps=eps,
+        multiplier=multiplier,
         dim=dim,
         stride_part=x.stride(0),
         BLOCK=block,
         PARTS=x.shape[0] if x.ndim == 3 else 1,
         ADD=add,
+        MULTIPLY=multiplier != 1.0,
+        CENTERED=centered,
+        HAS_BIAS=bias is not None,
         **constants,
         num_warps=_warps(block),
         **dependent(x.device),
@@ -169,24 +211,40 @@ def silu_mul(gate_up: Tensor, scheme: CodedScheme | None = None) -> Tensor | Qua
     Returns:
         [T, I]
     """
-    rows, width = gate_up.shape
-    dim = width // 2
+    return _activated(gate_up, scheme, gated=True, gelu=False)
+
+
+def gelu_mul(gate_up: Tensor, scheme: CodedScheme | None = None) -> Tensor | QuantizedRows:
+    """gelu(gate) · up, by its approximation with tanh; arguments as `silu_mul`'s."""
+    return _activated(gate_up, scheme, gated=True, gelu=True)
+
+
+def gelu(x: Tensor, scheme: CodedScheme | None = None) -> Tensor | QuantizedRows:
+    """gelu(x) of [T, I], by its approximation with tanh; the scheme as `silu_mul` has it."""
+    return _activated(x, scheme, gated=False, gelu=True)
+
+
+def _activated(x: Tensor, scheme: CodedScheme | None, *, gated: bool, gelu: bool) -> Tensor | QuantizedRows:
+    rows, width = x.shape
+    dim = width // 2 if gated else width
     if scheme is None:
-        out: Tensor | QuantizedRows = torch.empty((rows, dim), dtype=gate_up.dtype, device=gate_up.device)
+        out: Tensor | QuantizedRows = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
         block, warps = _BLOCK, 4
     else:  # whole rows, for their largest values
-        out = empty_rows(gate_up, dim, scheme)
+        out = empty_rows(x, dim, scheme)
         block = triton.next_power_of_2(dim)
         warps = _warps(block)
     pointers, constants = where_to(out)
-    _silu_mul_kernel[(rows, -(-dim // block))](
-        gate_up,
+    _activate_kernel[(rows, -(-dim // block))](
+        x,
         **pointers,
         dim=dim,
         BLOCK=block,
+        GATED=gated,
+        GELU=gelu,
         **constants,
         num_warps=warps,
-        **dependent(gate_up.device),
+        **dependent(x.device),
     )
     return out
 
@@ -215,19 +273,24 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _rms_norm_kernel(
+def _norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
+    bias_ptr,
     out_ptr,
     scale_ptr,
     sums_ptr,
     eps,
+    multiplier,
     dim,
     stride_part,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     ADD: tl.constexpr,
+    MULTIPLY: tl.constexpr,
+    CENTERED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     QUANTIZE: tl.constexpr,
     FP8: tl.constexpr,
     SUMS: tl.constexpr,
@@ -245,13 +308,21 @@ def _rms_norm_kernel(
             x += tl.load(x_ptr + part * stride_part + row + column, mask=inside, other=0.0)
         residual = tl.load(residual_ptr + row + column, mask=inside, other=0.0)
         x = x.to(residual.dtype)  # what a product that is not in parts would have given
+        wide = x.to(tl.float32)
+        if MULTIPLY:
+            wide *= multiplier
         # rounded before the norm, which must see what the next layer will add to
-        x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
+        x = (residual.to(tl.float32) + wide).to(x.dtype)
         tl.store(residual_ptr + row + column, x, mask=inside)
     wide = x.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        wide = tl.where(inside, wide - tl.sum(wide, 0) / dim, 0.0)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
-    out = (wide * scale * weight).to(x.dtype)
+    normed = wide * scale * weight
+    if HAS_BIAS:
+        normed += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    out = normed.to(x.dtype)
     store_row(out, out_ptr, scale_ptr, sums_ptr, index, dim, QUANTIZE, FP8, SUMS, BLOCK)
 
 
@@ -359,13 +430,22 @@ def _silu(x):
 
 
 @triton.jit
-def _silu_mul_kernel(
-    gate_up_ptr,
+def _gelu(x):
+    """0.5 x (1 + tanh(u)) = x · sigmoid(2 u)."""
+    twice = 1.5957691216057308 * (x + 0.044715 * x * x * x)  # 2 · sqrt(2 / pi)
+    return x / (1.0 + tl.exp(-twice))
+
+
+@triton.jit
+def _activate_kernel(
+    x_ptr,
     out_ptr,
     scale_ptr,
     sums_ptr,
     dim,
     BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
     QUANTIZE: tl.constexpr,
     FP8: tl.constexpr,
     SUMS: tl.constexpr,
@@ -376,9 +456,12 @@ def _silu_mul_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < dim
-    gate = tl.load(gate_up_ptr + row * 2 * dim + column, mask=inside, other=0.0)
-    up = tl.load(gate_up_ptr + row * 2 * dim + dim + column, mask=inside, other=0.0)
-    result = (_silu(gate.to(tl.float32)) * up.to(tl.float32)).to(gate.dtype)
+    width = 2 * dim if GATED else dim
+    gate = tl.load(x_ptr + row * width + column, mask=inside, other=0.0)
+    active = _gelu(gate.to(tl.float32)) if GELU else _silu(gate.to(tl.float32))
+    if GATED:
+        active *= tl.load(x_ptr + row * width + dim + column, mask=inside, other=0.0).to(tl.float32)
+    result = active.to(gate.dtype)
     if QUANTIZE:
         store_row(result, out_ptr, scale_ptr, sums_ptr, row, dim, QUANTIZE, FP8, SUMS, BLOCK)
     else:

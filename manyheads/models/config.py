@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from manyheads.checkpoint import read_json
 from manyheads.config import ConfigError
 from manyheads.kv_cache import KVShape
 from manyheads.models.keys import Keys
 from manyheads.models.parallel import Share, shared_rows
-from manyheads.models.rope import LongScaling, Rope
+from manyheads.models.rope import LongScaling, Rope, head_order
 from manyheads.models.rope_keys import RopeKeys
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-ACTIVATIONS = {"silu": "silu"}
-"""What a feed-forward part may compute, by its name in config.json."""
+GATED = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+"""What the gate of a feed-forward part may be, by its name in config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +37,42 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
+    norm: str = "rms"
+    """`rms` or `layer`, of hidden states."""
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    """What norms' weights are kept without."""
     activation: str = "silu"
-    """One of `ACTIVATIONS`."""
+    """Of the feed-forward part: `silu` or `gelu` with a gate, or `plain gelu` without one."""
     ropes: tuple[Rope, ...]
     """Of each layer."""
+    interleaved: bool = False
+    """Whether neighbours of a head are turned against each other, and not its first half against the second."""
+    windows: tuple[int | None, ...]
+    """How many tokens back each layer looks, itself included; None: to the beginning."""
+    attention_scale: float | None = None
+    """Of products of queries and keys; None is head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    """Scores s become softcap · tanh(s / softcap); None: they stay."""
     max_position_embeddings: int
-    """Longest sequence; a sliding window smaller than the checkpoint's value caps it."""
+    """Longest sequence."""
     tie_word_embeddings: bool
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    embedding_multiplier: float = 1.0
+    """Of what is looked up,"""
+    residual_multiplier: float = 1.0
+    """of what is added to the residual,"""
+    logits_multiplier: float = 1.0
+    """and of the logits, which a cap may follow."""
+    logits_softcap: float | None = None
+    num_experts: int = 0
+    """Feed-forward parts of a layer, of which a router chooses; 0: there is one, and no router."""
+    experts_per_token: int = 0
+    experts_add_up: bool = False
+    """Whether the chances of those that are chosen are made to add up to 1."""
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     num_ranks: int = 1
@@ -76,6 +102,11 @@ class ModelConfig:
             raise ConfigError(f"layers of a {self.architecture} have rotary embeddings of several kinds")
         return self.ropes[0]
 
+    @property
+    def head_order(self) -> Tensor | None:
+        """In which order numbers of a head are read, [head_dim] int64 (`rope.head_order`); None: as they are."""
+        return head_order(max(rope.dim for rope in self.ropes), self.head_dim, self.interleaved)
+
     @classmethod
     def read(cls, keys: Keys, folder: Path, **own: Any) -> ModelConfig:
         """Read what config.json says that all families say alike, and generation_config.json beside it.
@@ -91,33 +122,37 @@ class ModelConfig:
         num_kv_heads = keys.integer_or("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise keys.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
-        head_dim = keys.integer_or("head_dim", hidden_size // num_heads)
+        head_dim = head_dim_of(keys)
         longest = keys.integer("max_position_embeddings")
         ropes = own.pop("ropes", None) or (rope_keys(keys, head_dim).read(),) * num_layers
         windows = own.pop("windows", None) or _no_windows(keys)
         for rope in ropes:
             if isinstance(rope.scaling, LongScaling):
                 longest = min(longest, rope.scaling.original_max_position_embeddings)
-        # within its window a sliding model is a plain one
-        longest = min([longest, *(window for window in windows if window is not None)])
         return cls(
             architecture=keys.raw["architectures"][0],
             vocab_size=keys.integer("vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=keys.integer("intermediate_size"),
+            intermediate_size=own.pop("intermediate_size", None) or keys.integer("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            activation=own.pop("activation", None) or keys.choice("hidden_act", ACTIVATIONS),
+            activation=own.pop("activation", None) or keys.choice("hidden_act", GATED),
             rms_norm_eps=own.pop("rms_norm_eps", None) or keys.number("rms_norm_eps"),
             ropes=ropes,
+            windows=tuple(None if window is None or window >= longest else window for window in windows),
             max_position_embeddings=longest,
             tie_word_embeddings=keys.flag("tie_word_embeddings"),
             eos_token_ids=_eos_token_ids(keys.raw, folder),
             dtype=_dtype(keys.raw, keys.path),
             **own,
         )
+
+
+def head_dim_of(keys: Keys) -> int:
+    """Numbers of a head."""
+    return keys.integer_or("head_dim", keys.integer("hidden_size") // keys.integer("num_attention_heads"))
 
 
 def rope_keys(keys: Keys, head_dim: int, **own: Any) -> RopeKeys:

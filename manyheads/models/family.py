@@ -27,7 +27,9 @@ class Family:
     """It makes a config of (what config.json says, the checkpoint's folder)."""
     parameters: Callable[[ModelConfig], Parameters] = llama.parameters
     """It says what a checkpoint holds: names, shapes, and which projections are packed into one product."""
-    layer: type[llama.Layer] = llama.Layer
+    layer: type[llama.AttentionLayer] = llama.Layer
     """The class that holds the weights of a layer."""
     model: type[llama.Llama] = llama.Llama
     """The class with the forward pass."""
+    can_be_shared: bool = True
+    """Whether ranks can share it (`--tensor-parallel-size`)."""

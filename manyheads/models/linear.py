@@ -32,7 +32,7 @@ class Linear:
     """y = x Wᵀ + b.
 
     A layer that is split by inputs may leave its result in parts, for whoever adds it to something next; so it may be
-    called only where that happens.
+    called only where that happens, or is made `whole`.
 
     Args:
         weight: [out, in], this rank's part.
@@ -42,6 +42,7 @@ class Linear:
         split: how ranks share the weight.
         ranks: that share it.
         size: outputs of all ranks, where they are gathered; None: as many as the weight has.
+        whole: whether a result in parts is of no use.
     """
 
     def __init__(
@@ -53,13 +54,16 @@ class Linear:
         split: Split = Split.OUTPUTS,
         ranks: Ranks = ALONE,
         size: int | None = None,
+        whole: bool = False,
     ) -> None:
         if split is Split.INPUTS and ranks.rank > 0:
             bias = None  # it is added once
         self.product = product = ops.product(weight, bias, dtype)
         self._multiply: Callable[[Any], Tensor] = product
-        if split is Split.INPUTS:
-            self._multiply = product.parts if ranks.size == 1 else lambda x: ranks.sum(product(x))
+        if split is Split.INPUTS and ranks.size > 1:
+            self._multiply = lambda x: ranks.sum(product(x))
+        elif split is Split.INPUTS and not whole:
+            self._multiply = product.parts
         elif split is Split.GATHERED and ranks.size > 1:
             self._multiply = lambda x: ranks.gather(product(x), size or ranks.size * product.out_features)
 

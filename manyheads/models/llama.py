@@ -1,61 +1,127 @@
-"""The forward pass: that of Llama, and the parameters that its checkpoints hold."""
+"""The forward pass of Llama, with what differs in families of the same shape; and what Llama's checkpoints hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from manyheads.attention.base import AttentionBackend
+from manyheads.attention.base import AttentionBackend, Heads
 from manyheads.models.config import ModelConfig
 from manyheads.models.linear import Linear, Split
+from manyheads.models.norm import NoNorm, Norm
 from manyheads.models.parallel import ALONE, Ranks
-from manyheads.models.parameters import Packed, Parameters, Plain
+from manyheads.models.parameters import Normed, Packed, Parameters, Part, Plain
+from manyheads.models.rope import row_order
 from manyheads.ops.base import Ops
+from manyheads.quantization.base import CodedScheme
 
 if TYPE_CHECKING:
-    from manyheads.kernels.rows import QuantizedRows
+    from manyheads.ops.base import Rows
+
+LayerParts = dict[str, Part | tuple[Part, ...]]
+"""The parameters of a layer, by the fields of its class."""
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A layer's weights: of attention, then of the gated feed-forward part."""
+NO_NORM = NoNorm()
 
-    input_norm: Tensor  # [hidden]
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionLayer:
+    """A layer's weights without those of the feed-forward part."""
+
+    input_norm: Norm = NO_NORM
     qkv: Linear  # hidden → (heads + 2 · kv_heads) · head_dim
-    o: Linear  # heads · head_dim → hidden
-    post_norm: Tensor  # [hidden]
-    gate_up: Linear  # hidden → 2 · intermediate
-    down: Linear  # intermediate → hidden
     q_norm: Tensor | None = None  # [head_dim]
     k_norm: Tensor | None = None  # [head_dim]
+    o: Linear  # heads · head_dim → hidden
+    attention_norm: Norm = NO_NORM
+    """Of what attention adds to the residual."""
+    post_norm: Norm = NO_NORM
+    mlp_norm: Norm = NO_NORM
+    """Of what the feed-forward part adds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its weights."""
+        held = (getattr(self, field.name) for field in fields(self))
+        parts = chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in held)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def takes(self, residual: Tensor) -> CodedScheme | None:
+        """The scheme that the norm before the feed-forward part may quantize rows for (`Product.takes`)."""
+        return None
 
 
-def parameters(config: ModelConfig) -> Parameters:
-    """What a checkpoint of such a model holds, by the fields of `Layer`."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Layer(AttentionLayer):
+    """A layer's weights: of attention, then of the feed-forward part."""
+
+    gate_up: Linear  # hidden → 2 · intermediate; without a gate, → intermediate
+    down: Linear  # intermediate → hidden
+
+    def takes(self, residual: Tensor) -> CodedScheme | None:
+        """That of gate and up."""
+        return self.gate_up.takes(residual)
+
+
+def layer_parameters(config: ModelConfig, at: str) -> LayerParts:
+    """What a checkpoint of a Llama holds of a layer; families name what they have otherwise.
+
+    Args:
+        at: what the names begin with, such as `layers.0.`.
+    """
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * dim, config.num_kv_heads * dim
+    attention, mlp = f"{at}self_attn.", f"{at}mlp."
+    return {
+        "input_norm": norm_of(config, f"{at}input_layernorm"),
+        "qkv": Packed(
+            attention,
+            {"q_proj": q, "k_proj": kv, "v_proj": kv},
+            hidden,
+            config.qkv_bias,
+            order=row_order(config.head_order, {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}),
+        ),
+        **(head_norms(config, attention) if config.qk_norm else {}),
+        "o": Packed(attention, {"o_proj": hidden}, q, config.o_bias, Split.INPUTS),
+        "post_norm": norm_of(config, f"{at}post_attention_layernorm"),
+        "gate_up": Packed(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
+        "down": Packed(mlp, {"down_proj": hidden}, inner, config.mlp_bias, Split.INPUTS),
+    }
 
-    def layer(at: str) -> dict[str, Plain | Packed]:
-        attention, mlp = f"{at}self_attn.", f"{at}mlp."
-        norms = {"q_norm": Plain(f"{attention}q_norm", (dim,)), "k_norm": Plain(f"{attention}k_norm", (dim,))}
-        return {
-            "input_norm": Plain(f"{at}input_layernorm", (hidden,)),
-            "qkv": Packed(attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, hidden, config.qkv_bias),
-            **(norms if config.qk_norm else {}),
-            "o": Packed(attention, {"o_proj": hidden}, q, config.o_bias, Split.INPUTS),
-            "post_norm": Plain(f"{at}post_attention_layernorm", (hidden,)),
-            "gate_up": Packed(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
-            "down": Packed(mlp, {"down_proj": hidden}, inner, config.mlp_bias, Split.INPUTS),
-        }
 
+def head_norms(config: ModelConfig, at: str) -> LayerParts:
+    """The norms of queries and keys, each head by itself."""
+    shape, offset = (config.head_dim,), config.norm_offset
+    return {"q_norm": Plain(f"{at}q_norm", shape, offset), "k_norm": Plain(f"{at}k_norm", shape, offset)}
+
+
+def norm_of(config: ModelConfig, name: str) -> Normed:
+    """A norm of hidden states."""
+    return Normed(name, config.hidden_size, config.norm_bias, config.norm_offset)
+
+
+def whole(part: Part | tuple[Part, ...]) -> Packed:
+    """A product whose result a norm reads."""
+    assert isinstance(part, Packed)
+    return replace(part, whole=True)
+
+
+def parameters(config: ModelConfig, layer: Callable[[ModelConfig, str], LayerParts] = layer_parameters) -> Parameters:
+    """What a checkpoint holds.
+
+    Args:
+        layer: of (the configuration, what names begin with), the parameters of a layer.
+    """
     return Parameters(
-        embedding=Plain("embed_tokens", (config.vocab_rows, hidden)),
-        layers=[layer(f"layers.{i}.") for i in range(config.num_layers)],
-        norm=Plain("norm", (hidden,)),
-        lm_head=Packed("", {"lm_head": config.vocab_rows}, hidden, split=Split.GATHERED),
+        embedding=Plain("embed_tokens", (config.vocab_rows, config.hidden_size)),
+        layers=[layer(config, f"layers.{i}.") for i in range(config.num_layers)],
+        norm=norm_of(config, "norm"),
+        lm_head=Packed("", {"lm_head": config.vocab_rows}, config.hidden_size, split=Split.GATHERED),
         is_tied=config.tie_word_embeddings,
     )
 
@@ -66,7 +132,7 @@ class Llama:
     Args:
         config: of this rank.
         embedding: [V, hidden], or this rank's share.
-        norm: [hidden], the final one's weight.
+        norm: the final one.
         lm_head: hidden → V.
         ops: of the device that all of it is on.
         ranks: that share the model.
@@ -76,8 +142,8 @@ class Llama:
         self,
         config: ModelConfig,
         embedding: Tensor,
-        layers: list[Layer],
-        norm: Tensor,
+        layers: Sequence[AttentionLayer],
+        norm: Norm,
         lm_head: Linear,
         ops: Ops,
         ranks: Ranks = ALONE,
@@ -85,7 +151,10 @@ class Llama:
         self.config, self.ops, self.ranks = config, ops, ranks
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.rope = config.rope.table(config.max_position_embeddings, config.head_dim, self.device, self.dtype)
+        self.activate = {"silu": ops.silu_mul, "gelu": ops.gelu_mul, "plain gelu": ops.gelu}[config.activation]
+        # as transformers rounds it, which is seen in bfloat16
+        self._embedding_multiplier = embedding.new_tensor(config.embedding_multiplier).item()
+        self.heads = self._heads()
         self.beat: Callable[[], None] = lambda: None
         """Called at each layer: a long prompt can take a CPU minutes, and a watchdog wants to know that it goes on."""
 
@@ -104,27 +173,78 @@ class Llama:
             [T, hidden]
         """
         inputs = inputs or {}
-        ops, eps = self.ops, self.config.rms_norm_eps
-        residual = self.ranks.embed(tokens, self.embedding)
-        x: Tensor | QuantizedRows = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        residual = self.embed(tokens)
+        x: Rows = self.layers[0].input_norm(residual)
         for i, layer in enumerate(self.layers):
             self.beat()
             if i in inputs:
                 inputs[i].copy_(residual)
-            y = layer.o(attention(i, layer.qkv(x), layer.q_norm, layer.k_norm))
-            x = ops.add_rms_norm(y, residual, layer.post_norm, eps, layer.gate_up.takes(residual))
-            y = layer.down(ops.silu_mul(layer.gate_up(x), layer.down.takes(residual)))
+            y = self.block(i, layer, x, residual, attention)
             if i + 1 < len(self.layers):
                 following = self.layers[i + 1]
-                x = ops.add_rms_norm(y, residual, following.input_norm, eps, following.qkv.takes(residual))
-        hidden: Tensor = ops.add_rms_norm(y, residual, self.norm, eps)
+                x = following.input_norm.add(y, residual, self.takes(following, residual))
+        hidden: Tensor = self.norm.add(y, residual, None)
         if len(self.layers) in inputs:
             inputs[len(self.layers)].copy_(residual)
         return hidden
 
+    def takes(self, layer: AttentionLayer, residual: Tensor) -> CodedScheme | None:
+        """The scheme that the layer's first norm may quantize rows for (`Product.takes`)."""
+        return layer.qkv.takes(residual)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[T] int64 → [T, hidden], what the first layer reads."""
+        x = self.ranks.embed(tokens, self.embedding)
+        return x if self._embedding_multiplier == 1.0 else x.mul_(self._embedding_multiplier)
+
+    def block(self, i: int, layer: AttentionLayer, x: Rows, residual: Tensor, attention: AttentionBackend) -> Tensor:
+        """A layer: it adds all but the last of its results to the residual, and returns that.
+
+        Args:
+            x: [T, hidden], the residual after the layer's first norm.
+            residual: [T, hidden]
+
+        Returns:
+            [T, hidden], or parts of it (`Linear`).
+        """
+        y = layer.o(attention(i, self.queries(layer, x), layer.q_norm, layer.k_norm))
+        x = layer.post_norm.add(layer.attention_norm(y), residual, layer.takes(residual))
+        return layer.mlp_norm(self.feed_forward(layer, x, residual))
+
+    def queries(self, layer: AttentionLayer, x: Rows) -> Tensor:
+        """Queries, keys and values: [T, hidden] → [T, (heads + 2 · kv_heads) · head_dim]."""
+        return layer.qkv(x)
+
+    def feed_forward(self, layer: AttentionLayer, x: Rows, residual: Tensor) -> Tensor:
+        """[T, hidden] → [T, hidden], or parts of it; the residual is there for its type."""
+        assert isinstance(layer, Layer)
+        return layer.down(self.activate(layer.gate_up(x), layer.down.takes(residual)))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits in the model's type: [N, hidden] → [N, V]."""
+        logits, cap = self.lm_head(hidden), self.config.logits_softcap
+        if self.config.logits_multiplier != 1.0:
+            logits = logits.mul_(self.config.logits_multiplier)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, V] float32."""
-        return self.lm_head(hidden).float()
+        return self.project(hidden).float()
+
+    def _heads(self) -> Heads:
+        config = self.config
+        tables = {
+            rope: rope.table(config.max_position_embeddings, config.head_dim, self.device, self.dtype)
+            for rope in dict.fromkeys(config.ropes)
+        }
+        return Heads(
+            num_heads=config.num_heads,
+            eps=config.rms_norm_eps,
+            ropes={i: tables[rope] for i, rope in enumerate(config.ropes)},
+            windows={i: window for i, window in enumerate(config.windows) if window is not None},
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+        )
 
     @property
     def can_be_captured(self) -> bool:
@@ -133,10 +253,5 @@ class Llama:
 
     def memory_bytes(self) -> int:
         """Bytes of all weights; a vocabulary projection that is the embedding itself counts once."""
-        total = self.embedding.nbytes + self.norm.nbytes
-        total += 0 if self.lm_head.product.plain is self.embedding else self.lm_head.nbytes
-        for layer in self.layers:
-            linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
-            norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
-            total += sum(linear.nbytes for linear in linears) + sum(n.nbytes for n in norms if n is not None)
-        return total
+        total = self.embedding.nbytes + self.norm.nbytes + sum(layer.nbytes for layer in self.layers)
+        return total + (0 if self.lm_head.product.plain is self.embedding else self.lm_head.nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +15,17 @@ from manyheads.config import CheckpointError, ConfigError
 from manyheads.models.config import ModelConfig
 from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Llama
+from manyheads.models.norm import LayerNorm, Norm, RmsNorm
 from manyheads.models.parallel import ALONE, Ranks
-from manyheads.models.parameters import Packed, Plain
+from manyheads.models.parameters import Normed, Packed, Part, Plain
 from manyheads.models.registry import FAMILIES, parameters
 from manyheads.ops import ops_for
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import Weight
 from manyheads.quantization.formats import read_format
-from manyheads.quantization.schemes import compress, compress_vocabulary, find, join
+from manyheads.quantization.schemes import compress, compress_vocabulary, find, join, reorder
 
+W = TypeVar("W", bound=Weight)
 IGNORED_ENDINGS = (".rotary_emb.inv_freq",)
 """Buffers that some exports store and nobody needs."""
 IGNORED_PREFIXES = ("medusa_head.",)
@@ -78,13 +80,19 @@ class _Weights:
         ranks: Ranks,
     ) -> None:
         self.folder, self.dtype, self.device, self.ranks = folder, dtype, device, ranks
-        self.expected = parameters(config).shapes
+        whole = parameters(config)
+        self.expected = whole.shapes
         self.vocab_size = config.vocab_size
         self.config = config.shared(ranks.size)
         self.declared = parameters(self.config)
         self.kept = self.declared.shapes
         """Shapes of this rank's parts."""
-        self.linear = {module for part in self.declared if isinstance(part, Packed) for module in part.modules}
+        self.sections = {module: (sizes, self.declared.sections[module]) for module, sizes in whole.sections.items()}
+        """Of modules that hold several projections: rows of each, and this rank's."""
+        packed = [part for part in self.declared if isinstance(part, Packed)]
+        self.linear = {module for part in packed for module in part.modules}
+        self.order = {part.prefix + name: order.to(device) for part in packed for name, order in part.order.items()}
+        """In which order the outputs of some are kept."""
         self.layout = read_format(folder)
         self.scheme = find(quantization)
         """What weights are rounded to; None where they stay as they come."""
@@ -118,16 +126,25 @@ class _Weights:
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {shape}")
         is_rounded = self.scheme is not None and module in self.linear and leaf == "weight"
-        part = self.ranks.tensor_part(tensor, self.kept[name][:1] if is_rounded else self.kept[name])
+        rows = self._rows(module, tensor)
+        part = self.ranks.tensor_part(rows, self.kept[name][:1] if is_rounded else self.kept[name])
         value = part.to(self.device, self.dtype)
         # summed on the device, where a large checkpoint takes no time
         wide = torch.float64 if self.device.type == "cpu" else torch.float32
         if not torch.isfinite(value.sum(dtype=wide)):
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
+        if module in self.order:
+            value = value[self.order[module]]
         self.state[name] = value
         if is_rounded:
             rounded = partial(compress_vocabulary if is_vocabulary else compress, scheme=self.scheme)
             self.state[name] = self.ranks.rounded_part(value, self.kept[name], rounded)
+
+    def _rows(self, module: str, weight: W) -> W:
+        """This rank's rows of a module that holds several projections; any other as it is."""
+        if module not in self.sections or self.ranks.size == 1:
+            return weight
+        return self.ranks.sections(weight, *self.sections[module])  # type: ignore[return-value]
 
     def finish(self) -> None:
         """Read what was quantized already, and see that nothing is missing."""
@@ -137,9 +154,10 @@ class _Weights:
             if name in self.state:
                 raise CheckpointError(f"{self.folder}: {module} has a weight that is quantized and one that is not")
             weight: Weight = self.layout.read(f"{self.folder}: {module}", self.parts.pop(module), self.expected[name])
+            weight = self._rows(module, weight)
             for dim, size in enumerate(self.kept[name]):
                 weight = self.ranks.part(weight, dim, size)
-            self.state[name] = weight
+            self.state[name] = reorder(weight, self.order[module]) if module in self.order else weight
         missing = self.expected.keys() - self.state.keys()
         if missing:
             raise CheckpointError(f"{self.folder}: parameter {min(missing)} is missing ({len(missing)} in all)")
@@ -149,8 +167,12 @@ class _Weights:
         family = FAMILIES[self.config.architecture]
         declared = self.declared
 
-        def made(part: Plain | Packed) -> Any:
-            return self._tensor(f"{part.name}.weight") if isinstance(part, Plain) else self._linear(part, ops)
+        def made(part: Part | tuple[Part, ...]) -> Any:
+            if isinstance(part, tuple):
+                return tuple(made(each) for each in part)
+            if isinstance(part, Packed):
+                return self._linear(part, ops)
+            return self._norm(part, ops) if isinstance(part, Normed) else self._plain(part)
 
         layers = [family.layer(**{field: made(part) for field, part in layer.items()}) for layer in declared.layers]
         embedding = made(declared.embedding)
@@ -160,6 +182,17 @@ class _Weights:
         else:
             lm_head = made(declared.lm_head)
         return family.model(self.config, embedding, layers, made(declared.norm), lm_head, ops, self.ranks)
+
+    def _plain(self, part: Plain | Normed) -> Tensor:
+        value = self._tensor(f"{part.name}.weight")
+        return value if part.offset == 0.0 else value.float() + part.offset
+
+    def _norm(self, part: Normed, ops: Ops) -> Norm:
+        weight, eps, multiplier = self._plain(part), self.config.rms_norm_eps, self.config.residual_multiplier
+        if self.config.norm == "rms":
+            return RmsNorm(weight, eps, ops, multiplier)
+        bias = self._tensor(f"{part.name}.bias") if part.has_bias else None
+        return LayerNorm(weight, bias, eps, ops, multiplier)
 
     def _tensor(self, name: str) -> Tensor:
         value = self.state.pop(name)
@@ -178,4 +211,4 @@ class _Weights:
         weights.clear()
         bias = torch.cat(biases) if biases else None
         size = self.vocab_size if part is self.declared.lm_head else None
-        return Linear(weight, bias, self.dtype, ops, part.split, self.ranks, size)
+        return Linear(weight, bias, self.dtype, ops, part.split, self.ranks, size, part.whole)

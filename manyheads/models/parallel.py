@@ -8,9 +8,10 @@ of them draw the same tokens, and none has to tell the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, distributed
 
 from manyheads.config import ConfigError
 from manyheads.quantization.base import QuantizedWeight, Weight
+from manyheads.quantization.schemes import join
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for the others. A rank that has died ends them, and one that hangs is the supervisor's to
@@ -109,6 +111,22 @@ class Ranks:
         if isinstance(weight, QuantizedWeight):
             return weight.part(dim, start, start + size)
         return padded(weight.narrow(dim, start, min(size, there - start)), dim, size).contiguous()
+
+    def sections(self, weight: Weight, sizes: Sequence[int], parts: Sequence[int]) -> Weight:
+        """This rank's parts of projections that stand in a weight or a bias one below the other.
+
+        Args:
+            sizes: rows of each.
+            parts: this rank's rows of each.
+        """
+        starts = [0, *accumulate(sizes)]
+        found: list[Weight] = []
+        for start, stop, size in zip(starts, starts[1:], parts, strict=False):
+            if isinstance(weight, QuantizedWeight):
+                found.append(self.part(weight.part(0, start, stop), 0, size))
+            else:
+                found.append(self.part(weight.narrow(0, start, stop - start), 0, size))
+        return join(found)
 
     def rounded_part(self, weight: Tensor, shape: tuple[int, ...], rounded: Callable[[Tensor], Weight]) -> Weight:
         """This rank's part, of this shape, of a weight that is rounded by whole rows, as without other ranks."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from manyheads.models.linear import Split
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A parameter that is used as it is, such as a norm's weight."""
+    """A parameter that is used as it is, such as an embedding."""
 
     name: str
     """The module's name, without the leading `model.`; the parameter is `name.weight`."""
     shape: tuple[int, ...]
+    offset: float = 0.0
+    """Added to what the checkpoint holds, and the sum is float32: some families keep a norm's difference from 1."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -23,17 +27,40 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Normed:
+    """A norm's weight, and its bias if it has one."""
+
+    name: str
+    """As of `Plain`."""
+    size: int
+    has_bias: bool = False
+    offset: float = 0.0
+    """As of `Plain`, of the weight."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its parameters, by name."""
+        leaves = ("weight", "bias") if self.has_bias else ("weight",)
+        return {f"{self.name}.{leaf}": (self.size,) for leaf in leaves}
+
+
+@dataclass(frozen=True)
 class Packed:
     """A product of the model, and the projections of the same input that it is packed of, one below the other."""
 
     prefix: str
     """What the projections' names begin with, such as `layers.0.mlp.`."""
-    outputs: Mapping[str, int]
-    """Outputs of each projection, by the rest of its name."""
+    outputs: Mapping[str, int | tuple[int, ...]]
+    """Outputs of each projection, by the rest of its name; several where a checkpoint holds several projections as one,
+    one below the other."""
     inputs: int
     has_bias: bool = False
     split: Split = Split.OUTPUTS
     """How ranks share the weight."""
+    whole: bool = False
+    """Whether its result is wanted whole, as a norm of it comes next, and not in parts (`Linear`)."""
+    order: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    """By the rest of a projection's name, in which order its outputs are read, [outputs] int64 (`rope.head_order`)."""
 
     def __post_init__(self) -> None:
         if self.split is Split.INPUTS and len(self.outputs) > 1:
@@ -49,10 +76,14 @@ class Packed:
         """Shapes of its parameters, by name."""
         found: dict[str, tuple[int, ...]] = {}
         for module, outputs in zip(self.modules, self.outputs.values(), strict=True):
-            found[f"{module}.weight"] = (outputs, self.inputs)
+            total = outputs if isinstance(outputs, int) else sum(outputs)
+            found[f"{module}.weight"] = (total, self.inputs)
             if self.has_bias:
-                found[f"{module}.bias"] = (outputs,)
+                found[f"{module}.bias"] = (total,)
         return found
+
+
+Part = Plain | Normed | Packed
 
 
 @dataclass(frozen=True)
@@ -60,20 +91,32 @@ class Parameters:
     """All parameters of a model; iterating gives those that are read from its checkpoint."""
 
     embedding: Plain
-    layers: list[dict[str, Plain | Packed]]
+    layers: list[dict[str, Part | tuple[Part, ...]]]
     """The parameters of each layer, by the fields of the family's `layer`."""
-    norm: Plain
+    norm: Normed
     lm_head: Packed
     is_tied: bool
     """Whether the projection to the vocabulary is the embedding, and what a checkpoint holds of it is not read."""
 
-    def __iter__(self) -> Iterator[Plain | Packed]:
+    def __iter__(self) -> Iterator[Part]:
         yield self.embedding
         for layer in self.layers:
-            yield from layer.values()
+            for part in layer.values():
+                yield from part if isinstance(part, tuple) else (part,)
         yield self.norm
         if not self.is_tied:
             yield self.lm_head
+
+    @property
+    def sections(self) -> dict[str, tuple[int, ...]]:
+        """Outputs of each projection, of modules that hold several."""
+        packed = [part for part in self if isinstance(part, Packed)]
+        return {
+            part.prefix + name: outputs
+            for part in packed
+            for name, outputs in part.outputs.items()
+            if not isinstance(outputs, int)
+        }
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

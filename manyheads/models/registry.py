@@ -7,12 +7,25 @@ from pathlib import Path
 from manyheads.checkpoint import read_json
 from manyheads.config import ConfigError
 from manyheads.models.config import ModelConfig
+from manyheads.models.families.cohere import COHERE2
+from manyheads.models.families.gemma import GEMMA2, GEMMA3
+from manyheads.models.families.glm import GLM4
+from manyheads.models.families.granite import GRANITE
 from manyheads.models.families.llama import LLAMA, MISTRAL
+from manyheads.models.families.moe import MIXTRAL, QWEN3_MOE
+from manyheads.models.families.olmo import OLMO2
+from manyheads.models.families.phi import PHI3
 from manyheads.models.families.qwen import QWEN2, QWEN3
+from manyheads.models.families.smollm import SMOLLM3
+from manyheads.models.families.starcoder import STARCODER2
 from manyheads.models.keys import Keys
 from manyheads.models.parameters import Parameters
 
-FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_RECORDS = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GRANITE, OLMO2, SMOLLM3, GLM4, COHERE2, STARCODER2,
+    MIXTRAL, QWEN3_MOE
+)  # fmt: skip
+FAMILIES = {family.architecture: family for family in _RECORDS}
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -38,3 +51,10 @@ def read_config(folder: Path) -> ModelConfig:
 def parameters(config: ModelConfig) -> Parameters:
     """What a checkpoint of a model holds."""
     return FAMILIES[config.architecture].parameters(config)
+
+
+def shared(config: ModelConfig, num_ranks: int) -> ModelConfig:
+    """The configuration of one of so many ranks. Raises ConfigError: the model cannot be shared so."""
+    if num_ranks > 1 and not FAMILIES[config.architecture].can_be_shared:
+        raise ConfigError(f"tensor_parallel_size={num_ranks}: a {config.architecture} cannot be shared among ranks")
+    return config.shared(num_ranks)

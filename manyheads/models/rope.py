@@ -7,6 +7,7 @@ name gives (`modeling_rope_utils.ROPE_INIT_FUNCTIONS`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -160,7 +161,24 @@ def head_order(dim: int, head_dim: int, interleaved: bool) -> Tensor | None:
     Returns:
         [head_dim] int64, or None where the order stays.
     """
+    if dim == 0:
+        return None
     pairs = torch.arange(dim).view(-1, 2) if interleaved else torch.arange(dim).view(2, -1).T
     still = torch.arange(dim, head_dim).view(2, -1)
     order = torch.cat((pairs[:, 0], still[0], pairs[:, 1], still[1]))
     return None if torch.equal(order, torch.arange(head_dim)) else order
+
+
+def row_order(order: Tensor | None, heads: Mapping[str, int], behind: int = 0) -> dict[str, Tensor]:
+    """In which order the outputs of projections are read: so many heads each, every one of them in its order.
+
+    Args:
+        order: [head_dim], or None where nothing changes.
+        heads: of each projection, by its name.
+        behind: outputs of each that come after these heads, and stay where they are.
+    """
+    if order is None:
+        return {}
+    dim = len(order)
+    rows = {name: (torch.arange(count)[:, None] * dim + order).flatten() for name, count in heads.items()}
+    return {name: torch.cat((each, len(each) + torch.arange(behind))) for name, each in rows.items()}

@@ -23,8 +23,8 @@ class RopeKeys:
     head_dim: int
     max_position_embeddings: int
     default_theta: float = 10000.0
-    partial: float | None = None
-    """The share of a head that is turned where nothing says so; None: the family turns all of it, whatever is said."""
+    in_part: bool = False
+    """Whether the family may turn a part of each head; else it turns all of it, and nothing else may be said."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of kinds."""
 
@@ -79,11 +79,10 @@ class RopeKeys:
         return float(value)  # type: ignore[arg-type]
 
     def _dim(self, parameters: Mapping[str, Any]) -> int:
-        share = self._said(parameters, "partial_rotary_factor", 1.0 if self.partial is None else self.partial)
-        if self.partial is None and share is not None and share != 1.0:
+        share = self._said(parameters, "partial_rotary_factor", 1.0)
+        if not self.in_part and share not in (None, 1.0):
             raise ConfigError(f"{self.path}: partial_rotary_factor {share!r} is not supported, only 1.0")
-        if share is None and self.partial is None:
-            share = 1.0
+        share = 1.0 if share is None else share
         if not is_number(share) or not 0 < share <= 1:
             raise ConfigError(f"{self.path}: partial_rotary_factor must be above 0 and at most 1, not {share!r}")
         dim = int(self.head_dim * share)

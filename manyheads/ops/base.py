@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import AttentionBackend
+from manyheads.attention.base import AttentionBackend, Heads
 from manyheads.batch import Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
 from manyheads.quantization.base import CodedScheme, Weight
@@ -78,14 +78,8 @@ class Ops(Protocol):
     def watch(self, tell: Callable[[str], None]) -> None:
         """Call this with the name of whatever is compiled from now on, which holds up the step that needs it."""
 
-    def attention(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> AttentionBackend:
-        """Attention over a cache.
-
-        Args:
-            num_heads: of queries.
-            eps: of the norms of queries and keys, where a model has such.
-            rope: cos and signed sin, [positions, 1, head_dim].
-        """
+    def attention(self, cache: KVCache, heads: Heads) -> AttentionBackend:
+        """Attention of a model's heads over a cache."""
 
     def product(self, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Product:
         """The product with a weight [out, in] and a bias [out], in the form that serves best here.
@@ -98,19 +92,47 @@ class Ops(Protocol):
         """RMSNorm of [T, D], its statistics in float32 (Zhang and Sennrich 2019)."""
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: CodedScheme | None = None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        scheme: CodedScheme | None = None,
+        multiplier: float = 1.0,
     ) -> Any:
         """Add x to the residual [T, D] in place, and norm the sum. x may be in parts (`Product.parts`).
 
         Args:
             scheme: what the product that comes next `takes`; None is a plain tensor.
+            multiplier: of x.
 
         Returns:
             `Rows`.
         """
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """LayerNorm of [T, D], its statistics in float32 (Ba et al. 2016)."""
+
+    def add_layer_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        scheme: CodedScheme | None = None,
+        multiplier: float = 1.0,
+    ) -> Any:
+        """`add_rms_norm` with the other norm."""
+
     def silu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Any:
         """silu(gate) · up: [T, 2 · I] → [T, I]; for the product that comes next as `add_rms_norm`."""
+
+    def gelu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Any:
+        """gelu(gate) · up, by its approximation with tanh (Hendrycks and Gimpel 2016); shapes as `silu_mul`'s."""
+
+    def gelu(self, x: Tensor, scheme: CodedScheme | None = None) -> Any:
+        """The same of [T, I] without a gate."""
 
     def head_input(self, hidden: Tensor, block_out: Tensor) -> Tensor:
         """A Medusa head's residual block: hidden [R, D] + silu(block_out [R, H, D])."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.attention.base import Heads
 from manyheads.attention.torch import TorchAttention, rms_norm
 from manyheads.batch import InFlight, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
@@ -28,8 +29,8 @@ class TorchOps:
     def watch(self, tell: Callable[[str], None]) -> None:
         """Nothing is compiled."""
 
-    def attention(self, cache: KVCache, num_heads: int, eps: float, rope: tuple[Tensor, Tensor]) -> TorchAttention:
-        return TorchAttention(cache, num_heads, eps, rope)
+    def attention(self, cache: KVCache, heads: Heads) -> TorchAttention:
+        return TorchAttention(cache, heads)
 
     def product(self, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Product:
         if isinstance(weight, BitsandbytesWeight):
@@ -55,13 +56,41 @@ class TorchOps:
         return rms_norm(x, weight, eps)
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scheme: CodedScheme | None = None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        scheme: CodedScheme | None = None,
+        multiplier: float = 1.0,
     ) -> Tensor:
-        return rms_norm(residual.add_(x), weight, eps)
+        return rms_norm(residual.add_(x, alpha=multiplier), weight, eps)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def add_layer_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        scheme: CodedScheme | None = None,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        return F.layer_norm(residual.add_(x, alpha=multiplier), weight.shape, weight, bias, eps)
 
     def silu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+    def gelu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    def gelu(self, x: Tensor, scheme: CodedScheme | None = None) -> Tensor:
+        return F.gelu(x, approximate="tanh")
 
     def head_input(self, hidden: Tensor, block_out: Tensor) -> Tensor:
         return hidden[:, None] + F.silu(block_out)

@@ -25,7 +25,11 @@ class TritonOps(TorchOps):
     attention = staticmethod(TritonAttention)  # type: ignore[assignment]
     rms_norm = staticmethod(fused.rms_norm)
     add_rms_norm = staticmethod(fused.add_rms_norm)  # type: ignore[assignment]
+    layer_norm = staticmethod(fused.layer_norm)
+    add_layer_norm = staticmethod(fused.add_layer_norm)  # type: ignore[assignment]
     silu_mul = staticmethod(fused.silu_mul)  # type: ignore[assignment]
+    gelu_mul = staticmethod(fused.gelu_mul)  # type: ignore[assignment]
+    gelu = staticmethod(fused.gelu)  # type: ignore[assignment]
     head_input = staticmethod(fused.head_input)
     argmax = staticmethod(topk.argmax)
     best = staticmethod(topk.topk)

@@ -180,6 +180,12 @@ class CodedWeight(QuantizedWeight):
 
         return type(self)(values, groups(self.scale), None if self.zero is None else groups(self.zero))
 
+    def rows(self, order: Tensor) -> CodedWeight:
+        """The same rows in another order, [out] int64."""
+        # as bytes, since not every device indexes float8
+        values = self.values.view(torch.uint8)[order].view(self.dtype)
+        return type(self)(values, self.scale[order], None if self.zero is None else self.zero[order])
+
     @staticmethod
     def cat(parts: Sequence[CodedWeight]) -> CodedWeight:
         """Weights that are quantized alike, one below the other; raises ValueError where they are not."""

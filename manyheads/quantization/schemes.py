@@ -1,4 +1,4 @@
-"""Every scheme by its name, and what a model does with weights in them: round, join."""
+"""Every scheme by its name, and what a model does with weights in them: round, join, read in another order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from manyheads.quantization.base import QuantizedWeight, Scheme, Weight
+from manyheads.config import ConfigError
+from manyheads.quantization.base import CodedWeight, QuantizedWeight, Scheme, Weight
 from manyheads.quantization.bitsandbytes import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT
 from manyheads.quantization.fp8 import FP8
 from manyheads.quantization.int4 import INT4
@@ -46,3 +47,12 @@ def join(parts: Sequence[Weight]) -> Weight:
     if len(quantized) < len(parts):
         raise ValueError("some are quantized and some are not")
     return quantized[0].cat(quantized)
+
+
+def reorder(weight: Weight, order: Tensor) -> Weight:
+    """A weight [out, in] with its rows in another order [out] int64; raises ConfigError where its form has no rows."""
+    if isinstance(weight, CodedWeight):
+        return weight.rows(order)
+    if isinstance(weight, Tensor):
+        return weight[order]
+    raise ConfigError(f"{type(weight).__name__}: a model whose heads are read in another order cannot be kept so")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import AttentionBackend, Group
+from manyheads.attention.base import AttentionBackend, Group, Heads
 from manyheads.attention.torch import TorchAttention
 from manyheads.kv_cache import CODES, KVCache, quantize
 from manyheads.speculation.tree import ROOT, Tree, grow
@@ -117,7 +117,9 @@ class Step:
                 x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w.double()
                 for x, w in zip((q, k), self.norms, strict=True)
             )
-        return rotated(q, self.positions, self.backend.rope), rotated(k, self.positions, self.backend.rope)
+        return rotated(q, self.positions, self.backend.heads.ropes[0]), rotated(
+            k, self.positions, self.backend.heads.ropes[0]
+        )
 
     def expected(self, layer: int = 1) -> Tensor:
         """Token by token in float64, over the tokens that it may see and nothing else.
@@ -205,7 +207,9 @@ def step(
         start = groups[-1].stop
     q, k, v = (torch.randn(start, h, DIM, generator=random) for h in (heads, kv_heads, kv_heads))
     weights = (torch.randn(DIM, generator=random) + 1, torch.randn(DIM, generator=random) + 1) if norms else None
-    backend = backend_class(cache, heads, EPS, rope or no_rotation())
+    backend = backend_class(
+        cache, Heads(num_heads=heads, eps=EPS, ropes=dict.fromkeys(range(len(cache.data)), rope or no_rotation()))
+    )
     return Step(backend, rows, groups, torch.tensor(positions), torch.tensor(slots), before, q, k, v, weights)
 
 

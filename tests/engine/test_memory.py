@@ -48,6 +48,7 @@ VICUNA = model_config(
     num_kv_heads=32,
     head_dim=128,
     ropes=(Rope(10000.0, 128),) * 32,
+    windows=(None,) * 32,
     max_position_embeddings=2048,
     eos_token_ids=(2,),
     dtype=torch.float16,

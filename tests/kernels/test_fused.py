@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,17 @@ from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
 
 pytest.importorskip("triton")
 
-from manyheads.kernels.fused import add_rms_norm, head_input, rms_norm, rope_store, silu_mul
+from manyheads.kernels.fused import (
+    add_layer_norm,
+    add_rms_norm,
+    gelu,
+    gelu_mul,
+    head_input,
+    layer_norm,
+    rms_norm,
+    rope_store,
+    silu_mul,
+)
 from manyheads.kernels.rows import quantize_rows
 from manyheads.kv_cache import CODES, KVCache, quantize
 from manyheads.quantization.base import CodedScheme
@@ -62,6 +74,37 @@ def test_add_rms_norm(dim: int, dtype: torch.dtype) -> None:
     assert torch.equal(residual, total)
     assert torch.equal(x, kept)
     assert torch.equal(out, rms_norm(total, weight, EPS))
+
+
+def test_a_norm_keeps_its_weight_in_float32() -> None:
+    """As of families whose weights are 1 and something."""
+    x, weight = randn(3, 96, dtype=torch.float16), 1 + randn(96, seed=1) / 1000
+    assert relative_error(rms_norm(x, weight, EPS), norm(x, weight)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("dim", "dtype"), [(96, torch.float32), (1000, torch.float16)])
+def test_layer_norm(dim: int, dtype: torch.dtype, has_bias: bool) -> None:
+    x, residual, weight, bias = (
+        randn(*shape, dtype=dtype, seed=i) + 1 for i, shape in enumerate([(5, dim), (5, dim), (dim,), (dim,)])
+    )
+    shift = bias if has_bias else None
+    wanted = F.layer_norm(x.double(), (dim,), weight.double(), shift.double() if shift is not None else None, EPS)
+    assert relative_error(layer_norm(x, weight, shift, EPS), wanted) < TOLERANCE[dtype]
+    total = residual + x
+    assert torch.equal(add_layer_norm(x, residual, weight, shift, EPS), layer_norm(total, weight, shift, EPS))
+    assert torch.equal(residual, total)
+
+
+@pytest.mark.parametrize("normed", [add_rms_norm, add_layer_norm])
+def test_what_is_added_may_be_multiplied(normed: Callable[..., Tensor]) -> None:
+    x, residual, weight = (randn(*shape, seed=i) for i, shape in enumerate([(2, 5, 96), (5, 96), (96,)]))
+    wanted = residual + 0.3 * (x[0] + x[1])
+    more = () if normed is add_rms_norm else (None,)
+    out = normed(x, residual, weight, *more, EPS, multiplier=0.3)
+    assert relative_error(residual, wanted) < 1e-6
+    plain = rms_norm(wanted, weight, EPS) if normed is add_rms_norm else layer_norm(wanted, weight, None, EPS)
+    assert relative_error(out, plain) < 1e-5
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
@@ -141,6 +184,20 @@ def test_rope_store_in_8_bits(heads: int, kv_heads: int, dim: int, kv_dtype: str
     assert torch.equal(cache.data.double().flatten(2, 3)[:, :, others], before[0].flatten(2, 3)[:, :, others])
     assert torch.equal(cache.scale[0], before[1][0])
     assert torch.equal(cache.scale.flatten(2, 3)[:, :, others], before[1].flatten(2, 3)[:, :, others])
+
+
+@pytest.mark.parametrize("dim", [1, 96, 2500])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gelu(dim: int, dtype: torch.dtype) -> None:
+    x = randn(3, 2 * dim, dtype=dtype) * 3
+    gate, up = x.double().chunk(2, dim=-1)
+    assert relative_error(gelu_mul(x), F.gelu(gate, approximate="tanh") * up) < TOLERANCE[dtype]
+    assert relative_error(gelu(x), F.gelu(x.double(), approximate="tanh")) < TOLERANCE[dtype]
+
+
+def test_gelu_ends_in_nothing_and_in_itself() -> None:
+    x = torch.tensor([[-2e4, 2e4, 0.0]], device=DEVICE)
+    assert gelu(x)[0].tolist() == pytest.approx([0.0, 2e4, 0.0])
 
 
 @pytest.mark.parametrize("dim", [1, 96, 2500])

@@ -13,6 +13,7 @@ from manyheads.kernels import quantized
 from manyheads.kernels.rows import quantize_rows
 from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Layer, Llama
+from manyheads.models.norm import RmsNorm
 from manyheads.ops.triton import TritonOps
 from manyheads.quantization.base import CodedScheme, CodedWeight
 from manyheads.quantization.fp8 import FP8
@@ -235,7 +236,7 @@ def test_a_model_quantizes_rows_where_they_are_computed(scheme: CodedScheme, mon
     def project(num_out: int, width: int, split: Split = Split.OUTPUTS) -> Linear:
         return Linear(weight_of(scheme, num_out, width), None, torch.float16, ops, split)
 
-    norm = torch.ones(hidden, device=DEVICE).half()
+    norm = RmsNorm(torch.ones(hidden, device=DEVICE).half(), config.rms_norm_eps, ops)
     layers = [
         Layer(
             input_norm=norm,

@@ -153,13 +153,13 @@ def test_what_is_not_understood_is_refused(values: dict[str, Any], message: str)
         keys(values).read()
 
 
-@pytest.mark.parametrize(("share", "dim"), [(0.5, 8), (0.75, 12), (1.0, 16), (None, 4)])
+@pytest.mark.parametrize(("share", "dim"), [(0.5, 8), (0.75, 12), (1.0, 16), (None, 16)])
 def test_a_family_may_turn_a_part_of_a_head(share: float | None, dim: int) -> None:
-    values = {} if share is None else {"partial_rotary_factor": share}
-    assert keys(values, partial=0.25).read().dim == dim
+    values = {"partial_rotary_factor": share}
+    assert keys(values, in_part=True).read().dim == dim
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, 0.2, "x", 0.01])
 def test_a_part_has_to_be_pairs_of_a_head(share: Any) -> None:
     with pytest.raises(ConfigError, match=r"config.json: .*(partial_rotary_factor must|no pairs)"):
-        keys({"partial_rotary_factor": share}, partial=0.25).read()
+        keys({"partial_rotary_factor": share}, in_part=True).read()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import Group
+from manyheads.attention.base import Group, Heads
 from manyheads.batch import RowState
 from manyheads.config import ConfigError
 from manyheads.kv_cache import KVCache
@@ -100,7 +100,8 @@ class Eagle3Drafter:
         rope = Rope(config.rope_theta, config.head_dim, config.rope_scaling).table(
             longest, config.head_dim, self.model.device, self.model.dtype
         )
-        self._attention = self.model.ops.attention(cache, config.num_heads, config.rms_norm_eps, rope)
+        heads = Heads(num_heads=config.num_heads, eps=config.rms_norm_eps, ropes={self._cache_layer: rope})
+        self._attention = self.model.ops.attention(cache, heads)
 
     def admit(self, state: RowState, row: int, tokens: list[int]) -> None:
         """What it knows of a text is in the cache, as what the base knows."""

@@ -80,7 +80,7 @@ class MedusaHeads:
         for weight, bias in self._later:
             x = x + F.silu(torch.baddbmm(bias, x.transpose(0, 1), weight)).transpose(0, 1)
         if self._projections is None:
-            logits = self.model.lm_head(x.reshape(-1, size))
+            logits = self.model.project(x.reshape(-1, size))
         elif len(self._projections) == 1:
             logits = self._projections[0](x.reshape(-1, size))
         else:

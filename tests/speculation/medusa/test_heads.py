@@ -37,11 +37,7 @@ def model() -> Any:
     ops = TorchOps()
     lm_head = Linear(torch.randn(VOCAB, HIDDEN), None, torch.float32, ops)
     return SimpleNamespace(
-        config=SimpleNamespace(vocab_size=VOCAB),
-        lm_head=lm_head,
-        logits=lambda x: lm_head(x).float(),
-        ops=ops,
-        ranks=ALONE,
+        config=SimpleNamespace(vocab_size=VOCAB), lm_head=lm_head, project=lm_head, ops=ops, ranks=ALONE
     )
 
 

@@ -7,17 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from manyheads.batch import TreeTensors
 from manyheads.config import ConfigError
@@ -27,58 +18,11 @@ from manyheads.models.loader import load_model
 from manyheads.models.parameters import Packed
 from manyheads.models.registry import FAMILIES, parameters, read_config
 from tests.forward import logits
+from tests.models.families import LLAMA3, MODELS, SHAPE, reference
 
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-"""With 8 dimensions of base 100 and 32 positions, frequencies are kept, blended and slowed."""
-MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "llama tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
-    "llama with biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama without grouped queries": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
-    "llama with wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16, "num_key_value_heads": 1}),
-    "llama of another base": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_theta": 500.0}}),
-    "llama3 rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}),
-    "linear rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
-    "mistral within its window": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
-    "qwen2 tied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
-    "qwen3 tied": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
-    "qwen3 with biases": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8, "attention_bias": True}),
-}
-
-
-def reference(name: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of transformers: biases and norms too, so that each of them counts."""
-    torch.manual_seed(seed)
-    model_class, config_class, options = MODELS[name]
-    model = model_class(config_class(**SHAPE | {"attn_implementation": "eager"} | options)).eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5) + ("norm" in key))
-    return model
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Llama:
@@ -102,15 +46,13 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 def test_what_a_family_declares_is_what_transformers_keeps(tmp_path: Path, name: str) -> None:
     model = reference(name)
     model.save_pretrained(tmp_path)
-    kept = {key.removeprefix("model."): tuple(value.shape) for key, value in model.state_dict().items()}
-    config = read_config(tmp_path)
-    if config.tie_word_embeddings:
-        del kept["lm_head.weight"]
-    assert parameters(config).shapes == kept
+    saved = load_file(tmp_path / "model.safetensors")
+    kept = {key.removeprefix("model."): tuple(value.shape) for key, value in saved.items()}
+    assert parameters(read_config(tmp_path)).shapes == kept
 
 
 def test_every_family_is_tested() -> None:
-    assert {model_class.__name__ for model_class, _, _ in MODELS.values()} == set(FAMILIES)
+    assert {model_type for model_type, _ in MODELS.values()} == {family.model_type for family in FAMILIES.values()}
 
 
 def test_projections_of_the_same_input_cannot_split_it() -> None:
@@ -186,13 +128,14 @@ def test_rope_is_understood_as_transformers_4_spelled_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("values", "longest"),
+    ("values", "windows"),
     [
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 40}, 40),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 400}, 128),
-        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 400}, 128),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 40}, 128),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 40, "use_sliding_window": False}, 128),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 40}, (40, 40)),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 400}, (None, None)),
+        ({"architectures": ["MistralForCausalLM"]}, (None, None)),
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 400}, (None, None)),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 40}, (None, None)),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 40, "use_sliding_window": False}, (None, None)),
         (
             {
                 "architectures": ["Qwen2ForCausalLM"],
@@ -200,12 +143,14 @@ def test_rope_is_understood_as_transformers_4_spelled_it(tmp_path: Path) -> None
                 "use_sliding_window": True,
                 "max_window_layers": 1,
             },
-            40,
+            (None, 40),
         ),
     ],
 )
-def test_a_sliding_window_caps_the_length(llama: Path, values: dict[str, Any], longest: int) -> None:
-    assert read_config(edit(llama, **values)).max_position_embeddings == longest
+def test_windows_are_those_of_layers(llama: Path, values: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    config = read_config(edit(llama, **values))
+    assert config.windows == windows
+    assert config.max_position_embeddings == 128
 
 
 def test_the_generation_config_says_where_texts_end(llama: Path) -> None:

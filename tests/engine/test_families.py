@@ -1,0 +1,65 @@
+"""Every family through the engine: greedy text is that of transformers, with any tree, in chunks, preempted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from manyheads import SamplingParams
+from tests.engine.test_exactness import engine, run
+from tests.models.families import MODELS, reference
+
+PROMPTS, NEW_TOKENS = (int(n) for n in os.environ.get("FAMILY_TEXTS", "4x20").split("x"))
+"""How many prompts, and how many tokens are added to each."""
+VOCAB, HEADS = 16, 3
+NAMES = [
+    "llama3 rope", "mistral with a window", "qwen2 with windows", "qwen3", "phi3", "phi3 tied, turned in part",
+    "granite", "olmo2", "smollm3 with windows", "glm4", "cohere2", "starcoder2", "gemma2", "gemma3", "mixtral",
+    "qwen3 with experts",
+]  # fmt: skip
+
+
+def save(folder: Path, name: str) -> torch.nn.Module:
+    """A model of 16 tokens with random heads, whose ten candidates each are often right."""
+    model = reference(name, vocab_size=VOCAB)
+    model.save_pretrained(folder)
+    heads, hidden = folder / "heads", model.config.hidden_size
+    heads.mkdir()
+    state = {f"{h}.0.linear.weight": torch.randn(hidden, hidden) / 8 for h in range(HEADS)}
+    state |= {f"{h}.0.linear.bias": torch.zeros(hidden) for h in range(HEADS)}
+    save_file(state, heads / "medusa_lm_head.safetensors")
+    (heads / "config.json").write_text(json.dumps({"medusa_num_heads": HEADS, "base_model_name_or_path": ".."}))
+    return model
+
+
+def test_every_family_runs() -> None:
+    assert {MODELS[name][0] for name in NAMES} == {model_type for model_type, _ in MODELS.values()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_is_transformers(tmp_path: Path, name: str) -> None:
+    model = save(tmp_path, name)
+    choose = random.Random(1)
+    prompts = [[choose.randrange(VOCAB) for _ in range(choose.randint(1, 40))] for _ in range(PROMPTS)]
+    jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)) for prompt in prompts]
+    pages = max(-(-(len(p) + NEW_TOKENS) // 4) for p in prompts) + 8
+    texts, preemptions = [], 0
+    for tree_size in (1, 8, 32):
+        served = engine(tmp_path, tree_size, max_num_batched_tokens=7, num_blocks=pages)
+        texts.append(run(served, jobs))
+        stats = served.stats()
+        preemptions += stats.preemptions
+        assert tree_size == 1 or stats.accepted_tokens > 0
+    assert preemptions > 0
+    assert texts[0] == texts[1] == texts[2]
+    for prompt, text in zip(prompts, texts[0], strict=True):
+        assert len(text) == NEW_TOKENS
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == text
