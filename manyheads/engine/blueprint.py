@@ -108,6 +108,13 @@ class Blueprint:
         runner.threads = self.threads
         return runner
 
+    @property
+    def window(self) -> int | None:
+        """How far back every layer looks at most, a drafter's own included; None: to the beginning."""
+        windows = [window for window in self.model.windows if window is not None]
+        has_own_layers = self.source is not None and self.source.shape.kv_layers > 0
+        return None if len(windows) < self.model.num_layers or has_own_layers else max(windows)
+
     def compiler(self) -> Compiler:
         """What compiles grammars for this model's tokens."""
         return Compiler(Vocabulary(self.folder, self.model.vocab_size, self.model.eos_token_ids))

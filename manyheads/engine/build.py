@@ -36,7 +36,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     runner = plan.runner(progress) if config.tensor_parallel_size == 1 else leading_runner(plan, progress)
     cache = runner.cache
     scheduler = Scheduler(
-        PageManager(cache.num_pages, config.block_size, config.prefix_caching),
+        PageManager(cache.num_pages, config.block_size, config.prefix_caching, plan.window),
         _target(config, runner, shape.max_num_batched_tokens, progress),
         max_num_seqs=shape.max_num_seqs,
         max_queue=config.max_queue,

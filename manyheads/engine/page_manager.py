@@ -33,6 +33,13 @@ class PageTable:
     """Digest of each leading full page that was registered or shared."""
     num_synced: int = 0
     """Leading pages that the device's table holds already."""
+    num_dropped: int = 0
+    """Leading pages that were given back, since no layer looks so far back; the dummy page stands for them."""
+
+    @property
+    def held(self) -> list[int]:
+        """The pages that the request still has."""
+        return self.pages[self.num_dropped :]
 
 
 class PageManager:
@@ -42,14 +49,16 @@ class PageManager:
         num_pages: pages in the cache, the dummy page included.
         page_size: tokens in a page.
         prefix_caching: whether pages are shared by content.
+        window: how many tokens back all layers look at most, the token itself included; None: to the beginning.
     """
 
-    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True) -> None:
+    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True, window: int | None = None) -> None:
         if num_pages < 2:
             raise ValueError(f"a K/V cache needs at least 2 pages (one is the dummy page), not {num_pages}")
         self.num_pages = num_pages
         self.page_size = page_size
         self.prefix_caching = prefix_caching
+        self.window = window
         self._free: deque[int] = deque(range(1, num_pages))
         self._holders = [0] * num_pages
         self._digest_of: dict[int, bytes] = {}
@@ -125,6 +134,21 @@ class PageManager:
             self._release(table.pages.pop())
         table.num_synced = min(table.num_synced, keep)
 
+    def drop(self, table: PageTable, cached_len: int) -> None:
+        """Give back the pages behind the window of the token at this position; known ones stay in the prefix cache.
+
+        Steps that were launched before still read them, and write nothing there: the device works in order.
+        """
+        if self.window is None:
+            return
+        behind = max(0, cached_len + 1 - self.window) // self.page_size
+        if self.prefix_caching:
+            behind = min(behind, len(table.digests))
+        for i in range(table.num_dropped, behind):
+            self._release(table.pages[i])
+            table.pages[i] = DUMMY_PAGE
+            table.num_dropped = i + 1
+
     def register(self, table: PageTable, tokens: list[int], num_computed: int) -> None:
         """Make the full pages among the first `num_computed` tokens known to the prefix cache.
 
@@ -145,14 +169,20 @@ class PageManager:
         for page in table.pages:
             if (digest := self._digest_of.pop(page, None)) is not None:
                 del self._page_of[digest]
+        for digest in table.digests[: table.num_dropped]:
+            if (known := self._page_of.pop(digest, None)) is not None:
+                del self._digest_of[known]
+                if known in self._cached:
+                    del self._cached[known]
+                    self._free.append(known)
 
     def free(self, table: PageTable) -> None:
         """Take all pages back; known ones stay in the prefix cache, last pages first to be evicted."""
-        for page in reversed(table.pages):
+        for page in reversed(table.held):
             self._release(page)
         table.pages.clear()
         table.digests.clear()
-        table.num_synced = 0
+        table.num_synced = table.num_dropped = 0
 
     def _release(self, page: int) -> None:
         self._holders[page] -= 1
@@ -174,9 +204,9 @@ class PageManager:
         """
         holders = [0] * self.num_pages
         for table in tables:
-            if len(set(table.pages)) != len(table.pages):
-                raise RuntimeError(f"a request holds a page twice: {table.pages}")
-            for page in table.pages:
+            if len(set(table.held)) != len(table.held):
+                raise RuntimeError(f"a request holds a page twice: {table.held}")
+            for page in table.held:
                 holders[page] += 1
         if holders != self._holders:
             wrong = [b for b in range(self.num_pages) if holders[b] != self._holders[b]]

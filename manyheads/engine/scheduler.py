@@ -106,6 +106,8 @@ class Scheduler:
         """
         if any(request.unread and request.matcher is not None for request in self.running):
             raise StepsUnread
+        for request in self.running:
+            self.pages.drop(request.table, request.cached_len)
         num_decoding = sum(request.decoding for request in self.running)
         has_prompts = self.waiting or num_decoding < len(self.running)  # most steps have none
         budget = self.target.most_prompt_tokens(num_decoding) if has_prompts else 0

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from manyheads import SamplingParams
+from manyheads.request import RequestDelta
 from tests.engine.test_exactness import engine, run
 from tests.models.families import MODELS, reference
 
@@ -56,10 +57,36 @@ def test_greedy_text_is_transformers(tmp_path: Path, name: str) -> None:
         stats = served.stats()
         preemptions += stats.preemptions
         assert tree_size == 1 or stats.accepted_tokens > 0
-    assert preemptions > 0
+    assert preemptions > 0 or served.scheduler.pages.window is not None  # which takes fewer pages
     assert texts[0] == texts[1] == texts[2]
     for prompt, text in zip(prompts, texts[0], strict=True):
         assert len(text) == NEW_TOKENS
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == text
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_a_text_holds_the_pages_of_its_window(tmp_path: Path, prefix_caching: bool) -> None:
+    """A window of 7 tokens, chunks of 7 and trees of 8 nodes, in pages of 4."""
+    model = save(tmp_path, "mistral with a window")
+    served = engine(tmp_path, 8, max_num_batched_tokens=7, num_blocks=64, prefix_caching=prefix_caching)
+    prompt = [random.Random(2).randrange(VOCAB) for _ in range(50)]
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    held = []
+    step = served.step
+
+    def watched() -> list[RequestDelta]:
+        deltas = step()
+        held.extend(len(request.table.held) for request in served.scheduler.running)
+        return deltas
+
+    served.step = watched  # type: ignore[method-assign]
+    [text] = run(served, [(prompt, params)])
+    assert max(held) <= 12  # of 28; a tree reserves up to 32 slots
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
+    assert logits.argmax(-1).tolist() == text
+    served.step = step  # type: ignore[method-assign]
+    assert run(served, [(prompt, params)]) == [text]  # with the prefix cache, over pages that were given back
+    assert (served.stats().prefix_hits > 0) == prefix_caching

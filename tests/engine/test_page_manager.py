@@ -281,3 +281,45 @@ def test_check_integrity_finds(message: str) -> None:
     CORRUPTIONS[message](manager, table)
     with pytest.raises(RuntimeError, match=message):
         manager.check_integrity([table])
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_pages_behind_the_window_are_given_back(caching: bool) -> None:
+    manager, table, tokens = PageManager(10, 4, caching, window=6), PageTable(), list(range(24))
+    assert manager.reserve(table, 24)
+    pages = list(table.pages)
+    manager.register(table, tokens, 20)
+    for cached_len, dropped in ((5, 0), (8, 0), (9, 1), (16, 2), (17, 3)):
+        manager.drop(table, cached_len)
+        assert table.pages == [DUMMY_PAGE] * dropped + pages[dropped:]
+        assert manager.num_available == 3 + dropped
+        manager.check_integrity([table])
+    other = PageTable()
+    assert manager.share_prefix(other, tokens) == (20 if caching else 0)
+    manager.check_integrity([table, other])
+    manager.free(other)
+    manager.free(table)
+    manager.check_integrity([])
+    assert manager.num_available == 9
+    assert manager.num_known(tokens) == (20 if caching else 0)
+
+
+def test_what_was_given_back_is_forgotten_with_the_rest() -> None:
+    manager, table, tokens = PageManager(10, 4, window=6), PageTable(), list(range(24))
+    assert manager.reserve(table, 24)
+    manager.register(table, tokens, 20)
+    manager.drop(table, 17)
+    manager.forget(table)
+    manager.check_integrity([table])
+    assert manager.num_known(tokens) == 0
+    manager.free(table)
+    manager.check_integrity([])
+
+
+def test_pages_that_the_prefix_cache_does_not_know_yet_stay() -> None:
+    manager, table = PageManager(10, 4, window=6), PageTable()
+    assert manager.reserve(table, 24)
+    manager.register(table, list(range(24)), 4)
+    manager.drop(table, 20)
+    assert table.num_dropped == 1
+    manager.check_integrity([table])
