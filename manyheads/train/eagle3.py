@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.config import ConfigError
+from manyheads.models import llama
 from manyheads.models.config import ModelConfig
+from manyheads.models.registry import FAMILIES
 from manyheads.models.rope import LongScaling
 from manyheads.speculation.eagle3.checkpoint import Eagle3Config, Eagle3Weights
 from manyheads.speculation.eagle3.export import write_drafter
@@ -73,6 +75,8 @@ class TrainedEagle3(TrainedDrafter):
         token_map: Tensor | None,
     ) -> None:
         super().__init__()
+        if FAMILIES[config.architecture].parameters is not llama.parameters:
+            raise ConfigError(f"EAGLE-3 drafters begin as a Llama's layer, and a {config.architecture} has other ones")
         rope = config.rope
         if rope.dim != config.head_dim or isinstance(rope.scaling, LongScaling):
             raise ConfigError(f"EAGLE-3 drafters do not know the rotary embedding of a {config.architecture}: {rope}")

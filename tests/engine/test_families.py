@@ -16,7 +16,7 @@ from manyheads.request import RequestDelta
 from tests.engine.test_exactness import engine, run
 from tests.models.families import MODELS, reference
 
-PROMPTS, NEW_TOKENS = (int(n) for n in os.environ.get("FAMILY_TEXTS", "4x20").split("x"))
+PROMPTS, NEW_TOKENS = (int(n) for n in os.environ.get("FAMILY_TEXTS", "3x20").split("x"))
 """How many prompts, and how many tokens are added to each."""
 VOCAB, HEADS = 16, 3
 NAMES = [

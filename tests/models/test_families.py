@@ -81,6 +81,19 @@ def test_a_model_runs_in_bfloat16(tmp_path: Path) -> None:
     assert float(F.cosine_similarity(found, wanted).min()) > 0.98
 
 
+@pytest.mark.parametrize("name", ["glm4", "phi3 tied, turned in part", "gemma2", "mixtral"])
+def test_weights_in_8_bits(tmp_path: Path, name: str) -> None:
+    """Those of heads that are read in another order too, and of experts."""
+    model = reference(name)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, read_config(tmp_path), torch.float32, CPU, quantization="int8")
+    with torch.inference_mode():
+        wanted = model(TOKENS[None]).logits[0]
+    found = logits(loaded, TOKENS)
+    assert not torch.equal(found, wanted)
+    assert float(F.cosine_similarity(found, wanted).mean()) > 0.98
+
+
 def test_positions_count_and_not_places_in_the_batch(tmp_path: Path) -> None:
     """Four tokens in another order, with their positions and a tree that follows them."""
     reference("llama").save_pretrained(tmp_path)

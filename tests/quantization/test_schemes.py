@@ -12,7 +12,7 @@ from manyheads.quantization.base import CodedScheme, CodedWeight
 from manyheads.quantization.fp8 import FP8, Fp8Weight
 from manyheads.quantization.int4 import INT4, Int4Weight, pack, unpack
 from manyheads.quantization.int8 import INT8, Int8Weight
-from manyheads.quantization.schemes import SCHEMES, find, for_vocabulary, join
+from manyheads.quantization.schemes import SCHEMES, find, for_vocabulary, join, reorder
 
 CODED = [scheme for scheme in SCHEMES.values() if isinstance(scheme, CodedScheme)]
 
@@ -94,6 +94,17 @@ def test_weights_below_each_other(scheme: CodedScheme) -> None:
     assert torch.equal(whole.dequantize(torch.float32), torch.cat([p.dequantize(torch.float32) for p in parts]))
     assert whole.nbytes == sum(p.nbytes for p in parts)
     assert whole.shape == (16, 64)
+
+
+@pytest.mark.parametrize("scheme", CODED, ids=str)
+def test_rows_in_another_order(scheme: CodedScheme) -> None:
+    plain = torch.randn(6, 256, generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([4, 0, 5, 1, 3, 2])
+    weight = scheme.quantize(plain)
+    found = reorder(weight, order)
+    assert isinstance(found, CodedWeight)
+    assert torch.equal(found.dequantize(torch.float32), weight.dequantize(torch.float32)[order])
+    assert torch.equal(reorder(plain, order), plain[order])
 
 
 def test_symmetric_beside_asymmetric() -> None:
