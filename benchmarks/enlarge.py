@@ -160,8 +160,8 @@ class Enlarger:
         pad = int(read_json(self.source / "config.json").get("pad_token_id") or 0)
         tokens = torch.arange(shape.vocab_size)
         tokens[tokens >= len(embedding)] = pad
-        yield "model.embed_tokens.weight", self._writing(embedding[tokens].T, len(tokens)).T.contiguous()
-        yield "lm_head.weight", self._reading(lm_head[tokens], len(tokens))
+        yield "model.embed_tokens.weight", self.writing(embedding[tokens].T, len(tokens)).T.contiguous()
+        yield "lm_head.weight", self.reading(lm_head[tokens], len(tokens))
         nothing = embedding.new_empty(0, self.small.hidden_size)
         for i in range(shape.num_layers):
             at = f"layers.{i}."
@@ -169,22 +169,22 @@ class Enlarger:
             layer = {key.removeprefix(at): tensor for key, tensor in state.items() if key.startswith(at)}
             query_rows = self.query_rows if layer else None
             for name in ("input_layernorm", "post_attention_layernorm"):
-                yield f"model.{at}{name}.weight", self._norm(layer.get(f"{name}.weight"))
+                yield f"model.{at}{name}.weight", self.norm(layer.get(f"{name}.weight"))
             weight = layer.get("self_attn.q_proj.weight", nothing)
-            yield f"model.{at}self_attn.q_proj.weight", self._reading(weight, shape.num_heads * dim, query_rows)
+            yield f"model.{at}self_attn.q_proj.weight", self.reading(weight, shape.num_heads * dim, query_rows)
             for name in ("k_proj", "v_proj"):
                 weight = layer.get(f"self_attn.{name}.weight", nothing)
                 by_head = weight.reshape(-1, dim, self.small.hidden_size)
                 weight = by_head.repeat_interleave(self.repeats, dim=0).flatten(0, 1)
-                yield f"model.{at}self_attn.{name}.weight", self._reading(weight, shape.num_kv_heads * dim)
+                yield f"model.{at}self_attn.{name}.weight", self.reading(weight, shape.num_kv_heads * dim)
             weight = layer.get("self_attn.o_proj.weight", nothing.T)
-            yield f"model.{at}self_attn.o_proj.weight", self._writing(weight, shape.num_heads * dim, query_rows)
+            yield f"model.{at}self_attn.o_proj.weight", self.writing(weight, shape.num_heads * dim, query_rows)
             for name in ("gate_proj", "up_proj"):
                 weight = layer.get(f"mlp.{name}.weight", nothing)
-                yield f"model.{at}mlp.{name}.weight", self._reading(weight, shape.intermediate_size)
+                yield f"model.{at}mlp.{name}.weight", self.reading(weight, shape.intermediate_size)
             weight = layer.get("mlp.down_proj.weight", nothing.T)
-            yield f"model.{at}mlp.down_proj.weight", self._writing(weight, shape.intermediate_size)
-        yield "model.norm.weight", self._norm(state["norm.weight"])
+            yield f"model.{at}mlp.down_proj.weight", self.writing(weight, shape.intermediate_size)
+        yield "model.norm.weight", self.norm(state["norm.weight"])
 
     def heads(self) -> Iterator[tuple[str, Tensor]]:
         """Every (key, tensor) of the large heads in vLLM's format: a projection over all tokens for every head.
@@ -196,7 +196,7 @@ class Enlarger:
         hidden = self.shape.hidden_size
         for h, blocks in enumerate(small.blocks):
             for layer, (weight, bias) in enumerate(blocks):
-                block = self._reading(weight, hidden)
+                block = self.reading(weight, hidden)
                 block[len(weight) :] = 0
                 padded = torch.zeros(hidden, dtype=self.dtype, device=self.device)
                 padded[: len(bias)] = bias
@@ -208,7 +208,7 @@ class Enlarger:
             tokens = torch.arange(len(projection)) if small.token_map is None else small.token_map
             whole = mean.repeat(self.shape.vocab_size, 1)
             whole[tokens] = projection
-            yield f"lm_heads.{h}.weight", self._reading(whole, len(whole))
+            yield f"lm_heads.{h}.weight", self.reading(whole, len(whole))
 
     def heads_config(self, base: str) -> dict[str, Any]:
         """config.json of the large heads; `base` is the base model's folder as seen from theirs."""
@@ -247,7 +247,7 @@ class Enlarger:
     def _random(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=self.dtype, device=self.device).normal_(0, NOISE, generator=self.noise)
 
-    def _reading(self, weight: Tensor, rows: int, at: Tensor | None = None) -> Tensor:
+    def reading(self, weight: Tensor, rows: int, at: Tensor | None = None) -> Tensor:
         """A projection from the hidden state: [n, d] → [rows, D]; row i of `weight` goes to row at[i], or i."""
         n, d = weight.shape
         weight = weight.to(self.device, self.dtype)
@@ -257,7 +257,7 @@ class Enlarger:
             large[chosen, j * d : (j + 1) * d] = weight
         return large
 
-    def _writing(self, weight: Tensor, columns: int, at: Tensor | None = None) -> Tensor:
+    def writing(self, weight: Tensor, columns: int, at: Tensor | None = None) -> Tensor:
         """A projection to the hidden state: [d, n] → [D, columns]; column i of `weight` goes to column at[i], or i."""
         d, n = weight.shape
         weight = weight.to(self.device, self.dtype)
@@ -267,7 +267,7 @@ class Enlarger:
             large[j * d : (j + 1) * d, chosen] = weight * amplitude
         return large
 
-    def _norm(self, weight: Tensor | None) -> Tensor:
+    def norm(self, weight: Tensor | None) -> Tensor:
         """[d] → [D]; None: of a layer that was added."""
         large = torch.ones(self.shape.hidden_size, dtype=self.dtype, device=self.device)
         if weight is not None:

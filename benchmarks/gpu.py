@@ -14,8 +14,8 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 `replies`: of 480 greedy replies of 128 tokens, how many are those of another run, which left them in the file that
 --replies names (the first run with that file does).
 
-With --acceptance, candidates are accepted by chance: `DEFAULT_ACCEPTANCE`, which has the shape that is published for
-Vicuna-7B's heads.
+With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
+one's own (by_chance.py); of vLLM's chains too, position by position.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from by_chance import KINDS, ByChance, chain_rates, table_of
 from common import write_json
 
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -61,11 +62,12 @@ class Manyheads:
         from manyheads.engine.build import build_engine
 
         if args.acceptance:
-            accept_by_chance()
+            ByChance(args.acceptance).install()
         self.temperature = 1.0 if args.acceptance else 0.0  # a row that samples passes by the sampler
         self.engine = build_engine(
             EngineConfig(
                 model=str(args.model),
+                heads=str(args.heads) if args.heads and args.mode in KINDS else None,
                 speculative=args.mode != "plain",
                 drafter="ngram" if args.mode == "ngram" else None,
                 tree_size=args.tree_size,
@@ -137,8 +139,12 @@ class Vllm:
         from vllm import LLM, SamplingParams
 
         speculative: dict[str, Any] = {}
-        if args.mode == "medusa":
-            config = {"method": "medusa", "model": str(args.model / "heads"), "num_speculative_tokens": 4}
+        if args.mode in KINDS:
+            heads = str(args.heads or args.model / "heads")
+            config: dict[str, Any] = {"method": args.mode, "model": heads, "num_speculative_tokens": args.drafts}
+            if args.acceptance:
+                rates = chain_rates(args.acceptance, args.drafts)
+                config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
             speculative["speculative_config"] = config
         self.llm = LLM(
             model=str(args.model),
@@ -193,33 +199,6 @@ class Vllm:
         return {}
 
 
-def accept_by_chance() -> None:
-    """A target that continues each node with the candidate that DEFAULT_ACCEPTANCE draws, or with none of them."""
-    import torch
-
-    from manyheads.engine import recorded
-    from manyheads.ops.triton import TritonOps
-    from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
-
-    table = torch.tensor(DEFAULT_ACCEPTANCE, device="cuda")  # [depth, rank]
-    depths, ranks = table.shape
-    weights = torch.cat((table, 1 - table.sum(1, keepdim=True)), dim=1)
-
-    def draw(logits: Any, nodes: Any, state: Any) -> tuple[Any, dict[int, Any]]:
-        depth = nodes.depth.clamp(max=depths - 1)
-        rank = torch.multinomial(weights[depth], 1)[:, 0]
-        column = 1 + depth * ranks + rank.clamp(max=ranks - 1)
-        hit = (rank < ranks) & (nodes.depth < depths)
-        return torch.where(hit, state.drafts[nodes.rows[nodes.row], column], 0), {}
-
-    def propose(state: Any, index: Any, candidates: Any, chances: Any) -> None:
-        known(state, index, candidates, table.flatten().expand_as(chances).contiguous())
-
-    known = TritonOps.propose
-    TritonOps.propose = staticmethod(propose)
-    recorded.draw = draw
-
-
 def spec_bench_prompts(model: Path, file: Path, length: int, count: int) -> list[list[int]]:
     """Token ids of chat prompts, each of exactly `length` tokens."""
     from tokenizers import Tokenizer
@@ -242,11 +221,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--system", choices=("manyheads", "vllm"), default="manyheads")
-    parser.add_argument("--mode", choices=("plain", "medusa", "ngram"), default="medusa")
+    parser.add_argument("--mode", choices=("plain", *KINDS, "ngram"), default="medusa")
+    parser.add_argument("--heads", type=Path, help="the drafter (default: MODEL/heads)")
+    parser.add_argument("--drafts", type=int, default=4, help="tokens that vLLM drafts at a time")
     parser.add_argument("--tests", type=lambda text: text.split(","), default=["sweep"])
     parser.add_argument("--quantization", help="int8, fp8, int4 …; of vLLM, fp8")
     parser.add_argument("--kv-cache-dtype", default="auto", help="fp8, int8; of vLLM, fp8")
-    parser.add_argument("--acceptance", action="store_true", help="accept candidates by chance")
+    parser.add_argument(
+        "--acceptance", nargs="?", const="published", help="accept candidates by chance; a JSON file has other rates"
+    )
     parser.add_argument("--users", type=lambda text: [int(n) for n in text.split(",")], default=list(USERS))
     parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"))
     parser.add_argument("--tokens-in", type=int, default=128)
@@ -258,6 +241,9 @@ def main() -> None:
     parser.add_argument("--replies", type=Path, help="greedy replies to be compared with, or to be written")
     parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")
     args = parser.parse_args()
+    if args.acceptance:
+        file = None if args.acceptance == "published" else Path(args.acceptance)
+        args.acceptance = table_of(args.mode, file)
     args.start = time.perf_counter()
     system: System = Manyheads(args) if args.system == "manyheads" else Vllm(args)
     ready = time.perf_counter() - args.start

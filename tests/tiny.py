@@ -67,9 +67,12 @@ def make_model(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(some | changes))).eval()
 
 
-def save_model(folder: Path, hidden: int = HIDDEN, intermediate: int = 48, head_dim: int = 8) -> LlamaForCausalLM:
+def save_model(
+    folder: Path, hidden: int = HIDDEN, intermediate: int = 48, head_dim: int = 8, vocab_size: int = VOCAB
+) -> LlamaForCausalLM:
     """Write base and heads ("V2") to `folder`; the base as transformers has it."""
-    model = make_model(hidden_size=hidden, intermediate_size=intermediate, head_dim=head_dim)
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "head_dim": head_dim, "vocab_size": vocab_size}
+    model = make_model(**sizes)
     model.save_pretrained(folder)
     heads = folder / "heads"
     heads.mkdir()

@@ -1,0 +1,140 @@
+"""Candidates that are right at given rates, whatever they are: how fast an engine is with drafters of that quality.
+
+Weights of the right shape and no training cost what trained ones cost, and guess nothing. So the target is made to go
+on with a node's candidate of rank r as often as a table says, or with none of them; and drafters promise those rates,
+from which follows what a step brings. The planner knows nothing of it: it measures, as ever. vLLM does the same with
+`rejection_sample_method="synthetic"` for its chains.
+
+A table is [depth][rank], each the share of nodes at a depth whose child of that rank is right, given that the node is.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.batch import RowState
+from manyheads.engine import recorded, runner
+from manyheads.engine.sampler import Nodes
+from manyheads.kv_cache import KVCache
+from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
+from manyheads.speculation.eagle3.drafter import ACCEPTANCE, DEPTH, Eagle3Drafter
+from manyheads.speculation.medusa.drafter import MedusaDrafter
+
+KINDS = ("medusa", "eagle3")
+Table = list[list[float]]
+CHAIN = (0.75, 0.56, 0.42, 0.31, 0.23)
+"""How often published EAGLE-3 chains hold for 1 to 5 tokens (SafeAILab/EAGLE, Llama-3.1-8B)."""
+
+
+def table_of(mode: str, file: Path | None = None) -> Table:
+    """What is published for a kind of drafter, `medusa` or `eagle3`; a file has a table of its own, in JSON.
+
+    Of EAGLE-3 only the best rank is published; further ranks are what its drafter expects before it has seen any.
+    """
+    if file is not None:
+        table: Table = json.loads(file.read_text())
+        if not table or any(not ranks or min(ranks) < 0 or sum(ranks) > 1 for ranks in table):
+            raise ValueError(f"{file}: needed are lists of rates by depth, each of which adds up to 1 at most")
+        return table
+    if mode == "medusa":
+        return [list(ranks) for ranks in DEFAULT_ACCEPTANCE]
+    best = [after / before for before, after in pairwise((1.0, *CHAIN))]
+    best += best[-1:] * (DEPTH - len(best))
+    return [[first, *ACCEPTANCE[depth][1:]] for depth, first in enumerate(best)]
+
+
+def chain_rates(table: Table, count: int) -> list[float]:
+    """How often a chain of the best candidates holds for 1, 2, … `count` tokens."""
+    rates = [1.0]
+    for depth in range(count):
+        rates.append(rates[-1] * table[min(depth, len(table) - 1)][0])
+    return rates[1:]
+
+
+class ByChance:
+    """Makes the engines that this process builds from now on accept by a table; the last one is the one that runs."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._promised = torch.empty(0)  # [1 + C], by column of a row's draft; the last one is what pads families
+        self._children = torch.empty(0)  # [1 + C, K + 1] int64: the columns of a column's children by rank; 0 is none
+        self._weights = torch.empty(0)  # [1 + C, K + 1]: how often each of them is right, and none
+
+    def install(self) -> None:
+        """Let drafters promise what the table says, and the target keep the promise."""
+        for kind in (MedusaDrafter, Eagle3Drafter):
+            self._replace_attach(kind)
+        propose, offer = MedusaDrafter.propose, Eagle3Drafter._offer
+
+        def propose_by_chance(drafter: MedusaDrafter, *args: Any) -> tuple[Tensor, Tensor]:
+            candidates, chances = propose(drafter, *args)
+            return candidates, self._promised[:-1].expand_as(chances).contiguous()
+
+        def offer_by_chance(
+            drafter: Eagle3Drafter,
+            family: Tensor,
+            row: Tensor,
+            normed: Tensor,
+            parents: Tensor,
+            tokens: Tensor,
+            chances: Tensor,
+            worth: Tensor,
+        ) -> None:
+            offer(drafter, family, row, normed, parents, tokens, chances, worth)
+            at, promised = (row[:, None].expand_as(family), family), self._promised[family]
+            chances.index_put_(at, promised)
+            worth.index_put_(at, promised * parents[:, None])
+
+        MedusaDrafter.propose = propose_by_chance  # type: ignore[method-assign,assignment]
+        Eagle3Drafter._offer = offer_by_chance  # type: ignore[method-assign,assignment]
+        recorded.draw = runner.draw = self._draw  # type: ignore[attr-defined]
+
+    def _replace_attach(self, kind: Any) -> None:
+        attach = kind.attach
+
+        def attach_by_chance(drafter: Any, cache: KVCache) -> None:
+            attach(drafter, cache)
+            self._take(drafter, cache.data.device)
+
+        kind.attach = attach_by_chance
+
+    def _take(self, drafter: Any, device: torch.device) -> None:
+        columns = _columns(drafter)
+        width = max(len(children) for _, children in columns)
+        promised = torch.zeros(len(columns))
+        at = torch.zeros(len(columns), width + 1, dtype=torch.int64)
+        weights = torch.zeros(len(columns), width + 1)
+        for column, (depth, children) in enumerate(columns):
+            rates = torch.tensor(self.table[min(depth, len(self.table) - 1)][: len(children)])
+            at[column, : len(children)] = torch.tensor(children, dtype=torch.int64)
+            weights[column, : len(rates)] = rates
+            promised[at[column, : len(rates)] - 1] = rates
+        weights[:, -1] = 1 - weights.sum(dim=1)
+        self._promised, self._children, self._weights = (x.to(device) for x in (promised, at, weights))
+
+    def _draw(self, logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[int, Tensor]]:
+        """What `sampler.draw` gives: a token for each node, here one of its candidates or token 0."""
+        # nodes that a row did not bring stand at its root, which is written last
+        column = torch.zeros_like(nodes.row)
+        column[nodes.place.flatten()] = nodes.tree.column.expand_as(nodes.place).flatten()
+        column[nodes.place[:, 0]] = 0
+        rank = torch.multinomial(self._weights[column], 1)
+        child = self._children[column].gather(1, rank)[:, 0]
+        return torch.where(child > 0, state.drafts[nodes.rows[nodes.row], child], 0), {}
+
+
+def _columns(drafter: Any) -> list[tuple[int, list[int]]]:
+    """For each column of a row's draft, the depth of its node, and the columns of the node's children by rank."""
+    if isinstance(drafter, Eagle3Drafter):
+        template = drafter._template
+        return [(len(choice), [1 + c for c in template.children.get(choice, [])]) for choice in ((), *template.choices)]
+    depths, count = drafter.shape.max_depth, drafter.shape.num_candidates
+    ranks = count // depths
+    below = [list(range(1 + depth * ranks, 1 + (depth + 1) * ranks)) for depth in range(depths)] + [[]]
+    return [(0, below[0])] + [(depth, below[depth]) for depth in range(1, depths + 1) for _ in range(ranks)]
