@@ -132,7 +132,7 @@ def main() -> None:
         run.serve = functools.partial(run.serve, build="streams:build")
         sys.exit(cli.main(["serve", str(BUILTIN), "--port", str(PORT)]))
     server = subprocess.Popen(
-        [sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+        [sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
     )
     try:
         while True:

@@ -7,12 +7,14 @@ names (its proposal 003, "Model Server Protocol"), so that it routes to us witho
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from manyheads.request import EngineReady, EngineStats, FinishReason
@@ -46,6 +48,26 @@ class SequenceTimer:
     num_tokens: int = 0
 
 
+class TokenGaps(Collector):
+    """A histogram of seconds, of which many are alike: what comes with each token of each stream has to be cheap."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._counts = [0] * (len(_PER_TOKEN) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float, count: int) -> None:
+        """Count so many tokens that came so long after those before them."""
+        self._counts[bisect_left(_PER_TOKEN, seconds)] += count
+        self._sum += seconds * count
+
+    def collect(self) -> Iterator[Metric]:
+        """Make the metric, at a scrape."""
+        bounds = [*(str(float(bound)) for bound in _PER_TOKEN), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
 class EngineCounts(Protocol):
     """The client of an engine knows this (`EngineClient`)."""
 
@@ -74,7 +96,8 @@ class Metrics(Collector):
             return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
 
         self._ttft = histogram("time_to_first_token_seconds", "Time to the first token", _FIRST_TOKEN)
-        self._itl = histogram("inter_token_latency_seconds", "Time between tokens of a request", _PER_TOKEN)
+        self._itl = TokenGaps(PREFIX + "inter_token_latency_seconds", "Time between tokens of a request")
+        self.registry.register(self._itl)
         self._tpot = histogram("request_time_per_output_token_seconds", "Mean time per token after first", _PER_TOKEN)
         self._e2e = histogram("e2e_request_latency_seconds", "Time from arrival to last token", _WHOLE)
         self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
@@ -101,8 +124,7 @@ class Metrics(Collector):
             gap = 0.0  # tokens that came with the first one kept nobody waiting
         else:
             gap = (now - timer.last) / count
-        for _ in range(count):
-            self._itl.observe(gap)
+        self._itl.observe(gap, count)
         timer.last = now
 
     def finish(self, timer: SequenceTimer, reason: FinishReason) -> None:

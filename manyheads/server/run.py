@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -149,6 +150,8 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
             server = Server(web, Guard(options.connections, service.metrics.drops, service.metrics.registry), client)
             host, port = listener.getsockname()[:2]
             scheme = "https" if options.ssl_certfile else "http"
+            gc.collect()
+            gc.freeze()  # what imports have made stays: looking at it again stops all streams for a quarter of a second
             print(_memory(ready), _greeting(ready, names[0], host, port, scheme), sep="\n", file=sys.stderr, flush=True)
             await server.serve(sockets=[listener])
             if client.failure is not None and not stopping:

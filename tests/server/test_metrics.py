@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from manyheads.bench import counters
+from manyheads.server.metrics import _PER_TOKEN, TokenGaps
 from tests.server.conftest import Running
 from tests.server.fake_engine import MEMORY
 from tests.server.test_lifecycle import eventually
@@ -101,6 +103,19 @@ def test_what_moves(client: httpx.Client) -> None:
     assert moved["engine_steps_total"] >= 3
     assert moved["decoding_row_steps_total"] >= 6
     assert all(value >= 0 for key, value in moved.items() if key.split("[")[0].endswith(("_total", "_count", "_sum")))
+
+
+def test_gaps_are_a_histogram() -> None:
+    """Prometheus' own histogram says the same, but for when it was made."""
+    registry, gaps = CollectorRegistry(), TokenGaps("gaps", "text")
+    plain = Histogram("gaps", "text", buckets=_PER_TOKEN)
+    registry.register(gaps)
+    for seconds, count in ((0.0, 1), (0.001, 2), (0.0011, 3), (0.5, 1), (2.5, 4), (3.0, 2)):
+        gaps.observe(seconds, count)
+        for _ in range(count):
+            plain.observe(seconds)
+    lines = [line for line in generate_latest(plain).decode().splitlines() if "_created" not in line]
+    assert generate_latest(registry).decode().splitlines() == lines
 
 
 def test_gauges_by_depth(client: httpx.Client) -> None:
