@@ -43,6 +43,8 @@ SAME, SAME_TURNS, MAX_SECONDS = 1.1, 3, 3.0
 """A shortest time is believed when so many steps took at most so many times as long; other work on the machine can make
 a few steps last many times too long. After so many seconds of measuring, times are believed all the same, as first
 guesses: steps correct them (`RunningCosts`)."""
+PASSES_AT_MOST = 0.99
+"""Of a step, passes of the drafter take at most this share."""
 ENOUGH_ROWS = 4
 """On a CPU that is busy with something else, so that time has run out, no more rows are measured."""
 
@@ -162,6 +164,8 @@ def _apart(drafts: list[Draft], seconds: list[float], num_rows: int) -> tuple[di
         deep, longer = deepest.setdefault(draft.nodes, (draft, took))
         if draft is not deep:
             one_pass = max(0.0, longer - took) / (deep.passes - draft.passes)
+    # other work on the machine may have held up the one and not the other: no step is all passes
+    one_pass = min([one_pass, *(PASSES_AT_MOST * took / deep.passes for deep, took in deepest.values() if deep.passes)])
     without = {draft.num_tokens(num_rows): took - draft.passes * one_pass for draft, took in deepest.values()}
     return without, one_pass
 

@@ -15,9 +15,10 @@ from manyheads.engine import warmup
 from manyheads.engine.state import admit, clear, rewind, sync_pages
 from manyheads.engine.step import Request, StepPlan, StepResult
 from manyheads.speculation.costs import CostTable
-from manyheads.speculation.draft import NO_DRAFT
+from manyheads.speculation.draft import NO_DRAFT, Draft
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.planner import Planner
+from manyheads.speculation.tree import Tree
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +152,14 @@ def test_passes_are_told_from_tokens_whatever_the_drafter(ranks: list[int], monk
 def test_a_drafter_without_passes_is_charged_none(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = measure(Clock(0), monkeypatch)
     assert not any(costs.passes.values())
+
+
+def test_a_shallow_step_that_nobody_disturbed_makes_no_other_free() -> None:
+    """The deep one of its size was held up; so a pass seems to take longer than a whole step of another size."""
+    trees = [((),), ((), (0,)), ((), (0,), (0, 0)), ((), (0,), (1,))]
+    deep, shallow, other = (
+        Draft(Tree(trees[i]), nodes, passes) for i, nodes, passes in ((2, 3, 4), (3, 3, 1), (1, 2, 3))
+    )
+    without, one_pass = warmup._apart([deep, other, shallow], [1.0, 0.02, 0.01], 1)
+    assert 0 < one_pass < 0.02 / 3
+    assert all(seconds > 0 for seconds in without.values())
