@@ -45,6 +45,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
 
 
+SHORT = 16
+"""Tokens of a chain that shares a rectangle with others."""
+
+
 class TorchAttention:
     """Gathers each row's pages and calls scaled_dot_product_attention on rectangles of rows.
 
@@ -78,9 +82,9 @@ class TorchAttention:
         Rows of trees come sorted by the length of their caches.
         """
         lengths, starts = group.cached_len.tolist(), group.row_start.tolist()
-        if group.is_chain:  # long, and each of another length: a rectangle of its own for each that brings tokens
-            rows = [r for r in range(len(lengths)) if starts[r] < starts[r + 1]]
-            return [self._part(group, r, [lengths[r]], starts[r : r + 2]) for r in rows]
+        if group.is_chain:
+            runs = _chains(lengths, [stop - start for start, stop in pairwise(starts)])
+            return [self._part(group, r, lengths[r:end], starts[r : end + 1]) for r, end in runs]
         parts: list[_Part] = []
         end = len(lengths)
         while end > 0:
@@ -232,3 +236,24 @@ class TorchAttention:
         if mask is not None:
             scores += mask
         return scores.softmax(-1, dtype=torch.float32).to(queries.dtype) @ values
+
+
+def _chains(lengths: list[int], counts: list[int]) -> list[tuple[int, int]]:
+    """From which row to which, exclusive, chains share a rectangle: those of prompts are long, and each of another
+    length, so that they have one each; short ones of about one length stand together. Rows without tokens have none.
+
+    Args:
+        lengths: of the rows' caches.
+        counts: of tokens that they bring.
+    """
+    runs: list[tuple[int, int]] = []
+    for row, count in enumerate(counts):
+        if count == 0:
+            continue
+        first = runs[-1][0] if runs and runs[-1][1] == row and count <= SHORT >= counts[row - 1] else row
+        shortest, longest = min(lengths[first : row + 1]), max(lengths[first : row + 1])
+        if first < row and max(shortest, 128) * 2 >= longest:
+            runs[-1] = (first, row + 1)
+        else:
+            runs.append((row, row + 1))
+    return runs

@@ -28,9 +28,9 @@ class Masks:
 
     def apply(self, logits: Tensor) -> None:
         """Give what is forbidden a logit of -inf, in place on [T, V]."""
-        tokens = torch.arange(logits.shape[1], device=logits.device)
-        allowed = _bits(self.words, tokens.expand(len(self.words), -1))
-        logits[self.place] = logits[self.place].masked_fill_(~allowed, float("-inf"))
+        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+        forbidden = ((self.words[..., None] >> bits) & 1 == 0).flatten(1)[:, : logits.shape[1]]
+        logits[self.place] = logits[self.place].masked_fill_(forbidden, float("-inf"))
 
 
 def first_masks(requests: list[Request], state: RowState) -> Masks | None:
