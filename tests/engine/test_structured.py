@@ -136,7 +136,7 @@ def test_a_few_pages_and_preemptions_change_nothing(model: Path, engine: Engine)
     assert small.stats().preemptions > 0
 
 
-@pytest.mark.parametrize("way", ["greedy", "sampled", "log-probabilities"])
+@pytest.mark.parametrize("way", ["sampled", "log-probabilities"])
 def test_another_engine_goes_on_where_one_died(engine: Engine, way: str) -> None:
     params = under(JSON, **WAYS[way])
     (whole,) = answers(engine, params)
