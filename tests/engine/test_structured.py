@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +218,14 @@ def test_a_grammar_that_is_none_is_refused_and_others_go_on(
 
 
 def test_what_takes_too_long_to_compile_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    never: Future[Any] = Future()
+    never.set_running_or_notify_cancel()
+    assert engine._grammars is not None
+    monkeypatch.setattr(engine._grammars._compiler, "start", lambda grammar: never)
     monkeypatch.setattr(grammars, "COMPILE_SECONDS", 0.0)
-    choices = json.dumps([f"choice {i}" for i in range(2000)])
-    late, free = answers(engine, under(Grammar("choice", choices)), SamplingParams(max_tokens=5))
-    assert "takes longer than 0 s" in str(late[-1].error)
+    late, free = answers(engine, under(JSON), SamplingParams(max_tokens=5, ignore_eos=True))
+    assert "the grammar (json) takes longer than 0 s to compile" in str(late[-1].error)
+    assert late[-1].error_kind == "invalid"
     assert len(tokens_of(free)) == 5
 
 
