@@ -24,7 +24,8 @@ import psutil
 from common import BUILTIN, ROOT, get_json, machine, save, table
 
 from manyheads.config import EngineConfig
-from manyheads.request import EngineReady, EngineRequest, EngineStats, RequestDelta
+from manyheads.request import EngineReady, EngineRequest, RequestDelta
+from manyheads.stats import EngineStats
 
 STEP_SECONDS = 0.01
 PORT = 8017

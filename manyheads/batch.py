@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.request import MAX_BAD_TOKENS
+
 MAX_NODES = 64
 """Most nodes of a tree, so that a set of nodes is the bits of an int64."""
 
@@ -158,6 +160,7 @@ class RowState:
         # token counts for penalties, there from the first request on that has some
         self.prompt_seen: Tensor | None = None  # [rows, V] bool
         self.output_count: Tensor | None = None  # [rows, V] int32
+        self.tail: Tensor | None = None  # [rows, MAX_BAD_TOKENS] int64, last tokens of texts, likewise for bad runs
 
     @property
     def candidates(self) -> Tensor:
@@ -168,7 +171,7 @@ class RowState:
     def nbytes(self) -> int:
         """Bytes of all that is allocated."""
         tensors = [self.cached_len, self.drafts, self.chances, self.page_table, self.ints, self.floats, self.broken]
-        counts = [tensor for tensor in (self.prompt_seen, self.output_count) if tensor is not None]
+        counts = [tensor for tensor in (self.prompt_seen, self.output_count, self.tail) if tensor is not None]
         return sum(tensor.nbytes for tensor in (*tensors, *self.drafter.values(), *counts))
 
     def slots(self, rows: Tensor, position: Tensor) -> Tensor:
@@ -182,6 +185,12 @@ class RowState:
             self.prompt_seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
             self.output_count = torch.zeros(shape, dtype=torch.int32, device=self.device)
         return self.prompt_seen, self.output_count
+
+    def last_tokens(self) -> Tensor:
+        """`tail`, allocated if it is not there yet; rows that do not need it leave theirs as it is."""
+        if self.tail is None:
+            self.tail = torch.full((self.num_rows + 1, MAX_BAD_TOKENS), -1, device=self.device)
+        return self.tail
 
     def tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         """Numbers, on their way to the device: the host does not wait."""

@@ -12,6 +12,7 @@ import msgspec
 
 from manyheads.errors import QueueFull, RequestError, require
 from manyheads.grammar import Grammar
+from manyheads.stats import EngineStats, MemoryUse
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
@@ -19,6 +20,10 @@ MAX_STOP_TOKENS = 256
 MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_LOGIT_BIASES = 1024
+MAX_ALLOWED = 4096
+MAX_BAD_WORDS = 256
+MAX_BAD_TOKENS = 32
+"""A bad word has at most so many tokens."""
 RANGES: dict[str, tuple[float, float]] = {
     "n": (1, MAX_N),
     "temperature": (0, 100),
@@ -28,6 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
     "typical_epsilon": (0, 1),
     "typical_alpha": (0, 100),
 }
@@ -59,6 +65,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    """If there are any, the output has no other tokens."""
+    bad_words: tuple[str, ...] = ()
+    """No token is drawn that would end one of these texts; the front end adds them to `bad_token_ids`."""
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    """No token is drawn that would end one of these runs of tokens, of which the first may stand in the prompt."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -66,6 +78,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None
     """Asks for the log-probabilities, from raw logits, of the chosen token and of this many most likely ones."""
+    prompt_logprobs: int | None = None
+    """Asks for the same of each token of the prompt but the first."""
     skip_special_tokens: bool = True
     speculative: bool = True
     """If False, this request is decoded one token a step."""
@@ -81,11 +95,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Raise RequestError for a field whose value is out of its range, else return self so that calls chain."""
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if value is not None or name != "logprobs":  # NaN is between nothing
+            if value is not None or not name.endswith("logprobs"):  # NaN is between nothing
                 require(low <= value <= high, f"{name} must be between {low:g} and {high:g}, not {value}")
         require(self.top_p > 0, f"top_p must be above 0, not {self.top_p}")
-        for name, limit in (("max_tokens", self.max_tokens), ("max_steps", self.max_steps)):
-            require(limit is None or limit >= 1, f"{name} must be at least 1, not {limit}")
+        for name, limit, low in (("max_tokens", self.max_tokens, 0), ("max_steps", self.max_steps, 1)):
+            require(limit is None or limit >= low, f"{name} must be at least {low}, not {limit}")
         least, most = self.min_tokens, self.max_tokens
         require(least >= 0, f"min_tokens must not be negative, not {least}")
         require(most is None or least <= most, f"min_tokens ({least}) must not exceed max_tokens ({most})")
@@ -100,12 +114,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             (len(self.stop), "stop strings", MAX_STOP_STRINGS),
             (len(self.stop_token_ids), "stop token ids", MAX_STOP_TOKENS),
             (len(self.logit_bias), "logit_bias entries", MAX_LOGIT_BIASES),
+            (len(self.allowed_token_ids), "allowed_token_ids", MAX_ALLOWED),
+            (len(self.bad_words), "bad words", MAX_BAD_WORDS),
+            (len(self.bad_token_ids), "bad_token_ids", 4 * MAX_BAD_WORDS),
+            (max(map(len, self.bad_token_ids), default=0), "tokens in a bad word", MAX_BAD_TOKENS),
         ):
             require(count <= room, f"at most {room} {what}, not {count}")
         require(all(self.stop), "a stop string must not be empty")
+        require(all((*self.bad_words, *self.bad_token_ids)), "a bad word must not be empty")
         is_short = all(len(s) <= MAX_STOP_CHARACTERS for s in self.stop)
         require(is_short, f"a stop string must have at most {MAX_STOP_CHARACTERS} characters")
-        require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids must not be negative")
         in_range = all(-100 <= bias <= 100 for bias in self.logit_bias.values())
         require(in_range, "logit_bias values must be between -100 and 100")
         if self.grammar is not None:
@@ -134,6 +152,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Whose fair share it counts against."""
     priority: int = 0
     """A lower one runs earlier, as in vLLM; among equal ones, clients are served in turn."""
+    cache_salt: str = ""
+    """Only requests with the same one share pages of the prefix cache."""
     timeout: float | None = None
     """It has to start within so many seconds, or is refused; None leaves it to the engine's `max_wait`."""
     session: str = ""
@@ -162,6 +182,8 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     new_token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     """There is one for each new token, if the request asked for them."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """The first delta has those of the prompt's tokens but the first, if the request asked for them."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The stop token (eos included) that ended the request; it is the last of new_token_ids."""
@@ -185,60 +207,6 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         if isinstance(error, QueueFull):
             return cls.failure(request_id, str(error), "queue_full", error.retry_after)
         return cls.failure(request_id, str(error), "invalid")
-
-
-class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine tells where the memory of its device goes, in bytes."""
-
-    weights: int = 0
-    heads: int = 0
-    kv_cache: int = 0
-    graphs: int = 0
-    """CUDA graphs take this, with what their steps compute in."""
-    rest: int = 0
-    """Row state and scratch take this, with the process itself: CUDA's context or, on a CPU, Python's libraries."""
-    kv_cache_tokens: int = 0
-    """The K/V cache holds so many tokens of context."""
-
-    @property
-    def total(self) -> int:
-        """Sum all parts, in bytes."""
-        return self.weights + self.heads + self.kv_cache + self.graphs + self.rest
-
-
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine sends this snapshot for /metrics. Its counters count from the start of the engine."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    queue_wait: float = 0.0
-    """A request that a new client sent now would wait so many seconds."""
-    drafter: str | None = None
-    num_pages: int = 0
-    num_free_pages: int = 0
-    """Free or only kept by the prefix cache."""
-    prefix_queries: int = 0
-    """Counts the prompt tokens that were looked up in the prefix cache."""
-    prefix_hits: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    steps: int = 0
-    row_steps: int = 0
-    """Sums the decoding rows over the steps: generation_tokens / row_steps is tokens per step."""
-    drafted_tokens: int = 0
-    """Counts the tree nodes that were verified, roots left out."""
-    accepted_tokens: int = 0
-    """Counts the tree nodes that were accepted, roots left out."""
-    drafted_by_depth: list[int] = []
-    """Counts, by depth from 1, the rows whose tree reached it."""
-    accepted_by_depth: list[int] = []
-    """Counts, by depth from 1, the rows that accepted a node there."""
-    tree_size: int = 1
-    """A speculating row brought so many nodes to the latest step."""
-    num_compiled: int = 0
-    """Counts kernels that were compiled, and graphs that were captured, after the engine was ready."""
-    memory: MemoryUse = MemoryUse()
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -270,8 +238,11 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
         """
         params.validate()
         longest, last_id = self.max_model_len, self.vocab_size - 1
-        are_known = all(0 <= t <= last_id for t in (*params.stop_token_ids, *params.logit_bias))
-        require(are_known, f"stop_token_ids and logit_bias: token ids must be between 0 and {last_id}")
+        bad = (token for word in params.bad_token_ids for token in word)
+        tokens = (*params.stop_token_ids, *params.logit_bias, *params.allowed_token_ids, *bad)
+        are_known = all(0 <= t <= last_id for t in tokens)
+        names = "stop_token_ids, logit_bias, allowed_token_ids and bad_token_ids"
+        require(are_known, f"{names}: token ids must be between 0 and {last_id}")
         for prompt in prompts:
             count = len(prompt)
             require(count > 0, "the prompt is empty")

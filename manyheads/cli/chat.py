@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from manyheads.cli.parser import Parser, add_engine, add_model, add_sampling, engine_config, sampling_params
+from manyheads.cli.parser import Parser, add_engine, add_model, add_sampling, engine_config, sampling_options
 from manyheads.config import ConfigError
 from manyheads.errors import RequestError
 from manyheads.interrupt import between_steps
-from manyheads.request import SamplingParams
 
 if TYPE_CHECKING:
     import http.client
@@ -52,8 +51,8 @@ def add_commands(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat until /exit or the end of the input."""
-    params = sampling_params(args)
-    ask, name = _remote(args, params) if args.url else _local(args, params)
+    options = sampling_options(args)
+    ask, name = _remote(args, options) if args.url else _local(args, options)
     return converse(ask, name, args.system)
 
 
@@ -115,13 +114,14 @@ def _reply(ask: Ask, messages: list[dict[str, str]]) -> str | None:
     return "".join(parts)
 
 
-def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
+def _local(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Ask, str]:
     from manyheads.frontend.llm import LLM
 
     config = engine_config(args)
     settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
     print(f"loading {config.model} ...", file=sys.stderr)
     llm = LLM(chat_template=args.chat_template, **settings)
+    params = msgspec.structs.replace(llm.defaults, **options)
 
     def ask(messages: list[dict[str, str]]) -> Iterator[Piece]:
         shown = 0
@@ -137,14 +137,13 @@ def _local(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
     return ask, llm.engine.ready.model
 
 
-def _remote(args: argparse.Namespace, params: SamplingParams) -> tuple[Ask, str]:
+def _remote(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Ask, str]:
     import urllib.error
     import urllib.request
 
     url = args.url.rstrip("/").removesuffix("/v1")
     key = args.api_key or os.environ.get("MANYHEADS_API_KEY")
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    options: dict[str, Any] = msgspec.to_builtins(params)
 
     def call(path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()

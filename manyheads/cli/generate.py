@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
-from manyheads.cli.parser import Parser, add_engine, add_sampling, engine_config, sampling_params
+from manyheads.cli.parser import Parser, add_engine, add_sampling, engine_config, sampling_options
 from manyheads.config import BUILTIN, ConfigError
 from manyheads.errors import RequestError
 from manyheads.grammar import Grammar
@@ -82,11 +82,12 @@ def run(args: argparse.Namespace) -> int:
     """Answer every line; return 1 if one of them could not be answered."""
     from manyheads.frontend.llm import LLM
 
-    params = sampling_params(args, n=args.n, grammar=_grammar(args))
+    options = sampling_options(args, n=args.n, grammar=_grammar(args))
     lines = read_lines(args.input, args.format)
     if not lines:
         raise ConfigError("the input holds no prompt")
     llm = LLM(chat_template=args.chat_template, **_settings(args))
+    params = msgspec.structs.replace(llm.defaults, **options)
     items = [_item(llm, number, parsed, params, args.raw) for number, parsed in lines]
     for item in items:
         if item.error is not None:

@@ -69,15 +69,15 @@ FLAGS = {"memory_bytes": "--memory"}
 SAMPLING_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (int, "most output tokens (default: until the model stops)"),
     "max_steps": (int, "most decoding steps"),
-    "temperature": (float, "0 is greedy"),
-    "top_p": (float, "keep the most likely tokens up to this probability"),
-    "top_k": (int, "keep this many of the most likely tokens; 0 keeps all"),
-    "min_p": (float, "keep tokens at least this likely relative to the most likely one"),
-    "repetition_penalty": (float, "over prompt and output; 1 is off"),
-    "presence_penalty": (float, "-2 to 2"),
-    "frequency_penalty": (float, "-2 to 2"),
+    "temperature": (float, "0 is greedy (default: the model's, or 1)"),
+    "top_p": (float, "keep the most likely tokens up to this probability (default: the model's, or 1)"),
+    "top_k": (int, "keep this many of the most likely tokens; 0 keeps all (default: the model's, or 0)"),
+    "min_p": (float, "keep tokens at least this likely relative to the most likely one (default: the model's, or 0)"),
+    "repetition_penalty": (float, "over prompt and output; 1 is off (default: the model's, or 1)"),
+    "presence_penalty": (float, "-2 to 2 (default: 0)"),
+    "frequency_penalty": (float, "-2 to 2 (default: 0)"),
     "seed": (int, "for the same text again"),
-    "acceptance": (str, "exact (the model's distribution) or typical (Medusa's own rule, a little faster)"),
+    "acceptance": (str, "exact (the model's distribution; default) or typical (Medusa's own rule, a little faster)"),
 }
 
 
@@ -147,9 +147,8 @@ def add_engine(parser: Parser) -> None:
 def add_sampling(parser: Parser) -> None:
     """Add the fields of SamplingParams that every request may have."""
     group = parser.add_argument_group("sampling")
-    defaults = SamplingParams()
     for name, (kind, text) in SAMPLING_HELP.items():
-        add_option(group, name, kind, text, getattr(defaults, name))
+        add_option(group, name, kind, text, None)
     group.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
 
 
@@ -182,7 +181,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig) if hasattr(args, f.name)})
 
 
-def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
-    """Make sampling parameters from the options."""
-    given = {name: getattr(args, name) for name in SAMPLING_HELP}
-    return SamplingParams(**given, stop=tuple(args.stop), **more).validate()
+def sampling_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Return those sampling parameters that the options give. Raises RequestError for a value out of its range."""
+    given = {name: getattr(args, name) for name in SAMPLING_HELP if getattr(args, name) is not None}
+    given |= {"stop": tuple(args.stop), **more}
+    SamplingParams(**given).validate()
+    return given

@@ -37,6 +37,11 @@ def add_commands(parser: Parser) -> None:
     web.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, unless it is in the same file")
     web.add_argument("--root-path", default="", metavar="PATH", help="where a proxy offers the server, such as /llm")
     web.add_argument("--served-model-name", action="append", default=[], help="the model's name in requests")
+    text = "how the model writes calls of functions: hermes, llama3_json, pythonic, mistral, deepseek_v3 or none"
+    web.add_argument("--tool-parser", metavar="NAME", help=f"{text} (default: as its chat template has it)")
+    text = "how it marks thoughts: think, mistral or none"
+    web.add_argument("--reasoning-parser", metavar="NAME", help=f"{text} (default: as its chat template has it)")
+    web.add_argument("--strict", action="store_true", help="refuse requests with fields that nobody knows")
     web.add_argument("--cors-origin", action="append", default=[], help="origin whose pages may call; * is any")
     web.add_argument(
         "--max-body-bytes", type=int, default=ServerConfig.max_body_bytes, help="largest body (default: 4 MiB)"
@@ -78,6 +83,9 @@ def _server_config(args: argparse.Namespace) -> ServerConfig:
         root_path=args.root_path,
         served_model_names=tuple(args.served_model_name),
         chat_template=args.chat_template,
+        tool_parser=args.tool_parser,
+        reasoning_parser=args.reasoning_parser,
+        strict=args.strict,
         cors_origins=tuple(args.cors_origin),
         max_body_bytes=args.max_body_bytes,
         connections=ConnectionLimits(**{name: getattr(args, name) for name in CONNECTION_HELP}),

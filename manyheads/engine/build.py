@@ -16,8 +16,9 @@ from manyheads.engine.runner import Runner
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.step_target import StepTarget
 from manyheads.engine.warmup import exercise, measure_costs
-from manyheads.request import EngineReady, MemoryUse
+from manyheads.request import EngineReady
 from manyheads.speculation.planner import MIN_GAIN, Planner
+from manyheads.stats import MemoryUse
 
 
 def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:

@@ -6,7 +6,8 @@ import sys
 
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.step import RowResult
-from manyheads.request import EngineReady, EngineStats, MemoryUse
+from manyheads.request import EngineReady
+from manyheads.stats import EngineStats, MemoryUse
 
 
 class Counts:

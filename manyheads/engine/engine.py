@@ -15,15 +15,8 @@ from manyheads.engine.grammars import Grammars
 from manyheads.engine.scheduler import Scheduler, StepsUnread
 from manyheads.engine.step import PendingStep, Request, RowResult, StepPlan, StepResult, StepRunner
 from manyheads.errors import RequestError, require
-from manyheads.request import (
-    EngineReady,
-    EngineRequest,
-    EngineStats,
-    FinishReason,
-    MemoryUse,
-    RequestDelta,
-    SamplingParams,
-)
+from manyheads.request import EngineReady, EngineRequest, FinishReason, RequestDelta, SamplingParams
+from manyheads.stats import EngineStats, MemoryUse
 
 
 @dataclass(frozen=True)
@@ -281,6 +274,7 @@ class Engine:
             request_id=request.request_id,
             new_token_ids=tokens,
             logprobs=row.logprobs[: len(tokens)] if row is not None and row.logprobs is not None else None,
+            prompt_logprobs=request.told_prompt(len(tokens)) if row is not None else None,
             finish_reason=reason,
             stop_token_id=stop_token,
             num_cached_tokens=request.num_cached_prompt_tokens,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from manyheads.config import EngineConfig
-from manyheads.request import MemoryUse
 from manyheads.sizes import format_size
+from manyheads.stats import MemoryUse
 
 CONTEXT_BYTES = 2**29
 """What CUDA takes for itself in a process: context, kernels' code, libraries. It is there before it can be measured."""

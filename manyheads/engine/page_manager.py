@@ -24,6 +24,11 @@ def prefix_digest(parent: bytes, tokens: list[int]) -> bytes:
     return hashlib.blake2b(parent + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
+def salted(salt: str) -> bytes:
+    """Name the beginning of texts that are shared only where the salt is the same; the empty one is everybody's."""
+    return prefix_digest(_ROOT_DIGEST + salt.encode(), []) if salt else _ROOT_DIGEST
+
+
 @dataclass
 class PageTable:
     """The pages of one request, in order, and how many of them the prefix cache knows."""
@@ -35,6 +40,10 @@ class PageTable:
     """Leading pages that the device's table holds already."""
     num_dropped: int = 0
     """Leading pages that were given back, since no layer looks so far back; the dummy page stands for them."""
+    root: bytes = _ROOT_DIGEST
+    """Stands before the first page's content in its digest (`salted`)."""
+    may_share: bool = True
+    """Whether the request may take pages that others have computed."""
 
     @property
     def held(self) -> list[int]:
@@ -95,7 +104,7 @@ class PageManager:
             How many tokens the shared pages hold.
         """
         assert not table.pages
-        for digest in self._known(tokens):
+        for digest in self._known(table, tokens):
             page = self._page_of[digest]
             self._cached.pop(page, None)
             self._holders[page] += 1
@@ -103,14 +112,15 @@ class PageManager:
             table.digests.append(digest)
         return len(table.pages) * self.page_size
 
-    def num_known(self, tokens: list[int]) -> int:
+    def num_known(self, table: PageTable, tokens: list[int]) -> int:
         """How many tokens `share_prefix` would find pages for."""
-        return sum(1 for _ in self._known(tokens)) * self.page_size
+        return sum(1 for _ in self._known(table, tokens)) * self.page_size
 
-    def _known(self, tokens: list[int]) -> Iterator[bytes]:
-        """The digests of the pages of the longest known prefix."""
-        parent = _ROOT_DIGEST
-        for start in range(0, len(tokens) - self.page_size if self.prefix_caching else 0, self.page_size):
+    def _known(self, table: PageTable, tokens: list[int]) -> Iterator[bytes]:
+        """The digests of the pages of the longest known prefix that the table may share."""
+        parent = table.root
+        shares = self.prefix_caching and table.may_share
+        for start in range(0, len(tokens) - self.page_size if shares else 0, self.page_size):
             parent = prefix_digest(parent, tokens[start : start + self.page_size])
             if parent not in self._page_of:
                 return
@@ -157,7 +167,7 @@ class PageManager:
         if not self.prefix_caching:
             return
         for i in range(len(table.digests), num_computed // self.page_size):
-            parent = table.digests[-1] if table.digests else _ROOT_DIGEST
+            parent = table.digests[-1] if table.digests else table.root
             digest = prefix_digest(parent, tokens[i * self.page_size : (i + 1) * self.page_size])
             table.digests.append(digest)
             if digest not in self._page_of:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from manyheads.engine.prompt_logprobs import Scored
 from manyheads.engine.step import Request, RowResult, StepResult
 from manyheads.request import TokenLogprobs
 from manyheads.speculation.drafter import Drafter
@@ -31,11 +33,18 @@ class PendingStep:
     Args:
         drawn: of each part of the step.
         drafter: says what candidates mean.
-        copied: when all of `drawn` has reached the host; None if it was never anywhere else.
+        copied: when all of it has reached the host; None if it was never anywhere else.
+        scored: what it says of prompts' own tokens.
     """
 
-    def __init__(self, drawn: list[Drawn], drafter: Drafter | None, copied: torch.cuda.Event | None = None) -> None:
-        self._drawn, self._drafter, self._copied = drawn, drafter, copied
+    def __init__(
+        self,
+        drawn: list[Drawn],
+        drafter: Drafter | None,
+        copied: torch.cuda.Event | None = None,
+        scored: Sequence[Scored] = (),
+    ) -> None:
+        self._drawn, self._drafter, self._copied, self._scored = drawn, drafter, copied, scored
         self.is_typical = True
         """As `StepResult.is_typical`."""
 
@@ -43,6 +52,8 @@ class PendingStep:
         """Wait for the device, and say what the step did for each row."""
         if self._copied is not None:
             self._copied.synchronize()
+        for scored in self._scored:
+            scored.keep()
         result = StepResult(rows=[], hits=[], trials=[], is_typical=self.is_typical)
         for drawn in self._drawn:
             width = drawn.width

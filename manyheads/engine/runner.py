@@ -6,7 +6,7 @@ needed to launch the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -17,6 +17,7 @@ from manyheads.batch import RowState, Trees, TreeTensors
 from manyheads.engine.chains import chunk_chain, told_of
 from manyheads.engine.graphs import Recorder
 from manyheads.engine.masks import TreeWalk
+from manyheads.engine.prompt_logprobs import Scored, score
 from manyheads.engine.readout import Drawn, PendingStep
 from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
@@ -142,10 +143,11 @@ class Runner:
         if self.recorded is not None and self.recorded.serves(plan):
             trees, values = self.recorded.decode(plan.decoding, plan.draft, self._tensors(plan.draft.tree))
             return self._pending([self._drawn(plan, plan.decoding, trees, values)])
-        return self._pending(self._one_pass(plan))
+        scored: list[Scored] = []
+        return self._pending(self._one_pass(plan, scored), scored)
 
-    def _one_pass(self, plan: StepPlan) -> list[Drawn]:
-        """Chunks and trees in one forward pass, and the sampler behind it."""
+    def _one_pass(self, plan: StepPlan, scored: list[Scored]) -> list[Drawn]:
+        """Chunks and trees in one forward pass, and the sampler behind it; adds what it says of prompts to `scored`."""
         state = self.state
         # of about equal length side by side: attention may pad them to rectangles
         requests = sorted(plan.decoding, key=lambda request: request.max_cached_len)
@@ -158,6 +160,7 @@ class Runner:
             walk.send(trees)
         chain = chunk_chain(self.run, plan.chunks) if plan.chunks and self.run.base_layers else None
         known, hidden = self._forward(plan.chunks, brought)
+        scored += score(plan.chunks, known.last, self.model.logits, self._sent)
         ended = self._advance(plan.chunks, known.last) if plan.chunks else []
         if not ended and rows is None and chain is None:
             return []
@@ -268,9 +271,9 @@ class Runner:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
-    def _pending(self, drawn: list[Drawn]) -> PendingStep:
+    def _pending(self, drawn: list[Drawn], scored: Sequence[Scored] = ()) -> PendingStep:
         if self.device.type == "cpu":
-            return PendingStep(drawn, self.drafter)
+            return PendingStep(drawn, self.drafter, scored=scored)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        return PendingStep(drawn, self.drafter, copied)
+        return PendingStep(drawn, self.drafter, copied, scored)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
+from manyheads.engine.bans import ban_tokens, has_bans
 from manyheads.engine.masks import Masks, first_masks
 from manyheads.engine.state import has_penalties
 from manyheads.engine.step import Request
@@ -142,7 +143,8 @@ def _fmix32(x: Tensor) -> Tensor:
 
 def edits_logits(request: Request) -> bool:
     """Whether its parameters change logits before a token is chosen."""
-    return has_penalties(request) or bool(request.params.logit_bias) or _stops_are_early(request)
+    edits = has_penalties(request) or bool(request.params.logit_bias) or has_bans(request.params)
+    return edits or _stops_are_early(request)
 
 
 def _stops_are_early(request: Request) -> bool:
@@ -151,7 +153,7 @@ def _stops_are_early(request: Request) -> bool:
 
 
 def _edit_logits(logits: Tensor, nodes: Nodes, i: int, request: Request, state: RowState) -> None:
-    """Penalties, bias and the stop tokens that come too early, in place on one row's [n, V] logits."""
+    """Penalties, bias, bans and the stop tokens that come too early, in place on one row's [n, V] logits."""
     params = request.params
     row = request.row
     if has_penalties(request):
@@ -171,6 +173,8 @@ def _edit_logits(logits: Tensor, nodes: Nodes, i: int, request: Request, state: 
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[:, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if has_bans(params):
+        ban_tokens(logits, request, nodes.node_tokens[i], nodes.tree, state)
     if _stops_are_early(request):
         early = nodes.first[i] + nodes.tree.depth < state.min_len[row]  # [n]
         stops = torch.tensor(sorted(request.stop_ids), device=logits.device)

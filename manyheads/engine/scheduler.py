@@ -141,7 +141,7 @@ class Scheduler:
         wanted = sum(prompts.values())
         for request in starting:
             # what the prefix cache has is not computed; how much that is only matters while the budget lasts
-            known = self.pages.num_known(request.tokens) if wanted < budget else 0
+            known = self.pages.num_known(request.table, request.tokens) if wanted < budget else 0
             prompts[request] = len(request.tokens) - known
             wanted += prompts[request]
         total = self.target.prompt_tokens(num_decoding, wanted) if prompts else 0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from manyheads.batch import RowState
+from manyheads.engine.bans import fill_tail, move_tails, needs_tail
 from manyheads.engine.step import Request
 from manyheads.speculation.drafter import Drafter
 
@@ -37,6 +38,8 @@ def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> 
             drafter.admit(state, request.row, request.tokens)
         if has_penalties(request):
             _count_known(state, request)
+        if needs_tail(request.params):
+            fill_tail(state, request)
 
 
 def rewind(state: RowState, requests: list[Request]) -> None:
@@ -76,13 +79,14 @@ def has_penalties(request: Request) -> bool:
 
 
 def count_output(state: RowState, requests: list[Request], rows: Tensor, emitted: Tensor, gained: Tensor) -> None:
-    """Add what rows with penalties gained to their counts.
+    """Add what rows with penalties gained to their counts, and what rows with bad runs gained to their tails.
 
     Args:
         rows: [R] int64, slots of the row state; there may be more than requests.
         emitted: [R, W] int64, tokens.
         gained: [R, 1] int64, how many of them hold.
     """
+    move_tails(state, requests, rows, emitted, gained)
     with_penalties = [i for i, request in enumerate(requests) if has_penalties(request)]
     if not with_penalties:
         return

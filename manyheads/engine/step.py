@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from manyheads.engine.matcher import Matcher
-from manyheads.engine.page_manager import PageTable
+from manyheads.engine.page_manager import PageTable, salted
 from manyheads.request import EngineRequest, SamplingParams, TokenLogprobs
 from manyheads.speculation.draft import NO_DRAFT, Draft
 
@@ -55,6 +55,8 @@ class Request:
     num_cached_prompt_tokens: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those of the prompt's tokens from the second on that are known so far, if they are asked for."""
     matcher: Matcher | None = None
     """Where its text stands in its grammar, if it has one; behind `tokens`."""
     is_held: bool = False
@@ -87,6 +89,8 @@ class Request:
             priority=message.priority,
             timeout=message.timeout,
             resumes=message.resumes,
+            # what is shared is not computed, and so says nothing of its tokens
+            table=PageTable(root=salted(message.cache_salt), may_share=params.prompt_logprobs is None),
         )
 
     @property
@@ -100,6 +104,11 @@ class Request:
     def num_output(self) -> int:
         """Tokens that it gained."""
         return len(self.tokens) - self.prompt_len
+
+    def told_prompt(self, num_new: int) -> list[TokenLogprobs] | None:
+        """What a delta that brings so many tokens tells of the prompt's: the first one tells all, if asked for."""
+        wants = self.params.prompt_logprobs is not None
+        return self.prompt_logprobs if wants and self.num_output == num_new else None
 
     @property
     def room(self) -> int:

@@ -36,7 +36,7 @@ SAMPLINGS = (
     GREEDY,
     SamplingParams(temperature=1.0, top_p=0.9, top_k=40, min_p=0.01, presence_penalty=0.1, repetition_penalty=1.1),
     SamplingParams(temperature=1.0, acceptance="typical", logprobs=2),
-    SamplingParams(temperature=0.0, logprobs=2),
+    SamplingParams(temperature=0.0, logprobs=2, prompt_logprobs=2),
 )
 """What the sampler does for rows, one way or another."""
 SAME, SAME_TURNS, MAX_SECONDS = 1.1, 3, 3.0

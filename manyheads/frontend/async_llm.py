@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
 from manyheads.errors import EngineError, ModelError, QueueFull, RequestError, require
 from manyheads.frontend.backend import Backend
+from manyheads.frontend.bad_words import with_bad_tokens
+from manyheads.frontend.conversation import Conversation
 from manyheads.frontend.generation import Generation, OpenSequences, Place, Prompt, Update, take
 from manyheads.frontend.open_request import waiting
 from manyheads.frontend.output import SequenceOutput
@@ -29,18 +31,23 @@ class AsyncLLM:
     Args:
         client: of an engine that serves; whoever started it closes it.
         ready: what it serves.
+        defaults: hold where a request says nothing.
     """
 
-    def __init__(self, client: Backend, tokenizer: Tokenizer, ready: EngineReady) -> None:
+    def __init__(
+        self, client: Backend, tokenizer: Tokenizer, ready: EngineReady, defaults: SamplingParams | None = None
+    ) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.ready = ready
+        self.defaults = defaults or SamplingParams()
         self._texts = TextQueue()
 
     def prepare(
         self, prompts: Sequence[Prompt], params: SamplingParams, place: Place | None = None
     ) -> list[Generation]:
         """Check the prompts of one call (RequestError if they can't be served); nothing runs before `updates` does."""
+        params = with_bad_tokens(params.validate(), self.tokenizer)
         self.ready.check(params, [prompt.token_ids for prompt in prompts])
         count, n, most = len(prompts), params.n, self.client.config.max_queue
         require(count * n <= most, f"{count} prompts with n={n} are too many: this server queues {most}")
@@ -81,10 +88,10 @@ class AsyncLLM:
         work = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return await self._encode(len(text), work)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def encode_chat(self, conversation: Conversation) -> list[int]:
         """Encode a conversation by the chat template, as `encode` does a text."""
-        size = sum(len(m["content"]) for m in messages)
-        return await self._encode(size, partial(self.tokenizer.encode_chat, messages), is_quick=len(messages) < 100)
+        is_quick = len(conversation.messages) < 100
+        return await self._encode(conversation.size(), partial(self.tokenizer.encode_chat, conversation), is_quick)
 
     def close(self) -> None:
         """Stop encoding; the engine's client is the caller's to close."""

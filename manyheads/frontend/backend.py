@@ -7,7 +7,8 @@ from typing import Protocol
 
 from manyheads.config import EngineConfig
 from manyheads.frontend.open_request import DeltaQueue
-from manyheads.request import EngineReady, EngineRequest, EngineStats
+from manyheads.request import EngineReady, EngineRequest
+from manyheads.stats import EngineStats
 
 
 class Backend(Protocol):

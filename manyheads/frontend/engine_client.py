@@ -20,16 +20,8 @@ from manyheads.errors import EngineError
 from manyheads.frontend.engine_link import EngineLink
 from manyheads.frontend.engine_process import BUILD_ENGINE, EngineLaunch
 from manyheads.frontend.open_request import DeltaQueue, OpenRequest
-from manyheads.request import (
-    Abort,
-    EngineFailed,
-    EngineReady,
-    EngineRequest,
-    EngineStats,
-    FromEngine,
-    RequestDelta,
-    StepOutputs,
-)
+from manyheads.request import Abort, EngineFailed, EngineReady, EngineRequest, FromEngine, RequestDelta, StepOutputs
+from manyheads.stats import EngineStats
 
 START_SECONDS = 1800.0
 """While it loads and measures, an engine may be silent for so long: a checkpoint may have to come over the network."""

@@ -21,6 +21,8 @@ class Prompt:
     """If True, the answer's text goes on where the prompt's ends (completions); else it begins a turn (chat)."""
     text: str | None = None
     """This is the text that the caller gave, if it was one."""
+    shows: frozenset[int] = frozenset()
+    """These special tokens are part of the answer's text even if others are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,10 @@ class Place:
     """A place says how the requests of a call wait, with the meanings of `EngineRequest`."""
 
     client: str = ""
+    session: str = ""
     priority: int = 0
     timeout: float | None = None
+    cache_salt: str = ""
 
 
 class Generation:
@@ -51,7 +55,9 @@ class Generation:
         self.params = params
         self.place = place or Place()
         context = prompt.token_ids if prompt.continues else ()
-        self.outputs = [SequenceOutput(tokenizer, params, context=context, index=i) for i in range(params.n)]
+        self.outputs = [
+            SequenceOutput(tokenizer, params, context=context, shows=prompt.shows, index=i) for i in range(params.n)
+        ]
 
     @property
     def finished(self) -> bool:
@@ -70,6 +76,8 @@ class Generation:
                 client=self.place.client,
                 priority=self.place.priority,
                 timeout=self.place.timeout,
+                cache_salt=self.place.cache_salt,
+                session=self.place.session,
             )
             yield request, output
 
@@ -82,6 +90,7 @@ class Generation:
             outputs=[o.result() for o in self.outputs],
             finished=self.finished,
             num_cached_tokens=self.outputs[0].num_cached_tokens,
+            prompt_logprobs=self.outputs[0].prompt_logprobs,
         )
 
 

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from manyheads.config import BUILTIN, ConfigError, EngineConfig
 from manyheads.errors import QueueFull, RequestError, require
+from manyheads.frontend.bad_words import with_bad_tokens
+from manyheads.frontend.conversation import Conversation, Message
+from manyheads.frontend.defaults import default_params
 from manyheads.frontend.generation import Generation, OpenSequences, Prompt, take
 from manyheads.frontend.output import RequestOutput, SequenceOutput
 from manyheads.frontend.tokenizer import Tokenizer
@@ -28,7 +31,6 @@ class PromptDict(TypedDict, total=False):
 
 
 PromptLike = str | Sequence[int] | PromptDict
-Message = Mapping[str, str]
 T = TypeVar("T")
 
 
@@ -70,9 +72,12 @@ class LLM:
         if not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer.load(tokenizer or tokenizer_folder(self.config), chat_template)
         self.tokenizer = tokenizer
+        self.defaults = SamplingParams()
+        """Hold where a call gives no parameters: those that the model's generation_config.json asks for."""
         if engine is None:
             from manyheads.engine.build import build_engine
 
+            self.defaults = default_params(tokenizer_folder(self.config))
             engine = build_engine(self.config)
         self.engine = engine
         self._ids = itertools.count()
@@ -91,7 +96,7 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, a dict with `prompt` or `prompt_token_ids`, or a list of those.
-            params: for all prompts, or a list with one for each.
+            params: for all prompts, or a list with one for each; None takes `defaults`.
             progress: show a progress bar on standard error (`use_tqdm` is the same).
 
         Returns:
@@ -100,7 +105,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters cannot be served; nothing has run then.
         """
-        generations = [self.prepare(prompt, p) for prompt, p in _pair(_as_list(prompts), params)]
+        generations = [self.prepare(prompt, p) for prompt, p in _pair(_as_list(prompts), params or self.defaults)]
         return self._run(generations, progress if use_tqdm is None else use_tqdm)
 
     def chat(
@@ -117,12 +122,12 @@ class LLM:
             messages: dicts with `role` and `content`, or a list of such conversations.
         """
         many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        generations = [self.prepare_chat(conversation, p) for conversation, p in _pair(many, params)]
+        generations = [self.prepare_chat(conversation, p) for conversation, p in _pair(many, params or self.defaults)]
         return self._run(generations, progress if use_tqdm is None else use_tqdm)
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Answer one conversation and give the answer so far after each step. Closing the iterator ends it."""
-        generation = self.prepare_chat(messages, params or SamplingParams())
+        generation = self.prepare_chat(messages, params or self.defaults)
         for _ in self.steps([generation]):
             yield generation.result()
 
@@ -138,9 +143,10 @@ class LLM:
 
     def prepare_chat(self, messages: Sequence[Message], params: SamplingParams) -> Generation:
         """Check a conversation to answer, as `prepare` does for a prompt."""
-        return self._prepare(Prompt(self.tokenizer.encode_chat(messages)), params)
+        return self._prepare(Prompt(self.tokenizer.encode_chat(Conversation(messages))), params)
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
+        params = with_bad_tokens(params.validate(), self.tokenizer)
         self.engine.ready.check(params, [prompt.token_ids])
         return Generation(str(next(self._ids)), prompt, params, self.tokenizer)
 
@@ -216,10 +222,10 @@ def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
 
 
 def _pair(
-    prompts: Sequence[T], params: SamplingParams | Sequence[SamplingParams] | None
+    prompts: Sequence[T], params: SamplingParams | Sequence[SamplingParams]
 ) -> Iterator[tuple[T, SamplingParams]]:
     """Pair each prompt with its parameters."""
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or SamplingParams()] * len(prompts)
+    if isinstance(params, SamplingParams):
+        params = [params] * len(prompts)
     require(len(params) == len(prompts), f"{len(prompts)} prompts but {len(params)} sampling parameters")
     return zip(prompts, params, strict=True)

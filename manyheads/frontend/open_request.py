@@ -57,6 +57,7 @@ def _joined(earlier: RequestDelta, later: RequestDelta) -> RequestDelta:
         later,
         new_token_ids=earlier.new_token_ids + later.new_token_ids,
         logprobs=[*(earlier.logprobs or ()), *(later.logprobs or ())] or None,
+        prompt_logprobs=earlier.prompt_logprobs,
         num_cached_tokens=max(earlier.num_cached_tokens, later.num_cached_tokens),
         num_steps=max(earlier.num_steps, later.num_steps),
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from manyheads.frontend.markers import certain
 from manyheads.frontend.tokenizer import Detokenizer, Tokenizer
 from manyheads.request import ErrorKind, FinishReason, RequestDelta, SamplingParams, TokenLogprobs
 
@@ -16,6 +17,8 @@ class TextDelta(msgspec.Struct, kw_only=True):
     text: str = ""
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """The first delta has those of the prompt's tokens but the first, if they were asked for."""
     finish_reason: FinishReason | None = None
 
 
@@ -42,6 +45,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Those of the prompt's tokens but the first, if they were asked for."""
 
 
 class StopScanner:
@@ -65,7 +70,7 @@ class StopScanner:
             end, at, self.matched = min(ends)
             self._held = ""
             return buffer[: end if self.include else at]
-        cut = min((self._partial(buffer, stop) for stop in self.stops), default=len(buffer))
+        cut = certain(buffer, self.stops)
         self._held = buffer[cut:]
         return buffer[:cut]
 
@@ -74,31 +79,29 @@ class StopScanner:
         text, self._held = self._held, ""
         return text
 
-    @staticmethod
-    def _partial(buffer: str, stop: str) -> int:
-        """Find where the longest beginning of `stop` at the buffer's end starts; its length stands for nowhere."""
-        at = max(0, len(buffer) - len(stop) + 1)
-        while (at := buffer.find(stop[0], at)) >= 0:
-            if stop.startswith(buffer[at:]):
-                return at
-            at += 1
-        return len(buffer)
-
 
 class SequenceOutput:
     """A sequence output is one continuation as it grows.
 
     Args:
         context: the prompt's tokens when the text continues the prompt's text (completions), empty for a reply.
+        shows: special tokens that are part of the text even if others are not.
         index: among the `n` continuations of a prompt.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, *, context: Sequence[int] = (), index: int = 0
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        context: Sequence[int] = (),
+        shows: frozenset[int] = frozenset(),
+        index: int = 0,
     ) -> None:
         self.index = index
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.num_steps = 0
@@ -111,7 +114,9 @@ class SequenceOutput:
         self._params = params
         self._special_ids = tokenizer.special_ids
         self._text: list[str] = []
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, context=context)
+        self._detokenizer = Detokenizer(
+            tokenizer, skip_special_tokens=params.skip_special_tokens, shows=shows, context=context
+        )
         self._scanner = StopScanner(params.stop, params.include_stop_str_in_output)
 
     @property
@@ -147,7 +152,15 @@ class SequenceOutput:
             self.logprobs += logprobs
         if text:
             self._text.append(text)
-        return TextDelta(text=text, token_ids=tokens[:kept], logprobs=logprobs, finish_reason=self.finish_reason)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        return TextDelta(
+            text=text,
+            token_ids=tokens[:kept],
+            logprobs=logprobs,
+            prompt_logprobs=delta.prompt_logprobs,
+            finish_reason=self.finish_reason,
+        )
 
     def result(self) -> CompletionOutput:
         """Return the continuation so far."""

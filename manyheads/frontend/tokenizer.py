@@ -10,6 +10,7 @@ from typing import Any
 
 from manyheads.config import ConfigError
 from manyheads.errors import RequestError, require
+from manyheads.frontend.conversation import Conversation
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 64
@@ -100,23 +101,36 @@ class Tokenizer:
         with self._lock:
             return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Encode a conversation by the chat template, up to the opening of the assistant's turn.
+    def chat_template(self, *, with_tools: bool = False) -> str:
+        """Return the text of the chat template; a model may have another one where there are tools."""
+        return str(self.hf.get_chat_template(tools=[{}] if with_tools else None)) if self.has_chat_template else ""
 
-        Special tokens in the messages' own text stay text. RequestError says that no template takes these messages.
+    def encode_chat(self, conversation: Conversation) -> list[int]:
+        """Encode a conversation by the chat template.
+
+        Special tokens in the caller's own texts stay text. RequestError says that no template takes this conversation.
         """
         require(
             self.has_chat_template,
             "this model's tokenizer has no chat template: use /v1/completions (or LLM.generate) with a complete "
             "prompt, or start with --chat-template FILE, or --chat-template vicuna for Vicuna checkpoints",
         )
-        require(len(messages) > 0, "messages must not be empty")
-        guarded = [{**m, "content": self._break_specials(m["content"])} for m in messages]
+        conversation.check()
+        knows_tools = "tools" in self.chat_template(with_tools=bool(conversation.tools))
+        guarded = conversation.guarded(self._break_specials)
+        guarded = guarded.as_known() if knows_tools else guarded.as_text()
         try:
-            text: str = self.hf.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
+            text: str = self.hf.apply_chat_template(
+                guarded.messages,
+                tools=list(guarded.tools) or None,
+                tokenize=False,
+                add_generation_prompt=guarded.opens_reply,
+                continue_final_message=guarded.continues_last,
+                **guarded.variables,
+            )
         except Exception as error:  # templates raise whatever they like
             raise RequestError(f"the chat template refuses these messages: {error}") from error
-        parts = filter(None, text.split(_BREAK))
+        parts = filter(None, (text + conversation.ending(text)).split(_BREAK))
         return [token for part in parts for token in self.encode(part, add_special_tokens=False)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -157,13 +171,21 @@ class Detokenizer:
     SentencePiece vocabulary are no UTF-8, `decode` spoils valid characters beside them and this class does not.)
 
     Args:
+        shows: special tokens that are not skipped.
         context: tokens before the first, so that a continuation keeps its leading space where the tokenizer
             drops a text's first one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        shows: frozenset[int] = frozenset(),
+        context: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids - shows if skip_special_tokens else frozenset()
         self._ids = [t for t in context[-CONTEXT_TOKENS:] if t not in tokenizer.special_ids]
         self._read = len(self._ids)
         """The text of so many tokens of the window has been given out; they only set the scene for the others."""

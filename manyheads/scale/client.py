@@ -18,10 +18,11 @@ from manyheads.config import EngineConfig
 from manyheads.errors import EngineError
 from manyheads.frontend.engine_client import MOST_DEATHS
 from manyheads.frontend.open_request import DeltaQueue, OpenRequest
-from manyheads.request import EngineReady, EngineRequest, EngineStats, RequestDelta
+from manyheads.request import EngineReady, EngineRequest, RequestDelta
 from manyheads.scale.router import Heard
 from manyheads.scale.routing import Route
 from manyheads.scale.stats import summed
+from manyheads.stats import EngineStats
 
 
 class ReplicaClient:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import msgspec
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from manyheads.request import EngineStats
 from manyheads.scale.routing import Chooser, Route
+from manyheads.stats import EngineStats
 
 STATS = "stats"
 """Key of what a replica says of itself (`Replica.record_routing_stats`)."""

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.frontend.async_llm import AsyncLLM
+from manyheads.frontend.defaults import default_params
 from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.llm import tokenizer_folder
 from manyheads.frontend.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from manyheads.scale.room import resources_by_machine
 from manyheads.scale.router import PrefixRouter
 from manyheads.server.app import create_app
 from manyheads.server.config import ServerConfig
-from manyheads.server.service import Service
+from manyheads.server.service import service_of
 
 T = TypeVar("T")
 
@@ -160,8 +161,9 @@ class Ingress:
 
         client = ReplicaClient(config, find)
         ready = await client.start()
-        tokenizer = Tokenizer.load(tokenizer_folder(config), options.chat_template)
-        self._service = Service(AsyncLLM(client, tokenizer, ready), options.served_model_names or (ready.model,))
+        folder = tokenizer_folder(config)
+        tokenizer = Tokenizer.load(folder, options.chat_template)
+        self._service = service_of(AsyncLLM(client, tokenizer, ready, default_params(folder)), options)
         _here.app = create_app(self._service, options)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from manyheads.request import EngineStats, MemoryUse
+from manyheads.stats import EngineStats, MemoryUse
 
 
 def summed(every: Sequence[EngineStats]) -> EngineStats:

@@ -11,21 +11,23 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
-from manyheads.errors import EngineError, require
-from manyheads.server.answers import Text, Tokens, Version
+from manyheads.errors import EngineError
+from manyheads.server.answers import Version
 from manyheads.server.auth import DOCS_FILES, ApiKeys, needs_key
 from manyheads.server.config import ServerConfig
 from manyheads.server.errors import ApiError, add_error_handlers
 from manyheads.server.generate import generate_router
+from manyheads.server.head import HeadAsGet
 from manyheads.server.keys import Keys
 from manyheads.server.limits import BodyLimit
 from manyheads.server.logs import RequestLog
 from manyheads.server.openai import openai_router
 from manyheads.server.openapi import describe, errors
-from manyheads.server.schemas import DetokenizeRequest, TokenizeRequest
 from manyheads.server.service import Service
+from manyheads.server.tokenizing import tokenizer_router
 
 PAGE = Path(__file__).parent / "page" / "index.html"
+ICON = PAGE.with_name("icon.svg")
 
 
 def package_version() -> str:
@@ -48,6 +50,7 @@ def create_app(service: Service, config: ServerConfig) -> ASGIApp:
     )
     add_error_handlers(app)
     # the last one added is the outermost
+    app.add_middleware(HeadAsGet)
     body_timeout = config.connections.body_timeout
     app.add_middleware(BodyLimit, config.max_body_bytes, seconds=body_timeout, drops=service.metrics.drops)
     if config.needs_key:
@@ -59,42 +62,15 @@ def create_app(service: Service, config: ServerConfig) -> ASGIApp:
             allow_origins=origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Retry-After", "X-Manyheads-Ignored"],
         )
     app.include_router(generate_router(service))
     app.include_router(openai_router(service))
-    _add_tokenizer_routes(app, service)
+    app.include_router(tokenizer_router(service))
     _add_service_routes(app, service)
-    describe(app, lambda path: config.needs_key and needs_key(path, config.protect_info))
+    describe(app, lambda path: config.needs_key and needs_key(path, config.protect_info), is_strict=config.strict)
     # not one of the application's own, for those do not see the answer to an unexpected error
     return RequestLog(app, access_log=config.access_log)
-
-
-def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
-    bad = errors(400, 404, 413)
-
-    @app.post(
-        "/tokenize",
-        tags=["Tokenizer"],
-        summary="Tokens of a text or a conversation",
-        responses={200: {"model": Tokens}, **bad},
-    )
-    async def tokenize(body: TokenizeRequest) -> JSONResponse:
-        service.check_model(body.model)
-        require((body.prompt is None) != (body.messages is None), "give either prompt or messages")
-        if body.messages is not None:
-            ids = await service.llm.encode_chat([m.plain() for m in body.messages])
-        else:
-            ids = await service.llm.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.llm.ready.max_model_len})
-
-    @app.post("/detokenize", tags=["Tokenizer"], summary="The text of tokens", responses={200: {"model": Text}, **bad})
-    async def detokenize(body: DetokenizeRequest) -> JSONResponse:
-        service.check_model(body.model)
-        last = service.llm.ready.vocab_size - 1
-        require(all(0 <= t <= last for t in body.tokens), f"tokens must be between 0 and {last}")
-        text = service.llm.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
-        return JSONResponse({"prompt": text})
 
 
 def _add_service_routes(app: FastAPI, service: Service) -> None:
@@ -122,3 +98,7 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(ICON.read_bytes(), media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})

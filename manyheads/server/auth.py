@@ -14,7 +14,7 @@ from manyheads.server.errors import ApiError
 from manyheads.server.keys import Key, Keys
 from manyheads.server.logs import token_counts
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+OPEN_PATHS = frozenset({"/", "/favicon.ico", "/health", "/ready"})
 """These never need a key: probes, and the page (whose requests bring one)."""
 DOCS_FILES = "/docs-files"
 """The scripts of /docs are served from here."""
@@ -28,6 +28,11 @@ def client_of(request: Request) -> str:
     if name is not None:
         return f"key {name}"
     return f"address {request.client.host}" if request.client is not None else "address unknown"
+
+
+def session_of(request: Request) -> str:
+    """Name the session that a request is part of, by its header `X-Session-Id`; "" is none."""
+    return request.headers.get("x-session-id", "")
 
 
 @dataclass

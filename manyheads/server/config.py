@@ -7,6 +7,7 @@ import ssl
 from dataclasses import dataclass, field, fields
 
 from manyheads.config import ConfigError
+from manyheads.frontend.reply import check_parsers
 from manyheads.server.keys import Keys
 
 
@@ -54,6 +55,14 @@ class ServerConfig:
     """Requests may call the model by these names; without any, by the model's own."""
     chat_template: str | None = None
     """It is a file, or the name of a known template; None takes the tokenizer's."""
+    tool_parser: str | None = None
+    """What reads calls of functions, one of `frontend.tools.kinds.TOOL_PARSERS` or `none`; None: as the chat template
+    has them."""
+    reasoning_parser: str | None = None
+    """What tells thoughts from the answer, one of `frontend.reasoning.REASONING_PARSERS` or `none`; None: as the chat
+    template has them."""
+    strict: bool = False
+    """Refuse fields in requests that nobody knows, instead of ignoring them."""
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
@@ -85,6 +94,7 @@ class ServerConfig:
     def check(self) -> None:
         """Raise ConfigError for what cannot hold, before anything is loaded."""
         Keys(self.api_key, self.api_key_file)
+        check_parsers(self.tool_parser, self.reasoning_parser)
         if self.protect_info and not self.needs_key:
             raise ConfigError("--protect-info needs a key: give --api-key or --api-key-file")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):

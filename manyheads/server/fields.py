@@ -40,6 +40,7 @@ def _wholes(values: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 """In JSON, 2.0 is as whole as 2."""
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31), BeforeValidator(_whole)]
+Truncation = Annotated[int, Field(ge=-1, lt=2**31), BeforeValidator(_whole), Limits(**{"not": {"const": 0}})]
 Count = Annotated[Whole, Limits(minimum=1, exclusiveMaximum=2**31)]
 _Id = Annotated[int, Limits(minimum=0, description="of a token of the model's vocabulary")]
 Ids = Annotated[list[_Id], BeforeValidator(_wholes)]

@@ -5,19 +5,49 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
+from pydantic import Field
 
-from manyheads.errors import require
+from manyheads.errors import RequestError, require
+from manyheads.frontend.conversation import Conversation
 from manyheads.frontend.generation import Generation, Prompt, Update
+from manyheads.request import SamplingParams
 from manyheads.server.answers import GenerateAnswer, GenerateText
-from manyheads.server.auth import client_of
+from manyheads.server.auth import client_of, session_of
+from manyheads.server.body import Body
+from manyheads.server.fields import Count, Limits, Whole
 from manyheads.server.openapi import generates
-from manyheads.server.schemas import GenerateRequest
+from manyheads.server.schemas import Queueing, Sampling
 from manyheads.server.service import Service, whole_or_cut
 from manyheads.server.sse import event, stream_response
+
+
+class GenerateParameters(Sampling, Queueing):
+    """`parameters` of /generate are those of SamplingParams, also by TGI's names for them."""
+
+    n: Annotated[Whole, Limits(const=1)] | None = None
+    max_new_tokens: Count | None = Field(default=None, description="most output tokens (max_tokens is the same)")
+    raw: bool = Field(default=False, description="the prompt is text to continue, not an instruction")
+
+    def generate_params(self, defaults: SamplingParams) -> SamplingParams:
+        """Make the engine's parameters from either name of the limit."""
+        if None not in (self.max_tokens, self.max_new_tokens) and self.max_tokens != self.max_new_tokens:
+            raise RequestError("max_tokens and max_new_tokens are the same and must not differ")
+        require(self.n in (None, 1), "n must be 1 here; /v1/completions gives several continuations")
+        return self.to_params(defaults, max_tokens=self.max_new_tokens)
+
+
+_EXAMPLE = {"prompt": "Tell me something about hip hop.", "parameters": {"temperature": 0.5, "max_steps": 100}}
+
+
+class GenerateRequest(Body, json_schema_extra={"examples": [_EXAMPLE]}):
+    """This body goes to POST /generate and /generate_stream."""
+
+    prompt: Annotated[str, Limits(pattern=r"\S")]
+    parameters: GenerateParameters = GenerateParameters()
 
 
 def generate_router(service: Service) -> APIRouter:
@@ -48,13 +78,16 @@ def generate_router(service: Service) -> APIRouter:
 
 
 async def _prepare(service: Service, body: GenerateRequest, request: Request) -> Generation:
-    params = body.parameters.generate_params()
+    service.accept(body, request)
+    params = body.parameters.generate_params(service.llm.defaults)
     require(bool(body.prompt.strip()), "the prompt is empty")
     if body.parameters.raw or not service.llm.tokenizer.has_chat_template:
         prompt = Prompt(await service.llm.encode(body.prompt), continues=True)
     else:
-        prompt = Prompt(await service.llm.encode_chat([{"role": "user", "content": body.prompt}]))
-    (generation,) = service.llm.prepare([prompt], params, body.parameters.place(client_of(request)))
+        prompt = Prompt(await service.llm.encode_chat(Conversation([{"role": "user", "content": body.prompt}])))
+    (generation,) = service.llm.prepare(
+        [prompt], params, body.parameters.place(client_of(request), session_of(request))
+    )
     return generation
 
 

@@ -28,6 +28,24 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs] | None
     return {"content": content, "refusal": None} if content else None
 
 
+def prompt_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs] | None
+) -> list[dict[str, Any] | None] | None:
+    """Write `prompt_logprobs` as vLLM has them: by id, of a prompt's tokens and the likeliest; null for the first."""
+    if logprobs is None:
+        return None
+
+    def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": text}
+
+    found: list[dict[str, Any] | None] = [None]
+    for token in logprobs:
+        top = {str(t): entry(t, value, rank) for rank, (t, value) in enumerate(token.top, 1)}
+        found.append({str(token.token_id): entry(token.token_id, token.logprob, token.rank), **top})
+    return found
+
+
 class CompletionLogprobs:
     """It writes `logprobs` as completions have them, and keeps the text offset from chunk to chunk."""
 
@@ -35,16 +53,31 @@ class CompletionLogprobs:
         self._tokenizer = tokenizer
         self._offset = 0
 
-    def add(self, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
-        """Write those of the next tokens; None where there are none."""
-        if not logprobs:
+    def add(
+        self,
+        logprobs: Sequence[TokenLogprobs] | None,
+        echoed: Sequence[int] = (),
+        prompt_logprobs: Sequence[TokenLogprobs] | None = None,
+    ) -> dict[str, Any] | None:
+        """Write those of the next tokens; None where there are none.
+
+        Args:
+            echoed: the prompt's tokens, which come first if they are part of the text; nothing is known of the first.
+            prompt_logprobs: of the others.
+        """
+        entries: list[TokenLogprobs | None] = [*([None] if echoed else ())]
+        entries += (*((prompt_logprobs or ()) if echoed else ()), *(logprobs or ()))
+        if not entries:
             return None
-        texts = [self._text(entry.token_id) for entry in logprobs]
+        texts = [self._text(entry.token_id if entry is not None else echoed[0]) for entry in entries]
         *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
-            "top_logprobs": [{self._text(t): _finite(value) for t, value in entry.top} for entry in logprobs],
+            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
+            "top_logprobs": [
+                None if entry is None else {self._text(t): _finite(value) for t, value in entry.top}
+                for entry in entries
+            ],
             "text_offset": offsets,
         }
 

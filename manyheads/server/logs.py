@@ -15,6 +15,8 @@ from urllib.parse import quote
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from manyheads.server.unknown import ignored_header
+
 LOG_FORMATS = ("text", "json")
 _SANE_ID = re.compile(rb"[!-~]{1,128}")
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -47,7 +49,10 @@ class RequestLog:
             nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", own_id)]}
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-request-id", own_id), *ignored_header(scope)],
+                }
             else:
                 is_complete = not message.get("more_body", False)
             await send(message)

@@ -17,8 +17,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from manyheads.request import EngineReady, EngineStats, FinishReason
+from manyheads.request import EngineReady, FinishReason
 from manyheads.server.drops import Drops
+from manyheads.stats import EngineStats
 
 PREFIX, VLLM_PREFIX = "manyheads_", "vllm:"
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)

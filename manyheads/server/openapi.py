@@ -10,10 +10,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from manyheads.server.answers import ChatCompletionChunk, CompletionChunk, ErrorAnswer, GenerateAnswer, GenerateText
+from manyheads.server.body import Body
+from manyheads.server.response_answers import ResponseEvent
 
 Responses = dict[int | str, dict[str, Any]]
 """These are the answers of a route by status, as FastAPI takes them."""
-_EVENTS = (CompletionChunk, ChatCompletionChunk, GenerateText, GenerateAnswer, ErrorAnswer)
+_EVENTS = (CompletionChunk, ChatCompletionChunk, ResponseEvent, GenerateText, GenerateAnswer, ErrorAnswer)
 _MEANINGS = {
     400: "the request cannot be served as asked; nothing ran",
     401: "the API key is missing or wrong",
@@ -51,17 +53,21 @@ def generates(*events: type[BaseModel], whole: type[BaseModel] | None = None, al
     return errors(400, 413, 429, 503, *also) | {200: {"description": description, **success, **streams}}
 
 
-def describe(app: FastAPI, needs_key: Callable[[str], bool]) -> None:
+def describe(app: FastAPI, needs_key: Callable[[str], bool], *, is_strict: bool = False) -> None:
     """Complete what FastAPI finds out about an application by itself.
 
     Args:
         needs_key: tells whether a path asks for an API key.
+        is_strict: fields that nobody knows are refused.
     """
     plain = app.openapi
 
     def complete() -> dict[str, Any]:
         if app.openapi_schema is None:
             _complete(plain(), needs_key)
+            for name in Body.closed() if is_strict else ():
+                if (body := plain()["components"]["schemas"].get(name)) is not None:
+                    body["additionalProperties"] = False
         return plain()
 
     app.openapi = complete  # type: ignore[method-assign]

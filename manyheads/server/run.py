@@ -20,16 +20,17 @@ from manyheads.config import ConfigError, EngineConfig
 from manyheads.errors import EngineError
 from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.backend import Backend
+from manyheads.frontend.defaults import default_params
 from manyheads.frontend.engine_client import EngineClient
 from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.llm import tokenizer_folder
 from manyheads.frontend.tokenizer import Tokenizer
-from manyheads.request import EngineReady
+from manyheads.request import EngineReady, SamplingParams
 from manyheads.server.app import create_app
 from manyheads.server.config import ServerConfig
 from manyheads.server.connections import Guard, GuardedServer, raise_file_limit
 from manyheads.server.logs import log_config
-from manyheads.server.service import Service
+from manyheads.server.service import Service, service_of
 from manyheads.sizes import format_size
 
 CLOSE_SECONDS = 1
@@ -127,11 +128,10 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
     try:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_bind(options.host, options.port))
-            tokenizer, ready = await _start(client, config, options)
+            (tokenizer, defaults), ready = await _start(client, config, options)
             take_signals()  # what starts with a backend may have taken them (Ray does)
-            llm = stack.enter_context(contextlib.closing(AsyncLLM(client, tokenizer, ready)))
-            names = options.served_model_names or (ready.model,)
-            service = Service(llm, names)
+            llm = stack.enter_context(contextlib.closing(AsyncLLM(client, tokenizer, ready, defaults)))
+            service = service_of(llm, options)
             web = uvicorn.Config(
                 create_app(service, options),
                 http="h11",
@@ -152,7 +152,13 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
             scheme = "https" if options.ssl_certfile else "http"
             gc.collect()
             gc.freeze()  # what imports have made stays: looking at it again stops all streams for a quarter of a second
-            print(_memory(ready), _greeting(ready, names[0], host, port, scheme), sep="\n", file=sys.stderr, flush=True)
+            print(
+                _memory(ready),
+                _greeting(ready, service.names[0], host, port, scheme),
+                sep="\n",
+                file=sys.stderr,
+                flush=True,
+            )
             await server.serve(sockets=[listener])
             if client.failure is not None and not stopping:
                 raise EngineError(f"the engine has stopped: {client.failure}")
@@ -164,14 +170,17 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
     return 0
 
 
-async def _start(client: Backend, config: EngineConfig, options: ServerConfig) -> tuple[Tokenizer, EngineReady]:
-    """Load the tokenizer here while the engine process loads the model."""
-    loaded: Future[Tokenizer] = Future()
+async def _start(
+    client: Backend, config: EngineConfig, options: ServerConfig
+) -> tuple[tuple[Tokenizer, SamplingParams], EngineReady]:
+    """Load the tokenizer, and how the model wants to be sampled, here while the engine process loads the model."""
+    loaded: Future[tuple[Tokenizer, SamplingParams]] = Future()
     loaded.set_running_or_notify_cancel()  # so that it takes a result even when nobody waits for it any more
 
     def load() -> None:
         try:
-            loaded.set_result(Tokenizer.load(tokenizer_folder(config), options.chat_template))
+            folder = tokenizer_folder(config)
+            loaded.set_result((Tokenizer.load(folder, options.chat_template), default_params(folder)))
         except Exception as error:
             loaded.set_exception(error)
 

@@ -1,41 +1,47 @@
-"""The schemas say what requests may hold. OpenAI's fields without effect here are ignored; unknown ones are refused."""
+"""The schemas of the OpenAI endpoints: what requests for completions and chat completions may hold."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator
+import msgspec
+from pydantic import Field
 
 from manyheads.errors import RequestError, require
+from manyheads.frontend.conversation import Conversation
 from manyheads.frontend.generation import Place
-from manyheads.request import MAX_STOP_STRINGS, MAX_STOP_TOKENS, SamplingParams
-from manyheads.server.fields import EMPTY, Count, Empty, Ids, Limits, LogitBias, Priority, StopString, Whole, between
-from manyheads.server.structured import GuidedParameters, Structured
+from manyheads.frontend.tools.use import ToolUse
+from manyheads.request import MAX_ALLOWED, MAX_BAD_WORDS, MAX_STOP_STRINGS, MAX_STOP_TOKENS, SamplingParams
+from manyheads.server.body import Body
+from manyheads.server.fields import (
+    EMPTY,
+    Count,
+    Empty,
+    Ids,
+    Limits,
+    LogitBias,
+    Priority,
+    StopString,
+    Truncation,
+    Whole,
+    between,
+)
+from manyheads.server.messages import MAX_MESSAGES, Message
+from manyheads.server.structured import Structured
+from manyheads.server.tools import MAX_TOOLS, Choice, Tool, tool_use
 
+NO_DEFAULTS = SamplingParams()
+DEFAULT_MAX_TOKENS = 16
+"""/v1/completions writes at most so many tokens where a request says nothing, as OpenAI has it."""
 MAX_PROMPTS = 256
 """A request has at most so many prompts."""
-MAX_MESSAGES = 4096
-
-
-class Body(BaseModel, extra="forbid", allow_inf_nan=False, strict=True):
-    """No part of a body has unknown fields, values of another type, NaN, or text that is none."""
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _is_text(cls, value: Any) -> Any:
-        # JSON can spell half a surrogate pair, which no encoding of Unicode has
-        for text in value if isinstance(value, list) else (value,):
-            if isinstance(text, str) and not text.isascii():
-                try:
-                    text.encode()
-                except UnicodeEncodeError:
-                    raise ValueError("not valid Unicode: half a surrogate pair") from None
-        return value
 
 
 class Sampling(Body):
     """These are SamplingParams as JSON; null is the default. See `manyheads.SamplingParams` for the meanings."""
 
+    may_be_empty: ClassVar[bool] = False
+    """Whether a request may ask for no output."""
     n: Annotated[Whole, between("n")] | None = None
     max_tokens: Count | None = None
     min_tokens: Annotated[Whole, Limits(minimum=0, exclusiveMaximum=2**31)] | None = None
@@ -51,6 +57,12 @@ class Sampling(Body):
     seed: Annotated[Whole, Limits(minimum=-(2**63), exclusiveMaximum=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Limits(maxItems=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[Ids, Limits(maxItems=MAX_STOP_TOKENS)] | None = None
+    bad_words: Annotated[list[StopString], Limits(maxItems=MAX_BAD_WORDS)] | None = Field(
+        default=None, description="the output has none of these, however they begin: a token that would end one"
+    )
+    allowed_token_ids: Annotated[Ids, Limits(minItems=1, maxItems=MAX_ALLOWED)] | None = Field(
+        default=None, description="the output has no other tokens"
+    )
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -59,14 +71,21 @@ class Sampling(Body):
     typical_epsilon: Annotated[float, between("typical_epsilon")] | None = None
     typical_alpha: Annotated[float, between("typical_alpha")] | None = None
 
-    def to_params(self, **overrides: Any) -> SamplingParams:
-        """Make the engine's parameters, or raise RequestError for a value out of its range."""
+    def to_params(self, defaults: SamplingParams = NO_DEFAULTS, **overrides: Any) -> SamplingParams:
+        """Make the engine's parameters, or raise RequestError for a value out of its range.
+
+        Args:
+            defaults: hold where the request says nothing.
+            overrides: hold instead of the fields of the same names, None aside.
+        """
         given = {name: getattr(self, name) for name in Sampling.model_fields if getattr(self, name) is not None}
         given.update({name: value for name, value in overrides.items() if value is not None})
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             if name in given:
                 given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
-        return SamplingParams(**given).validate()
+        params = msgspec.structs.replace(defaults, **given).validate()
+        require(params.max_tokens != 0 or self.may_be_empty, "max_tokens must be at least 1, not 0")
+        return params
 
 
 class Queueing(Body):
@@ -76,10 +95,14 @@ class Queueing(Body):
     timeout: float | None = Field(
         default=None, gt=0, description="seconds within which it must be able to start; else it is refused at once"
     )
+    cache_salt: Annotated[str, Limits(minLength=1)] | None = Field(
+        default=None, description="share cached prompts only with requests that bring the same salt"
+    )
 
-    def place(self, client: str) -> Place:
-        """Say how the requests of this client wait."""
-        return Place(client=client, priority=self.priority or 0, timeout=self.timeout)
+    def place(self, client: str, session: str) -> Place:
+        """Say how the requests of this client wait, with whom they share the prefix cache, and which go together."""
+        salt, priority = self.cache_salt or "", self.priority or 0
+        return Place(client=client, session=session, priority=priority, timeout=self.timeout, cache_salt=salt)
 
 
 class StreamOptions(Body):
@@ -97,6 +120,13 @@ class OpenAIRequest(Sampling, Queueing, Structured):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Truncation | None = Field(
+        default=None, description="keep so many tokens of the prompt, the last ones; -1: as many as the context holds"
+    )
+    return_token_ids: bool | None = Field(default=None, description="answer with the tokens of prompt and output")
+    prompt_logprobs: Annotated[Whole, between("prompt_logprobs")] | None = Field(
+        default=None, description="as logprobs, of the prompt's tokens"
+    )
 
     user: Any = None
     metadata: Any = None
@@ -116,18 +146,38 @@ _SOME = Limits(minItems=1, maxItems=MAX_PROMPTS)
 class CompletionRequest(OpenAIRequest):
     """This body goes to POST /v1/completions."""
 
+    may_be_empty: ClassVar[bool] = True
     prompt: Prompt | Annotated[list[Prompt], _SOME] | TokenIds | Annotated[list[TokenIds], _SOME]
+    max_tokens: Annotated[Whole, Limits(minimum=0, exclusiveMaximum=2**31)] | None = Field(
+        default=None, description="0 writes nothing: for echo, or prompt_logprobs"
+    )
     logprobs: Annotated[Whole, between("logprobs")] | None = None
-    echo: bool | None = Field(default=None, description="not together with logprobs")
-    best_of: Annotated[Whole, between("n")] | None = Field(default=None, description="the same as n")
+    echo: bool | None = Field(default=None, description="begin with the prompt, its logprobs included")
+    best_of: Annotated[Whole, between("n")] | None = Field(
+        default=None, description="write so many, and answer with the n whose tokens are likeliest on average"
+    )
     suffix: Annotated[str, Limits(maxLength=0)] | None = Field(default=None, description="not supported")
 
     def check(self) -> None:
         """Raise RequestError for what this server does not do."""
-        require(self.best_of in (None, self.n or 1), "best_of must equal n: candidates are not ranked here")
+        require(self.best_of is None or self.best_of >= (self.n or 1), "best_of must be at least n")
+        is_ranked = (self.best_of or 1) > (self.n or 1)
+        require(not (is_ranked and self.stream), "best_of does not stream: the best is known at the end")
         require(not self.suffix, "suffix is not supported: this model only continues text")
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo and logprobs do not go together: prompt tokens get no log-probabilities")
+
+    def completion_params(self, defaults: SamplingParams) -> SamplingParams:
+        """Make the engine's parameters from this endpoint's names."""
+        self.check()
+        is_ranked = (self.best_of or 1) > (self.n or 1)
+        echoed = self.logprobs if self.echo else None
+        return self.to_params(
+            defaults,
+            n=self.best_of,
+            grammar=self.grammar(),
+            max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
+            logprobs=(self.logprobs or 0) if is_ranked else self.logprobs,
+            prompt_logprobs=max((n for n in (self.prompt_logprobs, echoed) if n is not None), default=None),
+        )
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Make a list of the prompts, one or many."""
@@ -139,44 +189,7 @@ class CompletionRequest(OpenAIRequest):
         return prompts
 
 
-class TextPart(Body):
-    """A message's content may come in parts, of which only text is supported."""
-
-    type: Literal["text"]
-    text: str
-    prompt_cache_breakpoint: Any = None
-
-
-_HAS_CONTENT = {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]}
-_IS_ASSISTANT = {"properties": {"role": {"const": "assistant"}}}
-
-
-class Message(Body, json_schema_extra={"anyOf": [_HAS_CONTENT, _IS_ASSISTANT]}):
-    """A message of an assistant may hold the empty fields that OpenAI's client sends back."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    name: Any = None
-    refusal: Any = None
-    annotations: Any = None
-    audio: Empty = None
-    tool_calls: Empty = None
-    function_call: Empty = None
-
-    def plain(self) -> dict[str, str]:
-        """Reduce it to role and text. Raises RequestError for what is not text."""
-        for field in ("audio", "tool_calls", "function_call"):
-            require(
-                getattr(self, field) in EMPTY, f"messages with {field} are not supported: this server takes text only"
-            )
-        require(self.content is not None or self.role == "assistant", f"a {self.role} message needs content")
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-_NO_TOOLS = (None, "none", "auto")
-NoTools = Annotated[Any, Limits(enum=_NO_TOOLS)]
+_NO_CALL = (None, "none", "auto")
 
 
 class ChatRequest(OpenAIRequest):
@@ -186,90 +199,60 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: Count | None = Field(default=None, description="most output tokens (the same as max_tokens)")
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, between("logprobs")] | None = Field(default=None, description="needs logprobs: true")
-    tools: Empty = None
-    tool_choice: NoTools = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Choice | None = Field(default=None, description="the default is auto")
+    parallel_tool_calls: bool | None = Field(default=None, description="false: at most one call in a reply")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="variables of the chat template, such as enable_thinking"
+    )
+    add_generation_prompt: bool | None = Field(default=None, description="open the assistant's turn; true by default")
+    continue_final_message: bool | None = Field(default=None, description="go on in the last message")
+    reasoning_effort: Any = Field(default=None, description="for the chat template; none asks for no thoughts")
     functions: Empty = None
-    function_call: NoTools = None
+    function_call: Annotated[Any, Limits(enum=_NO_CALL)] = None
     modalities: list[Annotated[str, Limits(enum=["text"])]] | None = None
     audio: Empty = None
     web_search_options: Empty = None
     moderation: Empty = None
 
-    parallel_tool_calls: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     prediction: Any = None
 
     def check(self) -> None:
         """Raise RequestError for what this server does not do."""
-        no_tools = "tools are not supported by this server; leave"
-        require(self.tools in EMPTY and self.functions in EMPTY, f"{no_tools} tools and functions out")
-        for choice in (self.tool_choice, self.function_call):
-            require(choice in _NO_TOOLS, f"{no_tools} tool_choice and function_call out")
+        is_old = self.functions not in EMPTY or self.function_call not in _NO_CALL
+        require(not is_old, "functions and function_call are not supported: use tools and tool_choice")
         is_text = self.audio in EMPTY and all(m == "text" for m in self.modalities or ())
         require(is_text, "modalities: this server gives text only")
         require(self.web_search_options in EMPTY, "web_search_options: this server does not search the web")
         require(self.moderation in EMPTY, "moderation: this server does not moderate texts")
         require(self.top_logprobs is None or bool(self.logprobs), "top_logprobs needs logprobs: true")
 
-    def chat_params(self) -> SamplingParams:
+    def tool_use(self) -> ToolUse:
+        """Say what the request wants with functions."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def conversation(self) -> Conversation:
+        """Make what the chat template is filled with."""
+        variables = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", self.reasoning_effort)
+        if self.reasoning_effort == "none":
+            variables.setdefault("enable_thinking", False)
+        continues = bool(self.continue_final_message)
+        opens = not continues if self.add_generation_prompt is None else self.add_generation_prompt
+        messages = [message.plain() for message in self.messages]
+        return Conversation(messages, opens_reply=opens, continues_last=continues, variables=variables)
+
+    def chat_params(self, defaults: SamplingParams) -> SamplingParams:
         """Make the engine's parameters from this endpoint's names for the limits."""
         self.check()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise RequestError("max_tokens and max_completion_tokens differ; max_tokens is the old name, drop it")
         return self.to_params(
+            defaults,
             max_tokens=self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
             grammar=self.grammar(),
         )
-
-
-class GenerateParameters(Sampling, Queueing, GuidedParameters):
-    """`parameters` of /generate are those of SamplingParams, also by TGI's names for them."""
-
-    n: Annotated[Whole, Limits(const=1)] | None = None
-    max_new_tokens: Count | None = Field(default=None, description="most output tokens (max_tokens is the same)")
-    raw: bool = Field(default=False, description="the prompt is text to continue, not an instruction")
-
-    def generate_params(self) -> SamplingParams:
-        """Make the engine's parameters from either name of the limit."""
-        if None not in (self.max_tokens, self.max_new_tokens) and self.max_tokens != self.max_new_tokens:
-            raise RequestError("max_tokens and max_new_tokens are the same and must not differ")
-        require(self.n in (None, 1), "n must be 1 here; /v1/completions gives several continuations")
-        return self.to_params(max_tokens=self.max_new_tokens, grammar=self.asked())
-
-
-_EXAMPLE = {"prompt": "Tell me something about hip hop.", "parameters": {"temperature": 0.5, "max_steps": 100}}
-
-
-class GenerateRequest(Body, json_schema_extra={"examples": [_EXAMPLE]}):
-    """This body goes to POST /generate and /generate_stream."""
-
-    prompt: Annotated[str, Limits(pattern=r"\S")]
-    parameters: GenerateParameters = GenerateParameters()
-
-
-def _given(name: str, other: str) -> dict[str, Any]:
-    """Describe that one field is given and the other one is not."""
-    null = {"type": "null"}
-    return {"properties": {name: {"not": null}, other: null}, "required": [name]}
-
-
-_EITHER = {"oneOf": [_given("prompt", "messages"), _given("messages", "prompt")]}
-
-
-class TokenizeRequest(Body, json_schema_extra=_EITHER):
-    """This body goes to POST /tokenize, with a text, or with messages for the chat template."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Limits(minItems=1)] | None = None
-    add_special_tokens: bool = True
-
-
-class DetokenizeRequest(Body):
-    """This body goes to POST /detokenize."""
-
-    model: str | None = None
-    tokens: Ids
-    skip_special_tokens: bool = False

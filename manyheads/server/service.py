@@ -6,17 +6,27 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import msgspec
 from fastapi.responses import JSONResponse
 from starlette.requests import Request
 
-from manyheads.errors import QueueFull, RequestError
+from manyheads.errors import QueueFull, RequestError, require
 from manyheads.frontend.async_llm import AsyncLLM
-from manyheads.frontend.generation import Generation, Update
+from manyheads.frontend.conversation import Conversation
+from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.frontend.output import SequenceOutput
+from manyheads.frontend.reply import ReplyForm
+from manyheads.frontend.tools.hermes import HermesParser
+from manyheads.frontend.tools.use import ToolUse
+from manyheads.request import SamplingParams
+from manyheads.server.body import Body
+from manyheads.server.config import ServerConfig
 from manyheads.server.errors import ApiError
 from manyheads.server.metrics import Metrics, SequenceTimer
+from manyheads.server.unknown import UnknownFields
 
 T = TypeVar("T")
 
@@ -27,15 +37,50 @@ class Service:
     Args:
         llm: the front end of the engine.
         names: the model's names in requests, the first one in answers.
+        form: of the model's replies.
+        is_strict: refuse fields that nobody knows, instead of ignoring them.
     """
 
-    def __init__(self, llm: AsyncLLM, names: Sequence[str]) -> None:
+    def __init__(self, llm: AsyncLLM, names: Sequence[str], form: ReplyForm, *, is_strict: bool = False) -> None:
         self.llm = llm
         self.names = list(names)
+        self.form = form
+        self._unknown = UnknownFields(is_strict)
         self.metrics = Metrics(llm.client, llm.ready)
         self.started = int(time.time())
         self.draining = False
         """Whether the server is about to end, and takes no new requests."""
+
+    def accept(self, body: Body, request: Request) -> None:
+        """Check what a body asks of this server in general: ApiError for a model or, if strict, a field it has not."""
+        self.check_model(getattr(body, "model", None))
+        self._unknown.take(body, request)
+
+    async def prompt_for(
+        self, conversation: Conversation, use: ToolUse, params: SamplingParams, truncate: int | None = None
+    ) -> tuple[Prompt, SamplingParams]:
+        """Make the prompt of a conversation whose reply may or must call functions, and parameters that make it do so.
+
+        Args:
+            truncate: as `truncated`'s `most`.
+        """
+        form = self.form
+        if use.must_call:
+            reader = form.tools or HermesParser
+            params = msgspec.structs.replace(params, grammar=use.grammar(reader.arguments))
+            variables = {**({"enable_thinking": False} if form.thoughts else {}), **conversation.variables}
+            conversation = replace(conversation, variables=variables, begins_with=reader.opening, closes=form.thoughts)
+        ids = await self.llm.encode_chat(replace(conversation, tools=use.tools))
+        ids = self.truncated(ids, params, truncate)
+        return Prompt(ids, continues=conversation.continues_last, shows=form.shows), params
+
+    def truncated(self, token_ids: list[int], params: SamplingParams, most: int | None) -> list[int]:
+        """Keep the last tokens of a prompt: `most` of them, -1 for as many as the context holds, None for all."""
+        if most is None:
+            return token_ids
+        require(most != 0 and most >= -1, f"truncate_prompt_tokens must be -1 or at least 1, not {most}")
+        room = self.llm.ready.max_model_len - max(params.max_tokens or 1, 1)
+        return token_ids[-(most if most > 0 else max(room, 1)) :]
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 for a model that is not served; None is the one there is."""
@@ -102,6 +147,13 @@ class Service:
                     yield update
 
         return run()
+
+
+def service_of(llm: AsyncLLM, options: ServerConfig) -> Service:
+    """Make the service that the options ask for. Raises ConfigError: there is no such parser."""
+    form = ReplyForm.find(llm.tokenizer, options.tool_parser, options.reasoning_parser)
+    names = options.served_model_names or (llm.ready.model,)
+    return Service(llm, names, form, is_strict=options.strict)
 
 
 def whole_or_cut(outputs: Iterable[SequenceOutput], body: dict[str, Any]) -> JSONResponse:

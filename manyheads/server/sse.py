@@ -15,9 +15,10 @@ DONE = b"data: [DONE]\n\n"
 _log = logging.getLogger(__name__)
 
 
-def event(data: Any) -> bytes:
-    """Write an event whose data is JSON."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+def event(data: Any, name: str | None = None) -> bytes:
+    """Write an event whose data is JSON, perhaps with a name."""
+    named = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return named + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 async def guarded(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

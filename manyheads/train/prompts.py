@@ -23,6 +23,7 @@ from typing import Any
 
 from manyheads.config import ConfigError
 from manyheads.errors import RequestError
+from manyheads.frontend.conversation import Conversation
 from manyheads.frontend.tokenizer import Tokenizer
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -69,7 +70,7 @@ def _answer(line: Any, tokenizer: Tokenizer) -> Answer:
         raise ValueError("a message is empty or no text")
     if "prompt" in line and not tokenizer.has_chat_template:
         return Answer(tokenizer.encode(messages[-1]["content"]), [])
-    return Answer(tokenizer.encode_chat(messages), [])
+    return Answer(tokenizer.encode_chat(Conversation(messages)), [])
 
 
 def _messages(line: dict[str, Any]) -> list[dict[str, str]]:

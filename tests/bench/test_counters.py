@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from manyheads.bench.counters import Counters, acceptance, by_engine, parse, tokens_per_step
-from manyheads.request import EngineStats
 from manyheads.server.metrics import Metrics
+from manyheads.stats import EngineStats
 
 VLLM = """# HELP vllm:generation_tokens_total Tokens
 vllm:generation_tokens_total{engine="0",model_name="m"} 300.0

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from manyheads.request import EngineReady, EngineStats
+from manyheads.request import EngineReady
 from manyheads.server.config import ConnectionLimits
 from manyheads.server.connections import Guard
 from manyheads.server.metrics import Metrics
+from manyheads.stats import EngineStats
 from tests.deploy import schemas
 
 FOLDER = Path(__file__).parents[2] / "deploy"

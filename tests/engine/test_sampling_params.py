@@ -175,6 +175,8 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 3, "min_p": 0.1, "logit_bias": {2: 2.0}, "frequency_penalty": 0.5},
     {"temperature": 1.0, "seed": 4, "stop_token_ids": (3, 11), "logprobs": 2},
     {"temperature": 1.0, "seed": 5, "max_tokens": 7, "presence_penalty": 0.7},
+    {"temperature": 1.0, "seed": 6, "bad_token_ids": ((3,), (1, 2), (2, 6, 0, 5), (7, 7))},
+    {"temperature": 1.0, "seed": 7, "allowed_token_ids": (1, 5, 8, 9), "bad_token_ids": ((8, 5, 1), (5, 9))},
 ]
 """Parameters whose text does not depend on the tree."""
 
@@ -240,3 +242,45 @@ def test_noise_is_standard_gumbel() -> None:
     assert len(noise.unique()) > 0.95 * 64 * 20 * 1000 * 0.9
     again = gumbel(torch.tensor([7]), torch.tensor([[3]]), 1000)
     assert torch.equal(again[0, 0], noise[7, 3])
+
+
+def unbanned(logits: Tensor, text: list[int], allowed: tuple[int, ...], bad: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The logits without what must not follow the text."""
+    logits = logits.clone()
+    for token in range(VOCAB):
+        is_bad = any(run[-1] == token and (len(run) == 1 or text[-len(run) + 1 :] == [*run[:-1]]) for run in bad)
+        if is_bad or (allowed and token not in allowed):
+            logits[token] = float("-inf")
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_bans(engine: Engine, reference: LlamaForCausalLM, temperature: float) -> None:
+    """Bad runs are those of the text that it would have written without, in turn, and one that begins in the prompt."""
+    allowed: tuple[int, ...] = ()
+    bad: tuple[tuple[int, ...], ...] = ()
+    seen = set()
+    for turn in range(5):
+        wanted: list[int] = []
+        for _ in range(NEW):
+            logits = unbanned(raw_logits(reference, PROMPT + wanted), PROMPT + wanted, allowed, bad)
+            position = torch.tensor([[len(PROMPT) + len(wanted)]])
+            noise = gumbel(torch.tensor([3]), position, VOCAB)[0, 0]
+            wanted.append(int((logits if temperature == 0 else logits / temperature + noise).argmax()))
+        bans = {"allowed_token_ids": allowed, "bad_token_ids": bad}
+        assert tokens_of(answer(engine, temperature=temperature, seed=3, **bans)) == wanted
+        seen.add(tuple(wanted))
+        last = [(*PROMPT[-2:], wanted[0]), (wanted[5],), tuple(wanted[8:10]), tuple(wanted[2:16])][turn % 4]
+        bad, allowed = (*bad, last), tuple(range(0, VOCAB, 2)) if turn == 3 else ()
+    assert len(seen) == 5, "each ban has an effect here"
+
+
+def test_bans_that_leave_nothing(engine: Engine) -> None:
+    """A request must not end as if the model were broken: the least evil is drawn."""
+    deltas = answer(engine, temperature=0.0, allowed_token_ids=(5,), bad_token_ids=((5, 5), (6,)), max_tokens=4)
+    assert tokens_of(deltas) == [5] * 4
+    everything = tuple((token,) for token in range(VOCAB))
+    assert len(tokens_of(answer(engine, temperature=0.0, bad_token_ids=everything))) == NEW
+    early = answer(engine, temperature=0.0, allowed_token_ids=(5,), stop_token_ids=(5,), min_tokens=3)
+    tokens = tokens_of(early)
+    assert (tokens.index(5), len(tokens)) == (3, 4)

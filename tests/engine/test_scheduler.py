@@ -260,7 +260,7 @@ def test_max_steps_ends_a_request(overlaps: bool) -> None:
         ([1], {"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
         ([1], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
         ([1], {"n": 2}, "one sequence"),
-        ([1], {"max_tokens": 0}, "max_tokens must be at least 1"),
+        ([1], {"max_tokens": -1}, "max_tokens must be at least 0"),
     ],
 )
 def test_what_can_never_be_served_is_refused_at_once(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from manyheads import LLM, ConfigError, EngineConfig, RequestError, SamplingParams
+from manyheads.frontend.conversation import Conversation
 from manyheads.interrupt import between_steps
 from tests.server.fake_engine import TEXT, FakeEngine
 from tests.server.tiny_tokenizer import tiny_tokenizer
@@ -96,7 +97,7 @@ def test_stop_strings(llm: LLM) -> None:
 
 def test_chat(llm: LLM) -> None:
     (output,) = llm.chat(HELLO, SamplingParams(max_tokens=6))
-    assert output.prompt_token_ids == TOKENIZER.encode_chat(HELLO)
+    assert output.prompt_token_ids == TOKENIZER.encode_chat(Conversation(HELLO))
     assert (output.prompt, output.outputs[0].text) == (None, text_of(6))
     two = llm.chat([HELLO, [{"role": "system", "content": "x"}, *HELLO]], SamplingParams(max_tokens=2))
     assert len(two[0].prompt_token_ids) < len(two[1].prompt_token_ids)
@@ -152,7 +153,7 @@ def test_a_sequence_that_fails_fails_alone(llm: LLM) -> None:
         ([-1], {}, "token ids must be between 0 and"),
         ("a " * 3000, {}, "exceed the context of 2048 tokens"),
         ("a", {"max_tokens": 2048}, "exceed the context of 2048 tokens"),
-        ("a", {"max_tokens": -1}, "max_tokens must be at least 1"),
+        ("a", {"max_tokens": -1}, "max_tokens must be at least 0"),
         ("a", {"temperature": float("nan")}, "temperature must be between 0 and 100, not nan"),
         ("a", {"n": 10**6}, "n must be between 1 and 64"),
         ("a", {"stop": ("x",) * 10_000}, "at most 16 stop strings"),

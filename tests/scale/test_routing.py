@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
-from manyheads.request import EngineStats, MemoryUse
 from manyheads.scale.prefixes import BLOCK, Prefixes
 from manyheads.scale.routing import Chooser, Route
 from manyheads.scale.stats import summed
+from manyheads.stats import EngineStats, MemoryUse
 
 
 def text(seed: int, length: int) -> list[int]:

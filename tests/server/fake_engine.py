@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,14 +12,8 @@ from pathlib import Path
 
 from manyheads.config import EngineConfig
 from manyheads.errors import QueueFull
-from manyheads.request import (
-    EngineReady,
-    EngineRequest,
-    EngineStats,
-    MemoryUse,
-    RequestDelta,
-    TokenLogprobs,
-)
+from manyheads.request import EngineReady, EngineRequest, RequestDelta, TokenLogprobs
+from manyheads.stats import EngineStats, MemoryUse
 from tests.server.tiny_tokenizer import END, make_backend
 
 TEXT = "The cat 🐈 sat on the mat, 猫はマットの上に座った。 It was e\u0301legant. " * 40
@@ -40,6 +36,7 @@ class FakeEngine:
     """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`, `WHO` asks. Nobody starts within 1 s.
 
     Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything.
+    What stands in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments.
     """
 
     config: EngineConfig
@@ -82,10 +79,22 @@ class FakeEngine:
         if message.timeout is not None and message.timeout < 1:
             raise QueueFull("it would start in about 9.0 s", retry_after=8.2)
         done, steps = len(message.output_token_ids), message.num_steps
-        assert message.output_token_ids == self.text[:done]
-        self.open[message.request_id] = _Open(message, list(self.text), done, steps)
+        text = self._reply(message)
+        assert message.output_token_ids == text[:done]
+        self.open[message.request_id] = _Open(message, text, done, steps)
         self.admitted([message.request_id])
         self.counts["prompt"] += len(message.prompt_token_ids)
+
+    def _reply(self, message: EngineRequest) -> list[int]:
+        if message.params.grammar is not None:
+            schema = json.loads(message.params.grammar.value)
+            call = schema.get("anyOf", [schema])[0]["properties"]
+            key = next(name for name in call if name != "name")
+            return [*self.tokenizer.encode(json.dumps({"name": call["name"]["const"], key: {}})).ids, self.eos]
+        prompt = self.tokenizer.decode(message.prompt_token_ids, skip_special_tokens=False)
+        if found := re.search(r"SAY\[\[(.*?)\]\]", prompt, re.S):
+            return [*self.tokenizer.encode(found[1]).ids, self.eos]
+        return list(self.text)
 
     def abort(self, request_id: str) -> None:
         entry = self.open.pop(request_id, None)
@@ -149,9 +158,10 @@ class FakeEngine:
                 error_kind="engine",
             )
         room = self.ready.max_model_len - len(entry.request.prompt_token_ids)
-        limit = min(params.max_tokens or room, room, len(entry.tokens))
+        wanted = room if params.max_tokens is None else params.max_tokens
+        limit = min(wanted, room, len(entry.tokens))
         if params.ignore_eos:
-            limit = min(params.max_tokens or room, room)
+            limit = min(wanted, room)
             entry.tokens = (entry.tokens[:-1] * 4)[:limit]
         count = self.per_step if params.speculative else 1
         new = entry.tokens[entry.done : min(entry.done + count, limit)]
@@ -170,10 +180,15 @@ class FakeEngine:
         logprobs = None
         if params.logprobs is not None:
             logprobs = [TokenLogprobs(t, -0.5, 1, [(t + k, -0.5 - k) for k in range(params.logprobs)]) for t in new]
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None and entry.steps == 1:
+            known = entry.request.prompt_token_ids[1:]
+            prompt_logprobs = [TokenLogprobs(t, -1.5, 2, [(t, -1.5)] * min(params.prompt_logprobs, 1)) for t in known]
         return RequestDelta(
             request_id=request_id,
             new_token_ids=new,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token_id=stop,
             num_steps=entry.steps,

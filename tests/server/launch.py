@@ -9,12 +9,14 @@ from unittest.mock import patch
 
 from manyheads.cli import main
 from manyheads.frontend.tokenizer import Tokenizer
+from manyheads.request import SamplingParams
 from manyheads.server import run
 from tests.server.tiny_tokenizer import LightTokenizer
 
 if __name__ == "__main__":
     if "FAKE_TOKENIZER" in os.environ:  # loading a real one takes seconds
         patch("manyheads.server.run.tokenizer_folder").start()
+        patch("manyheads.server.run.default_params", return_value=SamplingParams()).start()
         patch.object(Tokenizer, "load", lambda *_: Tokenizer(LightTokenizer())).start()
     run.serve = functools.partial(run.serve, build="tests.server.fake_engine:build")
     sys.exit(main(["serve", *sys.argv[1:]]))

@@ -20,13 +20,16 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
 from manyheads.errors import RequestError
+from manyheads.request import SamplingParams
 from manyheads.server import answers
 from manyheads.server.schemas import CompletionRequest
 from tests.server.conftest import Running, launch
 
 NUM_EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "12"))
 BEYOND_SCHEMAS = re.compile(
-    "best_of must equal n|max_tokens and max_(new|completion)_tokens|top_logprobs needs|echo and logprobs"
+    "best_of must be at least n|best_of does not stream|max_tokens and max_(new|completion)_tokens|top_logprobs needs"
+    "|tool_choice names|there are no tools|continue_final_message|chat_template_kwargs cannot|the chat template refuses"
+    "|parts are not supported|needs '(text|refusal)'|nested deeper|needs a schema"
     "|ask for one form of answer|grammar of kind (json|structural_tag): the value|seed must be a 64-bit integer"
     r"|min_tokens \(\d+\) must not exceed|must be between 0 and \d+$|context|are too many: this server queues"
 )
@@ -81,10 +84,12 @@ EVENTS = {
 
 @pytest.mark.parametrize("path", EVENTS)
 def test_events_are_as_described(client: httpx.Client, path: str) -> None:
-    messages = {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "top_logprobs": 2}
-    more = {"stream": True, "max_tokens": 30, "stream_options": {"include_usage": True}}
+    hello = 'SAY[[Hi. <tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>]]'
+    messages = {"messages": [{"role": "user", "content": hello}], "logprobs": True, "top_logprobs": 2}
+    messages["tools"] = [{"type": "function", "function": {"name": "now"}}]
+    more = {"stream": True, "max_tokens": 90, "return_token_ids": True, "stream_options": {"include_usage": True}}
     body = {
-        "/v1/completions": {"prompt": "a", "logprobs": 2, **more},
+        "/v1/completions": {"prompt": "a b", "echo": True, "logprobs": 2, "prompt_logprobs": 1, **more},
         "/v1/chat/completions": messages | more,
         "/generate_stream": {"prompt": "a", "parameters": {"max_tokens": 30}},
     }[path]
@@ -115,11 +120,11 @@ def ends_of_ranges() -> Iterator[tuple[str, float, bool]]:
 
 @pytest.mark.parametrize(("name", "value", "inside"), list(ends_of_ranges()))
 def test_ranges_are_those_that_are_checked(name: str, value: float, inside: bool) -> None:
-    related = {"best_of": {"n": value}, "min_tokens": {"max_tokens": None}}.get(name, {})
+    related = {"best_of": {"n": 1}, "min_tokens": {"max_tokens": 2**31 - 1}}.get(name, {})
     with nullcontext() if inside else pytest.raises((RequestError, ValidationError)):
         body = CompletionRequest(prompt="a", **{name: value, **related})
         body.check()
-        body.to_params(logprobs=body.logprobs)
+        body.completion_params(SamplingParams())
 
 
 def test_nothing_that_is_not_sent(guarded: Running) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -20,6 +21,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 CORPUS = ["The cat sat on the mat and the dog sat on the log. It was elegant.", "hello world, hello there"] * 20
 
 
@@ -69,12 +71,20 @@ class LightTokenizer:
         self.added_tokens_decoder = self.backend_tokenizer.get_added_tokens_decoder()
         self.get_vocab = self.backend_tokenizer.get_vocab
         self.convert_ids_to_tokens = self.backend_tokenizer.id_to_token
+        self.convert_tokens_to_ids = self.backend_tokenizer.token_to_id
 
-    @staticmethod
-    def apply_chat_template(messages: list[dict[str, str]], **_: object) -> str:
-        """What TEMPLATE makes of a conversation that an assistant is to answer."""
-        turns = [f"<|{m['role']}|>{m['content'].strip()}{END}\n" for m in messages]
-        return "".join([*turns, "<|assistant|>"])
+    def get_chat_template(self, tools: object = None) -> str:
+        return self.chat_template
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, continue_final_message: bool = False, **variables: Any
+    ) -> str:
+        """What TEMPLATE makes of a conversation."""
+        text = _TEMPLATES.from_string(self.chat_template).render(messages=messages, **variables)
+        if continue_final_message:
+            last = messages[-1]["content"].strip()
+            text = text[: text.rindex(last) + len(last)]
+        return text
 
 
 def save_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:

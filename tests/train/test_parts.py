@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from manyheads import ConfigError
+from manyheads.frontend.conversation import Conversation
 from manyheads.models.loader import load_model
 from manyheads.models.registry import read_config
 from manyheads.speculation.medusa.checkpoint import HeadWeights
@@ -53,7 +54,7 @@ def test_shapes_of_prompts(tmp_path: Path, line: Any, suffix: str) -> None:
     file = tmp_path / f"prompts{suffix}"
     data = f"{json.dumps(line)}\n\n".encode()
     file.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
-    wanted = Answer(tiny_tokenizer().encode_chat(ASKED), [])
+    wanted = Answer(tiny_tokenizer().encode_chat(Conversation(ASKED)), [])
     assert list(read_prompts([file, file], tiny_tokenizer())) == [wanted, wanted]
 
 
@@ -61,7 +62,7 @@ def test_an_instruction_with_input_and_an_answer(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"instruction": "sat", "input": "cat"}\n{"prompt_token_ids": [5, 6], "token_ids": [7]}')
     asked, answered = read_prompts([file], tiny_tokenizer())
-    assert asked.prompt == tiny_tokenizer().encode_chat([{"role": "user", "content": "sat\n\ncat"}])
+    assert asked.prompt == tiny_tokenizer().encode_chat(Conversation([{"role": "user", "content": "sat\n\ncat"}]))
     assert answered == Answer([5, 6], [7])
 
 

@@ -1,0 +1,107 @@
+"""Answers of the OpenAI endpoints go out whole or as a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Generic, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from manyheads.frontend.generation import Generation, Update
+from manyheads.frontend.output import SequenceOutput, TextDelta
+from manyheads.server.schemas import ChatRequest, CompletionRequest, StreamOptions
+from manyheads.server.service import Service, whole_or_cut
+from manyheads.server.sse import DONE, event, stream_response
+
+B = TypeVar("B", ChatRequest, CompletionRequest)
+
+
+class Writer(ABC, Generic[B]):
+    """A writer sends an answer out, whole or as a stream. Subclasses say how their endpoint writes its choices."""
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, service: Service, generations: list[Generation], body: B) -> None:
+        self.service = service
+        self.tokenizer = service.llm.tokenizer
+        self.generations = generations
+        self.body: B = body
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.outputs = [(generation, output) for generation in generations for output in generation.outputs]
+        """These are the continuations of all prompts, in the order of the choices."""
+        self.numbers = {output: number for number, (_, output) in enumerate(self.outputs)}
+        self.generation_of = {output: generation for generation, output in self.outputs}
+
+    async def respond(self, request: Request) -> Response:
+        """Generate, and answer when all is there or as it comes."""
+        if self.body.stream:
+            return stream_response(self.events(await self.service.stream(request, self.generations)))
+        await self.service.collect(request, self.generations)
+        chosen = self.chosen()
+        self.numbers = {output: number for number, (_, output) in enumerate(chosen)}
+        choices = [self.choice(generation, output) for generation, output in chosen]
+        body = {**self.head(self.object), "choices": choices, "usage": usage(self.generations)}
+        return whole_or_cut(self.numbers, body)
+
+    async def events(self, updates: AsyncGenerator[Update, None]) -> AsyncGenerator[bytes, None]:
+        """Make the server-sent events of a stream."""
+        head = self.head(self.chunk_object)
+        options = self.body.stream_options or StreamOptions()
+
+        def chunk(choice: dict[str, Any]) -> bytes:
+            so_far = usage(self.generations) if options.continuous_usage_stats else None
+            return event({**head, "choices": [choice], **({"usage": so_far} if options.include_usage else {})})
+
+        async with contextlib.aclosing(updates):
+            for opened in self.opening():
+                yield chunk(opened)
+            async for update in updates:
+                choice = self.chunk(self.generation_of[update.output], update.output, update.delta)
+                if choice is not None:
+                    yield chunk(choice)
+        if options.include_usage:
+            yield event({**head, "choices": [], "usage": usage(self.generations)})
+        yield DONE
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """Make what an answer and each chunk begin with."""
+        name = self.body.model or self.service.names[0]
+        return {"id": self.id, "object": kind, "created": self.created, "model": name}
+
+    def chosen(self) -> list[tuple[Generation, SequenceOutput]]:
+        """Say which continuations a whole answer has."""
+        return self.outputs
+
+    @abstractmethod
+    def opening(self) -> list[dict[str, Any]]:
+        """Make the choices that a stream begins with, before there is text."""
+
+    @abstractmethod
+    def choice(self, generation: Generation, output: SequenceOutput) -> dict[str, Any]:
+        """Write a continuation as a whole answer has it."""
+
+    @abstractmethod
+    def chunk(self, generation: Generation, output: SequenceOutput, delta: TextDelta) -> dict[str, Any] | None:
+        """Write what came of a continuation as a stream has it; None if there is nothing to tell yet."""
+
+
+def usage(generations: Sequence[Generation]) -> dict[str, Any]:
+    """Make OpenAI's `usage`, with the steps that it took."""
+    outputs = [output for generation in generations for output in generation.outputs]
+    num_prompt_tokens = sum(len(generation.prompt.token_ids) for generation in generations)
+    num_output_tokens = sum(len(output.token_ids) for output in outputs)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(g.outputs[0].num_cached_tokens for g in generations)},
+        "decoding_steps": sum(output.num_steps for output in outputs),
+    }
