@@ -53,29 +53,36 @@ class Router:
         return int(least[self._chance.randrange(len(least))])
 
     def _two(self, _: Request) -> int:
-        """The better of two random ones (Mitzenmacher 2001)."""
-        there = self._there
-        if len(there) == 1:
-            return int(there[0])
-        i, j = self._chance.randrange(len(there)), self._chance.randrange(len(there) - 1)
-        a, b = int(there[i]), int(there[j + (j >= i)])
-        return a if self.loads[a] <= self.loads[b] else b
+        return self._better_of_two(self._there)
 
     def _prefix(self, request: Request) -> int:
         """The longest beginning, however busy."""
         have, _ = self._beginnings.longest(request)
-        return self._best(have) if len(have) else self._two(request)
+        return self._better_of_two(have if len(have) else self._there)
 
     def _prefix_unless_busy(self, request: Request) -> int:
-        """The longest beginning, unless all that have it are too much busier than the least busy replica."""
-        least = float(self.loads[self._there].min())
-        most = least + max(MARGIN, SHARE * least)
-        have, tokens = self._beginnings.longest(request, self.loads, most)
-        return self._best(have) if len(have) and tokens >= WORTH * request.prompt else self._two(request)
-
-    def _best(self, have: np.ndarray) -> int:
+        have = self._not_busy(request)
+        if have is self._there:
+            return self._better_of_two(have)
         loads = self.loads[have]
         return int(have[int(loads.argmin())])
+
+    def _prefix_better_of_two(self, request: Request) -> int:
+        return self._better_of_two(self._not_busy(request))
+
+    def _not_busy(self, request: Request) -> np.ndarray:
+        """The replicas with the longest beginning, unless too much busier than the least busy; all if none is left."""
+        least = float(self.loads[self._there].min())
+        have, tokens = self._beginnings.longest(request, self.loads, least + max(MARGIN, SHARE * least))
+        return have if len(have) and tokens >= WORTH * request.prompt else self._there
+
+    def _better_of_two(self, numbers: np.ndarray) -> int:
+        """The less busy of two random ones (Mitzenmacher 2001)."""
+        if len(numbers) == 1:
+            return int(numbers[0])
+        i, j = self._chance.randrange(len(numbers)), self._chance.randrange(len(numbers) - 1)
+        a, b = int(numbers[i]), int(numbers[j + (j >= i)])
+        return a if self.loads[a] <= self.loads[b] else b
 
 
 RULES = {
@@ -84,7 +91,9 @@ RULES = {
     "two choices": Router._two,
     "prefix": Router._prefix,
     "prefix unless busy": Router._prefix_unless_busy,
+    "prefix unless busy, two": Router._prefix_better_of_two,
 }
+"""Of those that have the longest beginning, the last two take the least busy one, and the better of two random ones."""
 
 
 class Beginnings:
