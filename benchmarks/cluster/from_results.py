@@ -29,7 +29,7 @@ def costs() -> StepCosts:
         prefill=tuple((float(tokens), round(seconds, 6)) for tokens, seconds in prefill),
         gain=tuple((x["load"], x["tokens_per_step"]) for x in levels),
         once=round(decode[0][1], 6),  # nearly all of a single row's step is reading the weights
-        spread=0.3,  # of the built-in model's answers on a CPU (`cluster_sim.py validate`)
+        spread=0.3,  # somewhat above the 0.25 of the built-in model's answers on a CPU (`validate`)
         overhead=round(levels[0]["ttft"]["p50"] - prefill[0][1], 6),
         cache_tokens=CACHE,
     )
