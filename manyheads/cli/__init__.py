@@ -16,7 +16,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="manyheads", description="Serves language models with Medusa heads to many people at once.")
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.set_defaults(run=lambda args: _no_command(args, parser))
-    for module in (serve, deploy, chat, generate, heads, train, bench, key):
+    for module in (serve, chat, generate, deploy, heads, train, bench, key):
         module.add_commands(parser)
     return parser
 

@@ -23,9 +23,10 @@ from manyheads.server.openapi import generates
 from manyheads.server.schemas import Queueing, Sampling
 from manyheads.server.service import Service, whole_or_cut
 from manyheads.server.sse import event, stream_response
+from manyheads.server.structured import GuidedParameters
 
 
-class GenerateParameters(Sampling, Queueing):
+class GenerateParameters(Sampling, Queueing, GuidedParameters):
     """`parameters` of /generate are those of SamplingParams, also by TGI's names for them."""
 
     n: Annotated[Whole, Limits(const=1)] | None = None
@@ -37,7 +38,7 @@ class GenerateParameters(Sampling, Queueing):
         if None not in (self.max_tokens, self.max_new_tokens) and self.max_tokens != self.max_new_tokens:
             raise RequestError("max_tokens and max_new_tokens are the same and must not differ")
         require(self.n in (None, 1), "n must be 1 here; /v1/completions gives several continuations")
-        return self.to_params(defaults, max_tokens=self.max_new_tokens)
+        return self.to_params(defaults, max_tokens=self.max_new_tokens, grammar=self.asked())
 
 
 _EXAMPLE = {"prompt": "Tell me something about hip hop.", "parameters": {"temperature": 0.5, "max_steps": 100}}

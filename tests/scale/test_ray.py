@@ -29,6 +29,7 @@ from manyheads.scale.serve_app import AppSettings, Resources, Scaling, replicas 
 
 T = TypeVar("T")
 LONG = 80
+NAME = f"test{os.getpid()}"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def handle(cluster: Any, config: EngineConfig) -> Any:
     settings = AppSettings(
         scaling=Scaling(replicas=2), resources=Resources(num_cpus=1, num_gpus=0, custom={"engine": 1})
     )
-    return serve.run(replicas(config, ServerConfig(), settings), name="test", route_prefix=None)
+    return serve.run(replicas(config, ServerConfig(), settings), name=NAME, route_prefix=None)
 
 
 def request(name: str, prompt: list[int], **params: Any) -> EngineRequest:
@@ -138,18 +139,17 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def engine_processes() -> list[int]:
-    """Of the replicas: the parents of engine processes."""
+def replica_processes() -> list[int]:
+    """Of this test's application; Ray names a process after its actor."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 command = (folder / "cmdline").read_bytes()
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
             except OSError:
                 continue  # it has ended meanwhile
-            if b"manyheads.frontend.engine_process" in command:
-                found.append(parent)
+            if f"ray::ServeReplica:{NAME}:engine".encode() in command:
+                found.append(int(folder.name))
     return found
 
 
@@ -202,7 +202,7 @@ def test_an_aborted_request_ends_here_and_there(handle: Any, config: EngineConfi
 
 def test_a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) -> None:
     requests = asked(8, "k")
-    victims = engine_processes()
+    victims = replica_processes()
     assert len(victims) == 2
 
     async def work(client: ReplicaClient) -> dict[str, list[int]]:
@@ -211,7 +211,7 @@ def test_a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfi
         return said
 
     assert with_client(handle, config, work) == alone(config, requests)
-    until(lambda: len(engine_processes()) == 2)
+    until(lambda: len(replica_processes()) == 2)
 
 
 def test_a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: EngineConfig) -> None:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from manyheads.config import ConfigError
+from manyheads.frontend.conversation import Conversation
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.server.run import _bind
 from tests.server.conftest import Running, launch
@@ -247,7 +248,7 @@ def restarting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def check_whole(clients: Clients) -> None:
     """The texts are as if nothing had happened."""
     tokenizer, answer = Tokenizer(LightTokenizer()), clients.whole.result().json()
-    tokens, room = tokenizer.encode(TEXT), 2048 - len(tokenizer.encode_chat(HELLO))
+    tokens, room = tokenizer.encode(TEXT), 2048 - len(tokenizer.encode_chat(Conversation(HELLO)))
     assert answer["details"]["generated_tokens"] == 2000
     assert answer["response"] == tokenizer.decode(tokens[:2000])
     assert streamed(clients.stream.result()) == (tokenizer.decode(tokens[:room]), "length")

@@ -71,7 +71,9 @@ class LightTokenizer:
         self.added_tokens_decoder = self.backend_tokenizer.get_added_tokens_decoder()
         self.get_vocab = self.backend_tokenizer.get_vocab
         self.convert_ids_to_tokens = self.backend_tokenizer.id_to_token
-        self.convert_tokens_to_ids = self.backend_tokenizer.token_to_id
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int | None]:
+        return [self.backend_tokenizer.token_to_id(token) for token in tokens]
 
     def get_chat_template(self, tools: object = None) -> str:
         return self.chat_template
