@@ -19,7 +19,7 @@ from manyheads.errors import EngineError
 from manyheads.frontend.engine_client import MOST_DEATHS
 from manyheads.frontend.open_request import DeltaQueue, OpenRequest
 from manyheads.request import EngineReady, EngineRequest, RequestDelta
-from manyheads.scale.router import Heard
+from manyheads.scale import heard
 from manyheads.scale.routing import Route
 from manyheads.scale.stats import summed
 from manyheads.stats import EngineStats
@@ -55,17 +55,17 @@ class ReplicaClient:
     @property
     def stats(self) -> EngineStats:
         """All replicas' together: sums, but the shortest wait, and the largest tree."""
-        return summed(list(Heard.by_replica.values()))
+        return summed(list(heard.by_replica.values()))
 
     @property
     def by_engine(self) -> dict[str, EngineStats]:
         """Each replica's, by its name."""
-        return Heard.by_replica
+        return heard.by_replica
 
     @property
     def serving(self) -> bool:
         """Tell whether a replica is there; Serve starts what is missing."""
-        return self.failure is None and bool(Heard.by_replica)
+        return self.failure is None and bool(heard.by_replica)
 
     @property
     def alive(self) -> bool:

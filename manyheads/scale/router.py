@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from manyheads.scale import heard
 from manyheads.scale.routing import Chooser, Route
 from manyheads.stats import EngineStats
 
 STATS = "stats"
 """Key of what a replica says of itself (`Replica.record_routing_stats`)."""
-
-
-class Heard:
-    """What the replicas that this process knows have said last, by name. A router runs in a thread of its own: it
-    replaces all at once."""
-
-    by_replica: ClassVar[dict[str, EngineStats]] = {}
 
 
 class PrefixRouter(RequestRouter):
@@ -56,7 +50,8 @@ class PrefixRouter(RequestRouter):
             self._chooser.prefixes.keep(set(there))
             for replica_id in gone:
                 del self._open[replica_id]
-        Heard.by_replica = {replica.replica_id.unique_id: _stats(replica) for replica in replicas}
+        # NOTE: Serve copies this file's names into other processes; what they share with others there stands in modules
+        heard.by_replica = {replica.replica_id.unique_id: _stats(replica) for replica in replicas}
 
     def _load(self, replica_id: ReplicaID) -> float:
         """Requests of a replica: what it said lately, or what went there from here if that is more."""
