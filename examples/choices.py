@@ -19,6 +19,7 @@ if __name__ == "__main__":
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": "Tell me something about dogs."}],
         temperature=1.0,
+        top_p=1.0,
         seed=1,
         n=args.n,
         max_tokens=args.max_tokens,

@@ -139,7 +139,7 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             activation=own.pop("activation", None) or keys.choice("hidden_act", GATED),
-            rms_norm_eps=own.pop("rms_norm_eps", None) or keys.number("rms_norm_eps"),
+            rms_norm_eps=own.pop("rms_norm_eps", None) or keys.number("rms_norm_eps", may_be_zero=True),
             ropes=ropes,
             windows=tuple(None if window is None or window >= longest else window for window in windows),
             max_position_embeddings=longest,

@@ -74,11 +74,11 @@ class Keys:
         """A positive integer, or what null stands for."""
         return default if self.value(key) is None else self.integer(key)
 
-    def number(self, key: str) -> float:
-        """A positive number."""
+    def number(self, key: str, may_be_zero: bool = False) -> float:
+        """A positive number, or zero if that is one as well."""
         value = self.value(key)
-        if not is_number(value) or value <= 0:
-            raise self.wrong(key, "a positive number")
+        if not is_number(value) or value < 0 or (value == 0 and not may_be_zero):
+            raise self.wrong(key, "a positive number or zero" if may_be_zero else "a positive number")
         return float(value)
 
     def flag(self, key: str) -> bool:

@@ -134,9 +134,7 @@ def finish(engine: Engine) -> None:
         engine.step()
 
 
-@pytest.mark.parametrize(
-    ("drafter", "size"), [("none", 2), ("medusa", 2), ("ngram", 2), ("eagle3", 2), ("medusa", 4), ("eagle3", 4)]
-)
+@pytest.mark.parametrize(("drafter", "size"), [("none", 2), ("medusa", 2), ("ngram", 2), ("eagle3", 2), ("medusa", 4)])
 def test_text_is_that_of_one_rank(
     folder: Path,
     reference: LlamaForCausalLM,

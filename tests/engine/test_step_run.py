@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from manyheads.attention.base import Heads
 from manyheads.batch import RowState
 from manyheads.engine.step import Chunk, Request
 from manyheads.engine.step_run import ChunkRows, StepRun, chunk_numbers, gain_sizes
@@ -20,7 +21,10 @@ from tests.tiny import model_config
 
 def step_run(case: Case, state: RowState) -> StepRun:
     """Without a model."""
-    model: Any = SimpleNamespace(config=model_config(), rope=(torch.zeros(1), torch.zeros(1)))
+    config = model_config()
+    rope = (torch.zeros(1), torch.zeros(1))
+    heads = Heads(num_heads=config.num_heads, eps=1e-6, ropes=dict.fromkeys(range(config.num_layers), rope))
+    model: Any = SimpleNamespace(config=config, heads=heads)
     return StepRun(model, None, OPS, state, case.cache(state))
 
 

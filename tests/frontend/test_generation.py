@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from manyheads import SamplingParams
-from manyheads.frontend.generation import Generation, OpenSequences, Prompt, child_params, take
+from manyheads.frontend.generation import Generation, OpenSequences, Place, Prompt, child_params, take
 from manyheads.request import RequestDelta
 from tests.server.tiny_tokenizer import tiny_tokenizer
 
@@ -28,6 +28,14 @@ def test_a_request_for_each_continuation() -> None:
     assert [r.request_id for r in requests] == ["g-0", "g-1"]
     assert [(r.params.n, r.params.seed, r.params.max_tokens) for r in requests] == [(1, 5, 3), (1, 6, 3)]
     assert all(r.prompt_token_ids == [1, 2] for r in requests)
+
+
+def test_requests_say_where_they_belong() -> None:
+    place = Place(client="a", session="s", priority=2, timeout=1.5, cache_salt="x")
+    generation = Generation("id", Prompt([1, 2]), SamplingParams(n=2), TOKENIZER, place)
+    for request, _ in generation.requests():
+        assert (request.client, request.session, request.priority) == ("a", "s", 2)
+        assert (request.timeout, request.cache_salt) == (1.5, "x")
 
 
 def test_deltas_find_their_continuation() -> None:

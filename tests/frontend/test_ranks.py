@@ -15,13 +15,15 @@ from manyheads.request import EngineRequest
 from tests.tiny import save_model
 
 PROMPT = [1, 2, 3]
+ENGINE = "manyheads.frontend.engine_process"
 PARAMS = SamplingParams(temperature=1.0, seed=3, max_tokens=90)
 
 
-def children(pid: int) -> list[int]:
-    """Processes that a process has started."""
+def children(pid: int, module: str) -> list[int]:
+    """Processes that a process has started to run a module."""
     threads = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    found = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    return [child for child in found if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 async def streamed(config: EngineConfig, signals: list[signal.Signals]) -> tuple[list[list[int]], int]:
@@ -32,8 +34,8 @@ async def streamed(config: EngineConfig, signals: list[signal.Signals]) -> tuple
     texts: list[list[int]] = []
     try:
         for number in signals:
-            [engine] = children(os.getpid())
-            [rank] = children(engine)
+            [engine] = children(os.getpid(), ENGINE)
+            [rank] = children(engine, "manyheads.engine.rank")
             texts.append([])
             queue = client.submit([EngineRequest(request_id="a", prompt_token_ids=PROMPT, params=PARAMS)])
             reason = None
@@ -48,7 +50,7 @@ async def streamed(config: EngineConfig, signals: list[signal.Signals]) -> tuple
         return texts, client.num_restarts
     finally:
         await client.close()
-        assert children(os.getpid()) == []
+        assert children(os.getpid(), ENGINE) == []
 
 
 def text_alone(config: EngineConfig) -> list[int]:
