@@ -5,7 +5,8 @@ A Serve config file says `import_path: manyheads.scale:app` and gives the fields
 
 from __future__ import annotations
 
-from dataclasses import fields
+import os
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -155,6 +156,8 @@ class Ingress:
     async def __init__(self, engines: DeploymentHandle[Any], engine: str, server: str) -> None:  # type: ignore[misc]
         config = msgspec.json.decode(engine, type=EngineConfig)
         options = msgspec.json.decode(server, type=ServerConfig)
+        if options.api_key is None:  # a secret is no matter of a config file
+            options = replace(options, api_key=os.environ.get("MANYHEADS_API_KEY") or None)
 
         async def find() -> DeploymentHandle[Any]:
             return engines

@@ -92,21 +92,6 @@ SERVE_CONFIG = obj(
                     "import_path": {"const": "manyheads.scale:app"},
                     "route_prefix": {"type": "string", "pattern": "^/"},
                     "args": {"type": "object"},
-                    "deployments": many(
-                        obj(
-                            {"name": TEXT},
-                            max_ongoing_requests=COUNT,
-                            health_check_period_s=SECONDS,
-                            health_check_timeout_s=SECONDS,
-                            graceful_shutdown_timeout_s=SECONDS,
-                            ray_actor_options=obj({"num_gpus": COUNT}),
-                            autoscaling_config=obj(
-                                {"min_replicas": COUNT, "max_replicas": COUNT, "target_ongoing_requests": SECONDS},
-                                upscale_delay_s=SECONDS,
-                                downscale_delay_s=SECONDS,
-                            ),
-                        )
-                    ),
                 }
             )
         )

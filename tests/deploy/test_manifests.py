@@ -9,6 +9,9 @@ import pytest
 import yaml
 
 from manyheads.cli import make_parser
+from manyheads.config import EngineConfig
+from manyheads.scale.serve_app import AppSettings, checked_settings
+from manyheads.server.config import ServerConfig
 from tests.deploy import schemas
 
 FOLDER = Path(__file__).parents[2] / "deploy"
@@ -86,11 +89,14 @@ def test_the_ray_cluster_has_room_for_its_replicas() -> None:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     (application,) = config["applications"]
-    (replica,) = application["deployments"]
+    settings = AppSettings(**application["args"])
+    engine = checked_settings("engine", settings.engine, EngineConfig)
+    server = checked_settings("server", settings.server, ServerConfig)
     worker = workers["template"]["spec"]
     gpus = worker["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
-    assert application["args"]["tensor_parallel_size"] == replica["ray_actor_options"]["num_gpus"] <= gpus
-    scaling, fit = replica["autoscaling_config"], gpus // replica["ray_actor_options"]["num_gpus"]
-    assert scaling["min_replicas"] <= workers["minReplicas"] * fit
-    assert scaling["max_replicas"] <= workers["maxReplicas"] * fit
-    assert worker["terminationGracePeriodSeconds"] > replica["graceful_shutdown_timeout_s"]
+    wanted = settings.resources.options(engine)["num_gpus"]
+    assert wanted == engine.tensor_parallel_size <= gpus
+    scaling = settings.scaling.options()["autoscaling_config"]
+    assert scaling["min_replicas"] <= workers["minReplicas"] * (gpus // wanted)
+    assert scaling["max_replicas"] <= workers["maxReplicas"] * (gpus // wanted)
+    assert worker["terminationGracePeriodSeconds"] > server.drain_timeout
