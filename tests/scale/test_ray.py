@@ -49,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[Any]:
     """A head, and two machines that have room for a replica each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -63,7 +63,7 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def handle(cluster: Any, config: EngineConfig) -> Any:
     settings = AppSettings(
         scaling=Scaling(replicas=2), resources=Resources(num_cpus=1, num_gpus=0, custom={"engine": 1})
@@ -153,7 +153,7 @@ def replica_processes() -> list[int]:
     return found
 
 
-def test_texts_are_those_of_one_engine_and_replicas_are_told_apart(handle: Any, config: EngineConfig) -> None:
+def texts_are_those_of_one_engine_and_replicas_are_told_apart(handle: Any, config: EngineConfig) -> None:
     requests = asked(8)
 
     async def work(client: ReplicaClient) -> dict[str, list[int]]:
@@ -169,7 +169,7 @@ def test_texts_are_those_of_one_engine_and_replicas_are_told_apart(handle: Any, 
     assert with_client(handle, config, work) == alone(config, requests)
 
 
-def test_a_session_and_a_long_beginning_go_where_they_were(handle: Any, config: EngineConfig) -> None:
+def a_session_and_a_long_beginning_go_where_they_were(handle: Any, config: EngineConfig) -> None:
     shared = [i % VOCAB for i in range(70)]
 
     async def work(client: ReplicaClient) -> None:
@@ -185,7 +185,7 @@ def test_a_session_and_a_long_beginning_go_where_they_were(handle: Any, config: 
     with_client(handle, config, work)
 
 
-def test_an_aborted_request_ends_here_and_there(handle: Any, config: EngineConfig) -> None:
+def an_aborted_request_ends_here_and_there(handle: Any, config: EngineConfig) -> None:
     async def work(client: ReplicaClient) -> None:
         queue = client.submit([request("x", [1, 2], max_tokens=100)])
         await queue.get()
@@ -200,7 +200,7 @@ def test_an_aborted_request_ends_here_and_there(handle: Any, config: EngineConfi
     with_client(handle, config, work)
 
 
-def test_a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) -> None:
+def a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) -> None:
     requests = asked(8, "k")
     victims = replica_processes()
     assert len(victims) == 2
@@ -214,7 +214,7 @@ def test_a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfi
     until(lambda: len(replica_processes()) == 2)
 
 
-def test_a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: EngineConfig) -> None:
+def a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: EngineConfig) -> None:
     requests = asked(8, "n")
 
     async def work(client: ReplicaClient) -> dict[str, list[int]]:
@@ -226,3 +226,12 @@ def test_a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config:
         return said
 
     assert with_client(handle, config, work) == alone(config, requests)
+
+
+def test_replicas(cluster: Any, handle: Any, config: EngineConfig) -> None:
+    """One test, for the cluster takes longer to start than all of it."""
+    texts_are_those_of_one_engine_and_replicas_are_told_apart(handle, config)
+    a_session_and_a_long_beginning_go_where_they_were(handle, config)
+    an_aborted_request_ends_here_and_there(handle, config)
+    a_replica_that_is_killed_costs_a_pause(handle, config)
+    a_machine_that_is_lost_costs_a_pause(cluster, handle, config)
