@@ -71,15 +71,16 @@ def handle(cluster: Any, config: EngineConfig) -> Any:
     return serve.run(replicas(config, ServerConfig(), settings), name=NAME, route_prefix=None)
 
 
-def request(name: str, prompt: list[int], **params: Any) -> EngineRequest:
-    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params))
+def request(name: str, prompt: list[int], session: str = "", **params: Any) -> EngineRequest:
+    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params), session=session)
 
 
 def asked(count: int, name: str = "") -> list[EngineRequest]:
+    """Each of a session of its own, so that all replicas have some, however evenly they are chosen."""
     rng = random.Random(0)
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(2, 30))] for _ in range(count)]
     return [
-        request(f"{name}{i}", prompt, max_tokens=LONG, seed=i, temperature=float(i % 2))
+        request(f"{name}{i}", prompt, f"user {i}", max_tokens=LONG, seed=i, temperature=float(i % 2))
         for i, prompt in enumerate(prompts)
     ]
 
@@ -154,11 +155,11 @@ def replica_processes() -> list[int]:
 
 
 def texts_are_those_of_one_engine_and_replicas_are_told_apart(handle: Any, config: EngineConfig) -> None:
-    requests = asked(8)
+    requests = asked(20)
 
     async def work(client: ReplicaClient) -> dict[str, list[int]]:
         said = await texts(client, requests)
-        while sum(stats.generation_tokens for stats in client.by_engine.values()) < 8 * LONG:
+        while sum(stats.generation_tokens for stats in client.by_engine.values()) < 20 * LONG:
             await asyncio.sleep(0.1)
         assert client.serving
         assert len(client.by_engine) == 2
@@ -201,7 +202,7 @@ def an_aborted_request_ends_here_and_there(handle: Any, config: EngineConfig) ->
 
 
 def a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) -> None:
-    requests = asked(8, "k")
+    requests = asked(20, "k")
     victims = replica_processes()
     assert len(victims) == 2
 
@@ -215,7 +216,7 @@ def a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) ->
 
 
 def a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: EngineConfig) -> None:
-    requests = asked(8, "n")
+    requests = asked(20, "n")
 
     async def work(client: ReplicaClient) -> dict[str, list[int]]:
         while len(client.by_engine) < 2:
