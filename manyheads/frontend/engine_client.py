@@ -107,10 +107,7 @@ class EngineClient:
             if self.failure is not None:
                 queue.put_nowait(self._last(request.request_id))
                 continue
-            if request.params.seed is None:  # drawn here, so that another engine can go on with it
-                params = msgspec.structs.replace(request.params, seed=self._random.getrandbits(62))
-                request = msgspec.structs.replace(request, params=params)
-            self._open[request.request_id] = entry = OpenRequest(request, queue)
+            self._open[request.request_id] = entry = OpenRequest.of(request, queue, self._random)
             if self._link is not None:
                 self._send(self._link, entry)
         return queue
@@ -211,11 +208,9 @@ class EngineClient:
         entry = self._open.get(delta.request_id)
         if entry is None:
             return
-        entry.tokens += delta.new_token_ids
-        entry.num_steps = max(entry.num_steps, delta.num_steps)
         if delta.finish_reason is not None:
             del self._open[delta.request_id]
-        entry.queue.put_nowait(delta)
+        entry.add(delta)
 
     def _serve(self, link: EngineLink, ready: EngineReady) -> None:
         """Give an engine that has started what is open."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import dataclass, field
 
 import msgspec
@@ -28,6 +29,20 @@ class OpenRequest:
     deaths: int = 0
     """Of engines in a row, at which it ran."""
     aborted: bool = False
+
+    @classmethod
+    def of(cls, request: EngineRequest, queue: DeltaQueue, seeds: random.Random) -> OpenRequest:
+        """One that begins. A seed that it does not bring is drawn here, so that another engine can go on with it."""
+        if request.params.seed is None:
+            params = msgspec.structs.replace(request.params, seed=seeds.getrandbits(62))
+            request = msgspec.structs.replace(request, params=params)
+        return cls(request, queue)
+
+    def add(self, delta: RequestDelta) -> None:
+        """Keep what a delta brings, and hand it to the reader."""
+        self.tokens += delta.new_token_ids
+        self.num_steps = max(self.num_steps, delta.num_steps)
+        self.queue.put_nowait(delta)
 
     def to_send(self) -> EngineRequest:
         """What an engine that knows nothing of it needs."""

@@ -96,10 +96,7 @@ class ReplicaClient:
         queue: DeltaQueue = asyncio.Queue()
         for request in requests:
             request_id = request.request_id
-            if request.params.seed is None:  # drawn here, so that another replica can go on with it
-                params = msgspec.structs.replace(request.params, seed=self._random.getrandbits(62))
-                request = msgspec.structs.replace(request, params=params)
-            self._open[request_id] = entry = OpenRequest(request, queue)
+            self._open[request_id] = entry = OpenRequest.of(request, queue, self._random)
             self._tasks[request_id] = task = asyncio.create_task(self._follow(entry))
             task.add_done_callback(partial(self._forget, request_id))
         return queue
@@ -179,13 +176,11 @@ class ReplicaClient:
         entry = self._open.get(delta.request_id)
         if entry is None:
             return
-        entry.tokens += delta.new_token_ids
-        entry.num_steps = max(entry.num_steps, delta.num_steps)
         if delta.new_token_ids:
             entry.deaths = 0
         if delta.finish_reason is not None:
             del self._open[delta.request_id]
-        entry.queue.put_nowait(delta)
+        entry.add(delta)
 
 
 def _reason(error: Exception) -> str:
