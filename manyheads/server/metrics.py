@@ -11,15 +11,14 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from manyheads.frontend.backend import Backend
 from manyheads.request import EngineReady, FinishReason
 from manyheads.server.drops import Drops
-from manyheads.stats import EngineStats
 
 PREFIX, VLLM_PREFIX = "manyheads_", "vllm:"
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -69,25 +68,10 @@ class TokenGaps(Collector):
         yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
-class EngineCounts(Protocol):
-    """The client of an engine knows this (`EngineClient`)."""
-
-    num_restarts: int
-    num_resumed: int
-
-    @property
-    def stats(self) -> EngineStats:
-        """What the engine said last."""
-
-    @property
-    def by_engine(self) -> dict[str, EngineStats]:
-        """The same of each of several engines, by its name; {} where there is one."""
-
-
 class Metrics(Collector):
     """Metrics are what the server counts itself, and the engine's latest statistics, for `/metrics`."""
 
-    def __init__(self, engine: EngineCounts, ready: EngineReady) -> None:
+    def __init__(self, engine: Backend, ready: EngineReady) -> None:
         self.registry = CollectorRegistry()
         self._engine, self._ready = engine, ready
         self.registry.register(self)
