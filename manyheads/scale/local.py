@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import queue
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray import serve
@@ -22,9 +17,9 @@ from manyheads.scale.client import ReplicaClient
 from manyheads.scale.room import check_room
 from manyheads.scale.serve_app import AppSettings, Scaling, replicas
 from manyheads.server import run
+from manyheads.server.aside import Aside
 from manyheads.server.config import ServerConfig
 
-T = TypeVar("T")
 NAME = "manyheads"
 
 
@@ -74,29 +69,3 @@ def _start(config: EngineConfig, options: ServerConfig, count: int) -> Deploymen
 def _stop() -> None:
     if ray.is_initialized():
         ray.shutdown()  # with all that runs in it; requests have ended
-
-
-class Aside:
-    """A thread beside the event loop, for which nobody waits at the end of the program.
-
-    NOTE: it stays. Ray's processes are ended by the system when the thread ends that has started them.
-    """
-
-    def __init__(self) -> None:
-        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    async def do(self, work: Callable[[], T]) -> T:
-        """Do something there, and wait for it."""
-        done: Future[T] = Future()
-        done.set_running_or_notify_cancel()
-        self._work.put((work, done))
-        return await asyncio.wrap_future(done)
-
-    def _run(self) -> None:
-        while True:
-            work, done = self._work.get()
-            try:
-                done.set_result(work())
-            except BaseException as error:
-                done.set_exception(error)

@@ -9,10 +9,8 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 
 import uvicorn
 
@@ -27,6 +25,7 @@ from manyheads.frontend.llm import tokenizer_folder
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady, SamplingParams
 from manyheads.server.app import create_app
+from manyheads.server.aside import Aside
 from manyheads.server.config import ServerConfig
 from manyheads.server.connections import Guard, GuardedServer, raise_file_limit
 from manyheads.server.logs import log_config
@@ -174,19 +173,12 @@ async def _start(
     client: Backend, config: EngineConfig, options: ServerConfig
 ) -> tuple[tuple[Tokenizer, SamplingParams], EngineReady]:
     """Load the tokenizer, and how the model wants to be sampled, here while the engine process loads the model."""
-    loaded: Future[tuple[Tokenizer, SamplingParams]] = Future()
-    loaded.set_running_or_notify_cancel()  # so that it takes a result even when nobody waits for it any more
 
-    def load() -> None:
-        try:
-            folder = tokenizer_folder(config)
-            loaded.set_result((Tokenizer.load(folder, options.chat_template), default_params(folder)))
-        except Exception as error:
-            loaded.set_exception(error)
+    def load() -> tuple[Tokenizer, SamplingParams]:
+        folder = tokenizer_folder(config)
+        return Tokenizer.load(folder, options.chat_template), default_params(folder)
 
-    # a daemon, so that Ctrl-C does not wait for a download
-    threading.Thread(target=load, daemon=True).start()
-    tokenizer = asyncio.wrap_future(loaded)
+    tokenizer = asyncio.create_task(Aside().do(load))
     engine = asyncio.create_task(client.start())
     try:
         return await asyncio.gather(tokenizer, engine)
