@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manyheads.engine.logprobs import Columns, look_up
 from manyheads.engine.step import Chunk, Request
-from manyheads.request import TokenLogprobs
 
 SLICE = 256
 """Logits of so many tokens are held at once: those of a whole chunk would take gigabytes with a large vocabulary."""
@@ -23,20 +23,15 @@ class Scored:
     first: int
     """The place in the prompt of the first of them."""
     tokens: list[int]
-    logprobs: Tensor  # [m] float32
-    ranks: Tensor  # [m] int64, from 1
-    top_ids: Tensor  # [m, k] int64
-    top_logprobs: Tensor  # [m, k] float32
+    columns: Columns
 
     def keep(self) -> None:
         """Give the request what it does not have yet; the device has been waited for."""
         known = self.request.prompt_logprobs
-        columns = (self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
-        entries = zip(self.tokens, *(column.tolist() for column in columns), strict=True)
         # a preempted request computes its prompt again, perhaps in other chunks
-        for place, (token, logprob, rank, ids, values) in enumerate(entries, self.first):
+        for place, entry in enumerate(self.columns.of(self.tokens), self.first):
             if place == len(known) + 1:
-                known.append(TokenLogprobs(token, logprob, rank, list(zip(ids, values, strict=True))))
+                known.append(entry)
 
 
 def score(
@@ -60,18 +55,10 @@ def score(
         if count is not None and following and not is_known:
             states = hidden[start : start + len(following)]
             parts = [
-                _score(logits(states[i : i + SLICE]), following[i : i + SLICE], count)
+                look_up(logits(states[i : i + SLICE]), following[i : i + SLICE], count)
                 for i in range(0, len(following), SLICE)
             ]
-            columns = (send(torch.cat(column)) for column in zip(*parts, strict=True))
-            found.append(Scored(request, begin + 1, following, *columns))
+            columns = Columns(*(send(torch.cat(column)) for column in zip(*parts, strict=True)))
+            found.append(Scored(request, begin + 1, following, columns))
         start += chunk.num_inflight
     return found
-
-
-def _score(logits: Tensor, tokens: list[int], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The columns of `Scored` for some tokens, from raw logits [m, V] at those before them."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
-    values, ids = logprobs.topk(count, dim=-1)
-    return chosen[:, 0], (logprobs > chosen).sum(dim=1) + 1, ids, values

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from manyheads.engine.logprobs import look_up
 from manyheads.engine.prompt_logprobs import Scored
 from manyheads.engine.step import Request, RowResult, StepResult
-from manyheads.request import TokenLogprobs
 from manyheads.speculation.drafter import Drafter
 
 
@@ -68,7 +68,7 @@ class PendingStep:
                 logprobs = None
                 if tokens and i in drawn.logits:
                     path = torch.tensor(values[i][3 + width : 3 + width + gained], device=drawn.logits[i].device)
-                    logprobs = token_logprobs(drawn.logits[i][path], tokens, request.params.logprobs or 0)
+                    logprobs = look_up(drawn.logits[i][path], tokens, request.params.logprobs or 0).of(tokens)
                 result.rows.append(RowResult(request, tokens, logprobs, depth, brought - 1, is_finite))
                 if i in drawn.known and self._drafter is not None:
                     count_hits(result, tokens, values[i][3 + 2 * width :], self._drafter)
@@ -86,17 +86,3 @@ def count_hits(result: StepResult, tokens: list[int], candidates: list[int], dra
         result.trials[depth] += 1
         if token in offered:
             result.hits[depth][offered.index(token)] += 1
-
-
-def token_logprobs(logits: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of m tokens that were chosen from raw logits [m, V], and of the `num_top` likeliest beside."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
-    ranks = ((logprobs > chosen).sum(dim=1) + 1).tolist()
-    values, ids = logprobs.topk(num_top, dim=-1)
-    return [
-        TokenLogprobs(token, logprob, rank, list(zip(top_ids, top_values, strict=True)))
-        for token, logprob, rank, top_ids, top_values in zip(
-            tokens, chosen[:, 0].tolist(), ranks, ids.tolist(), values.tolist(), strict=True
-        )
-    ]

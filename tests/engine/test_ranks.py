@@ -38,7 +38,9 @@ PARAMS = (
     SamplingParams(temperature=0.0, max_tokens=24),
     SAMPLED,
     SamplingParams(temperature=0.7, seed=6, max_tokens=20, acceptance="typical"),
-    SamplingParams(temperature=0.0, max_tokens=20, logprobs=2, repetition_penalty=1.3, presence_penalty=0.2),
+    SamplingParams(
+        temperature=0.0, max_tokens=20, logprobs=2, prompt_logprobs=2, repetition_penalty=1.3, presence_penalty=0.2
+    ),
     SamplingParams(temperature=0.0, max_tokens=12, speculative=False, min_tokens=4, logit_bias={3: 1.0}),
 )
 
