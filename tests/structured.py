@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from tests.server.tiny_tokenizer import make_hf
-from tests.tiny import HEADS, HIDDEN, make_model
+from tests.tiny import HIDDEN, make_model, save_heads
 
 EOS = 4
 SCHEMA = json.dumps(
@@ -37,10 +34,5 @@ def save_structured(folder: Path, eos: int | None = EOS) -> Path:
     # a vocabulary of the model that is larger than the tokenizer's, as padded ones are
     size = len(hf) + 9
     make_model(vocab_size=size, eos_token_id=eos, max_position_embeddings=512).save_pretrained(folder)
-    heads = folder / "heads"
-    heads.mkdir()
-    state = {f"{h}.0.linear.weight": torch.randn(HIDDEN, HIDDEN) / 8 for h in range(HEADS)}
-    state |= {f"{h}.0.linear.bias": torch.zeros(HIDDEN) for h in range(HEADS)}
-    save_file(state, heads / "medusa_lm_head.safetensors")
-    (heads / "config.json").write_text(json.dumps({"medusa_num_heads": HEADS, "base_model_name_or_path": ".."}))
+    save_heads(folder, HIDDEN)
     return folder

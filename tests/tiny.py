@@ -74,10 +74,15 @@ def save_model(
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "head_dim": head_dim, "vocab_size": vocab_size}
     model = make_model(**sizes)
     model.save_pretrained(folder)
+    save_heads(folder, hidden)
+    return model
+
+
+def save_heads(folder: Path, hidden: int) -> None:
+    """Write random heads ("V2") beside the base that stands in `folder`."""
     heads = folder / "heads"
     heads.mkdir()
     state = {f"{h}.0.linear.weight": torch.randn(hidden, hidden) / 8 for h in range(HEADS)}
     state |= {f"{h}.0.linear.bias": torch.zeros(hidden) for h in range(HEADS)}
     save_file(state, heads / "medusa_lm_head.safetensors")
     (heads / "config.json").write_text(json.dumps({"medusa_num_heads": HEADS, "base_model_name_or_path": ".."}))
-    return model

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from manyheads import SamplingParams
 from manyheads.request import RequestDelta
 from tests.engine.test_exactness import engine, run
 from tests.models.families import MODELS, reference
+from tests.tiny import VOCAB, save_heads
 
 PROMPTS, NEW_TOKENS = (int(n) for n in os.environ.get("FAMILY_TEXTS", "3x20").split("x"))
 """How many prompts, and how many tokens are added to each."""
-VOCAB, HEADS = 16, 3
 NAMES = [
     "llama3 rope", "mistral with a window", "qwen2 with windows", "qwen3", "phi3", "phi3 tied, turned in part",
     "granite", "olmo2", "smollm3 with windows", "glm4", "cohere2", "starcoder2", "gemma2", "gemma3", "mixtral",
@@ -30,12 +28,7 @@ def save(folder: Path, name: str) -> torch.nn.Module:
     """A model of 16 tokens with random heads, whose ten candidates each are often right."""
     model = reference(name, vocab_size=VOCAB)
     model.save_pretrained(folder)
-    heads, hidden = folder / "heads", model.config.hidden_size
-    heads.mkdir()
-    state = {f"{h}.0.linear.weight": torch.randn(hidden, hidden) / 8 for h in range(HEADS)}
-    state |= {f"{h}.0.linear.bias": torch.zeros(hidden) for h in range(HEADS)}
-    save_file(state, heads / "medusa_lm_head.safetensors")
-    (heads / "config.json").write_text(json.dumps({"medusa_num_heads": HEADS, "base_model_name_or_path": ".."}))
+    save_heads(folder, model.config.hidden_size)
     return model
 
 
