@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.traffic import Request
+from manyheads.scale.routing import Chooser
 
-MARGIN, SHARE, WORTH = 4.0, 0.25, 0.1
+MARGIN, SHARE, WORTH = Chooser.margin, Chooser.share, Chooser.worth
 """A replica that has a beginning may have so many requests more than the least busy one, or that share more; and a
 beginning counts if it is this share of the prompt."""
 

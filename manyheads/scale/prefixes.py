@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
-import numpy as np
+from manyheads.engine.page_manager import prefix_digest, salted
 
 BLOCK = 32
 """Tokens that are looked up at a time."""
@@ -23,10 +22,10 @@ class Prefixes:
         self._capacity = capacity
         self._holders: OrderedDict[bytes, dict[Hashable, None]] = OrderedDict()
 
-    def longest(self, tokens: Sequence[int]) -> dict[Hashable, int]:
+    def longest(self, digests: Sequence[bytes]) -> dict[Hashable, int]:
         """How many of a text's first tokens each replica has; those that have none are left out."""
         found: dict[Hashable, int] = {}
-        for n, digest in enumerate(_digests(tokens), 1):
+        for n, digest in enumerate(digests, 1):
             holders = self._holders.get(digest)
             if holders is None:
                 break
@@ -35,9 +34,9 @@ class Prefixes:
                     found[replica] = n * BLOCK
         return found
 
-    def add(self, tokens: Sequence[int], replica: Hashable) -> None:
+    def add(self, digests: Sequence[bytes], replica: Hashable) -> None:
         """A text is computed there."""
-        for digest in _digests(tokens):
+        for digest in digests:
             self._holders.setdefault(digest, {})[replica] = None
             self._holders.move_to_end(digest)
         while len(self._holders) > self._capacity:
@@ -53,10 +52,10 @@ class Prefixes:
                 del self._holders[digest]
 
 
-def _digests(tokens: Sequence[int]) -> Iterator[bytes]:
+def digests_of(tokens: list[int]) -> list[bytes]:
     """Names of a text's whole blocks, each with all that comes before it."""
-    digest = b""
-    data = np.asarray(tokens, dtype=np.int64)
+    digest, found = salted(""), list[bytes]()
     for end in range(BLOCK, len(tokens) + 1, BLOCK):
-        digest = hashlib.blake2b(digest + data[end - BLOCK : end].tobytes(), digest_size=16).digest()
-        yield digest
+        digest = prefix_digest(digest, tokens[end - BLOCK : end])
+        found.append(digest)
+    return found

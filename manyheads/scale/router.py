@@ -29,7 +29,7 @@ class PrefixRouter(RequestRouter):
         """Ranks of replicas, the preferred ones first."""
         there = {replica.replica_id: replica for replica in candidate_replicas}
         loads = {replica_id: self._load(replica_id) for replica_id in there}
-        route = _route(pending_request) or Route([])
+        route = _route(pending_request) or Route.of([])
         return [[there[replica_id] for replica_id in rank] for rank in self._chooser.ranked(route, loads)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

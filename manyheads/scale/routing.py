@@ -1,4 +1,4 @@
-"""To which replica a request goes: no matter of Ray's, so that a simulation and tests can use the same rule."""
+"""To which replica a request goes: no matter of Ray's, so that it is tested without."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from manyheads.scale.prefixes import BLOCK, Prefixes
+from manyheads.scale.prefixes import BLOCK, Prefixes, digests_of
 
 R = TypeVar("R", bound=Hashable)
 REMEMBERED = 1_000_000
@@ -20,9 +20,16 @@ REMEMBERED = 1_000_000
 class Route(msgspec.Struct, array_like=True, frozen=True):
     """What a router needs to know of a request."""
 
-    tokens: list[int]
+    digests: list[bytes]
+    """Of its text's whole blocks (`prefixes.digests_of`), made once: they are looked up and then remembered."""
+    num_tokens: int
     session: str = ""
     """Requests with the same one go to the same replica; "" is no session."""
+
+    @classmethod
+    def of(cls, tokens: list[int], session: str = "") -> Route:
+        """That of a text."""
+        return cls(digests_of(tokens), len(tokens), session)
 
 
 @dataclass
@@ -56,10 +63,10 @@ class Chooser:
         if route.session:
             first = max(loads, key=lambda replica: _weight(route.session, replica))
             return [[first], two]
-        known = self.prefixes.longest(route.tokens)
+        known = self.prefixes.longest(route.digests)
         least = min(loads.values())
         most = least + max(self.margin, self.share * least)
-        at_least = max(BLOCK, self.worth * len(route.tokens))
+        at_least = max(BLOCK, self.worth * route.num_tokens)
         fit = [r for r in loads if known.get(r, 0) >= at_least and loads[r] <= most]
         if not fit:
             return [two]
@@ -68,7 +75,7 @@ class Chooser:
 
     def sent(self, route: Route, replica: Hashable) -> None:
         """A request has gone there."""
-        self.prefixes.add(route.tokens, replica)
+        self.prefixes.add(route.digests, replica)
 
     def _two(self, replicas: Sequence[R]) -> list[R]:
         return self.random.sample(replicas, min(2, len(replicas)))

@@ -176,10 +176,8 @@ def app(args: AppSettings) -> serve.Application:
     Raises:
         ConfigError: a setting cannot hold.
     """
-    config, options = (
-        checked_settings("engine", args.engine, EngineConfig),
-        checked_settings("server", args.server, ServerConfig),
-    )
+    config = checked_settings("engine", args.engine, EngineConfig)
+    options = checked_settings("server", args.server, ServerConfig)
     options.check()
     engines = replicas(config, options, args)
     ingress: Any = serve.deployment(

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from manyheads.scale.prefixes import BLOCK, Prefixes
+from manyheads.scale.prefixes import BLOCK, Prefixes, digests_of
 from manyheads.scale.routing import Chooser, Route
 from manyheads.scale.stats import summed
 from manyheads.stats import EngineStats, MemoryUse
@@ -25,39 +25,39 @@ def chooser(**settings: float) -> Chooser:
 def test_beginnings_are_remembered_by_whole_blocks() -> None:
     known = Prefixes(100)
     shared = text(0, 3 * BLOCK)
-    known.add(shared + text(1, 2 * BLOCK + 5), "a")
-    known.add(shared[: 2 * BLOCK] + text(2, BLOCK), "b")
-    assert known.longest(shared) == {"a": 3 * BLOCK, "b": 2 * BLOCK}
-    assert known.longest(shared[: BLOCK + 3]) == {"a": BLOCK, "b": BLOCK}
-    assert known.longest(text(9, 200)) == {}
-    assert known.longest(shared[: BLOCK - 1]) == {}
+    known.add(digests_of(shared + text(1, 2 * BLOCK + 5)), "a")
+    known.add(digests_of(shared[: 2 * BLOCK] + text(2, BLOCK)), "b")
+    assert known.longest(digests_of(shared)) == {"a": 3 * BLOCK, "b": 2 * BLOCK}
+    assert known.longest(digests_of(shared[: BLOCK + 3])) == {"a": BLOCK, "b": BLOCK}
+    assert known.longest(digests_of(text(9, 200))) == {}
+    assert known.longest(digests_of(shared[: BLOCK - 1])) == {}
     known.keep({"b"})
-    assert known.longest(shared) == {"b": 2 * BLOCK}
+    assert known.longest(digests_of(shared)) == {"b": 2 * BLOCK}
 
 
 def test_a_replica_without_the_middle_has_nothing_behind_it() -> None:
     known = Prefixes(3)
     long = text(0, 3 * BLOCK)
-    known.add(long, "a")
-    known.add(long[:BLOCK], "b")
-    assert known.longest(long) == {"a": 3 * BLOCK, "b": BLOCK}
+    known.add(digests_of(long), "a")
+    known.add(digests_of(long[:BLOCK]), "b")
+    assert known.longest(digests_of(long)) == {"a": 3 * BLOCK, "b": BLOCK}
 
 
 def test_what_was_not_used_for_long_is_forgotten() -> None:
     known = Prefixes(4)
-    known.add(text(0, 2 * BLOCK), "a")
-    known.add(text(1, 2 * BLOCK), "a")
-    known.add(text(0, 2 * BLOCK), "a")
-    known.add(text(2, 2 * BLOCK), "a")
-    assert known.longest(text(1, 2 * BLOCK)) == {}
-    assert known.longest(text(0, 2 * BLOCK)) == {"a": 2 * BLOCK}
+    known.add(digests_of(text(0, 2 * BLOCK)), "a")
+    known.add(digests_of(text(1, 2 * BLOCK)), "a")
+    known.add(digests_of(text(0, 2 * BLOCK)), "a")
+    known.add(digests_of(text(2, 2 * BLOCK)), "a")
+    assert known.longest(digests_of(text(1, 2 * BLOCK))) == {}
+    assert known.longest(digests_of(text(0, 2 * BLOCK))) == {"a": 2 * BLOCK}
 
 
 def test_the_longest_beginning_goes_first_unless_it_is_too_busy() -> None:
     routes = chooser()
-    routes.sent(Route(text(0, 10 * BLOCK)), "a")
-    routes.sent(Route(text(0, 4 * BLOCK)), "b")
-    asked = Route(text(0, 10 * BLOCK) + text(5, 20))
+    routes.sent(Route.of(text(0, 10 * BLOCK)), "a")
+    routes.sent(Route.of(text(0, 4 * BLOCK)), "b")
+    asked = Route.of(text(0, 10 * BLOCK) + text(5, 20))
     assert routes.ranked(asked, {"a": 4, "b": 0, "c": 0})[0] == ["a"]
     assert routes.ranked(asked, {"a": 5, "b": 0, "c": 0})[0] == ["b"]
     assert routes.ranked(asked, {"a": 45, "b": 60, "c": 40})[0] == ["a"]
@@ -68,26 +68,26 @@ def test_the_longest_beginning_goes_first_unless_it_is_too_busy() -> None:
 
 def test_a_short_beginning_of_a_long_prompt_does_not_count() -> None:
     routes = chooser()
-    routes.sent(Route(text(0, BLOCK)), "a")
-    assert len(routes.ranked(Route(text(0, BLOCK) + text(1, 30 * BLOCK)), {"a": 0, "b": 0})) == 1
-    assert routes.ranked(Route(text(0, BLOCK) + text(1, BLOCK)), {"a": 0, "b": 0})[0] == ["a"]
+    routes.sent(Route.of(text(0, BLOCK)), "a")
+    assert len(routes.ranked(Route.of(text(0, BLOCK) + text(1, 30 * BLOCK)), {"a": 0, "b": 0})) == 1
+    assert routes.ranked(Route.of(text(0, BLOCK) + text(1, BLOCK)), {"a": 0, "b": 0})[0] == ["a"]
 
 
 def test_a_session_stays_unless_its_replica_goes() -> None:
     routes = chooser()
     there = dict.fromkeys("abcdef", 0.0)
-    first = {f"user {i}": routes.ranked(Route([], f"user {i}"), there)[0][0] for i in range(300)}
+    first = {f"user {i}": routes.ranked(Route.of([], f"user {i}"), there)[0][0] for i in range(300)}
     assert max(Counter(first.values()).values()) < 2 * 300 / 6
     del there["c"]
     for session, replica in first.items():
-        now = routes.ranked(Route([], session), there)[0][0]
+        now = routes.ranked(Route.of([], session), there)[0][0]
         assert now == replica or replica == "c"
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_replicas(count: int) -> None:
     there = dict.fromkeys(range(count), 0.0)
-    assert chooser().ranked(Route([1, 2]), there) == [[0]] * count
+    assert chooser().ranked(Route.of([1, 2]), there) == [[0]] * count
 
 
 def test_chats_with_shared_beginnings_stay_together_and_in_balance() -> None:
@@ -100,7 +100,7 @@ def test_chats_with_shared_beginnings_stay_together_and_in_balance() -> None:
     held: dict[object, set[int]] = {replica: set() for replica in loads}
     for i in range(3000):
         kind = rng.randrange(12)
-        route = Route(text(kind, 2000) + text(100 + i, 100))
+        route = Route.of(text(kind, 2000) + text(100 + i, 100))
         ranks = routes.ranked(route, loads)
         replica = min(ranks[0], key=lambda r: loads[r])
         found, total = found + (kind in held[replica]), total + 1

@@ -43,7 +43,7 @@ class Eagle3Layer:
         ranks, shapes, whole = model.ranks, config.shapes, weights.config
         # what is split by its columns is rounded by whole rows, so that it is rounded as without other ranks
         tensors = {
-            name: ranks.tensor_part(tensor, shapes[name][:1] if name in shapes else tensor.shape).to(device, dtype)
+            name: ranks.tensor_part(tensor, shapes[name][:1]).to(device, dtype)
             for name, tensor in weights.tensors.items()
             if name not in ("d2t", "embed_tokens.weight")
         }
