@@ -188,8 +188,8 @@ class StepRun:
         is_real, row = row < rows, row.clamp(max=rows - 1)
         place = (at - ends[row] + gained[row]).clamp(0, width - 1)
         node = torch.where(is_real, path[row, place], 0)
-        first = state.cached_len[index] - gained
-        position = (first[row] + place).clamp(min=0)
+        first = (state.cached_len[index] - gained).clamp(min=0)  # the dummy row gains tokens and stays where it is
+        position = first[row] + place
         one = torch.ones_like(at)
         group = Group(
             start=0,

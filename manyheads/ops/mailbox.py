@@ -32,10 +32,11 @@ def open_mailbox(store: Any, name: str, rank: int, size: int, device: torch.devi
 
     # torch finds the ranks by the name of a group; it needs no more of it than its store
     groups: Any = c10d
-    groups._register_process_group(name, groups.ProcessGroup(groups.PrefixStore("mailbox", store), rank, size))
+    group = groups.ProcessGroup(groups.PrefixStore("mailbox", store), rank, size)
+    groups._register_process_group(name, group)
     symmetric = groups._SymmetricMemory
     memory = symmetric.empty_strided_p2p((2 * size * ROWS * row_bytes // 4,), (1,), torch.int64, device, name)
     memory.zero_()
     cuda.synchronize(device)  # before anybody writes to it
     handle = symmetric.rendezvous(memory, name)
-    return Mailbox(rank, torch.tensor(list(handle.buffer_ptrs), device=device), row_bytes, (memory, handle))
+    return Mailbox(rank, torch.tensor(list(handle.buffer_ptrs), device=device), row_bytes, (memory, handle, group))
