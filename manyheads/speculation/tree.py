@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -43,10 +44,17 @@ class Tree:
         """How many nodes there are, the root included."""
         return len(self.choices)
 
-    @property
+    @cached_property
     def max_depth(self) -> int:
         """Depth of the deepest node; 0 for a root alone."""
         return max(len(choice) for choice in self.choices)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.choices)
+
+    def __hash__(self) -> int:
+        return self._hash  # trees are keys at every step
 
     @property
     def max_rank(self) -> int:
