@@ -126,7 +126,6 @@ class StepRun:
         hidden: Hidden,
         target: Tensor,
         accepted: Tensor | None = None,
-        others: Kept | None = None,
     ) -> Tensor:
         """Keep what agrees with the target, and propose what may come next.
 
@@ -134,7 +133,6 @@ class StepRun:
             hidden: of the decoding rows' tokens.
             target: [T] int64, what the target drew after each of them.
             accepted: as `Ops.settle`'s.
-            others: rows whose prompts ended in this step, a token each: the drafter proposes for them as well.
 
         Returns:
             `Outcome.values`.
@@ -145,7 +143,7 @@ class StepRun:
         kept = Kept(decoding.index, hidden.last[outcome.last], tokens, gained)
         if hidden.states is not None:
             kept = self._with_chain(kept, trees, outcome.values[:, 3 + width : 3 + 2 * width], hidden.states)
-        self.propose(kept if others is None else _both(others, kept), decoding.depth, decoding.nodes)
+        self.propose(kept, decoding.depth, decoding.nodes)
         return outcome.values
 
     def propose(self, kept: Kept, depth: int, nodes: float) -> None:
@@ -269,22 +267,6 @@ def gain_sizes(num_rows: int, draft: Draft, device: torch.device) -> Tensor | No
         return None
     sizes = [min(int(size * num_rows), num_rows * num_nodes) for size in SIZES]
     return torch.tensor(sizes).to(device, non_blocking=True)
-
-
-def _both(others: Kept, kept: Kept) -> Kept:
-    """Rows that gained a token, and rows that gained some."""
-    tokens = F.pad(others.tokens, (0, kept.tokens.shape[1] - others.tokens.shape[1]))
-    last = None
-    if others.last is not None and kept.last is not None:
-        last = torch.cat((others.last, kept.last + sum(len(chain.following) for chain in others.chains)))
-    return Kept(
-        torch.cat((others.index, kept.index)),
-        torch.cat((others.hidden, kept.hidden)),
-        torch.cat((tokens, kept.tokens)),
-        torch.cat((others.gained, kept.gained)),
-        (*others.chains, *kept.chains),
-        last,
-    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
