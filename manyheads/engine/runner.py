@@ -16,6 +16,7 @@ from torch import Tensor
 from manyheads.batch import RowState, Trees, TreeTensors
 from manyheads.engine.chains import chunk_chain, told_of
 from manyheads.engine.graphs import Recorder
+from manyheads.engine.guesses import TreeGuesses
 from manyheads.engine.masks import TreeWalk
 from manyheads.engine.prompt_logprobs import Scored, score
 from manyheads.engine.readout import Drawn, PendingStep
@@ -270,7 +271,11 @@ class Runner:
         # rows for which the drafter has not spoken yet expect nothing, which says nothing
         said = trees.gains if len(known) == len(requests) else None
         gains = self._sent(said) if said is not None else None
-        return Drawn(requests, self._sent(values[: len(requests)]), width, known, gains, logits or {})
+        guesses = None
+        if plan.draft.propose and self.drafter is not None and any(r.params.return_steps for r in requests):
+            tree = plan.draft.tree
+            guesses = TreeGuesses(self._sent(trees.taken[: len(requests)]), tree, self.drafter.columns(tree))
+        return Drawn(requests, self._sent(values[: len(requests)]), width, known, gains, logits or {}, guesses)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """On its way to the host, at once: what a graph returns lies in memory that the next graph may compute in."""

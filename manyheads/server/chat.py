@@ -89,6 +89,7 @@ class _ChatWriter(Writer[ChatRequest]):
             "logprobs": chat_logprobs(self.tokenizer, output.logprobs),
             **self._end(output),
             **({"token_ids": output.token_ids} if self.body.return_token_ids else {}),
+            **self.steps(output.steps),
         }
 
     def chunk(self, generation: Generation, output: SequenceOutput, delta: TextDelta) -> dict[str, Any] | None:
@@ -97,7 +98,7 @@ class _ChatWriter(Writer[ChatRequest]):
         if reply.calls:
             self._calling.add(output)
         wants_tokens = bool(self.body.return_token_ids and delta.token_ids)
-        if not (reply or delta.logprobs or is_last or wants_tokens):
+        if not (reply or delta.logprobs or is_last or wants_tokens or delta.trace is not None):
             return None
         choice = {
             "index": self.numbers[output],
@@ -106,7 +107,9 @@ class _ChatWriter(Writer[ChatRequest]):
             "finish_reason": None,
             **(self._end(output) if is_last else {}),
         }
-        return choice | ({"token_ids": delta.token_ids} if self.body.return_token_ids else {})
+        return (
+            choice | ({"token_ids": delta.token_ids} if self.body.return_token_ids else {}) | self.steps([delta.trace])
+        )
 
     def _end(self, output: SequenceOutput) -> dict[str, Any]:
         calls = output in self._calling and output.finish_reason == "stop"

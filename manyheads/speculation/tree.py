@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -65,6 +65,13 @@ class Tree:
 ROOT = Tree(((),))
 
 
+@lru_cache(maxsize=64)
+def parents(tree: Tree) -> list[int]:
+    """The number of each node's parent; the root is its own."""
+    index = {choice: i for i, choice in enumerate(tree.choices)}
+    return [index[choice[:-1]] for choice in tree.choices]
+
+
 def tree_tensors(tree: Tree, columns: list[int], device: torch.device) -> TreeTensors:
     """The tensors of a tree.
 
@@ -76,7 +83,7 @@ def tree_tensors(tree: Tree, columns: list[int], device: torch.device) -> TreeTe
     bits = [sum(1 << j for j in path) for path in paths]
     width = tree.max_depth + 1
     tables = (
-        [index[choice[:-1]] for choice in tree.choices],
+        parents(tree),
         [len(choice) for choice in tree.choices],
         columns,
         [b - (1 << 64) if b >> 63 else b for b in bits],  # bit 63 is the sign

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from manyheads.config import EngineConfig
 from manyheads.errors import QueueFull
-from manyheads.request import EngineReady, EngineRequest, RequestDelta, TokenLogprobs
+from manyheads.request import EngineReady, EngineRequest, Guess, RequestDelta, StepTrace, TokenLogprobs
 from manyheads.stats import EngineStats, MemoryUse
 from tests.server.tiny_tokenizer import END, make_backend
 
@@ -184,11 +184,16 @@ class FakeEngine:
         if params.prompt_logprobs is not None and entry.steps == 1:
             known = entry.request.prompt_token_ids[1:]
             prompt_logprobs = [TokenLogprobs(t, -1.5, 2, [(t, -1.5)] * min(params.prompt_logprobs, 1)) for t in known]
+        trace = None
+        if params.return_steps:
+            right = [Guess(token, i - 1, True) for i, token in enumerate(new[:-1])]
+            trace = StepTrace(len(new), [*right, Guess(self.eos - 1, len(right) - 1, False)])
         return RequestDelta(
             request_id=request_id,
             new_token_ids=new,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            trace=trace,
             finish_reason=reason,
             stop_token_id=stop,
             num_steps=entry.steps,
