@@ -36,7 +36,7 @@ class FakeEngine:
     """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`, `WHO` asks. Nobody starts within 1 s.
 
     Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything.
-    What stands in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments.
+    What stands last in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments.
     """
 
     config: EngineConfig
@@ -92,8 +92,8 @@ class FakeEngine:
             key = next(name for name in call if name != "name")
             return [*self.tokenizer.encode(json.dumps({"name": call["name"]["const"], key: {}})).ids, self.eos]
         prompt = self.tokenizer.decode(message.prompt_token_ids, skip_special_tokens=False)
-        if found := re.search(r"SAY\[\[(.*?)\]\]", prompt, re.S):
-            return [*self.tokenizer.encode(found[1]).ids, self.eos]
+        if found := re.findall(r"SAY\[\[(.*?)\]\]", prompt, re.S):
+            return [*self.tokenizer.encode(found[-1]).ids, self.eos]
         return list(self.text)
 
     def abort(self, request_id: str) -> None:

@@ -1,7 +1,7 @@
 // The few marks of Markdown that models write: what of a text is shown, and how. Whatever is not understood is shown as
 // it is. The result names places of the text, so that whoever shows it can say of each character where it came from.
 
-const FENCE = /^\s*(```|~~~)/;
+const FENCE = /^\s*(```|~~~)\s*([\w.+#-]*)\s*$/; // perhaps with the name of a language, which is left out
 const HEADING = /^#{1,6}\s+/;
 const ITEM = /^(\s*)([-*+]|\d{1,3}[.)])\s+/;
 const QUOTE = /^>\s?/;

@@ -17,6 +17,9 @@ export const guessesOf = reply => guesses.get(reply) ?? [];
 export const newReply = () => ({ role: "assistant", content: "", thoughts: "", runs: [], stats: null, end: null });
 
 const SAVE_MS = 1000;
+let isLeft = false; // a page that is left has its requests broken off, which is no failure
+addEventListener("pagehide", () => (isLeft = true));
+addEventListener("pageshow", () => (isLeft = false));
 const plain = ({ role, content }) => ({ role, content });
 
 /** Answer a chat whose last message is a reply, empty or to be gone on with.
@@ -56,6 +59,7 @@ export async function answer(chat, told) {
       told();
     }
   } catch (error) {
+    if (isLeft) return;
     if (error.name === "AbortError") reply.end = "stopped";
     else Object.assign(reply, { end: "error", ...why(error) });
   }
