@@ -75,7 +75,8 @@ def test_beside_others_it_is_told_of_its_own_row(folder: Path, reference: LlamaF
         assert (trace is not None) == (i % 2 == 0)
         if trace is not None:
             path = [guess.token_id for guess in trace.guesses if guess.accepted]
-            assert path[: trace.num_tokens] == delta.new_token_ids[: len(path)]
+            if delta.finish_reason is None:  # the last step may be cut by the limit
+                assert path == delta.new_token_ids[:-1]
         told[i] += delta.new_token_ids
     assert told == plain
 

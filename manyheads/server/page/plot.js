@@ -5,7 +5,7 @@ const [WIDTH, HEIGHT, LEFT, BELOW] = [360, 150, 36, 18];
 
 /** Draw lines. Args: lines: [{kind, label, points: [[x from 0 to 1, y], …]}]; span: the whole width, in words. */
 export function drawLines(figure, lines, span) {
-  const top = nice(Math.max(1, ...lines.flatMap(line => line.points.map(point => point[1]))));
+  const top = nice(Math.max(2, ...lines.flatMap(line => line.points.map(point => point[1]))));
   const x = at => LEFT + at * (WIDTH - LEFT), y = value => (HEIGHT - BELOW) * (1 - value / top) + 4;
   const plot = svg("svg", { class: "plot", viewBox: `0 0 ${WIDTH} ${HEIGHT + 4}`, role: "img" });
   const latest = lines.map(({ label, points }) => `${label} ${format(points.at(-1)?.[1] ?? 0)}`).join(", ");
@@ -54,10 +54,10 @@ export function format(value) {
   return new Intl.NumberFormat("en", { maximumFractionDigits: value < 10 ? 1 : 0 }).format(value);
 }
 
-/** The next of 1, 2, 5, 10, … times a power of ten. */
+/** The next number that is round, as its half is. */
 function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return power * [1, 2, 5, 10].find(step => step * power >= value * 0.999);
+  return power * [1, 2, 4, 6, 8, 10].find(step => step * power >= value * 0.999);
 }
 
 function svg(name, attributes, text = "") {

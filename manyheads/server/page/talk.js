@@ -36,8 +36,8 @@ function mark(chat) {
   [...list.querySelectorAll(".message")].forEach((element, i) => element.classList.toggle("forgotten", i < unseen));
   const there = list.querySelector(".cut");
   if (unseen === 0) return there?.remove();
-  const what = unseen === 1 ? "The message above" : `The ${unseen} messages above`;
-  const text = `${what} no longer fit the model's context, and it was not told them.`;
+  const what = unseen === 1 ? "message" : `${unseen} messages`;
+  const text = `The model no longer sees the ${what} above: its context is full.`;
   if (there?.textContent === text) return;
   there?.remove();
   list.querySelectorAll(".message")[unseen].before(make("p", "cut", text));

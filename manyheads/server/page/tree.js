@@ -5,48 +5,55 @@ import { guessesOf } from "./reply.js";
 
 const tip = document.getElementById("tip");
 const MOST = 24; // guesses that are listed
-let lit = null;
+let shown = null; // the text and the step that the tip is about; its runs may be drawn anew while a reply grows
 
-/** Let a reply's texts show what was guessed. */
+/** Let a text of a reply show what was guessed. */
 export function showsGuesses(element, reply) {
   element.tabIndex = 0;
   element.setAttribute("role", "group");
-  const of = event => event.target.closest?.(".run");
-  element.addEventListener("pointerover", event => event.pointerType === "mouse" && of(event) && show(of(event), reply));
+  const stepOf = event => event.target.closest?.(".run")?.dataset.step;
+  const showAt = event => stepOf(event) && show(element, Number(stepOf(event)), reply);
+  element.addEventListener("pointerover", event => event.pointerType === "mouse" && showAt(event));
   element.addEventListener("pointerleave", event => event.pointerType === "mouse" && hide());
-  element.addEventListener("click", event => of(event) && show(of(event), reply));
+  element.addEventListener("click", showAt);
   element.addEventListener("blur", hide);
   element.addEventListener("keydown", event => {
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (event.key === "Escape") hide();
     if (!by || !document.body.classList.contains("trees")) return;
     event.preventDefault();
-    const runs = [...element.querySelectorAll(".run")];
-    const at = runs.indexOf(lit);
-    let next = at === -1 ? (by > 0 ? 0 : runs.length - 1) : at + by;
-    while (runs[next] && lit && runs[next].dataset.step === lit.dataset.step) next += by; // a step on several lines
-    if (runs[next]) show(runs[next], reply);
+    const steps = [...new Set([...element.querySelectorAll(".run")].map(run => Number(run.dataset.step)))];
+    const at = shown?.element === element ? steps.indexOf(shown.step) : -1;
+    const next = steps[at === -1 && by < 0 ? steps.length - 1 : at + by];
+    if (next !== undefined) show(element, next, reply);
   });
 }
 
 export function hide() {
   tip.hidden = true;
-  if (lit) for (const run of siblings(lit)) run.classList.remove("lit");
-  lit = null;
+  for (const run of document.querySelectorAll(".run.lit")) run.classList.remove("lit");
+  shown = null;
 }
 
-const siblings = run => run.closest("[data-reply]").querySelectorAll(`.run[data-step="${run.dataset.step}"]`);
+const runsOf = ({ element, step }) => [...element.querySelectorAll(`.run[data-step="${step}"]`)];
 
-function show(run, reply) {
-  if (!document.body.classList.contains("trees") || run === lit) return;
+function show(element, step, reply) {
+  if (!document.body.classList.contains("trees") || (shown?.element === element && shown.step === step)) return;
   hide();
-  lit = run;
-  for (const part of siblings(run)) part.classList.add("lit");
-  const step = Number(run.dataset.step);
+  shown = { element, step };
+  const runs = runsOf(shown);
+  for (const run of runs) run.classList.add("lit");
   tip.replaceChildren(...about(step, reply));
   tip.hidden = false;
-  run.scrollIntoView({ block: "nearest" });
-  place(run.getClientRects()[0]);
+  runs[0].scrollIntoView({ block: "nearest" });
+  place(runs[0].getClientRects()[0]);
+}
+
+/** The talk has moved, and may have been drawn anew. */
+function follow() {
+  const [run] = runsOf(shown);
+  if (run) place(run.getClientRects()[0]);
+  else hide();
 }
 
 function place(box) {
@@ -113,5 +120,5 @@ function make(name, kind, text) {
   return element;
 }
 
-addEventListener("scroll", event => event.target.id === "talk" && lit && place(lit.getClientRects()[0]), true);
-addEventListener("click", event => lit && !event.target.closest?.(".run, #tip") && hide());
+addEventListener("scroll", event => event.target.id === "talk" && shown && follow(), true);
+addEventListener("click", event => shown && !event.target.closest?.(".run, #tip") && hide());

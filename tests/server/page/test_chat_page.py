@@ -138,7 +138,7 @@ def test_a_full_context(served: Running, open_page: Open) -> None:
     assert told(bodies[-1])[0].startswith(("1 ", "2 "))
     left_out = page.locator(".forgotten").count()
     assert left_out == 2 * int(told(bodies[-1])[0][0])
-    assert page.get_by_text(f"The {left_out} messages above no longer fit").is_visible()
+    assert page.get_by_text(f"The model no longer sees the {left_out} messages above").is_visible()
     assert text_of(page.locator(".reply").last) == "Yes."
     reply = ask(page, "dog " * 300)
     assert "This message alone does not fit" in reply.locator(".note").inner_text()
@@ -267,6 +267,13 @@ def test_the_tree_at_work(served: Running, open_page: Open) -> None:
     assert runs.nth(1).evaluate("run => run.classList.contains('lit')")
     page.keyboard.press("Escape")
     assert not tip.is_visible()
+    # while a reply grows, its text is drawn anew below the pointer
+    page.get_by_role("button", name="New chat").click()
+    send(page, f"SLOW SAY[[{SAYS}]]")
+    runs.nth(0).hover()
+    reply.get_by_role("button", name="Retry").wait_for()
+    runs.nth(2).hover()
+    assert "Step 4:" in tip.inner_text()
     page.get_by_role("switch", name="Tree at work").click()
     runs.nth(1).hover()
     assert not tip.is_visible()
