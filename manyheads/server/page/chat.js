@@ -66,6 +66,8 @@ function show(which) {
   listChats();
   document.body.classList.remove("side_open");
   $("side_open").setAttribute("aria-expanded", "false");
+  // so that a reload, or the way back from another page, comes to the same chat
+  history.replaceState(null, "", chat.messages.length ? `#${chat.id}` : location.pathname);
 }
 
 function showControls() {
@@ -235,6 +237,14 @@ store.watchChats(id => {
   else listChats();
 });
 
+if (!CSS.supports("field-sizing", "content")) {
+  $("prompt").oninput = () => {
+    $("prompt").style.height = "auto";
+    $("prompt").style.height = `${$("prompt").scrollHeight}px`;
+  };
+}
+
 showTree();
-show(chat);
+const id = location.hash.slice(1);
+show(id && store.chat(id) ? found(id) : chat);
 showModel();

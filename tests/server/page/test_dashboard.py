@@ -48,3 +48,29 @@ def test_readings(served: Running, open_page: Open) -> None:
               quantile(one, again, "t", 0.5)];
     }"""
     assert page.evaluate(script) == [2, 3, [['a,\\"b', 2]], False, 0.1, 0.55, None, 1]
+
+
+def test_replicas_and_an_engine_that_began_again(served: Running, open_page: Open) -> None:
+    """Tokens since it began again are what counts, not a rate below zero."""
+    page = open_page(f"{served.url}/dashboard")
+    replicas = "".join(
+        f'manyheads_engine_{name}{{engine="{engine}"}} {value}\n'
+        for engine in ("a", "b")
+        for name, value in (("requests_running", 3), ("requests_waiting", 1), ("generation_tokens_total", 500))
+    )
+
+    def says(tokens: int, steps: int, restarts: int) -> str:
+        counts = {"generation_tokens_total": tokens, "decoding_row_steps_total": steps}
+        gauges = {"num_requests_running": 3, "tree_size": 6, "engine_restarts_total": restarts}
+        return replicas + "".join(f"manyheads_{name} {value}\n" for name, value in (counts | gauges).items())
+
+    readings = iter([says(9000, 3000, 0), says(400, 100, 1)])
+    last = says(400, 100, 1)
+    page.route("**/metrics", lambda route: route.fulfill(body=next(readings, last)))
+    page.reload()
+    page.wait_for_function("() => document.querySelectorAll('#numbers dd')[5]?.innerText.startsWith('1')")
+    numbers = page.locator("#numbers dd")
+    assert float(numbers.nth(2).inner_text().split()[0]) > 0
+    assert numbers.nth(3).inner_text().startswith("4.0"), "tokens a step"
+    assert page.locator("#load").get_by_role("row").inner_text().split() == ["3–4", "6.0"]
+    assert page.locator("#engines").get_by_role("row").nth(2).inner_text().split() == ["b", "3", "1", "500"]
