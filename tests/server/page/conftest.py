@@ -20,8 +20,9 @@ LAPTOP, PHONE = (1280, 800), (390, 780)
 Open = Callable[..., "Page"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """NOTE: an event loop runs as long as it is there, which tests of other modules could not bear."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:

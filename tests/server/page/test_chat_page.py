@@ -89,9 +89,10 @@ def test_stop(served: Running, open_page: Open) -> None:
     before = served.num_aborts()
     send(page, "SLOW one")
     page.locator(".reply .run").nth(1).wait_for()
+    reply = page.locator(".reply")
+    reply.get_by_text("3.0 a step").wait_for()  # told while it streams
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Send").wait_for()
-    reply = page.locator(".reply")
     assert reply.locator(".note").inner_text().startswith("stopped")
     assert "The cat".startswith(text_of(reply)[:7])
     bodies = asked(page)
