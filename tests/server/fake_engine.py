@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -35,7 +36,8 @@ class _Open:
 class FakeEngine:
     """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`, `WHO` asks. Nobody starts within 1 s.
 
-    Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything.
+    Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything, or
+    anything more than so many steps of a request as it says.
     What stands last in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments.
     """
 
@@ -112,8 +114,7 @@ class FakeEngine:
     def step(self) -> list[RequestDelta]:
         deltas, self.pending = self.pending, []
         if self.open:
-            folder = os.environ.get("FAKE_ENGINE_PID_FOLDER")
-            if folder and Path(folder).with_name("pause").exists():
+            if self._pauses():
                 time.sleep(0.01)
                 return deltas
             self.counts["steps"] += 1
@@ -124,6 +125,13 @@ class FakeEngine:
             if delta.finish_reason:
                 del self.open[request_id]
         return deltas
+
+    def _pauses(self) -> bool:
+        if folder := os.environ.get("FAKE_ENGINE_PID_FOLDER"):
+            with contextlib.suppress(FileNotFoundError):
+                most = int(Path(folder).with_name("pause").read_text() or 0)
+                return any(entry.steps >= most for entry in self.open.values())
+        return False
 
     def stats(self) -> EngineStats:
         return EngineStats(

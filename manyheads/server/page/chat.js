@@ -2,12 +2,12 @@
 
 import { ask, ServerError } from "./api.js";
 import { answer, newReply, running, stop } from "./reply.js";
+import { startSettings } from "./settings.js";
 import * as store from "./store.js";
 import { showChat, showNews } from "./talk.js";
 import { hide } from "./tree.js";
 
 const $ = id => document.getElementById(id);
-const { settings } = store;
 const open = new Map(); // chats in this tab by id: a reply goes on writing into its own, whichever is shown
 let chat = store.newChat();
 
@@ -36,18 +36,20 @@ async function reply() {
     waits = true;
     setTimeout(() => { // not with each of a thousand events
       waits = false;
-      if (mine === chat) (showNews(mine), showControls());
+      if (mine === chat) showNews(mine);
     }, 30);
   };
   const answered = answer(mine, told);
   show(mine);
   await answered;
   if (mine.removed) return;
-  if (mine === chat) (showNews(mine), showControls());
   listChats();
   const { content, error, status } = mine.messages.at(-1);
-  if (mine === chat) $("spoken").textContent = error ?? content;
   if (status === 401) askForKey();
+  if (mine !== chat) return;
+  showNews(mine);
+  showControls();
+  $("spoken").textContent = error ?? content;
 }
 
 function send(text) {
@@ -92,7 +94,7 @@ function listChats() {
   }));
 }
 
-const found = id => (running.has(id) ? open.get(id) : open.set(id, store.chat(id)).get(id));
+const found = id => open.get(id) ?? open.set(id, store.chat(id)).get(id);
 
 function fresh() {
   show(store.newChat());
@@ -107,9 +109,9 @@ function remove() {
   store.removeChat(gone.id);
   fresh();
   toast(`“${gone.title}” is deleted.`, () => {
-    gone.removed = false;
+    delete gone.removed;
     store.saveChat(gone);
-    show(found(gone.id));
+    show(gone);
   });
 }
 
@@ -118,7 +120,10 @@ function toast(text, undo) {
   clearTimeout(toastEnds);
   $("toast").firstElementChild.textContent = text;
   $("toast").lastElementChild.hidden = !undo;
-  $("toast").lastElementChild.onclick = () => (($("toast").hidden = true), undo());
+  $("toast").lastElementChild.onclick = () => {
+    $("toast").hidden = true;
+    undo();
+  };
   $("toast").hidden = false;
   toastEnds = setTimeout(() => ($("toast").hidden = true), 10000);
 }
@@ -133,10 +138,16 @@ function save(name, type, text) {
 }
 
 const fileName = () => chat.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 50) || "chat";
-const asText = () =>
-  `# ${chat.title}\n\n` + chat.messages.map(m => `**${m.role === "user" ? "You" : "Reply"}**\n\n${m.content}\n`).join("\n");
-const asJson = () =>
-  JSON.stringify({ title: chat.title, messages: chat.messages.map(({ role, content }) => ({ role, content })) }, null, 2);
+
+function asText() {
+  const said = chat.messages.map(({ role, content }) => `**${role === "user" ? "You" : "Reply"}**\n\n${content}\n`);
+  return [`# ${chat.title}\n`, ...said].join("\n");
+}
+
+function asJson() {
+  const messages = chat.messages.map(({ role, content }) => ({ role, content }));
+  return JSON.stringify({ title: chat.title, messages }, null, 2);
+}
 
 function askForKey() {
   $("key_form").hidden = false;
@@ -163,40 +174,11 @@ async function showModel() {
   }
 }
 
-function showSettings() {
-  for (const name of ["temperature", "max_tokens", "theme"]) $(name).value = settings[name];
-  $("settings_key").value = store.key();
-  $("settings").showModal();
-}
-
-function takeSettings() {
-  for (const name of ["temperature", "max_tokens"]) if ($(name).validity.valid) settings[name] = $(name).value;
-  settings.theme = $("theme").value;
-  store.saveSettings();
-  store.saveKey($("settings_key").value.trim());
-  showTheme();
-  showModel();
-}
-
-function forget() {
-  if (!confirm("Delete all chats, settings and the key from this browser?")) return;
-  for (const kept of store.chats()) (stop(kept), ((found(kept.id) ?? {}).removed = true), store.removeChat(kept.id));
-  store.forget();
-  location.reload();
-}
-
-function showTheme() {
-  if (settings.theme) document.documentElement.dataset.theme = settings.theme;
-  else delete document.documentElement.dataset.theme;
-}
-
-function showTree() {
-  document.body.classList.toggle("trees", settings.tree);
-  $("tree").setAttribute("aria-checked", settings.tree);
-  $("legend").hidden = !settings.tree;
-}
-
-$("form").onsubmit = event => (event.preventDefault(), running.has(chat.id) ? stop(chat) : send($("prompt").value.trim()));
+$("form").onsubmit = event => {
+  event.preventDefault();
+  if (running.has(chat.id)) stop(chat);
+  else send($("prompt").value.trim());
+};
 $("prompt").onkeydown = event => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
@@ -208,17 +190,14 @@ $("fresh").onclick = fresh;
 $("title").onchange = () => {
   chat.title = $("title").value.trim() || chat.title;
   if (chat.messages.length) store.saveChat(chat);
-  (showControls(), listChats());
+  showControls();
+  listChats();
 };
 $("title").onkeydown = event => event.key === "Enter" && $("prompt").focus();
 $("remove").onclick = remove;
 $("export_text").onclick = () => save(`${fileName()}.md`, "text/markdown", asText());
 $("export_json").onclick = () => save(`${fileName()}.json`, "application/json", asJson());
 $("key_form").onsubmit = takeKey;
-$("settings_open").onclick = showSettings;
-$("settings").onclose = takeSettings;
-$("forget").onclick = forget;
-$("tree").onclick = () => ((settings.tree = !settings.tree), store.saveSettings(), hide(), showTree());
 $("side_open").onclick = event => {
   event.stopPropagation();
   const isOpen = document.body.classList.toggle("side_open");
@@ -231,9 +210,14 @@ addEventListener("keydown", event => {
   document.body.classList.remove("side_open");
   $("side_open").focus();
 });
-addEventListener("pagehide", () => [...running.keys()].map(id => open.get(id)).filter(c => !c.removed).forEach(store.saveChat));
+addEventListener("pagehide", () => {
+  const left = [...running.keys()].map(id => open.get(id));
+  for (const one of left) if (!one.removed) store.saveChat(one);
+});
 store.watchChats(id => {
-  if (id === chat.id && !running.has(id) && store.chat(id)) show(found(id));
+  if (running.has(id)) return;
+  open.delete(id);
+  if (id === chat.id && store.chat(id)) show(found(id));
   else listChats();
 });
 
@@ -244,7 +228,7 @@ if (!CSS.supports("field-sizing", "content")) {
   };
 }
 
-showTree();
+startSettings(showModel);
 const id = location.hash.slice(1);
 show(id && store.chat(id) ? found(id) : chat);
 showModel();

@@ -63,17 +63,19 @@ function show() {
   const tokens = growth(recent, now, "generation_tokens_total");
   const steps = growth(recent, now, "decoding_row_steps_total");
   const waits = now.get("queue_wait_seconds");
+  const number = name => format(now.get(name));
   showNumbers([
-    ["Running", format(now.get("num_requests_running")), "requests at once"],
-    ["Waiting", format(now.get("num_requests_waiting")), waits ? `a new one would wait ${format(waits)} s` : "no wait"],
+    ["Running", number("num_requests_running"), "requests at once"],
+    ["Waiting", number("num_requests_waiting"), waits ? `a new one would wait ${format(waits)} s` : "no wait"],
     ["Tokens a second", seconds ? format(tokens / seconds) : "–", seconds ? `over ${Math.round(seconds)} s` : ""],
-    ["Tokens a step", steps ? (tokens / steps).toFixed(1) : "–", `${now.get("tokens_per_step").toFixed(1)} since the start`],
-    ["K/V in use", `${format(100 * now.get("kv_cache_usage_perc"))} %`, `of ${format(now.get("kv_cache_tokens"))} tokens`],
-    ["Restarts", format(now.get("engine_restarts_total")), `${format(now.get("requests_resumed_total"))} requests resumed`],
+    ["Tokens a step", steps ? (tokens / steps).toFixed(1) : "–", `${number("tokens_per_step")} since the start`],
+    ["K/V in use", percent(now.get("kv_cache_usage_perc")), `of ${number("kv_cache_tokens")} tokens`],
+    ["Restarts", number("engine_restarts_total"), `${number("requests_resumed_total")} requests resumed`],
   ]);
   const width = Math.min(KEPT, Math.max(60_000, now.at - first.at)), x = at => 1 - (now.at - at) / width;
   const span = width < 120_000 ? `${Math.round(width / 1000)} s` : `${format(width / 60_000)} min`;
-  drawLines($("rate"), [{ kind: "first", label: "tokens a second", points: rates.map(({ at, rate }) => [x(at), rate]) }], span);
+  const rate = { kind: "first", label: "tokens a second", points: rates.map(({ at, rate }) => [x(at), rate]) };
+  drawLines($("rate"), [rate], span);
   const line = (kind, label, name) => ({ kind, label, points: readings.map(r => [x(r.at), r.get(name)]) });
   const users = [line("second", "waiting", "num_requests_waiting"), line("first", "running", "num_requests_running")];
   drawLines($("users"), users, span);
@@ -98,7 +100,6 @@ function showNumbers(numbers) {
 }
 
 function showTables(now, first) {
-  const percent = share => `${format(100 * share)} %`;
   const depths = now.all("spec_decode_drafted_by_depth_total").map(([depth, drafted]) => {
     const right = now.get("spec_decode_accepted_by_depth_total", depth);
     return [depth, drafted ? right / drafted : 0, drafted ? percent(right / drafted) : "–", `of ${format(drafted)}`];
@@ -106,10 +107,10 @@ function showTables(now, first) {
   const [drafter] = now.all("drafter_info")[0] ?? ["nothing"];
   fillTable($("depth"), depths, drafter === "nothing" ? "Nothing guesses tokens here." : "Nothing was guessed yet.");
   const most = Math.max(...[...nodes.values()].map(([sum, times]) => sum / times));
-  const loads = LOADS.filter(load => nodes.has(load)).map((load, i, all) => {
+  const loads = LOADS.filter(load => nodes.has(load)).map(load => {
     const [sum, times] = nodes.get(load), low = (LOADS[LOADS.indexOf(load) - 1] ?? 0) + 1;
-    return [load === Infinity ? `over ${low - 1}` : low === load ? `${load}` : `${low}–${load}`, sum / times / most,
-      (sum / times).toFixed(1)];
+    const name = load === Infinity ? `over ${low - 1}` : low === load ? `${load}` : `${low}–${load}`;
+    return [name, sum / times / most, (sum / times).toFixed(1)];
   });
   fillTable($("load"), loads, "Nobody has been served since.");
   const time = (name, metric) => {
@@ -133,12 +134,15 @@ function showTables(now, first) {
 
 function showMemory(now) {
   const names = { weights: "weights", heads: "heads", kv_cache: "K/V cache", graphs: "graphs", rest: "the rest" };
-  const parts = now.all("memory_bytes").filter(([, bytes]) => bytes), all = parts.reduce((sum, [, bytes]) => sum + bytes, 0);
-  $("memory_note").textContent = `The engine takes ${bytesText(all)} in all.`;
-  fillTable($("memory"), parts.map(([kind, bytes]) => [names[kind] ?? kind, bytes / all, bytesText(bytes)]), "Not known.");
+  const parts = now.all("memory_bytes").filter(([, bytes]) => bytes);
+  const all = parts.reduce((sum, [, bytes]) => sum + bytes, 0);
+  $("memory_note").textContent = `The engine takes ${inBytes(all)} in all.`;
+  const rows = parts.map(([kind, bytes]) => [names[kind] ?? kind, bytes / all, inBytes(bytes)]);
+  fillTable($("memory"), rows, "Not known.");
 }
 
-const bytesText = bytes => (bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : `${format(bytes / 2 ** 20)} MiB`);
+const percent = share => `${format(100 * share)} %`;
+const inBytes = bytes => (bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : `${format(bytes / 2 ** 20)} MiB`);
 const milliseconds = seconds => (seconds < 1 ? `${format(1000 * seconds)} ms` : `${seconds.toFixed(1)} s`);
 
 function askForKey() {
@@ -150,8 +154,8 @@ function askForKey() {
 async function showModel() {
   try {
     const [model] = (await (await ask("v1/models")).json()).data;
-    const drafter = { medusa: `${model.num_medusa_heads} Medusa heads`, eagle3: "EAGLE-3", ngram: "n-grams" }[model.drafter];
-    $("model").textContent = [model.id, drafter].filter(Boolean).join(" · ");
+    const drafters = { medusa: `${model.num_medusa_heads} Medusa heads`, eagle3: "EAGLE-3", ngram: "n-grams" };
+    $("model").textContent = [model.id, drafters[model.drafter]].filter(Boolean).join(" · ");
   } catch (error) {
     if (!(error instanceof ServerError || error instanceof TypeError)) throw error;
     $("model").textContent = "";

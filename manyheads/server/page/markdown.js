@@ -1,11 +1,18 @@
 // The few marks of Markdown that models write: what of a text is shown, and how. Whatever is not understood is shown as
 // it is. The result names places of the text, so that whoever shows it can say of each character where it came from.
 
-const FENCE = /^\s*(```|~~~)\s*([\w.+#-]*)\s*$/; // perhaps with the name of a language, which is left out
+const FENCE = /^\s*(```|~~~)\s*([\w.+#-]*)\s*$/; // perhaps with a language's name, which is left out
 const HEADING = /^#{1,6}\s+/;
 const ITEM = /^(\s*)([-*+]|\d{1,3}[.)])\s+/;
 const QUOTE = /^>\s?/;
-const INLINE = /(`+)(?!`)(.+?)(?<!`)\1(?!`)|\*\*(?=\S)(.+?)(?<=\S)\*\*|(?<![\w*])\*(?=[^\s*])([^*\n]+?)(?<=\S)\*(?![\w*])/g;
+const INLINE = new RegExp(
+  [
+    /(`+)(?!`)(.+?)(?<!`)\1(?!`)/,
+    /\*\*(?=\S)(.+?)(?<=\S)\*\*/,
+    /(?<![\w*])\*(?=[^\s*])([^*\n]+?)(?<=\S)\*(?![\w*])/,
+  ].map(part => part.source).join("|"),
+  "g",
+);
 
 /** Blocks, each {kind, marker, depth, pieces}; a piece is [start, end, mark] with "", "code", "strong" or "em". */
 export function blocks(text) {

@@ -1,5 +1,6 @@
 // Lines over time, and tables with bars.
 
+const SHORT = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const SPACE = "http://www.w3.org/2000/svg";
 const [WIDTH, HEIGHT, LEFT, BELOW] = [360, 150, 36, 18];
 
@@ -26,7 +27,7 @@ export function drawLines(figure, lines, span) {
   figure.replaceChildren(plot);
 }
 
-/** Fill a table. Args: rows: [[name, bar from 0 to 1 or null, text, …]]; none: what stands there without rows. */
+/** Fill a table. Args: rows: [[name, bar from 0 to 1 or null, text, …]]; none: what stands there without any. */
 export function fillTable(table, rows, none, head) {
   const body = document.createElement("tbody");
   if (head) body.append(row(head.map(text => cell("th", text))));
@@ -50,7 +51,7 @@ export function fillTable(table, rows, none, head) {
 }
 
 export function format(value) {
-  if (value >= 1000) return new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 }).format(value);
+  if (value >= 1000) return SHORT.format(value);
   return new Intl.NumberFormat("en", { maximumFractionDigits: value < 10 ? 1 : 0 }).format(value);
 }
 

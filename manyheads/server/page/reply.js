@@ -34,7 +34,10 @@ export async function answer(chat, told) {
   reply.stats ??= { tokens: 0, steps: 0, wait: 0, ms: 0, timed: 0 };
   if (!guesses.has(reply)) guesses.set(reply, reply.runs.map(() => null));
   let saved = 0;
-  const keep = () => (saved = performance.now(), saveChat(chat) || told(false));
+  const keep = () => {
+    saved = performance.now();
+    if (!saveChat(chat)) told(false);
+  };
   keep();
   told();
   try {
@@ -46,7 +49,7 @@ export async function answer(chat, told) {
       if (choice) add(reply, choice);
       const usage = event.usage;
       if (usage?.completion_tokens) {
-        first ??= (firstTokens = usage.completion_tokens, now);
+        if (first === null) [first, firstTokens] = [now, usage.completion_tokens];
         reply.stats = {
           tokens: before.tokens + usage.completion_tokens,
           steps: before.steps + usage.decoding_steps,

@@ -3,6 +3,7 @@
 
 const PLACE = "manyheads" + new URL("../", import.meta.url).pathname; // of several servers behind one host, this one
 const CHAT = PLACE + "chat.";
+let isForgotten = false;
 
 export const settings = { temperature: "", max_tokens: "", tree: true, theme: "", ...read(PLACE + "settings") };
 
@@ -13,6 +14,7 @@ function read(name) {
 
 /** Keep something; false if the browser has no room for it. */
 function write(name, value) {
+  if (isForgotten) return true;
   try {
     localStorage.setItem(name, JSON.stringify(value));
     return true;
@@ -50,7 +52,8 @@ export function watchChats(changed) {
   });
 }
 
-/** Forget all that is kept. */
+/** Forget all that is kept, and keep nothing more until the page is loaded again. */
 export function forget() {
+  isForgotten = true;
   for (const name of Object.keys(localStorage)) if (name.startsWith(PLACE)) localStorage.removeItem(name);
 }

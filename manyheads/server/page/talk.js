@@ -56,13 +56,22 @@ function edit(element, chat, at, does) {
   box.value = chat.messages[at].content;
   box.setAttribute("aria-label", "Edit the message");
   box.rows = Math.min(10, box.value.split("\n").length + 1);
-  const leave = () => (element.replaceChildren(...before), element.querySelector("button").focus());
+  const leave = () => {
+    element.replaceChildren(...before);
+    element.querySelector("button").focus();
+  };
   ends.append(button("Cancel", leave), Object.assign(make("button", "go_on", "Send"), { type: "submit" }));
   form.append(box, ends);
-  form.onsubmit = event => (event.preventDefault(), box.value.trim() ? does.edit(at, box.value.trim()) : leave());
+  form.onsubmit = event => {
+    event.preventDefault();
+    if (box.value.trim()) does.edit(at, box.value.trim());
+    else leave();
+  };
   box.onkeydown = event => {
     if (event.key === "Escape") leave();
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) (event.preventDefault(), form.requestSubmit());
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    form.requestSubmit();
   };
   element.replaceChildren(form);
   box.focus();
@@ -72,10 +81,10 @@ function replyView(chat, at, does) {
   const reply = chat.messages[at];
   const element = make("article", "message reply"), body = make("div", "body"), thought = make("div", "body");
   const thoughts = make("details", "thoughts"), note = make("span", "note"), foot = make("div", "foot");
-  const does_ = make("span", "does");
+  const line = make("span", "does");
   element.dataset.reply = "";
   thoughts.append(make("summary", "", "Thoughts"), thought);
-  foot.append(note, does_);
+  foot.append(note, line);
   element.append(make("span", "unseen", "Reply:"), thoughts, body, foot);
   const content = new TextView(body), inner = new TextView(thought);
   for (const part of [body, thought]) {
@@ -96,7 +105,7 @@ function replyView(chat, at, does) {
     const names = isRunning ? [] : offered(chat, at);
     if (names.join() === shown) return;
     shown = names.join();
-    does_.replaceChildren(...names.map(name => button(name, () => act(name, chat, at, does, does_))));
+    line.replaceChildren(...names.map(name => button(name, () => act(name, chat, at, does, line))));
   };
   update();
   return { element, update };

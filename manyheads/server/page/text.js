@@ -13,7 +13,7 @@ export class TextView {
   update(text, runs) {
     const found = blocks(text);
     const ends = [];
-    runs.reduce((end, [, length]) => (ends.push(end + length), end + length), 0);
+    for (const [, length] of runs) ends.push((ends.at(-1) ?? 0) + length);
     const keys = found.map(block => JSON.stringify([block, block.pieces.map(([a, b]) => text.slice(a, b))]));
     let same = 0;
     while (same < keys.length && keys[same] === this.shown[same]) same += 1;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -39,6 +40,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = launch(tmp_path_factory.mktemp("page"), "--max-model-len", "200", FAKE_TOKENIZER="1").wait_ready()
     yield running
     running.stop()
+
+
+@pytest.fixture
+def pause(served: Running) -> Iterator[Path]:
+    """While there is such a file, the engine has no more steps of a request than it says."""
+    path = served.pids.with_name("pause")
+    yield path
+    path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

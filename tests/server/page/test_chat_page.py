@@ -83,32 +83,33 @@ def test_the_theme_can_be_chosen(served: Running, open_page: Open) -> None:
     assert page.evaluate(is_dark)
 
 
-def test_stop(served: Running, open_page: Open) -> None:
+def test_stop(served: Running, open_page: Open, pause: Path) -> None:
     """What came stays, the engine hears of it, and the next request has it."""
     page = open_page(served.url)
     before = served.num_aborts()
-    send(page, "SLOW one")
-    page.locator(".reply .run").nth(1).wait_for()
+    pause.write_text("2")
+    send(page, "one")
     reply = page.locator(".reply")
-    reply.get_by_text("3.0 a step").wait_for()  # told while it streams
+    reply.get_by_text("6 tokens · 3.0 a step").wait_for()  # told while it streams
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Send").wait_for()
+    pause.unlink()
     assert reply.locator(".note").inner_text().startswith("stopped")
     assert "The cat".startswith(text_of(reply)[:7])
     bodies = asked(page)
     ask(page, "SAY[[Well.]]")
     first, partial, last = told(bodies[0])
-    assert (first, last) == ("SLOW one", "SAY[[Well.]]")
+    assert (first, last) == ("one", "SAY[[Well.]]")
     assert partial.startswith("The cat")
     assert served.num_aborts() == before + 1
 
 
-def test_a_new_chat_while_a_reply_streams(served: Running, open_page: Open) -> None:
+def test_a_new_chat_while_a_reply_streams(served: Running, open_page: Open, pause: Path) -> None:
     """The new one has nothing of the old one, which goes on by itself and is whole when one comes back."""
-    page, pause = open_page(served.url), served.pids.with_name("pause")
-    send(page, f"SLOW SAY[[{SAYS * 2}]]")
+    page = open_page(served.url)
+    pause.write_text("2")
+    send(page, f"SAY[[{SAYS * 2}]]")
     page.locator(".reply .run").first.wait_for()
-    pause.touch()
     page.get_by_role("button", name="New chat").click()
     assert page.locator(".message").count() == 0
     bodies = asked(page)
@@ -119,13 +120,13 @@ def test_a_new_chat_while_a_reply_streams(served: Running, open_page: Open) -> N
     page.get_by_role("button", name="Send").wait_for()
     assert [told(body) for body in bodies] == [["SAY[[Something else.]]"]]
     assert text_of(page.locator(".reply")) == "Something else."
-    old = page.get_by_role("navigation", name="Kept chats").get_by_role("button", name="SLOW")
+    old = page.get_by_role("navigation", name="Kept chats").get_by_role("button", name="The cat")
     page.locator("#chats button:not(.busy)").nth(1).wait_for()
     old.click()
     assert text_of(page.locator(".reply")) == SAYS * 2
     bodies.clear()
     ask(page, "SAY[[Back.]]")
-    assert told(bodies[0]) == [f"SLOW SAY[[{SAYS * 2}]]", SAYS * 2, "SAY[[Back.]]"]
+    assert told(bodies[0]) == [f"SAY[[{SAYS * 2}]]", SAYS * 2, "SAY[[Back.]]"]
 
 
 def test_a_full_context(served: Running, open_page: Open) -> None:
@@ -178,14 +179,14 @@ def test_a_key_is_kept(locked: Running, open_page: Open) -> None:
     assert not page.get_by_label("ask for an API key").is_visible()
 
 
-def test_a_reload_keeps_chats(served: Running, open_page: Open) -> None:
+def test_a_reload_keeps_chats(served: Running, open_page: Open, pause: Path) -> None:
     """Also what had come of a reply, which can be continued."""
-    page, pause = open_page(served.url), served.pids.with_name("pause")
+    page = open_page(served.url)
     ask(page, f"SAY[[{SAYS}]]")
     page.get_by_role("button", name="New chat").click()
-    send(page, f"SAY[[{SAYS * 3}]] SLOW")
-    page.locator(".reply .run").nth(2).wait_for()
-    pause.touch()
+    pause.write_text("3")
+    send(page, f"SAY[[{SAYS * 2}]]")
+    page.locator(".reply").get_by_text("9 tokens").wait_for()
     page.reload()
     pause.unlink()
     chats = page.get_by_role("navigation", name="Kept chats").get_by_role("button")
@@ -202,6 +203,26 @@ def test_a_reload_keeps_chats(served: Running, open_page: Open) -> None:
     assert text_of(reply).startswith(partial + SAYS[:7]), "the fake engine begins its text again"
     chats.last.click()
     assert text_of(page.locator(".reply")) == SAYS
+
+
+def test_everything_can_be_forgotten(served: Running, open_page: Open) -> None:
+    """Also what streams meanwhile is not kept again."""
+    page = open_page(served.url)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Temperature").fill("0.3")
+    page.get_by_label("API key").last.fill("a key")
+    page.get_by_role("button", name="Done").click()
+    bodies = asked(page)
+    send(page, "SLOW one")
+    page.locator(".reply .run").first.wait_for()
+    assert bodies[0]["temperature"] == 0.3
+    assert page.evaluate("() => Object.keys(localStorage).length") == 3
+    page.get_by_role("button", name="Settings").click()
+    page.on("dialog", lambda dialog: dialog.accept())
+    with page.expect_navigation():
+        page.get_by_role("button", name="Forget everything").click()
+    assert page.evaluate("() => Object.keys(localStorage).length") == 0
+    assert page.locator(".message").count() == 0
 
 
 def test_retry_edit_rename_export_and_delete(served: Running, open_page: Open) -> None:
@@ -274,6 +295,12 @@ def test_the_tree_at_work(served: Running, open_page: Open) -> None:
     reply.get_by_role("button", name="Retry").wait_for()
     runs.nth(2).hover()
     assert "Step 4:" in tip.inner_text()
+    page.get_by_role("navigation", name="Kept chats").get_by_role("button").last.click()
+    runs.nth(1).hover()
+    assert "3 guesses" in tip.inner_text(), "what was guessed is there as long as the page is"
+    page.reload()
+    runs.nth(1).hover()
+    assert "is not kept" in tip.inner_text()
     page.get_by_role("switch", name="Tree at work").click()
     runs.nth(1).hover()
     assert not tip.is_visible()
