@@ -83,14 +83,14 @@ class _ChatWriter(Writer[ChatRequest]):
             message["content"] = reply.content.strip() or None
             message["tool_calls"] = [_whole_call(call) for call in reply.calls]
             self._calling.add(output)
-        return {
+        choice = {
             "index": self.numbers[output],
             "message": message,
             "logprobs": chat_logprobs(self.tokenizer, output.logprobs),
             **self._end(output),
             **({"token_ids": output.token_ids} if self.body.return_token_ids else {}),
-            **self.steps(output.steps),
         }
+        return self.with_steps(choice, output.steps)
 
     def chunk(self, generation: Generation, output: SequenceOutput, delta: TextDelta) -> dict[str, Any] | None:
         is_last = delta.finish_reason is not None
@@ -107,9 +107,9 @@ class _ChatWriter(Writer[ChatRequest]):
             "finish_reason": None,
             **(self._end(output) if is_last else {}),
         }
-        return (
-            choice | ({"token_ids": delta.token_ids} if self.body.return_token_ids else {}) | self.steps([delta.trace])
-        )
+        if self.body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return self.with_steps(choice, [delta.trace])
 
     def _end(self, output: SequenceOutput) -> dict[str, Any]:
         calls = output in self._calling and output.finish_reason == "stop"

@@ -78,9 +78,11 @@ class Writer(ABC, Generic[B]):
         name = self.body.model or self.service.names[0]
         return {"id": self.id, "object": kind, "created": self.created, "model": name}
 
-    def steps(self, traces: Sequence[StepTrace | None] | None) -> dict[str, Any]:
-        """Make the field of a choice that tells of steps, if the request asks for it."""
-        return {"steps": written_steps(self.tokenizer, traces or ())} if self.body.return_steps else {}
+    def with_steps(self, choice: dict[str, Any], traces: Sequence[StepTrace | None] | None) -> dict[str, Any]:
+        """Add to a choice what it tells of steps, if the request asks for that."""
+        if self.body.return_steps:
+            choice["steps"] = written_steps(self.tokenizer, traces or ())
+        return choice
 
     def chosen(self) -> list[tuple[Generation, SequenceOutput]]:
         """Say which continuations a whole answer has."""

@@ -88,7 +88,10 @@ function listChats() {
     Object.assign(button, { type: "button", textContent: kept.title, onclick: () => show(found(kept.id)) });
     button.dataset.id = kept.id;
     if (kept.id === chat.id) button.setAttribute("aria-current", "true");
-    button.classList.toggle("busy", running.has(kept.id));
+    if (running.has(kept.id)) {
+      button.className = "busy";
+      button.append(Object.assign(document.createElement("span"), { className: "unseen", textContent: " (answering)" }));
+    }
     if (kept.id === focused) queueMicrotask(() => button.focus());
     return item;
   }));

@@ -5,6 +5,7 @@
 //   stats   tokens, steps, wait (ms until the first token), ms and timed (the time after it, and tokens in that)
 //   end     how it ended: stop, length, stopped, error
 //   error, status   what was wrong, and HTTP's status
+//   fills   whether the context is full where it is cut off, not the limit of a reply reached
 //   unseen  how many of the first messages the model was not told, for want of room
 
 import { ask, events, ServerError } from "./api.js";
@@ -119,6 +120,7 @@ async function fit(chat, signal) {
     }
   }
   reply.unseen = starts[low];
+  reply.fills = room < limit;
   const request = {
     messages: told.slice(starts[low]).map(plain),
     stream: true,

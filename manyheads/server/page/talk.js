@@ -132,7 +132,8 @@ function act(name, chat, at, does, line) {
 /** What stands below a reply: how it ended, and how fast it came. */
 function told(reply, isRunning) {
   const { tokens, steps, wait, ms, timed } = reply.stats ?? { tokens: 0 };
-  const ends = { length: "cut off at its limit", stopped: "stopped", error: reply.error, abort: "cut off" };
+  const cut = reply.fills ? "cut off: the context is full" : "cut off at its limit";
+  const ends = { length: cut, stopped: "stopped", error: reply.error, abort: "cut off" };
   const parts = isRunning ? [] : reply.end === null ? ["the page was left"] : [ends[reply.end]];
   if (tokens) {
     parts.push(`${number.format(tokens)} tokens`, `${(tokens / steps).toFixed(1)} a step`);

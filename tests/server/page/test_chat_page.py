@@ -152,7 +152,7 @@ def test_a_full_context(served: Running, open_page: Open) -> None:
     # a reply that reaches the end of the context is told, and can be gone on with
     page.get_by_role("button", name="New chat").click()
     reply = ask(page, "cat " * 60)
-    assert reply.locator(".note").inner_text().startswith("cut off at its limit")
+    assert reply.locator(".note").inner_text().startswith("cut off: the context is full")
     cut = text_of(reply)
     page.get_by_role("button", name="Continue").click()
     reply.get_by_text("The reply fills the model's context").wait_for()
