@@ -80,7 +80,7 @@ class Planner:
         self._hoped: list[float] = []  # by SIZES, gains by the prior
         if prior:
             self._regrow()
-            self._hoped = [SUREST * (self._by_table(size) - 1) for size in SIZES]
+            self._hoped = [SUREST * self._promise(size) for size in SIZES]
             self._gains = self._hoped if prior_holds else None
 
     def measured(
@@ -192,17 +192,17 @@ class Planner:
     def expected_tokens(self, draft: Draft, rows: int = 1) -> float:
         """Tokens that each of so many rows gains in a step with a draft."""
         if self._gains is None:  # no step yet
-            gain = (SUREST if rows >= 16 else 1.0) * (self._by_table(draft.nodes) - 1.0)
+            gain = (SUREST if rows >= 16 else 1.0) * self._promise(draft.nodes)
         else:
             gained, expected = self._outcome
             gain = self._gains[_size_at(draft.nodes)] * gained / expected
         return 1.0 + gain * self._share(draft)
 
-    def _by_table(self, nodes: float) -> float:
-        """Tokens that a row gains if all rows have the same tree of so many nodes, of any depth."""
+    def _promise(self, nodes: float) -> float:
+        """Tokens beside its own that a row gains if all rows have the same tree of so many nodes, of any depth."""
         known, part = divmod(min(nodes, len(self._expected)), 1)
         at = int(known) - 1
-        return self._expected[at] + (part and part * (self._expected[at + 1] - self._expected[at]))
+        return self._expected[at] + (part and part * (self._expected[at + 1] - self._expected[at])) - 1
 
     def _share(self, draft: Draft) -> float:
         """Of what so many nodes promise at any depth, the share that they do at the draft's."""
@@ -227,15 +227,18 @@ class Planner:
             expected: as `StepResult.gains`.
             gained: tokens beside its own of each decoding row.
         """
-        share = self._share(draft)
-        expected = [gain / max(share, TINY) for gain in expected]
+        at, share = _size_at(draft.nodes), self._share(draft)
+        if draft.passes:
+            # it guessed what was asked for and no more: of that it says how sure it is, and of other sizes nothing
+            sure = expected[at] / max(share * self._promise(SIZES[at]), TINY)
+            expected = [sure * self._promise(size) for size in SIZES]
         if self._gains is None:
             self._gains = list(expected)
         # a text's first steps say little of it: their mean counts
         self._num_gains += 1
         weight = max(GAINS_WINDOW, 1 / (2 + self._num_gains))
         self._gains = [old + weight * (new - old) for old, new in zip(self._gains, expected, strict=True)]
-        means = (sum(gained) / len(gained), expected[_size_at(draft.nodes)] * share)
+        means = (sum(gained) / len(gained), expected[at] * share)
         self._outcome = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._outcome, means, strict=True)]
 
     def observe_plain(self) -> None:

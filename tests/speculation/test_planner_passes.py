@@ -106,6 +106,8 @@ def test_what_shallow_drafts_gained_says_more_of_deep_ones() -> None:
         made.observe_gains(shallow, gains, [1, 0, 1, 1, 0, 1, 1, 0, 1, 1])
     assert made.expected_tokens(shallow) == pytest.approx(1.7, rel=0.01)
     assert made.expected_tokens(made.draft(3)) == pytest.approx(1.96, rel=0.01)
+    # that there were no more guesses is what was asked for, and says nothing of drafts that ask for more
+    assert made.expected_tokens(made.draft(6)) == pytest.approx(1 + 0.6 + 0.36 + 0.216 + 0.1296 + 0.1, rel=0.01)
 
 
 def test_passes_make_nothing_else_dearer() -> None:

@@ -38,6 +38,11 @@ ACCEPTANCE = [[0.75, 0.10, 0.04, 0.02, 0.015, 0.01, 0.008, 0.006, 0.005, 0.004]]
 tokens with probability 0.75, 0.56, 0.42, 0.31, 0.23 (SafeAILab/EAGLE, Llama-3.1-8B)."""
 
 
+WIDER = 1.5
+"""What a pass goes on from is as many nodes as have children in a tree of so many times the nodes that a row has: some
+rows take more than others."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Nodes:
     """N nodes of rows that are expanded, row after row, each after its parent."""
@@ -137,10 +142,12 @@ class Eagle3Drafter:
             self._families[0].expand(rows, -1), order, normed, state.speculative[kept.index], tokens, chances, worth
         )
         place = torch.zeros(rows, count, dtype=torch.int64, device=device)  # of a node's feature
-        most = max(1, ceil(rows * (nodes - 1)))
         opened: _Nodes | None = None
-        for below in range(1, min(depth, self._template.max_depth)):
-            inner = self._inner[below]
+        widths = self._template.widths(WIDER * nodes)
+        for below, width in zip(range(1, depth), widths, strict=False):
+            inner, most = self._inner[below], ceil(rows * width)
+            if most == 0:
+                break
             found = worth[:, inner].flatten().topk(min(most, rows * len(inner)), sorted=False).indices.sort().values
             row, which = found // len(inner), found % len(inner)
             candidate = inner[which]

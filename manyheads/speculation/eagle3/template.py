@@ -33,6 +33,7 @@ class Template:
         grown = grow(falling, num_nodes)[0].choices[1:]
         sizes = Counter(choice[:-1] for choice in grown)
         kept = [c for c in grown if all(sizes[c[:depth]] >= LEAST_CHILDREN for depth in range(len(c)))]
+        self._best_first = kept
         self.choices: tuple[Choice, ...] = tuple(sorted(kept, key=lambda choice: (len(choice), choice)))
         self.index = {choice: c for c, choice in enumerate(self.choices)}
         self.max_depth = max(len(choice) for choice in self.choices)
@@ -51,6 +52,15 @@ class Template:
     def num_inner(self) -> int:
         """Nodes that have children, the root left out: so many a row may be expanded."""
         return len(self.children) - 1
+
+    def widths(self, nodes: float) -> list[float]:
+        """By depth, the root left out: how many nodes have children in the tree of so many nodes that is best by the
+        prior. Between two numbers of nodes, it is in proportion."""
+        whole, part = divmod(nodes, 1)
+        fewer, more = (
+            Counter(map(len, {choice[:-1] for choice in self._best_first[: int(whole) + i]})) for i in (-1, 0)
+        )
+        return [fewer[depth] + part * (more[depth] - fewer[depth]) for depth in range(1, self.max_depth)]
 
     def inner(self, depth: int) -> list[int]:
         """The candidates at a depth that have children."""
