@@ -160,14 +160,12 @@ def _added(x_ptr, inside, stride_part, PARTS: tl.constexpr):
 @triton.jit
 def _bits(x, HALVES: tl.constexpr):
     """The bits of numbers, as the lower ones of int64."""
-    if HALVES:
-        return x.to(tl.uint16, bitcast=True).to(tl.int64)
-    return x.to(tl.uint32, bitcast=True).to(tl.int64)
+    bits = x.to(tl.uint16, bitcast=True) if HALVES else x.to(tl.uint32, bitcast=True)
+    return bits.to(tl.int64)
 
 
 @triton.jit
 def _number(word, dtype: tl.constexpr, HALVES: tl.constexpr):
     """The numbers in the lower bits of words."""
-    if HALVES:
-        return word.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return word.to(tl.uint32).to(dtype, bitcast=True).to(tl.float32)
+    number = word.to(tl.uint16).to(dtype, bitcast=True) if HALVES else word.to(tl.uint32).to(dtype, bitcast=True)
+    return number.to(tl.float32)
