@@ -84,7 +84,7 @@ class Engine:
             raise RequestError(f"request id {message.request_id!r} is in use")
         if params.n != 1:
             raise RequestError("the engine takes one sequence a request; n is the front end's to fan out")
-        self.ready.check(params, [message.prompt_token_ids])
+        self.ready.check(params, [message.prompt_token_ids], message.lora)
         max_len = self.ready.max_model_len
         if params.max_tokens is not None:
             max_len = len(message.prompt_token_ids) + params.max_tokens
@@ -95,7 +95,9 @@ class Engine:
             )
         require(message.timeout is None or message.timeout > 0, f"timeout must be above 0, not {message.timeout}")
         require(params.grammar is None or self._grammars is not None, "this engine holds no text to a grammar")
-        request = Request.from_message(message, max_len, tuple(self.ready.eos_token_ids), self._random.getrandbits(62))
+        adapter = self.ready.loras.index(message.lora) + 1 if message.lora else 0
+        eos, seed = tuple(self.ready.eos_token_ids), self._random.getrandbits(62)
+        request = Request.from_message(message, max_len, eos, seed, adapter)
         self.scheduler.add(request)
         self._requests[request.request_id] = request
         if params.grammar is not None and self._grammars is not None:

@@ -43,6 +43,16 @@ def test_a_replica_without_the_middle_has_nothing_behind_it() -> None:
     assert known.longest(digests_of(long)) == {"a": 3 * BLOCK, "b": BLOCK}
 
 
+def test_what_an_adapter_or_a_salt_has_computed_is_its_own() -> None:
+    known, shared = Prefixes(100), text(0, 2 * BLOCK)
+    known.add(digests_of(shared, adapter="sql"), "a")
+    known.add(digests_of(shared, salt="s"), "b")
+    assert known.longest(digests_of(shared)) == {}
+    assert known.longest(digests_of(shared, adapter="sql")) == {"a": 2 * BLOCK}
+    assert known.longest(digests_of(shared, salt="s")) == {"b": 2 * BLOCK}
+    assert known.longest(digests_of(shared, salt="s", adapter="sql")) == {}
+
+
 def test_what_was_not_used_for_long_is_forgotten() -> None:
     known = Prefixes(4)
     known.add(digests_of(text(0, 2 * BLOCK)), "a")

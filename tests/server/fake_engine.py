@@ -36,7 +36,8 @@ class FakeEngine:
     """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`, `WHO` asks. Nobody starts within 1 s.
 
     Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything.
-    What stands in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments.
+    What stands in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments. An
+    adapter says its name.
     """
 
     config: EngineConfig
@@ -65,6 +66,7 @@ class FakeEngine:
             num_pages=64,
             page_size=16,
             eos_token_ids=[self.eos],
+            loras=list(self.config.loras),
             wanted_model_len=4096,
             memory=MEMORY,
         )
@@ -73,7 +75,7 @@ class FakeEngine:
         self.admitted = admitted  # type: ignore[method-assign]
 
     def add_request(self, message: EngineRequest) -> None:
-        self.ready.check(message.params, [message.prompt_token_ids])
+        self.ready.check(message.params, [message.prompt_token_ids], message.lora)
         if len(self.open) >= self.config.max_queue:
             raise QueueFull(f"{len(self.open)} requests are waiting")
         if message.timeout is not None and message.timeout < 1:
@@ -91,6 +93,8 @@ class FakeEngine:
             call = schema.get("anyOf", [schema])[0]["properties"]
             key = next(name for name in call if name != "name")
             return [*self.tokenizer.encode(json.dumps({"name": call["name"]["const"], key: {}})).ids, self.eos]
+        if message.lora:
+            return [*self.tokenizer.encode(message.lora).ids, self.eos]
         prompt = self.tokenizer.decode(message.prompt_token_ids, skip_special_tokens=False)
         if found := re.search(r"SAY\[\[(.*?)\]\]", prompt, re.S):
             return [*self.tokenizer.encode(found[1]).ids, self.eos]

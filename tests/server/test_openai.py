@@ -121,10 +121,21 @@ def test_completions_stream(api: openai.OpenAI) -> None:
 
 
 def test_models(api: openai.OpenAI) -> None:
-    assert [m.id for m in api.models.list()] == ["fake"]
+    assert [m.id for m in api.models.list()] == ["fake", "sql"]
     assert api.models.retrieve("fake").id == "fake"
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError, match="this server has 'fake', 'sql'"):
         api.models.retrieve("other")
+
+
+def test_an_adapter_is_a_model_with_a_parent(api: openai.OpenAI) -> None:
+    parents = {model.id: (model.model_extra or {})["parent"] for model in api.models.list()}
+    assert parents == {"fake": None, "sql": "fake"}
+    assert api.models.retrieve("sql").id == "sql"
+    answer = api.chat.completions.create(model="sql", messages=HELLO)
+    assert (answer.model, answer.choices[0].message.content) == ("sql", "sql")
+    assert api.completions.create(model="sql", prompt="hello").choices[0].text == "sql"
+    assert api.responses.create(model="sql", input="hello").output_text == "sql"
+    assert api.chat.completions.create(model="fake", messages=HELLO).choices[0].message.content != "sql"
 
 
 def test_our_own_fields(client: httpx.Client) -> None:

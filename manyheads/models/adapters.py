@@ -1,0 +1,63 @@
+"""Adapters on a model: the weights of all of them stand beside those of each product that some of them add to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from manyheads.models.config import ModelConfig
+from manyheads.models.llama import Llama
+from manyheads.models.lora import Adapter
+from manyheads.models.parameters import Packed
+from manyheads.models.registry import parameters
+from manyheads.ops.adapters import LowRank
+
+
+def attach(model: Llama, adapters: Sequence[Adapter]) -> None:
+    """Let a model's products add what adapters do; their weights are the model's from now on."""
+    model.adapters = products = model.ops.adapters()
+    for layer, declared in zip(model.layers, parameters(model.config).layers, strict=True):
+        for field, part in declared.items():
+            if isinstance(part, Packed) and (weights := _stacked(part, adapters, model)) is not None:
+                getattr(layer, field).adapt(weights, products)
+
+
+def _stacked(part: Packed, adapters: Sequence[Adapter], model: Llama) -> LowRank | None:
+    """What adapters add to a product; None if none does."""
+    held = [[adapter.weights.pop(module, None) for module in part.modules] for adapter in adapters]
+    rank = max((len(pair[0]) for pairs in held for pair in pairs if pair is not None), default=0)
+    if rank == 0:
+        return None
+    sizes = _sizes(part)
+    count = len(adapters)
+    a = torch.zeros((count, len(sizes) * rank, part.inputs), dtype=model.dtype, device=model.device)
+    b = torch.zeros((count, sum(sizes), rank), dtype=model.dtype, device=model.device)
+    for number, pairs in enumerate(held):
+        low = 0
+        for place, (name, size, pair) in enumerate(zip(part.outputs, sizes, pairs, strict=True)):
+            if pair is not None:
+                down, up = pair
+                order = part.order.get(name)
+                up = up if order is None else up[order]
+                a[number, place * rank : place * rank + len(down)] = down.to(model.device)
+                b[number, low : low + size, : up.shape[1]] = up.to(model.device)
+            low += size
+    return LowRank(a, b, tuple(sizes))
+
+
+def count_numbers(adapters: Sequence[Adapter], config: ModelConfig) -> int:
+    """How many numbers `attach` will keep, known before there is a model."""
+    total = 0
+    parts = (part for layer in parameters(config).layers for part in layer.values() if isinstance(part, Packed))
+    for part in parts:
+        pairs = [adapter.weights.get(module) for adapter in adapters for module in part.modules]
+        rank = max((len(pair[0]) for pair in pairs if pair is not None), default=0)
+        outputs = sum(_sizes(part))
+        total += len(adapters) * rank * (len(part.outputs) * part.inputs + outputs)
+    return total
+
+
+def _sizes(part: Packed) -> list[int]:
+    """Outputs of each projection."""
+    return [outputs if isinstance(outputs, int) else sum(outputs) for outputs in part.outputs.values()]
