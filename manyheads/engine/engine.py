@@ -192,8 +192,9 @@ class Engine:
         computing = {chunk.request.request_id for chunk in plan.chunks}
         self.planner.observe(result.hits, result.trials)
         if result.gains:
-            gained = [max(len(row.tokens) - 1, 0) for row in result.rows if row.request.request_id not in computing]
-            self.planner.observe_gains(plan.draft, result.gains, gained)
+            rows = [row for row in result.rows if row.request.request_id not in computing]
+            gained = [max(len(row.tokens) - 1, 0) for row in rows]
+            self.planner.observe_gains(plan.draft, result.gains, gained, [row.request.adapter for row in rows])
         elif plan.decoding and not plan.draft.propose:
             self.planner.observe_plain()
         if result.is_typical:
@@ -217,14 +218,12 @@ class Engine:
             self._counts.prompt_tokens += request.prompt_len if request.num_output == 0 else 0
         else:
             request.cached_len += len(tokens)
-        self._counts.row_steps += request.num_output > 0
-        self._counts.add_tree(row)
         request.num_steps += 1
         gained = gain(request, tokens)
         tokens, reason = gained.tokens, gained.reason
+        self._counts.add_row(row, len(tokens))
         request.tokens.extend(tokens)
         request.is_extended = len(tokens) > len(row.tokens)
-        self._counts.generation_tokens += len(tokens)
         self.scheduler.charge(request, len(tokens))
         if reason is not None:
             return self._finish(request, tokens, reason, row, gained.stop_token)

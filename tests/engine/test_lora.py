@@ -88,8 +88,15 @@ def test_texts_are_those_of_merged_models(
     stats = served.stats()
     assert stats.preemptions > 0
     assert stats.prefix_hits > 0
+    of_adapters = [
+        sum(len(text) for text, request in zip(texts, asked, strict=True) if request.lora == name) for name in ADAPTERS
+    ]
+    assert [counts.generation_tokens for counts in stats.adapters.values()] == of_adapters
+    assert list(stats.adapters) == list(ADAPTERS)
     if tree_size == 16:
-        assert stats.accepted_tokens > 0
+        assert stats.accepted_tokens > sum(counts.accepted_tokens for counts in stats.adapters.values()) > 0
+        assert stats.drafted_tokens > sum(counts.drafted_tokens for counts in stats.adapters.values()) > 0
+        assert all(0 < counts.row_steps < counts.generation_tokens for counts in stats.adapters.values())
 
 
 def test_an_int8_base_and_its_adapters_are_not_merged(folder: Path, models: dict[str, LlamaForCausalLM]) -> None:

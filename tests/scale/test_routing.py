@@ -10,7 +10,7 @@ import pytest
 from manyheads.scale.prefixes import BLOCK, Prefixes, digests_of
 from manyheads.scale.routing import Chooser, Route
 from manyheads.scale.stats import summed
-from manyheads.stats import EngineStats, MemoryUse
+from manyheads.stats import AdapterStats, EngineStats, MemoryUse
 
 
 def text(seed: int, length: int) -> list[int]:
@@ -132,3 +132,11 @@ def test_statistics_of_many_are_those_of_one() -> None:
     assert (both.num_running, both.queue_wait, both.tree_size, both.drafted_by_depth) == (3, 1.0, 8, [6, 2])
     assert both.memory.weights == 7
     assert summed([]) == EngineStats()
+
+
+def test_an_adapters_counts_are_summed_over_replicas() -> None:
+    one = EngineStats(adapters={"a": AdapterStats(row_steps=2, accepted_tokens=3), "b": AdapterStats(row_steps=1)})
+    two = EngineStats(adapters={"a": AdapterStats(row_steps=5, generation_tokens=4)})
+    both = summed([one, two]).adapters
+    assert both["a"] == AdapterStats(row_steps=7, accepted_tokens=3, generation_tokens=4)
+    assert both["b"] == AdapterStats(row_steps=1)

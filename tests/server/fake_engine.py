@@ -13,7 +13,7 @@ from pathlib import Path
 from manyheads.config import EngineConfig
 from manyheads.errors import QueueFull
 from manyheads.request import EngineReady, EngineRequest, RequestDelta, TokenLogprobs
-from manyheads.stats import EngineStats, MemoryUse
+from manyheads.stats import AdapterStats, EngineStats, MemoryUse
 from tests.server.tiny_tokenizer import END, make_backend
 
 TEXT = "The cat 🐈 sat on the mat, 猫はマットの上に座った。 It was e\u0301legant. " * 40
@@ -140,6 +140,7 @@ class FakeEngine:
             row_steps=self.counts["rows"],
             drafted_by_depth=[10, 5, 2],
             accepted_by_depth=[6, 2, 1],
+            adapters={name: AdapterStats(generation_tokens=3) for name in self.ready.loras},
             memory=MEMORY,
         )
 

@@ -138,6 +138,10 @@ def test_an_adapter_is_a_model_with_a_parent(api: openai.OpenAI) -> None:
     assert api.chat.completions.create(model="fake", messages=HELLO).choices[0].message.content != "sql"
 
 
+def test_adapters_are_counted_by_name(client: httpx.Client) -> None:
+    assert 'manyheads_adapter_generation_tokens_total{adapter="sql"} 3.0' in client.get("/metrics").text
+
+
 def test_our_own_fields(client: httpx.Client) -> None:
     body = {"messages": HELLO, "max_steps": 4, "speculative": False, "top_k": 5, "min_p": 0.1, "ignore_eos": True}
     answer = client.post("/v1/chat/completions", json=body).json()
