@@ -16,7 +16,7 @@ from manyheads.ops.adapters import LowRank
 
 def attach(model: Llama, adapters: Sequence[Adapter]) -> None:
     """Let a model's products add what adapters do; their weights are the model's from now on."""
-    model.adapters = products = model.ops.adapters()
+    model.adapters = products = model.ops.adapters(len(adapters))
     for layer, declared in zip(model.layers, parameters(model.config).layers, strict=True):
         for field, part in declared.items():
             if isinstance(part, Packed) and (weights := _stacked(part, adapters, model)) is not None:

@@ -89,8 +89,8 @@ class Ops(Protocol):
             dtype: of the activations, which a quantized weight that nothing multiplies is widened to.
         """
 
-    def adapters(self) -> Adapters:
-        """What adapters add to the products of a model."""
+    def adapters(self, count: int) -> Adapters:
+        """What so many adapters add to the products of a model."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm of [T, D], its statistics in float32 (Zhang and Sennrich 2019)."""

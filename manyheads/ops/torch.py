@@ -53,7 +53,7 @@ class TorchOps:
                 return products.OneDnnProduct(weight, bias)
         return products.PlainProduct(weight, bias)
 
-    def adapters(self) -> Adapters:
+    def adapters(self, count: int) -> Adapters:
         return TorchAdapters()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -12,10 +13,13 @@ from transformers import LlamaForCausalLM
 from manyheads import LLM, EngineConfig, SamplingParams
 from manyheads.config import ConfigError
 from manyheads.engine.engine import Engine
+from manyheads.engine.runner import Runner
 from manyheads.errors import RequestError
+from manyheads.ops.adapters import TorchAdapters
 from manyheads.quantization.schemes import SCHEMES
 from manyheads.request import EngineRequest
 from tests.engine.test_exactness import engine, prompts
+from tests.engine.test_graphs import record
 from tests.lora import merged, save_adapter
 from tests.tiny import make_model, save_model
 
@@ -97,6 +101,25 @@ def test_texts_are_those_of_merged_models(
         assert stats.accepted_tokens > sum(counts.accepted_tokens for counts in stats.adapters.values()) > 0
         assert stats.drafted_tokens > sum(counts.drafted_tokens for counts in stats.adapters.values()) > 0
         assert all(0 < counts.row_steps < counts.generation_tokens for counts in stats.adapters.values())
+
+
+def test_kernels_add_the_same_in_recorded_steps(
+    folder: Path, models: dict[str, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose rows are padded: which tokens are whose is data."""
+    monkeypatch.setattr(Runner, "overlaps", False)  # what a stand-in for a graph returns is not sent away
+    adapters = pytest.importorskip("manyheads.ops.kernel_adapters").KernelAdapters(len(ADAPTERS))
+    served, asked = serve(folder, 4), [shortened(request) for request in jobs(5)]
+    record(served)
+    monkeypatch.setattr(TorchAdapters, "plan", lambda self, which: adapters.plan(which))
+    monkeypatch.setattr(TorchAdapters, "add", lambda self, y, x, weights: adapters.add(y, x, weights))
+    assert run(served, asked) == [greedy(models[request.lora], request) for request in asked]
+
+
+def shortened(request: EngineRequest) -> EngineRequest:
+    """The interpreter takes its time."""
+    params = SamplingParams(temperature=0.0, max_tokens=6)
+    return msgspec.structs.replace(request, params=params, prompt_token_ids=request.prompt_token_ids[-8:])
 
 
 def test_an_int8_base_and_its_adapters_are_not_merged(folder: Path, models: dict[str, LlamaForCausalLM]) -> None:
