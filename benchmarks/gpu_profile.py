@@ -35,7 +35,7 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     assert isinstance(runner, Runner)
     recorded = runner.recorded
     assert recorded is not None
-    requests = [_dummy(i, CONTEXT, runner.state.page_size) for i in range(rows)]
+    requests = [_dummy(runner, i, CONTEXT) for i in range(rows)]
     # pages of their own, as far as they go: all on one, rows would read their caches from the GPU's
     pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
     for request in requests:

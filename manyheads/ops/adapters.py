@@ -39,6 +39,9 @@ class LowRank:
 class Adapters(Protocol):
     """What adapters add on a device; one for all products of a model."""
 
+    count: int
+    """Adapters that there are."""
+
     def plan(self, which: Tensor) -> None:
         """Say which tokens come next.
 
@@ -58,7 +61,8 @@ class Adapters(Protocol):
 class TorchAdapters:
     """`Adapters` by torch, where the host may look at what the tokens have."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self.count = count
         self._many: list[tuple[int, Tensor]] = []  # adapter, from 0, and its tokens, of which there are more than FEW
         self._few: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 

@@ -9,18 +9,14 @@ from manyheads.ops.adapters import LowRank
 
 
 class KernelAdapters:
-    """What adapters add, many in one batch.
-
-    Args:
-        count: adapters that there are.
-    """
+    """What adapters add, many in one batch."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._blocks: adapters.Blocks | None = None
 
     def plan(self, which: Tensor) -> None:
-        self._blocks = adapters.group(which, self._count)
+        self._blocks = adapters.group(which, self.count)
 
     def add(self, y: Tensor, x: Tensor, weights: LowRank) -> None:
         assert self._blocks is not None, "no tokens were planned"

@@ -54,7 +54,7 @@ class TorchOps:
         return products.PlainProduct(weight, bias)
 
     def adapters(self, count: int) -> Adapters:
-        return TorchAdapters()
+        return TorchAdapters(count)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)

@@ -11,10 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from manyheads.config import CheckpointError, ConfigError
 from manyheads.models.adapters import attach, count_numbers
+from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Llama
 from manyheads.models.loader import load_model
 from manyheads.models.lora import read_adapters
 from manyheads.models.registry import read_config
+from manyheads.ops.adapters import LowRank
+from manyheads.ops.products import PlainProduct
+from manyheads.ops.torch import TorchOps
+from manyheads.quantization.base import CodedScheme
+from manyheads.quantization.int8 import INT8
 from tests.forward import logits
 from tests.lora import change_config, merged, save_adapter
 from tests.models.families import reference
@@ -161,6 +167,31 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     save_adapter(tmp_path / "c", base, ("none",))
     with pytest.raises(CheckpointError, match="c holds no lora_A and lora_B weights"):
         read_adapters({"c": str(tmp_path / "c")}, config)
+
+
+class Quantized(PlainProduct):
+    """Takes rows in 8 bits, and leaves its result in parts."""
+
+    def takes(self, x: torch.Tensor) -> CodedScheme:
+        return INT8
+
+    def parts(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self(x) / 2] * 2)
+
+
+def test_adapters_read_rows_as_they_are_and_add_to_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops, x = TorchOps(), torch.randn(3, 8)
+    monkeypatch.setattr(ops, "product", lambda weight, bias, dtype: Quantized(weight, bias))
+    weight, weights = torch.randn(6, 8), LowRank(torch.randn(1, 2, 8), torch.randn(1, 6, 2), (6,))
+    linear = Linear(weight, None, torch.float32, ops, Split.INPUTS)
+    assert linear.takes(x) is INT8
+    adapters = ops.adapters(1)
+    linear.adapt(weights, adapters)
+    assert linear.takes(x) is None
+    adapters.plan(torch.tensor([1, 0, 1]))
+    added = (x @ weights.a[0].T @ weights.b[0].T) * torch.tensor([[1.0], [0.0], [1.0]])
+    assert linear(x).shape == (2, 3, 6)
+    torch.testing.assert_close(linear(x).sum(0), x @ weight.T + added)
 
 
 def test_experts_take_no_adapters(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ CASES = {
 def test_each_token_gets_what_its_own_adapter_adds(case: str, sizes: tuple[int, ...]) -> None:
     which = CASES[case]
     weights, x, y = random_weights(sizes, 3, 32), torch.randn(len(which), 32), torch.randn(len(which), sum(sizes))
-    adapters, before = TorchAdapters(), y.clone()
+    adapters, before = TorchAdapters(COUNT), y.clone()
     adapters.plan(torch.tensor(which))
     adapters.add(y, x, weights)
     torch.testing.assert_close(y, (before.double() + by_token(x, which, weights)).float(), atol=1e-4, rtol=1e-4)
