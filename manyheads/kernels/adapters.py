@@ -65,26 +65,24 @@ def group(which: Tensor, count: int) -> Blocks:
     return Blocks(order, table, size)
 
 
-def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], blocks: Blocks) -> None:
-    """Add to a product what the tokens' adapters add.
+def add(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], blocks: Blocks) -> None:
+    """Add to a product of K projections, at most 3, what the tokens' adapters add.
 
     Args:
         y: [T, out], rows contiguous, in floating point; changed in place.
         x: [T, in], rows contiguous, of the weights' dtype.
-        a: [N, K · R, in], contiguous.
-        b: [N, out, R], contiguous.
-        sizes: outputs of the K projections, at most 3.
+        a: [N, in, K · R], contiguous.
+        b: of each projection [N, R, outputs], contiguous.
         blocks: of the tokens.
     """
     num_tokens, width = x.shape
-    count, rank = len(sizes), b.shape[2]
+    count, rank, sizes = len(b), b[0].shape[1], [part.shape[2] for part in b]
     if count > 3:
         raise ValueError(f"{count} projections in one product are more than 3")
     num_blocks, splits = blocks.table.shape[1], _SPLITS if num_tokens <= _FEW_TOKENS else 1
     share = -(-width // (splits * _COLUMNS)) * _COLUMNS
-    inner = torch.empty((splits, count, num_tokens, rank), dtype=torch.float32, device=x.device)
-    ranks = max(16, triton.next_power_of_2(rank))
-    _down_kernel[(num_blocks, count, splits)](
+    inner = torch.empty((splits, num_tokens, count * rank), dtype=torch.float32, device=x.device)
+    _down_kernel[(num_blocks, splits)](
         x,
         a,
         blocks.order,
@@ -95,31 +93,27 @@ def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], blocks
         width,
         share,
         x.stride(0),
-        RANK=rank,
-        RANKS=ranks,
+        RANK=count * rank,
+        RANKS=max(16, triton.next_power_of_2(count * rank)),
         SIZE=blocks.size,
         COLUMNS=_COLUMNS,
         num_warps=4,
         **dependent(x.device),
     )
-    first, second, _ = [*sizes, 0, 0][:3]
-    counts = [-(-size // _OUTPUTS) for size in sizes]
-    _up_kernel[(num_blocks, sum(counts))](
+    _up_kernel[(num_blocks, sum(-(-size // _OUTPUTS) for size in sizes))](
         inner,
-        b,
+        *(b[min(i, count - 1)] for i in range(3)),
         blocks.order,
         blocks.table,
         y,
         num_tokens,
         num_blocks,
-        b.shape[1],
-        first,
-        first + second if count > 1 else first,
+        *[*sizes, 0, 0][:3],
         y.stride(0),
         COUNT=count,
         SPLITS=splits,
         RANK=rank,
-        RANKS=ranks,
+        RANKS=max(16, triton.next_power_of_2(rank)),
         SIZE=blocks.size,
         OUTPUTS=_OUTPUTS,
         num_warps=4,
@@ -191,7 +185,7 @@ def _down_kernel(
     COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a block of tokens, one projection, one share of the columns."""
+    """One program: a block of tokens, all projections, one share of the columns."""
     begin(DEPENDENT)
     block = tl.program_id(0)
     adapter = tl.load(table_ptr + block)
@@ -200,34 +194,36 @@ def _down_kernel(
         is_token = at < tl.load(table_ptr + 2 * num_blocks + block)
         token = tl.load(order_ptr + at, mask=is_token, other=0).to(tl.int64)
         rank = tl.arange(0, RANKS)
-        row = ((adapter - 1).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * RANK + rank
-        low = tl.program_id(2) * share
+        is_rank = rank < RANK
+        low = tl.program_id(1) * share
+        base = (adapter - 1).to(tl.int64) * width
         acc = tl.zeros((SIZE, RANKS), tl.float32)
         for start in range(low, tl.minimum(low + share, width), COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             is_column = column < width
             x_at = x_ptr + token[:, None] * stride_x + column[None, :]
             x = tl.load(x_at, mask=is_token[:, None] & is_column[None, :], other=0.0)
-            a_at = a_ptr + row[:, None] * width + column[None, :]
-            a = tl.load(a_at, mask=(rank < RANK)[:, None] & is_column[None, :], other=0.0)
-            acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
-        part = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-        inner_at = inner_ptr + (part * num_tokens + at[:, None]).to(tl.int64) * RANK + rank[None, :]
-        tl.store(inner_at, acc, mask=is_token[:, None] & (rank < RANK)[None, :])
+            a_at = a_ptr + (base + column[:, None]) * RANK + rank[None, :]
+            a = tl.load(a_at, mask=is_column[:, None] & is_rank[None, :], other=0.0)
+            acc = tl.dot(x, a, acc, input_precision="ieee")
+        inner_at = inner_ptr + (tl.program_id(1) * num_tokens + at[:, None]).to(tl.int64) * RANK + rank[None, :]
+        tl.store(inner_at, acc, mask=is_token[:, None] & is_rank[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _up_kernel(
     inner_ptr,
-    b_ptr,
+    first_ptr,
+    second_ptr,
+    third_ptr,
     order_ptr,
     table_ptr,
     y_ptr,
     num_tokens,
     num_blocks,
-    num_out,
-    second,
-    third,
+    first_size,
+    second_size,
+    third_size,
     stride_y,
     COUNT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -237,43 +233,38 @@ def _up_kernel(
     OUTPUTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a block of tokens, and outputs of one projection. The second and the third projection's begin at
-    `second` and `third`."""
+    """One program: a block of tokens, and some outputs of one projection."""
     begin(DEPENDENT)
     block = tl.program_id(0)
     adapter = tl.load(table_ptr + block)
     if adapter > 0:
+        b_ptr, size, projection, low = first_ptr, first_size, 0, 0
         piece = tl.program_id(1)
-        projection, low, high = 0, 0, second
-        if COUNT == 1:
-            high = num_out
         if COUNT > 1:
-            pieces = (second + OUTPUTS - 1) // OUTPUTS
+            pieces = tl.cdiv(first_size, OUTPUTS)
             if piece >= pieces:
-                projection, low, piece = 1, second, piece - pieces
-                high = num_out
+                b_ptr, size, projection, low = second_ptr, second_size, 1, first_size
+                piece -= pieces
                 if COUNT > 2:
-                    high = third
-                    pieces = (third - second + OUTPUTS - 1) // OUTPUTS
+                    pieces = tl.cdiv(second_size, OUTPUTS)
                     if piece >= pieces:
-                        projection, low, high, piece = 2, third, num_out, piece - pieces
+                        b_ptr, size, projection, low = third_ptr, third_size, 2, first_size + second_size
+                        piece -= pieces
         at = tl.load(table_ptr + num_blocks + block) + tl.arange(0, SIZE)
         is_token = at < tl.load(table_ptr + 2 * num_blocks + block)
         token = tl.load(order_ptr + at, mask=is_token, other=0).to(tl.int64)
         rank = tl.arange(0, RANKS)
+        is_rank = rank < RANK
         inner = tl.zeros((SIZE, RANKS), tl.float32)
         for split in range(0, SPLITS):
-            part = split * COUNT + projection
-            inner_at = inner_ptr + (part * num_tokens + at[:, None]).to(tl.int64) * RANK + rank[None, :]
-            inner += tl.load(inner_at, mask=is_token[:, None] & (rank < RANK)[None, :], other=0.0)
-        out = low + piece * OUTPUTS + tl.arange(0, OUTPUTS)
-        is_out = out < high
-        row = (adapter - 1).to(tl.int64) * num_out + out
-        b = tl.load(
-            b_ptr + row[:, None] * RANK + rank[None, :], mask=is_out[:, None] & (rank < RANK)[None, :], other=0.0
-        )
-        y_at = y_ptr + token[:, None] * stride_y + out[None, :]
+            row = (split * num_tokens + at[:, None]).to(tl.int64) * (COUNT * RANK) + projection * RANK
+            inner += tl.load(inner_ptr + row + rank[None, :], mask=is_token[:, None] & is_rank[None, :], other=0.0)
+        out = piece * OUTPUTS + tl.arange(0, OUTPUTS)
+        is_out = out < size
+        b_at = b_ptr + ((adapter - 1).to(tl.int64) * RANK + rank[:, None]) * size + out[None, :]
+        b = tl.load(b_at, mask=is_rank[:, None] & is_out[None, :], other=0.0)
+        y_at = y_ptr + token[:, None] * stride_y + low + out[None, :]
         is_there = is_token[:, None] & is_out[None, :]
         y = tl.load(y_at, mask=is_there, other=0.0).to(tl.float32)
-        y = tl.dot(inner.to(b.dtype), tl.trans(b), y, input_precision="ieee")
+        y = tl.dot(inner.to(b.dtype), b, y, input_precision="ieee")
         tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=is_there)

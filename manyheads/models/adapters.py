@@ -31,19 +31,17 @@ def _stacked(part: Packed, adapters: Sequence[Adapter], model: Llama) -> LowRank
         return None
     sizes = _sizes(part)
     count = len(adapters)
-    a = torch.zeros((count, len(sizes) * rank, part.inputs), dtype=model.dtype, device=model.device)
-    b = torch.zeros((count, sum(sizes), rank), dtype=model.dtype, device=model.device)
+    a = torch.zeros((count, part.inputs, len(sizes) * rank), dtype=model.dtype, device=model.device)
+    b = tuple(torch.zeros((count, rank, size), dtype=model.dtype, device=model.device) for size in sizes)
     for number, pairs in enumerate(held):
-        low = 0
-        for place, (name, size, pair) in enumerate(zip(part.outputs, sizes, pairs, strict=True)):
+        for place, (name, pair) in enumerate(zip(part.outputs, pairs, strict=True)):
             if pair is not None:
                 down, up = pair
                 order = part.order.get(name)
                 up = up if order is None else up[order]
-                a[number, place * rank : place * rank + len(down)] = down.to(model.device)
-                b[number, low : low + size, : up.shape[1]] = up.to(model.device)
-            low += size
-    return LowRank(a, b, tuple(sizes))
+                a[number, :, place * rank : place * rank + len(down)] = down.T.to(model.device)
+                b[place][number, : up.shape[1]] = up.T.to(model.device)
+    return LowRank(a, b)
 
 
 def count_numbers(adapters: Sequence[Adapter], config: ModelConfig) -> int:

@@ -8,32 +8,38 @@ S-LoRA: Sheng et al. 2023).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 4
-"""Tokens of an adapter, at most, that are multiplied together with those of other adapters."""
+FEW = 2
+"""Tokens of an adapter, at most, that are multiplied one by one."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """What N adapters add to K projections of the same input that are packed into one product."""
+    """What N adapters add to K projections of the same input that are packed into one product.
+
+    A projection has R numbers between the two factors; where an adapter has fewer, or leaves the projection alone, they
+    are zero.
+    """
 
     a: Tensor
-    """[N, K · R, in], contiguous: of each projection R rows; zeros where an adapter has fewer, or leaves it alone."""
-    b: Tensor
-    """[N, out, R], contiguous: a projection's outputs read its own R numbers. What an adapter multiplies its sum by is
-    in it."""
-    sizes: tuple[int, ...]
-    """Outputs of each of the K projections; out in all."""
+    """[N, in, K · R], contiguous: Aᵀ of the K projections side by side."""
+    b: tuple[Tensor, ...]
+    """Bᵀ of each projection, [N, R, its outputs], contiguous. What an adapter multiplies its sum by is in it."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Outputs of each projection."""
+        return [b.shape[2] for b in self.b]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        return self.a.nbytes + self.b.nbytes
+        return self.a.nbytes + sum(b.nbytes for b in self.b)
 
 
 class Adapters(Protocol):
@@ -59,49 +65,51 @@ class Adapters(Protocol):
 
 
 class TorchAdapters:
-    """`Adapters` by torch, where the host may look at what the tokens have."""
+    """`Adapters` by torch, where the host may look at what the tokens have.
+
+    Tokens of an adapter that has many are multiplied with it as ever. The others are bags: a token's sum is that of
+    some rows of all adapters' weights, each times a number, which are read where they lie (`F.embedding_bag`).
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._many: list[tuple[int, Tensor]] = []  # adapter, from 0, and its tokens, of which there are more than FEW
-        self._few: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._many: list[tuple[int, Tensor]] = []  # adapter, from 0, and its tokens
+        self._few: tuple[Tensor, Tensor] | None = None  # tokens, and the adapter of each
+        self._rows: dict[int, Tensor] = {}  # by rows that an adapter has in a weight, those of the few tokens' adapters
 
     def plan(self, which: Tensor) -> None:
-        present = sorted(set(which.tolist()) - {0})
-        groups = [(adapter - 1, torch.where(which == adapter)[0]) for adapter in present]
-        few = [(adapter, tokens) for adapter, tokens in groups if len(tokens) <= FEW]
-        if len(few) == 1:  # one alone has nothing to be put together with
-            few = []
-        taken = {adapter for adapter, _ in few}
-        self._many = [(adapter, tokens) for adapter, tokens in groups if adapter not in taken]
+        given = which.tolist()
+        present = sorted(set(given) - {0})
+        many = [adapter for adapter in present if given.count(adapter) > FEW]
+        self._many = [(adapter - 1, torch.where(which == adapter)[0]) for adapter in many]
+        self._rows = {}
+        tokens = [token for token, adapter in enumerate(given) if adapter and adapter not in many]
         self._few = None
-        if few:
-            width = max(len(tokens) for _, tokens in few)
-            rows = which.new_zeros(len(few), width)  # what pads them is computed in vain
-            for place, (_, tokens) in enumerate(few):
-                rows[place, : len(tokens)] = tokens
-            real = [place * width + i for place, (_, tokens) in enumerate(few) for i in range(len(tokens))]
-            adapters = which.new_tensor([adapter for adapter, _ in few])
-            self._few = adapters, rows, which.new_tensor(real), torch.cat([tokens for _, tokens in few])
+        if tokens:
+            places = which.new_tensor(tokens)
+            self._few = places, which[places] - 1
 
     def add(self, y: Tensor, x: Tensor, weights: LowRank) -> None:
-        bounds = list(accumulate(weights.sizes, initial=0))
+        if not self._many and self._few is None:
+            return
+        outputs = torch.split(y, weights.sizes, dim=1)
         for adapter, tokens in self._many:
-            a, b = weights.a[adapter], weights.b[adapter]
-            inner = (x[tokens] @ a.T).chunk(len(weights.sizes), dim=1)
-            parts = [h @ b[low:high].T for h, low, high in zip(inner, bounds, bounds[1:], strict=False)]
-            y.index_add_(0, tokens, _joined(parts).to(y.dtype))
+            inner = (x[tokens] @ weights.a[adapter]).chunk(len(weights.b), dim=1)
+            for out, h, b in zip(outputs, inner, weights.b, strict=True):
+                out.index_add_(0, tokens, (h @ b[adapter]).to(y.dtype))
         if self._few is None:
             return
-        adapters, rows, real, tokens = self._few
-        a, b = weights.a[adapters], weights.b[adapters]
-        groups = torch.bmm(x[rows], a.transpose(1, 2)).chunk(len(weights.sizes), dim=2)
-        parts = [
-            torch.bmm(h, b[:, low:high].transpose(1, 2))
-            for h, low, high in zip(groups, bounds, bounds[1:], strict=False)
-        ]
-        y.index_add_(0, tokens, _joined(parts).flatten(0, 1)[real].to(y.dtype))
+        tokens, _ = self._few
+        are_all = len(tokens) == len(x)
+        inner = self._bag(x if are_all else x[tokens], weights.a).chunk(len(weights.b), dim=1)
+        for out, h, b in zip(outputs, inner, weights.b, strict=True):
+            added = self._bag(h.contiguous(), b).to(y.dtype)
+            out.add_(added) if are_all else out.index_add_(0, tokens, added)
 
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    def _bag(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Each few token's x times its adapter's weight: [n, rows] times [N, rows, columns] → [n, columns]."""
+        rows = weight.shape[1]
+        if rows not in self._rows:
+            assert self._few is not None
+            self._rows[rows] = self._few[1][:, None] * rows + torch.arange(rows, device=x.device)
+        return F.embedding_bag(self._rows[rows], weight.flatten(0, 1), per_sample_weights=x, mode="sum")

@@ -13,17 +13,16 @@ COUNT = 5
 
 
 def random_weights(sizes: tuple[int, ...], rank: int, inputs: int, dtype: torch.dtype = torch.float32) -> LowRank:
-    a = torch.randn(COUNT, len(sizes) * rank, inputs) / inputs**0.5
-    return LowRank(a.to(dtype), torch.randn(COUNT, sum(sizes), rank).to(dtype), sizes)
+    a = torch.randn(COUNT, inputs, len(sizes) * rank) / inputs**0.5
+    return LowRank(a.to(dtype), tuple(torch.randn(COUNT, rank, size).to(dtype) for size in sizes))
 
 
 def by_token(x: Tensor, which: list[int], weights: LowRank) -> Tensor:
     """[T, out] float64"""
-    rank, rows = weights.b.shape[2], []
+    rows = []
     for token, adapter in zip(x.double(), which, strict=True):
-        a, b = (part[adapter - 1].double() * (adapter > 0) for part in (weights.a, weights.b))
-        parts = b.split(weights.sizes)
-        rows.append(torch.cat([part @ (a[i * rank : (i + 1) * rank] @ token) for i, part in enumerate(parts)]))
+        inner = (token @ weights.a[adapter - 1].double() * (adapter > 0)).chunk(len(weights.b))
+        rows.append(torch.cat([h @ b[adapter - 1].double() for h, b in zip(inner, weights.b, strict=True)]))
     return torch.stack(rows)
 
 
@@ -34,6 +33,7 @@ CASES = {
     "each another": [1, 2, 3, 4, 5],
     "mixed": [0, 3, 1, 0, 3, 5, 3, 1],
     "many beside few": [4] * 20 + [1, 1, 2, 0, 5],
+    "two of each": [5, 1, 2, 5, 1, 2],
 }
 
 
