@@ -65,18 +65,19 @@ def group(which: Tensor, count: int) -> Blocks:
     return Blocks(order, table, size)
 
 
-def add(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], blocks: Blocks) -> None:
+def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], blocks: Blocks) -> None:
     """Add to a product of K projections, at most 3, what the tokens' adapters add.
 
     Args:
         y: [T, out], rows contiguous, in floating point; changed in place.
         x: [T, in], rows contiguous, of the weights' dtype.
         a: [N, in, K · R], contiguous.
-        b: of each projection [N, R, outputs], contiguous.
+        b: [N · R · out], of each projection [N, R, its outputs].
+        sizes: outputs of each projection.
         blocks: of the tokens.
     """
     num_tokens, width = x.shape
-    count, rank, sizes = len(b), b[0].shape[1], [part.shape[2] for part in b]
+    count, rank = len(sizes), a.shape[2] // len(sizes)
     if count > 3:
         raise ValueError(f"{count} projections in one product are more than 3")
     num_blocks, splits = blocks.table.shape[1], _SPLITS if num_tokens <= _FEW_TOKENS else 1
@@ -102,12 +103,13 @@ def add(y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], blocks: Blocks) ->
     )
     _up_kernel[(num_blocks, sum(-(-size // _OUTPUTS) for size in sizes))](
         inner,
-        *(b[min(i, count - 1)] for i in range(3)),
+        b,
         blocks.order,
         blocks.table,
         y,
         num_tokens,
         num_blocks,
+        a.shape[0] * rank,
         *[*sizes, 0, 0][:3],
         y.stride(0),
         COUNT=count,
@@ -213,14 +215,13 @@ def _down_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _up_kernel(
     inner_ptr,
-    first_ptr,
-    second_ptr,
-    third_ptr,
+    b_ptr,
     order_ptr,
     table_ptr,
     y_ptr,
     num_tokens,
     num_blocks,
+    num_rows,
     first_size,
     second_size,
     third_size,
@@ -233,23 +234,22 @@ def _up_kernel(
     OUTPUTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a block of tokens, and some outputs of one projection."""
+    """One program: a block of tokens, and some outputs of one projection; `num_rows` are a projection's, N · R."""
     begin(DEPENDENT)
     block = tl.program_id(0)
     adapter = tl.load(table_ptr + block)
     if adapter > 0:
-        b_ptr, size, projection, low = first_ptr, first_size, 0, 0
         piece = tl.program_id(1)
-        if COUNT > 1:
-            pieces = tl.cdiv(first_size, OUTPUTS)
-            if piece >= pieces:
-                b_ptr, size, projection, low = second_ptr, second_size, 1, first_size
-                piece -= pieces
-                if COUNT > 2:
-                    pieces = tl.cdiv(second_size, OUTPUTS)
-                    if piece >= pieces:
-                        b_ptr, size, projection, low = third_ptr, third_size, 2, first_size + second_size
-                        piece -= pieces
+        first, second = tl.cdiv(first_size, OUTPUTS), tl.cdiv(second_size, OUTPUTS)
+        is_second, is_third = piece >= first, piece >= first + second
+        if COUNT < 3:
+            is_third = piece < 0
+        if COUNT < 2:
+            is_second = piece < 0
+        projection = is_second.to(tl.int32) + is_third.to(tl.int32)
+        size = tl.where(is_third, third_size, tl.where(is_second, second_size, first_size))
+        low = tl.where(is_second, first_size, 0) + tl.where(is_third, second_size, 0)
+        piece -= tl.where(is_second, first, 0) + tl.where(is_third, second, 0)
         at = tl.load(table_ptr + num_blocks + block) + tl.arange(0, SIZE)
         is_token = at < tl.load(table_ptr + 2 * num_blocks + block)
         token = tl.load(order_ptr + at, mask=is_token, other=0).to(tl.int64)
@@ -261,7 +261,12 @@ def _up_kernel(
             inner += tl.load(inner_ptr + row + rank[None, :], mask=is_token[:, None] & is_rank[None, :], other=0.0)
         out = piece * OUTPUTS + tl.arange(0, OUTPUTS)
         is_out = out < size
-        b_at = b_ptr + ((adapter - 1).to(tl.int64) * RANK + rank[:, None]) * size + out[None, :]
+        b_at = (
+            b_ptr
+            + low.to(tl.int64) * num_rows
+            + ((adapter - 1).to(tl.int64) * RANK + rank[:, None]) * size
+            + out[None, :]
+        )
         b = tl.load(b_at, mask=is_rank[:, None] & is_out[None, :], other=0.0)
         y_at = y_ptr + token[:, None] * stride_y + low + out[None, :]
         is_there = is_token[:, None] & is_out[None, :]

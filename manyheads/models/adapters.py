@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from manyheads.models.config import ModelConfig
 from manyheads.models.llama import Llama
 from manyheads.models.lora import Adapter
@@ -30,18 +28,16 @@ def _stacked(part: Packed, adapters: Sequence[Adapter], model: Llama) -> LowRank
     if rank == 0:
         return None
     sizes = _sizes(part)
-    count = len(adapters)
-    a = torch.zeros((count, part.inputs, len(sizes) * rank), dtype=model.dtype, device=model.device)
-    b = tuple(torch.zeros((count, rank, size), dtype=model.dtype, device=model.device) for size in sizes)
+    weights = LowRank.zeros(len(adapters), rank, part.inputs, sizes, dtype=model.dtype, device=model.device)
     for number, pairs in enumerate(held):
         for place, (name, pair) in enumerate(zip(part.outputs, pairs, strict=True)):
             if pair is not None:
                 down, up = pair
                 order = part.order.get(name)
                 up = up if order is None else up[order]
-                a[number, :, place * rank : place * rank + len(down)] = down.T.to(model.device)
-                b[place][number, : up.shape[1]] = up.T.to(model.device)
-    return LowRank(a, b)
+                weights.a[number, :, place * rank : place * rank + len(down)] = down.T.to(model.device)
+                weights.parts[place][number, : up.shape[1]] = up.T.to(model.device)
+    return weights
 
 
 def count_numbers(adapters: Sequence[Adapter], config: ModelConfig) -> int:

@@ -7,8 +7,10 @@ S-LoRA: Sheng et al. 2023).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +30,34 @@ class LowRank:
 
     a: Tensor
     """[N, in, K · R], contiguous: Aᵀ of the K projections side by side."""
-    b: tuple[Tensor, ...]
-    """Bᵀ of each projection, [N, R, its outputs], contiguous. What an adapter multiplies its sum by is in it."""
+    b: Tensor
+    """[N · R · out], the K projections' Bᵀ one behind the other, each [N, R, its outputs]. What an adapter multiplies
+    its sum by is in it."""
+    sizes: tuple[int, ...]
+    """Outputs of each projection; out in all."""
+
+    @classmethod
+    def zeros(cls, count: int, rank: int, inputs: int, sizes: Sequence[int], **kind: Any) -> LowRank:
+        """Room for N = `count` adapters of R = `rank`; `kind` is dtype and device."""
+        a = torch.zeros(count, inputs, len(sizes) * rank, **kind)
+        return cls(a, torch.zeros(count * rank * sum(sizes), **kind), tuple(sizes))
 
     @property
-    def sizes(self) -> list[int]:
-        """Outputs of each projection."""
-        return [b.shape[2] for b in self.b]
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[2] // len(self.sizes)
+
+    @cached_property
+    def parts(self) -> list[Tensor]:
+        """Bᵀ of each projection, [N, R, its outputs]."""
+        count, rank = len(self.a), self.rank
+        pieces = torch.split(self.b, [count * rank * size for size in self.sizes])
+        return [piece.view(count, rank, size) for piece, size in zip(pieces, self.sizes, strict=True)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        return self.a.nbytes + sum(b.nbytes for b in self.b)
+        return self.a.nbytes + self.b.nbytes
 
 
 class Adapters(Protocol):
@@ -92,17 +110,17 @@ class TorchAdapters:
     def add(self, y: Tensor, x: Tensor, weights: LowRank) -> None:
         if not self._many and self._few is None:
             return
-        outputs = torch.split(y, weights.sizes, dim=1)
+        outputs, parts = torch.split(y, list(weights.sizes), dim=1), weights.parts
         for adapter, tokens in self._many:
-            inner = (x[tokens] @ weights.a[adapter]).chunk(len(weights.b), dim=1)
-            for out, h, b in zip(outputs, inner, weights.b, strict=True):
+            inner = (x[tokens] @ weights.a[adapter]).chunk(len(parts), dim=1)
+            for out, h, b in zip(outputs, inner, parts, strict=True):
                 out.index_add_(0, tokens, (h @ b[adapter]).to(y.dtype))
         if self._few is None:
             return
         tokens, _ = self._few
         are_all = len(tokens) == len(x)
-        inner = self._bag(x if are_all else x[tokens], weights.a).chunk(len(weights.b), dim=1)
-        for out, h, b in zip(outputs, inner, weights.b, strict=True):
+        inner = self._bag(x if are_all else x[tokens], weights.a).chunk(len(parts), dim=1)
+        for out, h, b in zip(outputs, inner, parts, strict=True):
             added = self._bag(h.contiguous(), b).to(y.dtype)
             out.add_(added) if are_all else out.index_add_(0, tokens, added)
 

@@ -20,4 +20,4 @@ class KernelAdapters:
 
     def add(self, y: Tensor, x: Tensor, weights: LowRank) -> None:
         assert self._blocks is not None, "no tokens were planned"
-        adapters.add(y, x, weights.a, weights.b, self._blocks)
+        adapters.add(y, x, weights.a, weights.b, weights.sizes, self._blocks)

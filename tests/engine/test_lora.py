@@ -15,9 +15,11 @@ from manyheads.config import ConfigError
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
 from manyheads.errors import RequestError
+from manyheads.models.registry import read_config
 from manyheads.ops.adapters import TorchAdapters
 from manyheads.quantization.schemes import SCHEMES
 from manyheads.request import EngineRequest
+from tests.eagle3 import make_drafter
 from tests.engine.test_exactness import engine, prompts
 from tests.engine.test_graphs import record
 from tests.lora import merged, save_adapter
@@ -120,6 +122,20 @@ def shortened(request: EngineRequest) -> EngineRequest:
     """The interpreter takes its time."""
     params = SamplingParams(temperature=0.0, max_tokens=6)
     return msgspec.structs.replace(request, params=params, prompt_token_ids=request.prompt_token_ids[-8:])
+
+
+@pytest.mark.parametrize("kind", ["ngram", "eagle3"])
+def test_any_drafter_guesses_for_adapters(folder: Path, models: dict[str, LlamaForCausalLM], kind: str) -> None:
+    """EAGLE-3 keeps K/V of adapted states in the base's pages, which are each adapter's own."""
+    settings: dict[str, Any] = {"drafter": "ngram"}
+    if kind == "eagle3":
+        make_drafter(folder.parent / "eagle3", read_config(folder), draft_vocab=11)
+        settings = {"heads": str(folder.parent / "eagle3")}
+    served, asked = serve(folder, 12, max_num_batched_tokens=7, **settings), jobs(12)
+    assert run(served, asked) == [greedy(models[request.lora], request) for request in asked]
+    stats = served.stats()
+    assert stats.prefix_hits > 0
+    assert sum(counts.accepted_tokens for counts in stats.adapters.values()) > 0
 
 
 def test_an_int8_base_and_its_adapters_are_not_merged(folder: Path, models: dict[str, LlamaForCausalLM]) -> None:

@@ -64,7 +64,7 @@ def test_each_token_gets_what_its_own_adapter_adds(
     added = by_token(x, which, weights)
     adapters = KernelAdapters(COUNT)
     adapters.plan(torch.tensor(which, device=DEVICE))
-    on_device = type(weights)(weights.a.to(DEVICE), tuple(b.to(DEVICE) for b in weights.b))
+    on_device = type(weights)(weights.a.to(DEVICE), weights.b.to(DEVICE), sizes)
     for kind in (dtype, torch.float32):
         before = y.to(DEVICE, kind)
         found = before.clone()

@@ -182,14 +182,14 @@ class Quantized(PlainProduct):
 def test_adapters_read_rows_as_they_are_and_add_to_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
     ops, x = TorchOps(), torch.randn(3, 8)
     monkeypatch.setattr(ops, "product", lambda weight, bias, dtype: Quantized(weight, bias))
-    weight, weights = torch.randn(6, 8), LowRank(torch.randn(1, 8, 2), (torch.randn(1, 2, 6),))
+    weight, weights = torch.randn(6, 8), LowRank(torch.randn(1, 8, 2), torch.randn(12), (6,))
     linear = Linear(weight, None, torch.float32, ops, Split.INPUTS)
     assert linear.takes(x) is INT8
     adapters = ops.adapters(1)
     linear.adapt(weights, adapters)
     assert linear.takes(x) is None
     adapters.plan(torch.tensor([1, 0, 1]))
-    added = (x @ weights.a[0] @ weights.b[0][0]) * torch.tensor([[1.0], [0.0], [1.0]])
+    added = (x @ weights.a[0] @ weights.parts[0][0]) * torch.tensor([[1.0], [0.0], [1.0]])
     assert linear(x).shape == (2, 3, 6)
     torch.testing.assert_close(linear(x).sum(0), x @ weight.T + added)
 

@@ -14,15 +14,15 @@ COUNT = 5
 
 def random_weights(sizes: tuple[int, ...], rank: int, inputs: int, dtype: torch.dtype = torch.float32) -> LowRank:
     a = torch.randn(COUNT, inputs, len(sizes) * rank) / inputs**0.5
-    return LowRank(a.to(dtype), tuple(torch.randn(COUNT, rank, size).to(dtype) for size in sizes))
+    return LowRank(a.to(dtype), torch.randn(COUNT * rank * sum(sizes)).to(dtype), sizes)
 
 
 def by_token(x: Tensor, which: list[int], weights: LowRank) -> Tensor:
     """[T, out] float64"""
     rows = []
     for token, adapter in zip(x.double(), which, strict=True):
-        inner = (token @ weights.a[adapter - 1].double() * (adapter > 0)).chunk(len(weights.b))
-        rows.append(torch.cat([h @ b[adapter - 1].double() for h, b in zip(inner, weights.b, strict=True)]))
+        inner = (token @ weights.a[adapter - 1].double() * (adapter > 0)).chunk(len(weights.parts))
+        rows.append(torch.cat([h @ b[adapter - 1].double() for h, b in zip(inner, weights.parts, strict=True)]))
     return torch.stack(rows)
 
 
