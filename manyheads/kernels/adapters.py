@@ -22,9 +22,12 @@ from manyheads.kernels.dependent import begin, dependent
 _FEW_TOKENS = 512
 """Of so many, blocks are small, since an adapter has few of them; and programs share the sums of a row."""
 _SPLITS = 4
+_STAGES = 2
 _TOKENS_AT_ONCE = 64
 _COLUMNS = 128
 _OUTPUTS = 128
+_MOST_RANKS = 64
+"""A program has so many numbers between the two factors at once."""
 
 
 class Blocks(NamedTuple):
@@ -83,7 +86,8 @@ def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], blocks
     num_blocks, splits = blocks.table.shape[1], _SPLITS if num_tokens <= _FEW_TOKENS else 1
     share = -(-width // (splits * _COLUMNS)) * _COLUMNS
     inner = torch.empty((splits, num_tokens, count * rank), dtype=torch.float32, device=x.device)
-    _down_kernel[(num_blocks, splits)](
+    ranks = min(_MOST_RANKS, max(16, triton.next_power_of_2(count * rank)))
+    _down_kernel[(num_blocks, splits, -(-count * rank // ranks))](
         x,
         a,
         blocks.order,
@@ -95,10 +99,11 @@ def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], blocks
         share,
         x.stride(0),
         RANK=count * rank,
-        RANKS=max(16, triton.next_power_of_2(count * rank)),
+        RANKS=ranks,
         SIZE=blocks.size,
         COLUMNS=_COLUMNS,
         num_warps=4,
+        num_stages=_STAGES,
         **dependent(x.device),
     )
     _up_kernel[(num_blocks, sum(-(-size // _OUTPUTS) for size in sizes))](
@@ -115,10 +120,11 @@ def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], blocks
         COUNT=count,
         SPLITS=splits,
         RANK=rank,
-        RANKS=max(16, triton.next_power_of_2(rank)),
+        RANKS=min(_MOST_RANKS, max(16, triton.next_power_of_2(rank))),
         SIZE=blocks.size,
         OUTPUTS=_OUTPUTS,
         num_warps=4,
+        num_stages=_STAGES,
         **dependent(x.device),
     )
 
@@ -187,7 +193,7 @@ def _down_kernel(
     COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a block of tokens, all projections, one share of the columns."""
+    """One program: a block of tokens, one share of the columns, some of all projections' numbers."""
     begin(DEPENDENT)
     block = tl.program_id(0)
     adapter = tl.load(table_ptr + block)
@@ -195,7 +201,7 @@ def _down_kernel(
         at = tl.load(table_ptr + num_blocks + block) + tl.arange(0, SIZE)
         is_token = at < tl.load(table_ptr + 2 * num_blocks + block)
         token = tl.load(order_ptr + at, mask=is_token, other=0).to(tl.int64)
-        rank = tl.arange(0, RANKS)
+        rank = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
         is_rank = rank < RANK
         low = tl.program_id(1) * share
         base = (adapter - 1).to(tl.int64) * width
@@ -253,23 +259,20 @@ def _up_kernel(
         at = tl.load(table_ptr + num_blocks + block) + tl.arange(0, SIZE)
         is_token = at < tl.load(table_ptr + 2 * num_blocks + block)
         token = tl.load(order_ptr + at, mask=is_token, other=0).to(tl.int64)
-        rank = tl.arange(0, RANKS)
-        is_rank = rank < RANK
-        inner = tl.zeros((SIZE, RANKS), tl.float32)
-        for split in range(0, SPLITS):
-            row = (split * num_tokens + at[:, None]).to(tl.int64) * (COUNT * RANK) + projection * RANK
-            inner += tl.load(inner_ptr + row + rank[None, :], mask=is_token[:, None] & is_rank[None, :], other=0.0)
         out = piece * OUTPUTS + tl.arange(0, OUTPUTS)
         is_out = out < size
-        b_at = (
-            b_ptr
-            + low.to(tl.int64) * num_rows
-            + ((adapter - 1).to(tl.int64) * RANK + rank[:, None]) * size
-            + out[None, :]
-        )
-        b = tl.load(b_at, mask=is_rank[:, None] & is_out[None, :], other=0.0)
         y_at = y_ptr + token[:, None] * stride_y + low + out[None, :]
         is_there = is_token[:, None] & is_out[None, :]
         y = tl.load(y_at, mask=is_there, other=0.0).to(tl.float32)
-        y = tl.dot(inner.to(b.dtype), b, y, input_precision="ieee")
+        base = b_ptr + low.to(tl.int64) * num_rows
+        for start in range(0, RANK, RANKS):
+            rank = start + tl.arange(0, RANKS)
+            is_rank = rank < RANK
+            inner = tl.zeros((SIZE, RANKS), tl.float32)
+            for split in range(0, SPLITS):
+                row = (split * num_tokens + at[:, None]).to(tl.int64) * (COUNT * RANK) + projection * RANK
+                inner += tl.load(inner_ptr + row + rank[None, :], mask=is_token[:, None] & is_rank[None, :], other=0.0)
+            b_at = base + ((adapter - 1).to(tl.int64) * RANK + rank[:, None]) * size + out[None, :]
+            b = tl.load(b_at, mask=is_rank[:, None] & is_out[None, :], other=0.0)
+            y = tl.dot(inner.to(b.dtype), b, y, input_precision="ieee")
         tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=is_there)

@@ -51,9 +51,10 @@ TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  #
         (CASES["each another"], (130, 24), 16, 200),
         (CASES["many beside few"], (130,), 20, 520),
         (CASES["none"], (16,), 4, 32),
+        (CASES["mixed"], (16, 24), 130, 32),
         (drawn(515), (24,), 8, 32),
     ],
-    ids=["mixed", "each another", "many beside few", "none", "many"],
+    ids=["mixed", "each another", "many beside few", "none", "of a high rank", "many"],
 )
 def test_each_token_gets_what_its_own_adapter_adds(
     which: list[int], sizes: tuple[int, ...], rank: int, inputs: int, dtype: torch.dtype
