@@ -61,7 +61,6 @@ def group(which: Tensor, count: int) -> Blocks:
         num_blocks,
         COUNT=triton.next_power_of_2(count + 1),
         SIZE=size,
-        BLOCKS=triton.next_power_of_2(num_blocks),
         AT_ONCE=_TOKENS_AT_ONCE,
         **dependent(which.device),
     )
@@ -138,7 +137,6 @@ def _group_kernel(
     num_blocks,
     COUNT: tl.constexpr,
     SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -171,8 +169,9 @@ def _group_kernel(
             tl.store(block, adapter, mask=is_there)
             tl.store(block + num_blocks, last - tokens + i * SIZE, mask=is_there)
             tl.store(block + 2 * num_blocks, last, mask=is_there)
-        place = tl.arange(0, BLOCKS)
-        tl.store(table_ptr + place, 0, mask=(place >= tl.sum(needed, 0)) & (place < num_blocks))
+        for start in range(0, num_blocks, AT_ONCE):
+            place = start + at
+            tl.store(table_ptr + place, 0, mask=(place >= tl.sum(needed, 0)) & (place < num_blocks))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
