@@ -24,17 +24,17 @@ def attach(model: Llama, adapters: Sequence[Adapter]) -> None:
 def _stacked(part: Packed, adapters: Sequence[Adapter], model: Llama) -> LowRank | None:
     """What adapters add to a product; None if none does."""
     held = [[adapter.weights.pop(module, None) for module in part.modules] for adapter in adapters]
-    rank = max((len(pair[0]) for pairs in held for pair in pairs if pair is not None), default=0)
+    rank = max((len(own[0]) for found in held for own in found if own is not None), default=0)
     if rank == 0:
         return None
     sizes = _sizes(part)
     weights = LowRank.zeros(len(adapters), rank, part.inputs, sizes, dtype=model.dtype, device=model.device)
-    for number, pairs in enumerate(held):
-        for place, (name, pair) in enumerate(zip(part.outputs, pairs, strict=True)):
-            if pair is not None:
-                down, up = pair
+    for number, found in enumerate(held):
+        for place, (name, own) in enumerate(zip(part.outputs, found, strict=True)):
+            if own is not None:
+                down, up, scale = own
                 order = part.order.get(name)
-                up = up if order is None else up[order]
+                up = (up if order is None else up[order]).float() * scale
                 weights.a[number, :, place * rank : place * rank + len(down)] = down.T.to(model.device)
                 weights.parts[place][number, : up.shape[1]] = up.T.to(model.device)
     return weights
@@ -45,8 +45,8 @@ def count_numbers(adapters: Sequence[Adapter], config: ModelConfig) -> int:
     total = 0
     parts = (part for layer in parameters(config).layers for part in layer.values() if isinstance(part, Packed))
     for part in parts:
-        pairs = [adapter.weights.get(module) for adapter in adapters for module in part.modules]
-        rank = max((len(pair[0]) for pair in pairs if pair is not None), default=0)
+        found = [adapter.weights.get(module) for adapter in adapters for module in part.modules]
+        rank = max((len(own[0]) for own in found if own is not None), default=0)
         outputs = sum(_sizes(part))
         total += len(adapters) * rank * (len(part.outputs) * part.inputs + outputs)
     return total

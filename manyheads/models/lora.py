@@ -46,9 +46,9 @@ class Adapter:
 
     name: str
     """By which requests choose it."""
-    weights: dict[str, tuple[Tensor, Tensor]]
-    """By the base's module, without the leading `model.`: A [r, in], and B [out, r] times what it is multiplied by, in
-    float32."""
+    weights: dict[str, tuple[Tensor, Tensor, float]]
+    """By the base's module, without the leading `model.`: A [r, in] and B [out, r], as they are in the file, and what
+    their product is multiplied by."""
 
 
 def read_adapters(named: dict[str, str], config: ModelConfig) -> list[Adapter]:
@@ -77,16 +77,15 @@ def read_adapter(name: str, folder: Path, config: ModelConfig) -> Adapter:
             if tuple(tensor.shape) != wanted:
                 why = f"r={rank}, and the base's {module} is {outputs} × {inputs}"
                 raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {wanted} ({why})")
-            value = tensor.float()
-            if not torch.isfinite(value.sum(dtype=torch.float64)):
+            if not torch.isfinite(tensor.sum(dtype=torch.float64)):
                 raise CheckpointError(f"{path}: {key} holds values that are not finite")
-            found.setdefault(module, {})[side] = value
+            found.setdefault(module, {})[side] = tensor
     for module, sides in found.items():
         if len(sides) == 1:
             missing = "B" if "A" in sides else "A"
             raise CheckpointError(f"{folder}: {module} has no lora_{missing}")
     settings.check_targets(found)
-    weights = {module: (sides["A"], sides["B"] * settings.scale(module)) for module, sides in found.items()}
+    weights = {module: (sides["A"], sides["B"], settings.scale(module)) for module, sides in found.items()}
     return Adapter(name, weights)
 
 
