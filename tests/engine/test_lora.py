@@ -22,6 +22,7 @@ from manyheads.request import EngineRequest
 from tests.eagle3 import make_drafter
 from tests.engine.test_exactness import engine, prompts
 from tests.engine.test_graphs import record
+from tests.kernels import INTERPRETED
 from tests.lora import merged, save_adapter
 from tests.tiny import make_model, save_model
 
@@ -105,6 +106,7 @@ def test_texts_are_those_of_merged_models(
         assert all(0 < counts.row_steps < counts.generation_tokens for counts in stats.adapters.values())
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the other tests run with kernels")
 def test_kernels_add_the_same_in_recorded_steps(
     folder: Path, models: dict[str, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
