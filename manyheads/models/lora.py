@@ -90,7 +90,10 @@ def read_adapter(name: str, folder: Path, config: ModelConfig) -> Adapter:
 
 
 def _folder(name: str, where: str) -> Path:
-    folder = resolve(where)
+    try:
+        folder = resolve(where)
+    except ConfigError as error:
+        raise ConfigError(f"lora {name}: {error}") from error
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"lora {name}: {folder} holds no {CONFIG}, as peft writes it")
     return folder

@@ -7,7 +7,7 @@ adapter answers, which the drafter does not know: hence the outcome is measured 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from math import log
 
@@ -44,7 +44,7 @@ class Gains:
         if not any(adapters):
             self._shares = {0: 1.0}
         else:
-            self._shares = {adapter: adapters.count(adapter) / len(adapters) for adapter in set(adapters)}
+            self._shares = {adapter: count / len(adapters) for adapter, count in Counter(adapters).items()}
 
     @property
     def level(self) -> int | None:

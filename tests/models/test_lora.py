@@ -158,6 +158,8 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     base = make_model()
     base.save_pretrained(tmp_path / "base")
     config = read_config(tmp_path / "base")
+    with pytest.raises(ConfigError, match="lora a: '/nowhere' is no folder"):
+        read_adapters({"a": "/nowhere"}, config)
     with pytest.raises(ConfigError, match=r"lora a: .* holds no adapter_config\.json, as peft writes it"):
         read_adapters({"a": str(tmp_path / "base")}, config)
     save_adapter(tmp_path / "b", base, ("q_proj",))
