@@ -36,7 +36,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table of results: written by benchmarks/chaos.py --write-docs -->", "<!-- end of the table -->"
 ROWS = ("chaos.json", "busy.json")
 """Parts of these results that have `fault`, `aim`, `found` and `met` are rows of the table."""
-WATCHDOG, DRAIN = 3.0, 30.0
+DRAIN = 30.0
 RESTARTS = ("--max-restarts", "1000")
 
 
@@ -63,8 +63,8 @@ FAULTS = {
     "stopped": Fault(
         "engine stopped (SIGSTOP)",
         "noticed within `--watchdog`, every text the same",
-        lambda server, size, args: rows.stopped(server, size, WATCHDOG),
-        (*RESTARTS, "--watchdog", f"{WATCHDOG:g}"),
+        lambda server, size, args: rows.stopped(server, size, args.watchdog),
+        (*RESTARTS, "--watchdog", "{watchdog:g}"),
     ),
     "poison": Fault(
         "requests whose logits are NaN, beside others",
@@ -112,7 +112,7 @@ async def run(name: str, args: argparse.Namespace) -> Row:
         if fault.poisoned:
             model = Path(folder) / "model"
             args.poison = poison(Path(args.model), model)
-        options = ["--device", args.device, *fault.options, *args.options]
+        options = ["--device", args.device, *(each.format_map(vars(args)) for each in fault.options), *args.options]
         size = rows.SHORT if args.short else Size()
         if args.kills:
             size = replace(size, kills=args.kills, stops=args.kills)
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--only", choices=FAULTS, nargs="+", default=list(FAULTS))
     parser.add_argument("--short", action="store_true", help="fewer rounds with fewer requests")
     parser.add_argument("--kills", type=int, help="rounds of `killed` and `stopped` (default: 20 and 5)")
+    parser.add_argument("--watchdog", type=float, default=3.0, help="of `stopped`, in seconds (default: 3)")
     parser.add_argument("--seconds", type=float, help="of the soak (default: 300; --short: 20)")
     parser.add_argument("--model", default=str(BUILTIN), help="a folder (default: the built-in model)")
     parser.add_argument("--device", default="cpu")

@@ -76,6 +76,7 @@ class Manyheads:
                 max_num_seqs=args.max_num_seqs,
                 quantization=args.quantization,
                 kv_cache_dtype=args.kv_cache_dtype,
+                tensor_parallel_size=args.tensor_parallel_size,
             ),
             lambda line: print(f"{time.perf_counter() - args.start:6.1f} s  {line}", flush=True),
         )
@@ -157,6 +158,7 @@ class Vllm:
             disable_log_stats=False,
             quantization=args.quantization,
             kv_cache_dtype=args.kv_cache_dtype,
+            tensor_parallel_size=args.tensor_parallel_size,
             **speculative,
         )
         self._params = SamplingParams
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=12288)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--tree-size", type=int)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model")
     parser.add_argument("--shapes", default="1x1,1x24,4x8,16x4", help="of the profile")
     parser.add_argument("--replies", type=Path, help="greedy replies to be compared with, or to be written")
     parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")

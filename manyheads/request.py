@@ -80,6 +80,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Asks for the log-probabilities, from raw logits, of the chosen token and of this many most likely ones."""
     prompt_logprobs: int | None = None
     """Asks for the same of each token of the prompt but the first."""
+    return_steps: bool = False
+    """Asks for what was guessed in each step, and what came of it."""
     skip_special_tokens: bool = True
     speculative: bool = True
     """If False, this request is decoded one token a step."""
@@ -177,6 +179,23 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]]
 
 
+class Guess(msgspec.Struct, frozen=True, array_like=True):
+    """A node of the tree that a row brought to a step, its root left out."""
+
+    token_id: int
+    parent: int
+    """Where the guess before it stands among the step's; -1 if it follows the text itself."""
+    accepted: bool
+
+
+class StepTrace(msgspec.Struct, frozen=True, array_like=True):
+    """A trace says what a step gave to one request: the guesses that were accepted, and what the model drew after."""
+
+    num_tokens: int
+    guesses: list[Guess]
+    """They stand in the order of the tree; there are none where nothing was guessed."""
+
+
 class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A delta is what one step added to one request. The last one, and only that, has a finish_reason."""
 
@@ -186,6 +205,8 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """There is one for each new token, if the request asked for them."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """The first delta has those of the prompt's tokens but the first, if the request asked for them."""
+    trace: StepTrace | None = None
+    """It is there if the request asked for its steps and a step ran."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The stop token (eos included) that ended the request; it is the last of new_token_ids."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manyheads.attention.base import Group, Heads
 from manyheads.config import ConfigError
-from manyheads.kernels.attention import choose_splits, tile_sizes, tree_attention
+from manyheads.kernels.attention import choose_splits, tile_sizes, tree_attention, variants
 from manyheads.kernels.fused import rope_store
 from manyheads.kv_cache import KVCache
 
@@ -29,6 +29,8 @@ class TritonAttention:
         self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
         self._calls: dict[int, list[tuple[Group, int]]] = {}  # by window; 0 is none
         self._positions = self._slots = torch.empty(0, dtype=torch.int64, device=self.device)
+        if on_gpu:
+            self._compile()
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         self._positions, self._slots = positions, slots
@@ -49,7 +51,6 @@ class TritonAttention:
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         keys, values = self._layers[layer]
         cos, sin = self.heads.ropes[layer]
-        window = self.heads.windows.get(layer, 0)
         q = rope_store(
             qkv,
             cos,
@@ -66,24 +67,41 @@ class TritonAttention:
             values.scale,
         )
         out = torch.empty_like(q)
-        for group, num_splits in self._calls[window]:
+        for group, num_splits in self._calls[self.heads.windows.get(layer, 0)]:
             tokens = slice(group.start, group.stop)
-            tree_attention(
-                q[tokens],
-                keys.data,
-                values.data,
-                group.row_start,
-                group.cached_len,
-                group.page_table,
-                group.bits,
-                max_nodes=group.max_tokens,
-                num_splits=num_splits,
-                scale=self.heads.scale,
-                softcap=self.heads.softcap,
-                window=window,
-                positions=self._positions[tokens],
-                k_scale=keys.scale,
-                v_scale=values.scale,
-                out=out[tokens],
-            )
+            self._attend(layer, q[tokens], group, num_splits, self._positions[tokens], out[tokens])
         return out.flatten(1)
+
+    def _attend(
+        self, layer: int, q: Tensor, group: Group, num_splits: int, positions: Tensor, out: Tensor | None = None
+    ) -> None:
+        keys, values = self._layers[layer]
+        tree_attention(
+            q,
+            keys.data,
+            values.data,
+            group.row_start,
+            group.cached_len,
+            group.page_table,
+            group.bits,
+            max_nodes=group.max_tokens,
+            num_splits=num_splits,
+            scale=self.heads.scale,
+            softcap=self.heads.softcap,
+            window=self.heads.windows.get(layer, 0),
+            positions=positions,
+            k_scale=keys.scale,
+            v_scale=values.scale,
+            out=out,
+        )
+
+    def _compile(self) -> None:
+        """Run the kernels in every variant that a step can need, on the dummy page: to compile one takes seconds."""
+        for layer in {self.heads.windows.get(layer, 0): layer for layer in self.heads.ropes}.values():
+            dtype, head_dim = self.heads.ropes[layer][0].dtype, self._layers[layer][0].data.shape[-1]
+            for num_tokens, num_splits in variants(self.num_heads // self.num_kv_heads):
+                numbers = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+                starts = torch.tensor([0, num_tokens], dtype=torch.int32).to(self.device)
+                group = Group(0, num_tokens, starts, numbers, numbers[:1], numbers[None], num_tokens, 0)
+                q = torch.zeros(num_tokens, self.num_heads, head_dim, dtype=dtype, device=self.device)
+                self._attend(layer, q, group, num_splits, numbers)

@@ -121,6 +121,11 @@ class Blueprint:
         has_own_layers = self.source is not None and self.source.shape.kv_layers > 0
         return None if len(windows) < self.model.num_layers or has_own_layers else max(windows)
 
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of hidden states."""
+        return self.model.hidden_size * self.shape.dtype.itemsize
+
     def compiler(self) -> Compiler:
         """What compiles grammars for this model's tokens."""
         return Compiler(Vocabulary(self.folder, self.model.vocab_size, self.model.eos_token_ids))

@@ -15,7 +15,7 @@ from manyheads.engine.grammars import Grammars
 from manyheads.engine.scheduler import Scheduler, StepsUnread
 from manyheads.engine.step import PendingStep, Request, RowResult, StepPlan, StepResult, StepRunner
 from manyheads.errors import RequestError, require
-from manyheads.request import EngineReady, EngineRequest, FinishReason, RequestDelta, SamplingParams
+from manyheads.request import EngineReady, EngineRequest, FinishReason, RequestDelta, SamplingParams, StepTrace
 from manyheads.stats import EngineStats, MemoryUse
 
 
@@ -276,6 +276,7 @@ class Engine:
             new_token_ids=tokens,
             logprobs=row.logprobs[: len(tokens)] if row is not None and row.logprobs is not None else None,
             prompt_logprobs=request.told_prompt(len(tokens)) if row is not None else None,
+            trace=StepTrace(len(tokens), row.guesses) if row is not None and request.params.return_steps else None,
             finish_reason=reason,
             stop_token_id=stop_token,
             num_cached_tokens=request.num_cached_prompt_tokens,

@@ -66,7 +66,8 @@ class Recorder:
         collecting = gc.isenabled()
         gc.disable()  # to collect another engine's graphs is not permitted while this one is recorded
         try:
-            graph.capture_begin(pool=self._pool)
+            # other threads may ask the device for things meanwhile, as those do that look after NCCL's work
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             result = function()
             graph.capture_end()
         finally:

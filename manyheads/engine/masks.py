@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
 from manyheads.engine.step import Request
-from manyheads.speculation.tree import Tree
+from manyheads.speculation.tree import Tree, parents
 
 LEAST_LEFT = 0.05
 """What guesses that are dropped leave to the others is taken for this at least."""
@@ -147,17 +146,11 @@ def _below(tree: Tree, places: dict[int, int]) -> dict[int, list[int]]:
     Args:
         places: by node, without the root.
     """
-    parent = _parents(tree)
+    parent = parents(tree)
     below: dict[int, list[int]] = {}
     for node, place in places.items():
         below.setdefault(places.get(parent[node], -1), []).append(place)
     return below
-
-
-@lru_cache(maxsize=64)
-def _parents(tree: Tree) -> list[int]:
-    index = {choice: i for i, choice in enumerate(tree.choices)}
-    return [index[choice[:-1]] for choice in tree.choices]
 
 
 def _roots(requests: Sequence[Request]) -> NDArray[np.int32]:

@@ -44,8 +44,7 @@ def build(launch: RankLaunch) -> Follower:
         raise ValueError(f"this is manyheads {version('manyheads')}, and rank 0 is {launch.version}")
     plan = Blueprint.draw(launch.config, lambda line: None, launch.rank)
     size = launch.config.tensor_parallel_size
-    ranks = Ranks.join(launch.rank, size, Path(launch.folder), plan.shape.device)
-    ranks.least(0)
+    ranks = Ranks.join(launch.rank, size, Path(launch.folder), plan.shape.device, plan.row_bytes)
     return Follower(plan.runner(lambda line: None, ranks=ranks), plan.compiler())
 
 

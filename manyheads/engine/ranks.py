@@ -62,11 +62,10 @@ class Others:
             first = RankLaunch(config=config, rank=rank, folder=str(folder), version=version("manyheads"))
             self._send(self._pipes[rank - 1], msgspec.msgpack.encode(first))
 
-    def join(self, folder: Path, device: Any) -> Ranks:
+    def join(self, folder: Path, plan: Blueprint) -> Ranks:
         """Meet them. Raises RankFailed."""
         with self.blamed():
-            ranks = Ranks.join(0, len(self._processes) + 1, folder, device)
-            ranks.least(0)  # all are there, and have found each other
+            ranks = Ranks.join(0, len(self._processes) + 1, folder, plan.shape.device, plan.row_bytes)
         self._ranks = ranks
         return ranks
 
@@ -150,7 +149,7 @@ def leading_runner(plan: Blueprint, progress: Progress) -> Runner:
     try:
         progress(f"starting {plan.config.tensor_parallel_size} ranks")
         others = Others(plan.config, folder)
-        ranks = others.join(folder, plan.shape.device)
+        ranks = others.join(folder, plan)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     with others.blamed():

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from manyheads.engine.guesses import TreeGuesses
 from manyheads.engine.logprobs import look_up
 from manyheads.engine.prompt_logprobs import Scored
 from manyheads.engine.step import Request, RowResult, StepResult
+from manyheads.request import Guess
 from manyheads.speculation.drafter import Drafter
 
 
@@ -25,6 +27,8 @@ class Drawn:
     gains: Tensor | None = None  # [sizes] float32, `Trees.gains` at the sizes that the planner considers
     logits: dict[int, Tensor] = field(default_factory=dict)
     """By row, for requests that want log-probabilities: [n, V] float32, raw."""
+    guesses: TreeGuesses | None = None
+    """What trees held, if a request asks for its steps."""
 
 
 class PendingStep:
@@ -67,9 +71,13 @@ class PendingStep:
                     gained -= 1
                 logprobs = None
                 if tokens and i in drawn.logits:
-                    path = torch.tensor(values[i][3 + width : 3 + width + gained], device=drawn.logits[i].device)
-                    logprobs = look_up(drawn.logits[i][path], tokens, request.params.logprobs or 0).of(tokens)
-                result.rows.append(RowResult(request, tokens, logprobs, depth, brought - 1, is_finite))
+                    drew = torch.tensor(values[i][3 + width : 3 + width + gained], device=drawn.logits[i].device)
+                    logprobs = look_up(drawn.logits[i][drew], tokens, request.params.logprobs or 0).of(tokens)
+                guesses: list[Guess] = []
+                if drawn.guesses is not None and request.params.return_steps:
+                    path = values[i][3 + width + 1 : 3 + width + values[i][0]]
+                    guesses = drawn.guesses.of(i, values[i][3 + 2 * width :], path)
+                result.rows.append(RowResult(request, tokens, logprobs, depth, brought - 1, guesses, is_finite))
                 if i in drawn.known and self._drafter is not None:
                     count_hits(result, tokens, values[i][3 + 2 * width :], self._drafter)
             if drawn.gains is not None:

@@ -11,7 +11,7 @@ padded; which row brings how many of them is data. What comes before and behind 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from manyheads.batch import MAX_NODES, InFlight, Trees, TreeTensors
 from manyheads.engine.graphs import Recorded, Recorder
 from manyheads.engine.record_sizes import CHUNKS, ROWS, TREE_ROWS, TREES, PassKey, fitting, padded_rows, pass_keys
 from manyheads.engine.sampler import draw, edits_logits, nodes_of
-from manyheads.engine.step import Chunk, Request, StepPlan
+from manyheads.engine.step import Chunk, Request
 from manyheads.engine.step_run import (
     ChunkRows,
     DecodingRows,
@@ -45,6 +45,7 @@ class _Step:
 
     rows: DecodingRows
     trees: Trees
+    hidden: Hidden
     logits: Tensor  # [T, V]
     target: Tensor  # [T] int64
     forward: Recorded[tuple[Trees, Hidden, Tensor, Tensor]]
@@ -95,11 +96,11 @@ class RecordedSteps:
         return next((size for size in self.prompt_sizes if size >= num_tokens), num_tokens)
 
     @staticmethod
-    def serves(plan: StepPlan) -> bool:
-        """Whether a step is a decoding step, of rows that want nothing that only the sampler in one pass does."""
-        return not plan.chunks and all(
+    def serves(requests: list[Request]) -> bool:
+        """Whether decoding rows want nothing that only the sampler in one pass does."""
+        return all(
             r.params.logprobs is None and r.matcher is None and (r.params.greedy or r.params.acceptance == "exact")
-            for r in plan.decoding
+            for r in requests
         )
 
     def decode(self, requests: list[Request], draft: Draft, tree: TreeTensors) -> tuple[Trees, Tensor]:
@@ -108,22 +109,54 @@ class RecordedSteps:
         Args:
             tree: of the draft.
         """
-        state = self.run.state
-        key = self._key(padded_rows(len(requests), state.num_rows, TREE_ROWS if draft.propose else ROWS), draft)
-        if key not in self._steps:
-            self._make_steps([(key, draft)])
-        step = self._steps[key]
-        padding = [state.num_rows] * (key[0] - len(requests))
-        step.rows.index.copy_(state.tensor([*(request.row for request in requests), *padding]), non_blocking=True)
-        if self._trees.get(key) != draft.tree:
-            self._trees[key] = draft.tree
-            step.rows.tree.take(tree)
+        rows = self.decoding_rows(requests, draft, tree)
+        step, state = self._with_rows(rows, draft), self.run.state
         step.forward.replay()
         if any(not request.params.greedy or edits_logits(request) for request in requests):
             nodes = nodes_of(requests, step.trees, state, draft.tree.max_depth)
             target, _ = draw(step.logits.float(), nodes, state)
             step.target.copy_(target)
         return step.trees, step.finish.replay()
+
+    def decoding_rows(self, requests: list[Request], draft: Draft, tree: TreeTensors) -> DecodingRows:
+        """Rows as the step that is recorded for as many has them, with dummy rows behind them.
+
+        Args:
+            tree: of the draft.
+        """
+        state = self.run.state
+        key = self._key(padded_rows(len(requests), state.num_rows, TREE_ROWS if draft.propose else ROWS), draft)
+        if key not in self._steps:
+            self._make_steps([(key, draft)])
+        padding = [state.num_rows] * (key[0] - len(requests))
+        index = state.tensor([*(request.row for request in requests), *padding])
+        return replace(self._steps[key].rows, index=index, tree=tree)
+
+    def finish(
+        self, rows: DecodingRows, draft: Draft, trees: Trees, hidden: Hidden, target: Tensor
+    ) -> tuple[Trees, Tensor]:
+        """The end of a step that computed prompts beside these rows; what it says of them is as `decode`'s.
+
+        Args:
+            rows: as `decoding_rows` made them.
+            trees, hidden, target: of these rows. NOTE: not what a recorded step returned, which is written to here.
+        """
+        step = self._with_rows(rows, draft)
+        there, given = ([*_tensors(x), *_tensors(x.inflight)] for x in (step.trees, trees))
+        there += [*_tensors(step.hidden), step.target]
+        given += [*_tensors(hidden), target]
+        torch._foreach_copy_(there, given)
+        return step.trees, step.finish.replay()
+
+    def _with_rows(self, rows: DecodingRows, draft: Draft) -> _Step:
+        """The step that is recorded for so many rows, made ready for these."""
+        key = self._key(len(rows.index), draft)
+        step = self._steps[key]
+        step.rows.index.copy_(rows.index, non_blocking=True)
+        if self._trees.get(key) != draft.tree:
+            self._trees[key] = draft.tree
+            step.rows.tree.take(rows.tree)
+        return step
 
     def forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden] | None:
         """What a pass makes of the chunks' tokens (and of what pads them), and of the trees'; None where none was
@@ -210,7 +243,7 @@ class RecordedSteps:
             first = self.recorder.record(forward)
             trees, hidden, logits, target = first.result
             second = self.recorder.record(lambda: run.finish(rows, trees, hidden, target))
-        return _Step(rows, trees, logits, target, first, second)
+        return _Step(rows, trees, hidden, logits, target, first, second)
 
     def _record_pass(self, key: PassKey) -> _Pass:
         state = self.run.state
@@ -254,6 +287,12 @@ def all_steps(planner: Planner, most: int) -> list[tuple[int, Draft]]:
     for rows in sorted({min(rows, most) for rows in TREE_ROWS}, reverse=True):
         wanted += [(rows, draft) for draft in planner.drafts(rows)]
     return wanted
+
+
+def _tensors(record: Any) -> list[Tensor]:
+    """A record's own tensors."""
+    held = (getattr(record, field.name) for field in fields(record))
+    return [value for value in held if isinstance(value, Tensor)]
 
 
 def _starts(num_rows: int, num_tokens: int, device: torch.device) -> Tensor:

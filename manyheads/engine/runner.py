@@ -16,6 +16,7 @@ from torch import Tensor
 from manyheads.batch import RowState, Trees, TreeTensors
 from manyheads.engine.chains import chunk_chain, told_of
 from manyheads.engine.graphs import Recorder
+from manyheads.engine.guesses import TreeGuesses
 from manyheads.engine.masks import TreeWalk
 from manyheads.engine.prompt_logprobs import Scored, score
 from manyheads.engine.readout import Drawn, PendingStep
@@ -140,7 +141,7 @@ class Runner:
     def _launch(self, plan: StepPlan) -> PendingStep:
         admit(self.state, self.drafter, [*plan.admitted, *plan.extended])
         sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
-        if self.recorded is not None and self.recorded.serves(plan):
+        if self.recorded is not None and not plan.chunks and self.recorded.serves(plan.decoding):
             trees, values = self.recorded.decode(plan.decoding, plan.draft, self._tensors(plan.draft.tree))
             return self._pending([self._drawn(plan, plan.decoding, trees, values)])
         scored: list[Scored] = []
@@ -151,7 +152,12 @@ class Runner:
         state = self.state
         # of about equal length side by side: attention may pad them to rectangles
         requests = sorted(plan.decoding, key=lambda request: request.max_cached_len)
-        rows = self._decoding_rows(requests, plan.draft) if requests else None
+        # a recorded decoding step ends as this one does
+        recorded = self.recorded if requests and self.recorded and self.recorded.serves(requests) else None
+        rows: DecodingRows | None = None
+        if requests:
+            make = recorded.decoding_rows if recorded is not None else self._decoding_rows
+            rows = make(requests, plan.draft, self._tensors(plan.draft.tree))
         walk = TreeWalk.of(requests, state)
         if walk is not None:
             walk.drop(self._tensors(plan.draft.tree))
@@ -176,17 +182,20 @@ class Runner:
         if chain is not None:
             assert known.states is not None
             others = told_of(chain, known.states, others, last, ends)
+        if others is not None:
+            # where depth costs passes, those who begin have to wait a step for more than one token
+            self.run.propose(others, min(1, plan.draft.tree.max_depth) if ended else 0, plan.draft.nodes)
         if rows is None or trees is None:
-            assert others is not None
-            depth = plan.draft.tree.max_depth if ended else 0
-            self.run.propose(others, depth, plan.draft.nodes)
             return drawn
         logits = logits[len(ended) :]
         raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
         masks = walk.masks(plan.draft.tree) if walk is not None else None
         target, distributions = draw(logits, nodes_of(requests, trees, state, rows.depth, masks), state)
-        accepted = accepted_nodes(state, trees, target, distributions)
-        values = self.run.finish(rows, trees, hidden, target, accepted, others)
+        if recorded is not None:
+            trees, values = recorded.finish(rows, plan.draft, trees, hidden, target)
+        else:
+            accepted = accepted_nodes(state, trees, target, distributions)
+            values = self.run.finish(rows, trees, hidden, target, accepted)
         return [*drawn, self._drawn(plan, requests, trees, values, raw)]
 
     def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden]:
@@ -202,10 +211,10 @@ class Runner:
         columns = [0] if self.drafter is None else self.drafter.columns(tree)
         return tree_tensors(tree, columns, self.device)
 
-    def _decoding_rows(self, requests: list[Request], draft: Draft) -> DecodingRows:
+    def _decoding_rows(self, requests: list[Request], draft: Draft, tree: TreeTensors) -> DecodingRows:
         return DecodingRows(
             index=self.state.tensor([request.row for request in requests]),
-            tree=self._tensors(draft.tree),
+            tree=tree,
             num_tokens=draft.num_tokens(len(requests)),
             nodes=draft.nodes,
             depth=draft.tree.max_depth,
@@ -262,7 +271,11 @@ class Runner:
         # rows for which the drafter has not spoken yet expect nothing, which says nothing
         said = trees.gains if len(known) == len(requests) else None
         gains = self._sent(said) if said is not None else None
-        return Drawn(requests, self._sent(values[: len(requests)]), width, known, gains, logits or {})
+        guesses = None
+        if plan.draft.propose and self.drafter is not None and any(r.params.return_steps for r in requests):
+            tree = plan.draft.tree
+            guesses = TreeGuesses(self._sent(trees.taken[: len(requests)]), tree, self.drafter.columns(tree))
+        return Drawn(requests, self._sent(values[: len(requests)]), width, known, gains, logits or {}, guesses)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """On its way to the host, at once: what a graph returns lies in memory that the next graph may compute in."""

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from manyheads.engine.matcher import Matcher
 from manyheads.engine.page_manager import PageTable, salted
-from manyheads.request import EngineRequest, SamplingParams, TokenLogprobs
+from manyheads.request import EngineRequest, Guess, SamplingParams, TokenLogprobs
 from manyheads.speculation.draft import NO_DRAFT, Draft
 
 
@@ -212,6 +212,8 @@ class RowResult:
     """Depth of the tree the row brought; 0 for a root alone."""
     num_drafted: int = 0
     """Nodes of it, the root left out."""
+    guesses: list[Guess] = field(default_factory=list)
+    """Those nodes, if the request asks for its steps."""
     is_finite: bool = True
     """Whether the target could draw a token; if not, its own is missing, since its logits were NaN or infinite."""
 

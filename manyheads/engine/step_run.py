@@ -128,7 +128,6 @@ class StepRun:
         hidden: Hidden,
         target: Tensor,
         accepted: Tensor | None = None,
-        others: Kept | None = None,
     ) -> Tensor:
         """Keep what agrees with the target, and propose what may come next.
 
@@ -136,7 +135,6 @@ class StepRun:
             hidden: of the decoding rows' tokens.
             target: [T] int64, what the target drew after each of them.
             accepted: as `Ops.settle`'s.
-            others: rows whose prompts ended in this step, a token each: the drafter proposes for them as well.
 
         Returns:
             `Outcome.values`.
@@ -147,7 +145,7 @@ class StepRun:
         kept = Kept(decoding.index, hidden.last[outcome.last], tokens, gained)
         if hidden.states is not None:
             kept = self._with_chain(kept, trees, outcome.values[:, 3 + width : 3 + 2 * width], hidden.states)
-        self.propose(kept if others is None else _both(others, kept), decoding.depth, decoding.nodes)
+        self.propose(kept, decoding.depth, decoding.nodes)
         return outcome.values
 
     def propose(self, kept: Kept, depth: int, nodes: float) -> None:
@@ -196,8 +194,8 @@ class StepRun:
         is_real, row = row < rows, row.clamp(max=rows - 1)
         place = (at - ends[row] + gained[row]).clamp(0, width - 1)
         node = torch.where(is_real, path[row, place], 0)
-        first = state.cached_len[index] - gained
-        position = (first[row] + place).clamp(min=0)
+        first = (state.cached_len[index] - gained).clamp(min=0)  # the dummy row gains tokens and stays where it is
+        position = first[row] + place
         one = torch.ones_like(at)
         group = Group(
             start=0,
@@ -277,22 +275,6 @@ def gain_sizes(num_rows: int, draft: Draft, device: torch.device) -> Tensor | No
         return None
     sizes = [min(int(size * num_rows), num_rows * num_nodes) for size in SIZES]
     return torch.tensor(sizes).to(device, non_blocking=True)
-
-
-def _both(others: Kept, kept: Kept) -> Kept:
-    """Rows that gained a token, and rows that gained some."""
-    tokens = F.pad(others.tokens, (0, kept.tokens.shape[1] - others.tokens.shape[1]))
-    last = None
-    if others.last is not None and kept.last is not None:
-        last = torch.cat((others.last, kept.last + sum(len(chain.following) for chain in others.chains)))
-    return Kept(
-        torch.cat((others.index, kept.index)),
-        torch.cat((others.hidden, kept.hidden)),
-        torch.cat((tokens, kept.tokens)),
-        torch.cat((others.gained, kept.gained)),
-        (*others.chains, *kept.chains),
-        last,
-    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

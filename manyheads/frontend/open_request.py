@@ -55,12 +55,17 @@ class OpenRequest:
 
 async def waiting(queue: DeltaQueue) -> list[RequestDelta]:
     """Wait for a delta and take what has come beside it; if this process did not keep up, several steps of a request
-    become one delta. So a server that lags behind writes fewer and larger events, and its readers wait no longer."""
-    found = {(delta := await queue.get()).request_id: delta}
+    become one delta. So a server that lags behind writes fewer and larger events, and its readers wait no longer.
+    A request that asks for its steps has a delta for each all the same."""
+    found: dict[tuple[str, int], RequestDelta] = {}
+    delta = await queue.get()
     is_behind = not queue.empty()
-    while not queue.empty():
+    while True:
+        key = (delta.request_id, len(found) if delta.trace is not None else -1)
+        found[key] = _joined(found[key], delta) if key in found else delta
+        if queue.empty():
+            break
         delta = queue.get_nowait()
-        found[delta.request_id] = _joined(found[delta.request_id], delta) if delta.request_id in found else delta
     if is_behind:  # a task that only waits for what is there already cannot be cancelled
         await asyncio.sleep(0)
     return list(found.values())

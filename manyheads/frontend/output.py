@@ -8,7 +8,7 @@ import msgspec
 
 from manyheads.frontend.markers import certain
 from manyheads.frontend.tokenizer import Detokenizer, Tokenizer
-from manyheads.request import ErrorKind, FinishReason, RequestDelta, SamplingParams, TokenLogprobs
+from manyheads.request import ErrorKind, FinishReason, RequestDelta, SamplingParams, StepTrace, TokenLogprobs
 
 
 class TextDelta(msgspec.Struct, kw_only=True):
@@ -19,6 +19,8 @@ class TextDelta(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """The first delta has those of the prompt's tokens but the first, if they were asked for."""
+    trace: StepTrace | None = None
+    """The delta is that of one step, if the steps were asked for."""
     finish_reason: FinishReason | None = None
 
 
@@ -33,6 +35,8 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it stands here; None is eos or length."""
     num_steps: int = 0
+    steps: list[StepTrace] | None = None
+    """What each step guessed and gave, if that was asked for."""
     error: str | None = None
 
 
@@ -105,6 +109,7 @@ class SequenceOutput:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.num_steps = 0
+        self.steps: list[StepTrace] | None = [] if params.return_steps else None
         self.num_cached_tokens = 0
         self.error: str | None = None
         self.error_kind: ErrorKind | None = None
@@ -154,11 +159,16 @@ class SequenceOutput:
             self._text.append(text)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
+        trace = delta.trace
+        if self.steps is not None and trace is not None:
+            trace = StepTrace(kept, trace.guesses)
+            self.steps.append(trace)
         return TextDelta(
             text=text,
             token_ids=tokens[:kept],
             logprobs=logprobs,
             prompt_logprobs=delta.prompt_logprobs,
+            trace=trace,
             finish_reason=self.finish_reason,
         )
 

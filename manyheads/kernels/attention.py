@@ -96,6 +96,12 @@ def tile_sizes(max_nodes: int, mean_nodes: int, queries_per_kv: int, largest: in
     return block_m, -(-max_nodes * queries_per_kv // block_m)
 
 
+def variants(queries_per_kv: int) -> list[tuple[int, int]]:
+    """Tokens of a row, and splits, that need every variant of the kernels between them."""
+    tokens = [max(1, block_m // queries_per_kv) for block_m in _PER_SM if block_m < 128] + [-(-512 // queries_per_kv)]
+    return [(count, splits) for count in tokens for splits in (1, 2)] + [(1, 2**i) for i in range(2, 6)]
+
+
 def scratch_numel(num_tokens: int, num_heads: int, head_dim: int, num_splits: int) -> int:
     """float32 elements of scratch that `tree_attention` needs."""
     return 0 if num_splits == 1 else num_splits * num_tokens * num_heads * (head_dim + 2)
@@ -379,7 +385,7 @@ def _halves(pair, dtype: tl.constexpr, IN_REGISTERS: tl.constexpr):
 
 # Values that change from step to step must not be specialized on, or serving would stop to compile.
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_splits"],
+    do_not_specialize=["num_tokens", "num_splits", "stride_table"],
     do_not_specialize_on_alignment=["row_start", "cached_len", "page_table", "token_mask", "position_ptr"],
 )
 def _attend_kernel(

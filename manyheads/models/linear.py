@@ -64,7 +64,7 @@ class Linear:
         """What adapters add, if they do."""
         self._multiply: Callable[[Any], Tensor] = product
         if split is Split.INPUTS and ranks.size > 1:
-            self._multiply = lambda x: ranks.sum(product(x))
+            self._multiply = lambda x: ranks.sum(product.parts(x), dtype)
         elif split is Split.INPUTS and not whole:
             self._multiply = product.parts
         elif split is Split.GATHERED and ranks.size > 1:

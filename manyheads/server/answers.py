@@ -63,6 +63,21 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 """By token id, for each token of a prompt; null for the first."""
 
 
+class StepGuess(BaseModel):
+    """It is a token that was guessed for a step."""
+
+    token: str
+    parent: int = Field(ge=-1, description="which of the step's guesses it follows; -1: the text before the step")
+    accepted: bool = Field(description="whether the model agreed")
+
+
+class Step(BaseModel):
+    """It is what a step of the model gave: the guesses that it accepted, and what it drew after them."""
+
+    num_tokens: int = Field(ge=0)
+    guesses: list[StepGuess]
+
+
 class CompletionChoice(BaseModel):
     """It is one continuation, or in a stream what came of it."""
 
@@ -74,6 +89,7 @@ class CompletionChoice(BaseModel):
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
+    steps: list[Step] | None = Field(default=None, description="in a stream, that of the event")
 
 
 class CompletionChunk(BaseModel):
@@ -148,6 +164,7 @@ class ChatChoice(BaseModel):
     finish_reason: ChatFinishReason
     stop_reason: int | str | None
     token_ids: list[int] | None = None
+    steps: list[Step] | None = Field(default=None, description="in a stream, that of the event")
 
 
 class ChatCompletion(BaseModel):
@@ -197,6 +214,7 @@ class ChatChunkChoice(BaseModel):
     finish_reason: ChatFinishReason | None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    steps: list[Step] | None = Field(default=None, description="in a stream, that of the event")
 
 
 class ChatCompletionChunk(BaseModel):

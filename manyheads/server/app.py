@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
@@ -23,11 +22,9 @@ from manyheads.server.limits import BodyLimit
 from manyheads.server.logs import RequestLog
 from manyheads.server.openai import openai_router
 from manyheads.server.openapi import describe, errors
+from manyheads.server.pages import add_pages
 from manyheads.server.service import Service
 from manyheads.server.tokenizing import tokenizer_router
-
-PAGE = Path(__file__).parent / "page" / "index.html"
-ICON = PAGE.with_name("icon.svg")
 
 
 def package_version() -> str:
@@ -68,6 +65,7 @@ def create_app(service: Service, config: ServerConfig) -> ASGIApp:
     app.include_router(openai_router(service))
     app.include_router(tokenizer_router(service))
     _add_service_routes(app, service)
+    add_pages(app)
     describe(app, lambda path: config.needs_key and needs_key(path, config.protect_info), is_strict=config.strict)
     # not one of the application's own, for those do not see the answer to an unexpected error
     return RequestLog(app, access_log=config.access_log)
@@ -94,11 +92,3 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", tags=["Service"], summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def icon() -> Response:
-        return Response(ICON.read_bytes(), media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})

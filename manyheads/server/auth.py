@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from manyheads.server.errors import ApiError
 from manyheads.server.keys import Key, Keys
 from manyheads.server.logs import token_counts
+from manyheads.server.pages import FILES
 
-OPEN_PATHS = frozenset({"/", "/favicon.ico", "/health", "/ready"})
-"""These never need a key: probes, and the page (whose requests bring one)."""
+OPEN_PATHS = frozenset({"/", "/dashboard", "/favicon.ico", "/health", "/ready"})
+"""These never need a key: probes, and the pages (whose requests bring one) with their FILES."""
 DOCS_FILES = "/docs-files"
 """The scripts of /docs are served from here."""
 INFO_PATHS = frozenset({"/version", "/docs", "/openapi.json", "/metrics"})
@@ -103,7 +104,7 @@ def needs_key(path: str, protect_info: bool) -> bool:
     """Tell whether a path asks for a key where there are any."""
     if path in INFO_PATHS or path.startswith(DOCS_FILES + "/"):
         return protect_info
-    return path not in OPEN_PATHS
+    return path not in OPEN_PATHS and not path.startswith(FILES + "/")
 
 
 def _path(scope: Scope) -> str:

@@ -82,13 +82,14 @@ class _ChatWriter(Writer[ChatRequest]):
             message["content"] = reply.content.strip() or None
             message["tool_calls"] = [_whole_call(call) for call in reply.calls]
             self._calling.add(output)
-        return {
+        choice = {
             "index": self.numbers[output],
             "message": message,
             "logprobs": chat_logprobs(self.tokenizer, output.logprobs),
             **self._end(output),
             **({"token_ids": output.token_ids} if self.body.return_token_ids else {}),
         }
+        return self.with_steps(choice, output.steps)
 
     def chunk(self, generation: Generation, output: SequenceOutput, delta: TextDelta) -> dict[str, Any] | None:
         is_last = delta.finish_reason is not None
@@ -96,7 +97,7 @@ class _ChatWriter(Writer[ChatRequest]):
         if reply.calls:
             self._calling.add(output)
         wants_tokens = bool(self.body.return_token_ids and delta.token_ids)
-        if not (reply or delta.logprobs or is_last or wants_tokens):
+        if not (reply or delta.logprobs or is_last or wants_tokens or delta.trace is not None):
             return None
         choice = {
             "index": self.numbers[output],
@@ -105,7 +106,9 @@ class _ChatWriter(Writer[ChatRequest]):
             "finish_reason": None,
             **(self._end(output) if is_last else {}),
         }
-        return choice | ({"token_ids": delta.token_ids} if self.body.return_token_ids else {})
+        if self.body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return self.with_steps(choice, [delta.trace])
 
     def _end(self, output: SequenceOutput) -> dict[str, Any]:
         calls = output in self._calling and output.finish_reason == "stop"

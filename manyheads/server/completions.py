@@ -70,14 +70,15 @@ class _CompletionWriter(Writer[CompletionRequest]):
             prompt_logprobs=output.prompt_logprobs,
             finish_reason=output.finish_reason,
         )
-        return self._choice(generation, output, whole, is_first=True)
+        return self.with_steps(self._choice(generation, output, whole, is_first=True), output.steps)
 
     def chunk(self, generation: Generation, output: SequenceOutput, delta: TextDelta) -> dict[str, Any] | None:
         is_first = delta.prompt_logprobs is not None
         wants_tokens = bool(self.body.return_token_ids and delta.token_ids)
-        if not (delta.text or delta.logprobs or delta.finish_reason or is_first or wants_tokens):
+        wants_more = wants_tokens or delta.trace is not None
+        if not (delta.text or delta.logprobs or delta.finish_reason or is_first or wants_more):
             return None  # text that is still held back, unless log-probabilities came with its tokens
-        return self._choice(generation, output, delta, is_first=is_first)
+        return self.with_steps(self._choice(generation, output, delta, is_first=is_first), [delta.trace])
 
     def _choice(
         self, generation: Generation, output: SequenceOutput, delta: TextDelta, is_first: bool = False

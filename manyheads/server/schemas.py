@@ -131,6 +131,7 @@ class OpenAIRequest(Sampling, Queueing, Structured):
         default=None, description="keep so many tokens of the prompt, the last ones; -1: as many as the context holds"
     )
     return_token_ids: bool | None = Field(default=None, description="answer with the tokens of prompt and output")
+    return_steps: bool | None = Field(default=None, description="answer with what each step guessed and gave")
     prompt_logprobs: Annotated[Whole, between("prompt_logprobs")] | None = Field(
         default=None, description="as logprobs, of the prompt's tokens"
     )
@@ -181,6 +182,7 @@ class CompletionRequest(OpenAIRequest):
             defaults,
             n=self.best_of,
             grammar=self.grammar(),
+            return_steps=self.return_steps,
             max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
             logprobs=(self.logprobs or 0) if is_ranked else self.logprobs,
             prompt_logprobs=max((n for n in (self.prompt_logprobs, echoed) if n is not None), default=None),
@@ -262,4 +264,5 @@ class ChatRequest(OpenAIRequest):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             prompt_logprobs=self.prompt_logprobs,
             grammar=self.grammar(),
+            return_steps=self.return_steps,
         )

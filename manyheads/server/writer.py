@@ -14,9 +14,11 @@ from fastapi.responses import Response
 
 from manyheads.frontend.generation import Generation, Update
 from manyheads.frontend.output import SequenceOutput, TextDelta
+from manyheads.request import StepTrace
 from manyheads.server.schemas import ChatRequest, CompletionRequest, StreamOptions
 from manyheads.server.service import Service, whole_or_cut
 from manyheads.server.sse import DONE, event, stream_response
+from manyheads.server.steps import written_steps
 
 B = TypeVar("B", ChatRequest, CompletionRequest)
 
@@ -75,6 +77,12 @@ class Writer(ABC, Generic[B]):
         """Make what an answer and each chunk begin with."""
         name = self.body.model or self.service.names[0]
         return {"id": self.id, "object": kind, "created": self.created, "model": name}
+
+    def with_steps(self, choice: dict[str, Any], traces: Sequence[StepTrace | None] | None) -> dict[str, Any]:
+        """Add to a choice what it tells of steps, if the request asks for that."""
+        if self.body.return_steps:
+            choice["steps"] = written_steps(self.tokenizer, traces or ())
+        return choice
 
     def chosen(self) -> list[tuple[Generation, SequenceOutput]]:
         """Say which continuations a whole answer has."""

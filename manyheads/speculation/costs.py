@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from math import log, pow, sqrt
 from typing import NamedTuple
@@ -184,7 +185,12 @@ class RunningCosts:
         self._seen: dict[int, dict[Kind, _Seen]] = {}  # by rows
         self._latest: dict[tuple[int, Kind], int] = {}  # rows' magnitude, kind → when a step was seen, by number
         self._guessed: dict[tuple[int, Kind], float] = {}
+        self._prompt_cost = lru_cache(maxsize=4096)(guess.prompt_cost)
         self._mixed: dict[int, _Seen] = {}  # magnitude of prompt tokens → what steps with so many take
+        # a step is chosen by dozens of costs: what is looked up for each is kept in order, and what was found until
+        # something new is seen
+        self._rows_seen: tuple[list[int], list[int]] = ([], [])  # in order, with trees and of roots alone
+        self._ratios: dict[tuple[int, Kind], float] = {}
 
     def seconds(self, rows: int, kind: Kind, prompt_tokens: int = 0) -> float:
         """What a step is thought to take, with so many tokens of prompts beside its rows."""
@@ -192,7 +198,7 @@ class RunningCosts:
         if prompt_tokens == 0:
             return seconds
         tokens = int(kind.nodes * (rows if kind.is_plain else self.padded(rows)))
-        added = self.guess.prompt_cost(tokens, self.padded_prompts(prompt_tokens))
+        added = self._prompt_cost(tokens, self.padded_prompts(prompt_tokens))
         return (seconds + added * self._pace) * self._mixed_ratio(prompt_tokens)
 
     def least(self, rows: int, kind: Kind) -> float:
@@ -229,7 +235,7 @@ class RunningCosts:
         """
         self._steps += 1
         times = min(seconds / self.seconds(rows, kind), MOST_SLOWER)
-        known = self._seen.setdefault(rows, {})
+        known = self._seen.get(rows, {})
         seen = known.get(kind) or _Seen(self._ratio(rows, kind), 0, self._steps)
         if self._steps - seen.step > FRESH_STEPS:
             seen.count = min(seen.count, 1)
@@ -239,7 +245,13 @@ class RunningCosts:
         # what is past belief does not count, so that the next step can take it back, or confirm it
         seen.count += times < MOST_SLOWER
         seen.step = self._latest[rows.bit_length(), kind] = self._steps
-        known[kind] = seen
+        if kind not in known:
+            of_kind = self._rows_seen[kind.is_plain]
+            if rows not in of_kind:
+                insort(of_kind, rows)
+            self._seen.setdefault(rows, {})[kind] = seen
+        if weight:
+            self._ratios.clear()
         return 1 + weight * (times - 1)
 
     def observe_mixed(self, rows: int, kind: Kind, prompt_tokens: int, seconds: float) -> None:
@@ -268,12 +280,20 @@ class RunningCosts:
 
     def _ratio(self, rows: int, kind: Kind) -> float:
         """Of a kind: its own, else what those that were seen make likely."""
-        known = self._seen.get(rows, {})
-        if kind in known:
-            return known[kind].ratio
-        alike = [other for other, kinds in self._seen.items() if any(k.is_plain == kind.is_plain for k in kinds)]
-        nearest = min(alike or self._seen, key=lambda other: abs(log(other / rows)), default=rows)
-        return self._ratio(nearest, kind) if nearest != rows else self._likely(rows, kind, known)
+        if (rows, kind) not in self._ratios:
+            known = self._seen.get(rows, {})
+            if kind in known:
+                return known[kind].ratio
+            nearest = self._nearest(rows, kind.is_plain)
+            found = self._ratio(nearest, kind) if nearest != rows else self._likely(rows, kind, known)
+            self._ratios[rows, kind] = found
+        return self._ratios[rows, kind]
+
+    def _nearest(self, rows: int, plain: bool) -> int:
+        """Of the numbers of rows that a kind alike was seen of, else any kind, the one that is most like so many."""
+        seen = self._rows_seen[plain] or self._rows_seen[not plain]
+        at = bisect_left(seen, rows)
+        return min(seen[max(0, at - 1) : at + 1], key=lambda other: abs(log(other / rows)), default=rows)
 
     def _likely(self, rows: int, kind: Kind, known: dict[Kind, _Seen]) -> float:
         """The ratio of a kind that was not seen, by those that were by as many rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from manyheads.speculation.costs import Kind
 from manyheads.speculation.tree import ROOT, Tree
@@ -28,7 +29,7 @@ class Draft:
         """Whether the drafter runs, for the next step's trees."""
         return self.nodes > 1
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """What its steps cost is told by this."""
         return Kind(self.nodes, self.passes)

@@ -65,7 +65,9 @@ class Planner:
         self._expected: list[float] = []
         self._steps_until_regrow = 0
         self._chosen: dict[tuple[int, int, int | None], Draft] = {}
-        self._drafts: dict[tuple[float, int | None], Draft] = {}  # that can be made of the tree that was grown
+        self._drafts: dict[tuple[float, int | None], Draft] = {}  # that can be made of the tree that was grown,
+        self._lists: dict[int, list[Draft]] = {}  # those of so many rows,
+        self._shares: dict[Kind, float] = {}  # and `_share` of those that there are
         self._brought: int | None = None  # nodes that each could bring in the step before
         hoped: list[float] = []
         if prior:
@@ -115,7 +117,9 @@ class Planner:
             return self.draft(self.tree_size)
         if self.costs is None:
             return NO_DRAFT
-        load = (rows, prompt_tokens, self._gains.level)
+        load = (rows, 0, self._gains.level)
+        if prompt_tokens:  # no two such steps are alike, but they are rounded up to some that are
+            load = (self.costs.padded(rows), self.costs.padded_prompts(prompt_tokens), self._gains.level)
         if load not in self._chosen:
             self._chosen[load] = self._best(rows, prompt_tokens)
         return self._chosen[load]
@@ -126,16 +130,14 @@ class Planner:
         costs = self.costs
         assert costs is not None
         worth = self._worth(rows)
-        rate = max(gained / costs.seconds(rows, draft.kind) for draft, gained in worth.items())
-        return max(worth, key=lambda draft: worth[draft] - rate * costs.seconds(rows, draft.kind, prompt_tokens))
+        rate = max(gained / costs.seconds(rows, draft.kind) for draft, gained in worth)
+        return max(worth, key=lambda of: of[1] - rate * costs.seconds(rows, of[0].kind, prompt_tokens))[0]
 
-    def _worth(self, rows: int) -> dict[Draft, float]:
+    def _worth(self, rows: int) -> list[tuple[Draft, float]]:
         """Tokens that each row gains with each draft that there is, those of trees as far as they are counted on."""
         assert self.costs is not None
-        trees = {
-            draft: self.expected_tokens(draft, rows) / self.min_gain for draft in self.drafts(self.costs.padded(rows))
-        }
-        return {NO_DRAFT: 1.0, **trees}
+        drafts = self.drafts(self.costs.padded(rows))
+        return [(NO_DRAFT, 1.0), *((draft, self.expected_tokens(draft, rows) / self.min_gain) for draft in drafts)]
 
     def _trial(self, rows: int) -> Draft | None:
         """What is being tried, if so many rows can."""
@@ -148,7 +150,11 @@ class Planner:
     def drafts(self, rows: int) -> list[Draft]:
         """What so many rows may bring beside their roots, each more than the one before; of each size every depth,
         where that costs passes."""
-        self._regrow()
+        if rows not in self._lists:
+            self._lists[rows] = self._all_drafts(rows)
+        return self._lists[rows]
+
+    def _all_drafts(self, rows: int) -> list[Draft]:
         if self.tree_size is not None:
             return [draft for draft in [self.draft(self.tree_size)] if draft.propose]
         most = max(MAX_INFLIGHT, 2 * rows)
@@ -181,7 +187,6 @@ class Planner:
 
     def expected_tokens(self, draft: Draft, rows: int = 1) -> float:
         """Tokens that each of so many rows gains in a step with a draft."""
-        self._regrow()
         gain = self._gains.promised(draft.nodes)
         if gain is None:  # no step yet
             gain = (SUREST if rows >= 16 else 1.0) * (self._by_table(draft.nodes) - 1.0)
@@ -197,10 +202,12 @@ class Planner:
         """Of what so many nodes promise at any depth, the share that they do at the draft's."""
         if not draft.passes:
             return 1.0
-        depth, count = draft.tree.max_depth, max(2, round(draft.nodes))
-        by_depth = zip(self._grown.choices[1:], self._probabilities[1:], strict=True)
-        shallow = [p for choice, p in by_depth if len(choice) <= depth]
-        return sum(shallow[: count - 1]) / max(sum(self._probabilities[1:count]), TINY)
+        if draft.kind not in self._shares:
+            depth, count = draft.tree.max_depth, max(2, round(draft.nodes))
+            by_depth = zip(self._grown.choices[1:], self._probabilities[1:], strict=True)
+            shallow = [p for choice, p in by_depth if len(choice) <= depth]
+            self._shares[draft.kind] = sum(shallow[: count - 1]) / max(sum(self._probabilities[1:count]), TINY)
+        return self._shares[draft.kind]
 
     def observe(self, hits: list[list[int]], trials: list[int]) -> None:
         """Take in what a step showed of the candidates; shapes as `StepResult`'s."""
@@ -256,7 +263,7 @@ class Planner:
         """Look at what costs turned out to be, and whether anything is to be tried."""
         assert self._trials is not None
         self._chosen.clear()
-        self._trials.begin(rows, {draft.kind: worth for draft, worth in self._worth(rows).items()})
+        self._trials.begin(rows, {draft.kind: worth for draft, worth in self._worth(rows)})
         self._until_review = REGROW_EVERY
 
     def _regrow(self) -> None:
@@ -264,7 +271,7 @@ class Planner:
         if self._steps_until_regrow > 0:
             return
         self._steps_until_regrow = REGROW_EVERY
-        self._chosen.clear()
-        self._drafts.clear()
+        for made in (self._chosen, self._drafts, self._lists, self._shares):
+            made.clear()
         self._grown, self._probabilities = grow(self.acceptance.table(), MAX_NODES, self._offered)
         self._expected = list(accumulate(self._probabilities))

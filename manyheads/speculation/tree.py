@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -43,10 +44,17 @@ class Tree:
         """How many nodes there are, the root included."""
         return len(self.choices)
 
-    @property
+    @cached_property
     def max_depth(self) -> int:
         """Depth of the deepest node; 0 for a root alone."""
         return max(len(choice) for choice in self.choices)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.choices)
+
+    def __hash__(self) -> int:
+        return self._hash  # trees are keys at every step
 
     @property
     def max_rank(self) -> int:
@@ -55,6 +63,13 @@ class Tree:
 
 
 ROOT = Tree(((),))
+
+
+@lru_cache(maxsize=64)
+def parents(tree: Tree) -> list[int]:
+    """The number of each node's parent; the root is its own."""
+    index = {choice: i for i, choice in enumerate(tree.choices)}
+    return [index[choice[:-1]] for choice in tree.choices]
 
 
 def tree_tensors(tree: Tree, columns: list[int], device: torch.device) -> TreeTensors:
@@ -68,7 +83,7 @@ def tree_tensors(tree: Tree, columns: list[int], device: torch.device) -> TreeTe
     bits = [sum(1 << j for j in path) for path in paths]
     width = tree.max_depth + 1
     tables = (
-        [index[choice[:-1]] for choice in tree.choices],
+        parents(tree),
         [len(choice) for choice in tree.choices],
         columns,
         [b - (1 << 64) if b >> 63 else b for b in bits],  # bit 63 is the sign

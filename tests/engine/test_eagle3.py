@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from manyheads.attention.base import Group
 from manyheads.config import ConfigError
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
@@ -104,6 +105,30 @@ def test_candidates_are_the_references(
                 deep += count > 1
     assert looked_at > 50
     assert deep > 25  # nodes below the root were expanded
+
+
+def test_no_row_of_a_recorded_step_is_shorter_than_nothing(
+    folder: Path, reference: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pads a step gains tokens and stays where it is, at 0; kernels would read in front of its pages."""
+    drafter(folder, tmp_path / "drafter")
+    served = serve(folder, tmp_path / "drafter")
+    record(served)
+    guesses = runner_of(served).drafter
+    assert isinstance(guesses, Eagle3Drafter)
+    plan, shortest = guesses._attention.plan, list[int]()
+
+    def observed(groups: list[Group], positions: Tensor, slots: Tensor) -> None:
+        shortest.append(min(int(group.cached_len.min()) for group in groups))
+        plan(groups, positions, slots)
+
+    monkeypatch.setattr(guesses._attention, "plan", observed)
+    for i, prompt in enumerate(prompts(3)):  # steps are recorded for 1, 2 and 4 rows
+        params = SamplingParams(temperature=0.0, max_tokens=6)
+        served.add_request(EngineRequest(request_id=str(i), prompt_token_ids=prompt, params=params))
+    while served.has_work():
+        served.step()
+    assert min(shortest) == 0
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the other tests run with kernels")

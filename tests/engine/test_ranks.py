@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from manyheads import EngineConfig, SamplingParams
 from manyheads.config import ConfigError
 from manyheads.engine import ranks
+from manyheads.engine.blueprint import Blueprint
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.rank import build
@@ -57,9 +58,8 @@ class ThreadRanks:
             launch = RankLaunch(config=config, rank=rank, folder=str(folder), version=ranks.version("manyheads"))
             threading.Thread(target=self._run, args=(launch, inbox), daemon=True).start()
 
-    def join(self, folder: Path, device: torch.device) -> Ranks:
-        self._ranks = Ranks.join(0, len(self.inboxes) + 1, folder, device)
-        self._ranks.least(0)
+    def join(self, folder: Path, plan: Blueprint) -> Ranks:
+        self._ranks = Ranks.join(0, len(self.inboxes) + 1, folder, plan.shape.device)
         return self._ranks
 
     def tell(self, message: Message) -> None:
@@ -109,10 +109,8 @@ def engine(model: Path, size: int, **settings: Any) -> Engine:
     # which tokens come in a step follows from nothing that is measured: typical acceptance depends on it
     settings = {"tree_size": 6, "target_step_ms": 60_000, "seed": 0} | settings
     settings = {"max_num_seqs": 5, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 34} | settings
-    config = EngineConfig(
-        model=str(model), dtype="float32", device="cpu", num_threads=1, tensor_parallel_size=size, **settings
-    )
-    return build_engine(config)
+    settings = {"device": "cpu", "dtype": "float32", "num_threads": 1} | settings
+    return build_engine(EngineConfig(model=str(model), tensor_parallel_size=size, **settings))
 
 
 def texts(engine: Engine, count: int = 10) -> list[list[int]]:
@@ -168,6 +166,26 @@ def test_text_is_that_of_one_rank(
     assert stats.prefix_hits > 0
     assert drafter == "none" or stats.accepted_tokens > 0
     check_ranks(shared, threads[0], size)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("drafter", ["none", "medusa", "ngram", "eagle3"])
+def test_two_gpus_give_the_text_of_one(wide: Path, tmp_path: Path, drafter: str) -> None:
+    """In processes of their own, with steps that are recorded."""
+    settings: dict[str, Any] = {"device": "cuda", "block_size": 16, "num_blocks": 60, "max_num_batched_tokens": 64}
+    if drafter == "none":
+        settings["speculative"] = False
+    elif drafter == "ngram":
+        settings["drafter"] = "ngram"
+    elif drafter == "medusa":
+        settings["heads"] = str(wide / "heads")
+    else:
+        make_drafter(tmp_path / "drafter", read_config(wide), draft_vocab=11)
+        settings["heads"] = str(tmp_path / "drafter")
+    shared, alone = engine(wide, 2, **settings), engine(wide, 1, **settings)
+    assert texts(shared) == texts(alone)
+    assert drafter == "none" or shared.stats().accepted_tokens > 0
 
 
 def check_ranks(engine: Engine, others: ThreadRanks, size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from manyheads.frontend.open_request import DeltaQueue, waiting
-from manyheads.request import RequestDelta, TokenLogprobs
+from manyheads.request import RequestDelta, StepTrace, TokenLogprobs
 
 
 def delta(request_id: str, *tokens: int, steps: int, **more: object) -> RequestDelta:
@@ -53,3 +53,12 @@ def test_without_logprobs_there_are_none() -> None:
     (got,) = taken(RequestDelta(request_id="a", new_token_ids=[1]), RequestDelta(request_id="a", new_token_ids=[2]))
     assert got.new_token_ids == [1, 2]
     assert got.logprobs is None
+
+
+def test_steps_that_are_asked_for_stay_apart() -> None:
+    """Those of another request are joined all the same, and an end that no step brought comes last."""
+    first, second = (delta("a", 1, 2, steps=n, trace=StepTrace(2, [])) for n in (1, 2))
+    end = RequestDelta(request_id="a", new_token_ids=[], finish_reason="abort")
+    got = taken(first, delta("b", 7, steps=1), second, delta("b", 8, steps=2), end)
+    assert [one for one in got if one.request_id == "a"] == [first, second, end]
+    assert [one.new_token_ids for one in got if one.request_id == "b"] == [[7, 8]]

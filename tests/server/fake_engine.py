@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from manyheads.config import EngineConfig
 from manyheads.errors import QueueFull
-from manyheads.request import EngineReady, EngineRequest, RequestDelta, TokenLogprobs
+from manyheads.request import EngineReady, EngineRequest, Guess, RequestDelta, StepTrace, TokenLogprobs
 from manyheads.stats import AdapterStats, EngineStats, MemoryUse
 from tests.server.tiny_tokenizer import END, make_backend
 
@@ -35,8 +36,9 @@ class _Open:
 class FakeEngine:
     """Set by magic words in the prompt's text: `SLOW` steps, `CRASH`, `FAIL`, `WHO` asks. Nobody starts within 1 s.
 
-    Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything.
-    What stands in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments. An
+    Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything, or
+    anything more than so many steps of a request as it says.
+    What stands last in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments. An
     adapter says its name.
     """
 
@@ -96,8 +98,8 @@ class FakeEngine:
         if message.lora:
             return [*self.tokenizer.encode(message.lora).ids, self.eos]
         prompt = self.tokenizer.decode(message.prompt_token_ids, skip_special_tokens=False)
-        if found := re.search(r"SAY\[\[(.*?)\]\]", prompt, re.S):
-            return [*self.tokenizer.encode(found[1]).ids, self.eos]
+        if found := re.findall(r"SAY\[\[(.*?)\]\]", prompt, re.S):
+            return [*self.tokenizer.encode(found[-1]).ids, self.eos]
         return list(self.text)
 
     def abort(self, request_id: str) -> None:
@@ -116,8 +118,7 @@ class FakeEngine:
     def step(self) -> list[RequestDelta]:
         deltas, self.pending = self.pending, []
         if self.open:
-            folder = os.environ.get("FAKE_ENGINE_PID_FOLDER")
-            if folder and Path(folder).with_name("pause").exists():
+            if self._pauses():
                 time.sleep(0.01)
                 return deltas
             self.counts["steps"] += 1
@@ -128,6 +129,13 @@ class FakeEngine:
             if delta.finish_reason:
                 del self.open[request_id]
         return deltas
+
+    def _pauses(self) -> bool:
+        if folder := os.environ.get("FAKE_ENGINE_PID_FOLDER"):
+            with contextlib.suppress(FileNotFoundError):
+                most = int(Path(folder).with_name("pause").read_text() or 0)
+                return any(entry.steps >= most for entry in self.open.values())
+        return False
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -189,11 +197,16 @@ class FakeEngine:
         if params.prompt_logprobs is not None and entry.steps == 1:
             known = entry.request.prompt_token_ids[1:]
             prompt_logprobs = [TokenLogprobs(t, -1.5, 2, [(t, -1.5)] * min(params.prompt_logprobs, 1)) for t in known]
+        trace = None
+        if params.return_steps:
+            right = [Guess(token, i - 1, True) for i, token in enumerate(new[:-1])]
+            trace = StepTrace(len(new), [*right, Guess(self.eos - 1, len(right) - 1, False)])
         return RequestDelta(
             request_id=request_id,
             new_token_ids=new,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            trace=trace,
             finish_reason=reason,
             stop_token_id=stop,
             num_steps=entry.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -155,6 +156,20 @@ def test_the_metrics_know_of_speculation(web: httpx.Client) -> None:
     }
     assert all(memory[kind] > 2**20 for kind in ("weights", "heads", "kv_cache", "rest"))
     assert any("accepted" in name and value > 0 for name, value in samples.items())
+
+
+def test_steps_say_what_was_guessed(web: httpx.Client) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 60, "return_steps": True, "stream": True}
+    lines = web.post("/v1/chat/completions", json=body).text.splitlines()
+    choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    told = [(choice["delta"]["content"], choice["steps"][0]) for choice in choices if choice.get("steps")]
+    for text, step in told[:-1]:
+        right = [guess["token"] for guess in step["guesses"] if guess["accepted"]]
+        assert step["num_tokens"] == len(right) + 1
+        assert text.startswith("".join(right))
+        assert len(step["guesses"]) < 8  # --tree-size 8
+    assert sum(step["num_tokens"] for _, step in told) > 1.5 * len(told)
 
 
 def test_offline_gives_the_same_text(web: httpx.Client) -> None:

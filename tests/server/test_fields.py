@@ -34,6 +34,25 @@ def test_token_ids(client: httpx.Client) -> None:
     assert [t for c in events(client, TEXTS, body) for t in c["choices"][0]["token_ids"]] == tokens
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXTS])
+def test_steps(client: httpx.Client, path: str) -> None:
+    """Whole and streamed, an event for each step; what is held back belongs to the step all the same."""
+    body = {**(HELLO if path == CHAT else {"prompt": "a"}), "max_tokens": 12, "stop": "mat, 猫"}
+    whole = client.post(path, json=body | {"return_steps": True}).json()
+    steps = whole["choices"][0]["steps"]
+    assert sum(step["num_tokens"] for step in steps) == whole["usage"]["completion_tokens"]
+    assert len(steps) == whole["usage"]["decoding_steps"]
+    first, second, other = steps[0]["guesses"]
+    assert [guess["parent"] for guess in (first, second, other)] == [-1, 0, 1]
+    assert [guess["accepted"] for guess in (first, second, other)] == [True, True, False]
+    assert TEXT.startswith(first["token"] + second["token"])
+    assert other["token"] == "<|assistant|>"
+    chunks = events(client, path, body | {"return_steps": True})
+    assert [step for c in chunks for step in c["choices"][0].get("steps", [])] == steps
+    assert all(len(c["choices"][0].get("steps", [])) <= 1 for c in chunks)
+    assert "steps" not in client.post(path, json=body).json()["choices"][0]
+
+
 @pytest.mark.parametrize(("most", "kept"), [(2, [8, 9]), (50, [5, 6, 7, 8, 9]), (-1, [5, 6, 7, 8, 9])])
 def test_truncation(client: httpx.Client, most: int, kept: list[int]) -> None:
     body = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 1, "truncate_prompt_tokens": most, "return_token_ids": True}

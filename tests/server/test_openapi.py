@@ -88,6 +88,7 @@ def test_events_are_as_described(client: httpx.Client, path: str) -> None:
     messages = {"messages": [{"role": "user", "content": hello}], "logprobs": True, "top_logprobs": 2}
     messages["tools"] = [{"type": "function", "function": {"name": "now"}}]
     more = {"stream": True, "max_tokens": 90, "return_token_ids": True, "stream_options": {"include_usage": True}}
+    more["return_steps"] = True
     body = {
         "/v1/completions": {"prompt": "a b", "echo": True, "logprobs": 2, "prompt_logprobs": 1, **more},
         "/v1/chat/completions": messages | more,

@@ -133,7 +133,7 @@ def test_packed_attention_on_a_gpu_is_the_cpus(kv_heads: int) -> None:
     bounds = pack([Answer([1] * n, [1] * 10) for n in (3, 20, 5, 25)], 50).bounds
     results = []
     for device in ("cpu", "cuda"):
-        moved = [t.to(device).requires_grad_() for t in (query, key, value)]
+        moved = [t.to(device).detach().requires_grad_() for t in (query, key, value)]
         out, _ = packed_attention(
             None, *moved, None, scaling=0.2, cu_seq_lens_q=bounds.to(device), max_length_q=int(bounds.diff().max())
         )
