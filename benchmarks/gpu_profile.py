@@ -42,7 +42,7 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     assert isinstance(runner, Runner)
     recorded = runner.recorded
     assert recorded is not None
-    requests = [_dummy(i, CONTEXT, runner.state.page_size) for i in range(rows)]
+    requests = [_dummy(runner, i, CONTEXT) for i in range(rows)]
     # pages of their own, as far as they go: all on one, rows would read their caches from the GPU's
     pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
     for request in requests:
@@ -91,10 +91,9 @@ def profile_mixed(engine: Engine, rows: int, nodes: float, prompt_tokens: int) -
     """The same of a step with prompts, and milliseconds of its matrix products alone."""
     runner = engine.runner
     assert isinstance(runner, Runner)
-    state = runner.state
-    decoding = [_dummy(i, CONTEXT, state.page_size) for i in range(rows)]
+    decoding = [_dummy(runner, i, CONTEXT) for i in range(rows)]
     count = max(1, prompt_tokens // PROMPT)
-    prompts = [_dummy(rows + i, prompt_tokens // count, state.page_size) for i in range(count)]
+    prompts = [_dummy(runner, rows + i, prompt_tokens // count) for i in range(count)]
     pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
     for request in (*decoding, *prompts):
         request.table.pages = [next(pages) for _ in request.table.pages]

@@ -148,9 +148,10 @@ class RowState:
         self.chances = zeros(1 + num_candidates, dtype=torch.float32)
         self.chances[:, 0] = 1.0
         self.page_table = zeros(-(-(max_len + MAX_NODES) // page_size))  # [rows, pages], meaningless where unused
-        self.ints = zeros(3)
-        self.seed, self.min_len, self.top_k = self.ints.unbind(1)
-        # min_len: shortest sequence that a stop token may end; top_k: vocab_size is off; temperature: 0 is greedy
+        self.ints = zeros(4)
+        self.seed, self.min_len, self.top_k, self.adapter = self.ints.unbind(1)
+        # min_len: shortest sequence that a stop token may end; top_k: vocab_size is off; adapter: 0 is none;
+        # temperature: 0 is greedy
         self.floats = zeros(9, dtype=torch.float32)
         self.temperature, self.top_p, self.min_p, self.epsilon, self.alpha = self.floats[:, :5].unbind(1)
         self.repetition_penalty, self.presence_penalty, self.frequency_penalty = self.floats[:, 5:8].unbind(1)

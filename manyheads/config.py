@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BUILTIN = "builtin"
 QUANTIZATIONS = ("int8", "fp8", "int4", "bitsandbytes-8bit", "bitsandbytes-4bit")
@@ -34,6 +34,9 @@ class EngineConfig:
     """Medusa heads or an EAGLE-3 drafter: a hub id or a local folder; None takes what comes with the model, if any."""
     drafter: str | None = None
     """What guesses tokens: one of `DRAFTERS`; None takes the heads that come with the model, if any."""
+    loras: dict[str, str] = field(default_factory=dict)
+    """Adapters beside the base (LoRA, in peft's format), by the names that requests choose them by: hub ids or local
+    folders."""
     speculative: bool = True
     """False serves the model without a drafter, as a plain engine."""
     dtype: str = "auto"
@@ -98,6 +101,10 @@ class EngineConfig:
             raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}, not {self.drafter!r}")
         if self.drafter == "ngram" and self.heads is not None:
             raise ConfigError("drafter=ngram needs no heads; leave heads out, or drafter")
+        if "" in self.loras or BUILTIN in self.loras:
+            raise ConfigError(f"an adapter needs a name, and {BUILTIN!r} is the built-in model's")
+        if self.loras and self.tensor_parallel_size > 1:
+            raise ConfigError(f"loras: adapters need tensor_parallel_size=1, not {self.tensor_parallel_size}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:

@@ -156,6 +156,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """A lower one runs earlier, as in vLLM; among equal ones, clients are served in turn."""
     cache_salt: str = ""
     """Only requests with the same one share pages of the prefix cache."""
+    lora: str = ""
+    """The name of the adapter that answers, on top of the base; "" is the base alone."""
     timeout: float | None = None
     """It has to start within so many seconds, or is refused; None leaves it to the engine's `max_wait`."""
     session: str = ""
@@ -248,16 +250,21 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     num_pages: int
     page_size: int
     eos_token_ids: list[int]
+    loras: list[str] = []
+    """Names of the adapters that requests may ask for."""
     wanted_model_len: int = 0
     """So many tokens would max_model_len be, had the K/V cache room for them."""
     memory: MemoryUse = MemoryUse()
 
-    def check(self, params: SamplingParams, prompts: Iterable[Sequence[int]]) -> None:
-        """Check prompts (token ids) and how they are to be continued; raise RequestError if that can never be served.
+    def check(self, params: SamplingParams, prompts: Iterable[Sequence[int]], lora: str = "") -> None:
+        """Check prompts (token ids), how they are to be continued, and by which adapter; raise RequestError if that can
+        never be served.
 
         The front end calls it before anything runs, and the engine for whatever reaches it.
         """
         params.validate()
+        there = ", ".join(map(repr, self.loras)) or "none"
+        require(not lora or lora in self.loras, f"there is no adapter {lora[:200]!r}; there are: {there}")
         longest, last_id = self.max_model_len, self.vocab_size - 1
         bad = (token for word in params.bad_token_ids for token in word)
         tokens = (*params.stop_token_ids, *params.logit_bias, *params.allowed_token_ids, *bad)

@@ -24,6 +24,15 @@ class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
         return self.weights + self.heads + self.kv_cache + self.graphs + self.rest
 
 
+class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine counts these for each adapter, with the meanings of `EngineStats`."""
+
+    generation_tokens: int = 0
+    row_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """The engine sends this snapshot for /metrics. Its counters count from the start of the engine."""
 
@@ -56,4 +65,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A speculating row brought so many nodes to the latest step."""
     num_compiled: int = 0
     """Counts kernels that were compiled, and graphs that were captured, after the engine was ready."""
+    adapters: dict[str, AdapterStats] = {}
+    """Of the counts above, the part of each adapter, by name."""
     memory: MemoryUse = MemoryUse()

@@ -280,3 +280,16 @@ def test_chat_goes_on_after_ctrl_c(capsys: Capture, monkeypatch: pytest.MonkeyPa
     assert first.endswith(" [stopped]")
     assert second.startswith(first.removesuffix(" [stopped]").rstrip("\ufffd"))
     assert len(second) > len(first) - len(" [stopped]")
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (["sql"], "--lora must be NAME=PATH, not 'sql'"),
+        (["=there"], "--lora must be NAME=PATH, not '=there'"),
+        (["a=b", "a=c"], "--lora: two adapters are called 'a'"),
+        (["builtin=b"], "an adapter needs a name, and 'builtin' is the built-in model's"),
+    ],
+)
+def test_adapters_that_cannot_be_named_are_refused(given: list[str], error: str, capsys: Capture) -> None:
+    check(capsys, ["serve", *(part for text in given for part in ("--lora", text))], error)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 
 from manyheads.cli.extras import needs_ray
 from manyheads.cli.parser import Parser, add_engine, add_model, add_option, engine_config
+from manyheads.config import ConfigError
 from manyheads.server.config import ConnectionLimits, ServerConfig
 
 SERVER_HELP = {
@@ -41,6 +43,10 @@ def add_commands(parser: Parser) -> None:
     web.add_argument("--tool-parser", metavar="NAME", help=f"{text} (default: as its chat template has it)")
     text = "how it marks thoughts: think, mistral or none"
     web.add_argument("--reasoning-parser", metavar="NAME", help=f"{text} (default: as its chat template has it)")
+    text = (
+        "an adapter beside the model (LoRA in peft's format: a hub id or a folder), which requests name as their model"
+    )
+    web.add_argument("--lora", action="append", default=[], metavar="NAME=PATH", help=f"{text}; as many as wanted")
     web.add_argument("--strict", action="store_true", help="refuse requests with fields that nobody knows")
     web.add_argument("--cors-origin", action="append", default=[], help="origin whose pages may call; * is any")
     web.add_argument(
@@ -60,7 +66,7 @@ def add_commands(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
-    config, options = engine_config(args), _server_config(args)
+    config, options = replace(engine_config(args), loras=_adapters(args.lora)), _server_config(args)
     if args.replicas is not None:
         with needs_ray():
             from manyheads.scale.local import serve_replicas
@@ -69,6 +75,19 @@ def run(args: argparse.Namespace) -> int:
     from manyheads.server.run import serve
 
     return serve(config, options)
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    """Read adapters by their names. Raises ConfigError: one has no name, or two have the same."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise ConfigError(f"--lora must be NAME=PATH, not {text!r}")
+        if name in found:
+            raise ConfigError(f"--lora: two adapters are called {name!r}")
+        found[name] = path
+    return found
 
 
 def _server_config(args: argparse.Namespace) -> ServerConfig:

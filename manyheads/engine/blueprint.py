@@ -18,8 +18,10 @@ from manyheads.engine.runner import Runner
 from manyheads.engine.threads import Threads
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.kv_cache import CODES
+from manyheads.models.adapters import attach, count_numbers
 from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
+from manyheads.models.lora import Adapter, read_adapters
 from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.registry import read_config, shared
 from manyheads.ops import ops_for, shortfalls
@@ -44,6 +46,7 @@ class Blueprint:
     folder: Path
     """Of the model's checkpoint."""
     source: DrafterSource | None
+    adapters: list[Adapter]
     shape: Shape
     """Of this rank."""
     threads: Threads | None
@@ -68,12 +71,13 @@ class Blueprint:
         model = read_config(model_folder)
         part = shared(model, config.tensor_parallel_size)
         source = find_drafter(config, heads_folder, part)
-        shape = _shape(config, part, source, device, _scheme(config, model_folder))
+        adapters = read_adapters(config.loras, part)
+        shape = _shape(config, part, source, device, _scheme(config, model_folder), count_numbers(adapters, part))
         _announce(config, shape, progress)
         _require(config, shape, there, shape.parts())  # before gigabytes are loaded in vain
         if there is not None and config.memory_bytes is not None:
             enforce(there, device)
-        return cls(config, model, model_folder, source, shape, threads, there, meter)
+        return cls(config, model, model_folder, source, adapters, shape, threads, there, meter)
 
     def runner(self, progress: Progress, make: Callable[..., Runner] = Runner, ranks: Ranks = ALONE) -> Runner:
         """Load the model and its drafter, and make the cache.
@@ -93,6 +97,8 @@ class Blueprint:
         model = load_model(
             self.folder, self.model, shape.dtype, device, progress, config.quantization, shape.ops, ranks
         )
+        if self.adapters:
+            attach(model, self.adapters)
         drafter = source.build(model, shape.dtype, device, config.quantization) if source is not None else None
         self.meter.loaded(model.memory_bytes(), drafter.memory_bytes() if drafter else 0)
         num_pages = ranks.least(_num_pages(config, shape, self.limit, self.meter))
@@ -197,6 +203,7 @@ def _shape(
     source: DrafterSource | None,
     device: torch.device,
     scheme: Scheme | None,
+    adapter_numbers: int,
 ) -> Shape:
     longest = config.max_model_len or model.max_position_embeddings
     if longest > model.max_position_embeddings:
@@ -215,6 +222,7 @@ def _shape(
         page_size=config.block_size,
         tree_size=config.tree_size,
         scheme=scheme,
+        adapter_numbers=adapter_numbers,
         kv_dtype=_kv_dtype(config.kv_cache_dtype, device),
     )
 

@@ -69,6 +69,7 @@ def _ready(config: EngineConfig, shape: Shape, runner: Runner, model: str, memor
         num_pages=runner.cache.num_pages - 1,
         page_size=runner.state.page_size,
         eos_token_ids=list(shape.model.eos_token_ids),
+        loras=list(config.loras),
         wanted_model_len=shape.max_model_len,
         memory=memory,
     )

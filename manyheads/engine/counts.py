@@ -7,7 +7,7 @@ import sys
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.step import RowResult
 from manyheads.request import EngineReady
-from manyheads.stats import EngineStats, MemoryUse
+from manyheads.stats import AdapterStats, EngineStats, MemoryUse
 
 
 class Counts:
@@ -23,15 +23,32 @@ class Counts:
         self.num_compiled = 0
         self.prompt_tokens = self.generation_tokens = 0
         self._drafted = self._accepted = 0
+        self._of_adapters = [dict.fromkeys(AdapterStats.__struct_fields__, 0) for _ in ready.loras]
         self._drafted_by_depth = [0] * ready.draft_depth
         self._accepted_by_depth = [0] * ready.draft_depth
         self._tree_size = 1
 
-    def add_tree(self, row: RowResult) -> None:
+    def add_row(self, row: RowResult, num_tokens: int) -> None:
+        """Count what a step did for a row.
+
+        Args:
+            num_tokens: of those that it gained, those that its text takes.
+        """
+        request, accepted = row.request, max(len(row.tokens) - 1, 0) if row.drafted_depth else 0
+        is_decoding = request.num_output > 0
+        self.row_steps += is_decoding
+        self.generation_tokens += num_tokens
+        if row.drafted_depth:
+            self._add_tree(row, accepted)
+        if request.adapter:
+            of_adapter = self._of_adapters[request.adapter - 1]
+            of_adapter["row_steps"] += is_decoding
+            of_adapter["generation_tokens"] += num_tokens
+            of_adapter["drafted_tokens"] += row.num_drafted
+            of_adapter["accepted_tokens"] += accepted
+
+    def _add_tree(self, row: RowResult, gained: int) -> None:
         """Count what a row's tree brought and what of it was accepted."""
-        if not row.drafted_depth:
-            return
-        gained = max(len(row.tokens) - 1, 0)
         self._tree_size = row.num_drafted + 1
         self._drafted += row.num_drafted
         self._accepted += gained
@@ -66,5 +83,8 @@ class Counts:
             accepted_by_depth=list(self._accepted_by_depth),
             tree_size=self._tree_size,
             num_compiled=self.num_compiled,
+            adapters={
+                name: AdapterStats(**counts) for name, counts in zip(self.ready.loras, self._of_adapters, strict=True)
+            },
             memory=memory,
         )

@@ -84,7 +84,7 @@ class Engine:
             raise RequestError(f"request id {message.request_id!r} is in use")
         if params.n != 1:
             raise RequestError("the engine takes one sequence a request; n is the front end's to fan out")
-        self.ready.check(params, [message.prompt_token_ids])
+        self.ready.check(params, [message.prompt_token_ids], message.lora)
         max_len = self.ready.max_model_len
         if params.max_tokens is not None:
             max_len = len(message.prompt_token_ids) + params.max_tokens
@@ -95,7 +95,9 @@ class Engine:
             )
         require(message.timeout is None or message.timeout > 0, f"timeout must be above 0, not {message.timeout}")
         require(params.grammar is None or self._grammars is not None, "this engine holds no text to a grammar")
-        request = Request.from_message(message, max_len, tuple(self.ready.eos_token_ids), self._random.getrandbits(62))
+        adapter = self.ready.loras.index(message.lora) + 1 if message.lora else 0
+        eos, seed = tuple(self.ready.eos_token_ids), self._random.getrandbits(62)
+        request = Request.from_message(message, max_len, eos, seed, adapter)
         self.scheduler.add(request)
         self._requests[request.request_id] = request
         if params.grammar is not None and self._grammars is not None:
@@ -190,8 +192,9 @@ class Engine:
         computing = {chunk.request.request_id for chunk in plan.chunks}
         self.planner.observe(result.hits, result.trials)
         if result.gains:
-            gained = [max(len(row.tokens) - 1, 0) for row in result.rows if row.request.request_id not in computing]
-            self.planner.observe_gains(plan.draft, result.gains, gained)
+            rows = [row for row in result.rows if row.request.request_id not in computing]
+            gained = [max(len(row.tokens) - 1, 0) for row in rows]
+            self.planner.observe_gains(plan.draft, result.gains, gained, [row.request.adapter for row in rows])
         elif plan.decoding and not plan.draft.propose:
             self.planner.observe_plain()
         if result.is_typical:
@@ -215,14 +218,12 @@ class Engine:
             self._counts.prompt_tokens += request.prompt_len if request.num_output == 0 else 0
         else:
             request.cached_len += len(tokens)
-        self._counts.row_steps += request.num_output > 0
-        self._counts.add_tree(row)
         request.num_steps += 1
         gained = gain(request, tokens)
         tokens, reason = gained.tokens, gained.reason
+        self._counts.add_row(row, len(tokens))
         request.tokens.extend(tokens)
         request.is_extended = len(tokens) > len(row.tokens)
-        self._counts.generation_tokens += len(tokens)
         self.scheduler.charge(request, len(tokens))
         if reason is not None:
             return self._finish(request, tokens, reason, row, gained.stop_token)

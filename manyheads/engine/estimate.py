@@ -73,6 +73,8 @@ class Shape:
     tree_size: int | None = None
     scheme: Scheme | None = None
     """Of weights; None leaves them in floating point."""
+    adapter_numbers: int = 0
+    """Numbers in the weights of adapters."""
     kv_dtype: torch.dtype | None = None
     """Of K/V, one of `kv_cache.CODES`; None is that of activations."""
 
@@ -114,6 +116,7 @@ class Shape:
             layer, vocabulary = matrix_bytes(self.dtype, self.device, self.model.dtype, self.scheme)
             drafter_bytes = drafter.layer_weights * layer + drafter.vocabulary_weights * vocabulary
         weights = weights_bytes(self.model, self.dtype, self.device, self.scheme)
+        weights += self.adapter_numbers * self.dtype.itemsize
         return Parts(weights, int(drafter_bytes), self._state(), self._scratch(), self._graphs())
 
     def _state(self) -> int:

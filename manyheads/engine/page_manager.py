@@ -24,9 +24,12 @@ def prefix_digest(parent: bytes, tokens: list[int]) -> bytes:
     return hashlib.blake2b(parent + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
-def salted(salt: str) -> bytes:
-    """Name the beginning of texts that are shared only where the salt is the same; the empty one is everybody's."""
-    return prefix_digest(_ROOT_DIGEST + salt.encode(), []) if salt else _ROOT_DIGEST
+def salted(salt: str, adapter: str = "") -> bytes:
+    """Name the beginning of texts that are shared only where salt and adapter are the same; the empty salt is
+    everybody's, the empty adapter the base."""
+    root = prefix_digest(_ROOT_DIGEST + salt.encode(), []) if salt else _ROOT_DIGEST
+    # what no page holds stands before the name, so that no salt and no text is called the same
+    return prefix_digest(root, [-1, *adapter.encode()]) if adapter else root
 
 
 @dataclass

@@ -21,7 +21,7 @@ def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> 
         # a preempted request may have all but its last token in the cache: that one is the root then
         lengths = [request.row, request.cached_len, request.tokens[-1]]
         top_k = p.top_k if p.top_k > 0 else state.vocab_size
-        ints.append([*lengths, request.seed, request.prompt_len + p.min_tokens, top_k])
+        ints.append([*lengths, request.seed, request.prompt_len + p.min_tokens, top_k, request.adapter])
         typical = [p.typical_epsilon, p.typical_alpha]
         penalties = [p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
         floats.append([p.temperature, p.top_p, p.min_p, *typical, *penalties, float(p.speculative)])

@@ -34,6 +34,8 @@ class Request:
     """Whose fair share it counts against."""
     priority: int = 0
     """A lower one starts first and gives way last."""
+    adapter: int = 0
+    """The number of its adapter, from 1; 0 is the base alone."""
     timeout: float | None = None
     """Within how many seconds it has to start."""
     start_by: float = math.inf
@@ -66,13 +68,19 @@ class Request:
 
     @classmethod
     def from_message(
-        cls, message: EngineRequest, max_len: int, eos_token_ids: tuple[int, ...], default_seed: int
+        cls,
+        message: EngineRequest,
+        max_len: int,
+        eos_token_ids: tuple[int, ...],
+        default_seed: int,
+        adapter: int = 0,
     ) -> Request:
         """A request as it begins, with no row yet.
 
         Args:
             max_len: longest it may get, prompt included, in tokens.
             default_seed: where the parameters bring none.
+            adapter: the number of the one that the message names.
         """
         params = message.params
         eos = () if params.ignore_eos else eos_token_ids
@@ -87,10 +95,11 @@ class Request:
             num_steps=message.num_steps,
             client=message.client,
             priority=message.priority,
+            adapter=adapter,
             timeout=message.timeout,
             resumes=message.resumes,
             # what is shared is not computed, and so says nothing of its tokens
-            table=PageTable(root=salted(message.cache_salt), may_share=params.prompt_logprobs is None),
+            table=PageTable(root=salted(message.cache_salt, message.lora), may_share=params.prompt_logprobs is None),
         )
 
     @property

@@ -109,6 +109,8 @@ class StepRun:
             start = groups[0].stop if groups else 0
             inflight.append(trees.inflight)
             groups.append(self._group(trees.inflight, start, trees.max_tokens, trees.max_cached_len))
+        if self.model.adapters is not None:
+            self.model.adapters.plan(_joined([self._adapters(x) for x in inflight]))
         tokens = _joined([x.tokens for x in inflight])
         self.attention.plan(groups, _joined([x.position for x in inflight]), _joined([x.slots for x in inflight]))
         if not self.base_layers:
@@ -167,6 +169,12 @@ class StepRun:
     def chain_group(self, chunks: ChunkRows, inflight: InFlight) -> Group:
         """The same rows, as attention wants them, at the beginning of a pass."""
         return self._group(inflight, 0, chunks.max_tokens, chunks.max_cached_len, is_chain=True)
+
+    def _adapters(self, inflight: InFlight) -> Tensor:
+        """[T] int64, the adapter of each token: its row's."""
+        place = torch.arange(len(inflight.tokens), dtype=torch.int32, device=inflight.tokens.device)
+        row = torch.searchsorted(inflight.row_start[1:], place, right=True)
+        return self.state.adapter[inflight.index[row]]
 
     def _with_chain(self, kept: Kept, trees: Trees, path: Tensor, states: Tensor) -> Kept:
         """What a step kept of trees, with the tokens themselves, packed: as many as there may be; a dummy row's pad

@@ -71,7 +71,7 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
     for num_rows in counts:
         if planner.chooses and patience == 0 and num_rows > ENOUGH_ROWS and runner.device.type == "cpu":
             break
-        requests = [_dummy(i, context, state.page_size) for i in range(num_rows)]
+        requests = [_dummy(runner, i, context) for i in range(num_rows)]
         runner.put(requests)
         progress(f"measuring steps of {num_rows} row{'s' if num_rows > 1 else ''}")
         drafts = _measured_drafts(planner.drafts(num_rows))
@@ -102,8 +102,8 @@ def exercise(runner: Runner, planner: Planner, max_tokens: int) -> None:
     counts = [n for n in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256) if n < state.num_rows]
     for count in counts:
         for params in SAMPLINGS if count == min(2, counts[-1]) else SAMPLINGS[:1]:
-            requests = [_dummy(i, context, state.page_size, params) for i in range(count)]
-            prompt = _dummy(count, length, state.page_size, params)
+            requests = [_dummy(runner, i, context, params) for i in range(count)]
+            prompt = _dummy(runner, count, length, params)
             prompt.cached_len = 0
             runner.put([*requests, prompt])
             drafts = [NO_DRAFT, *planner.drafts(count)] if count else [planner.best(1)]
@@ -123,7 +123,7 @@ def _time_prompts(runner: Runner, turns: int) -> dict[int, float]:
     """Seconds of passes over chunks of PROMPTS tokens, the shortest of a few; no larger ones where they take long."""
     state, seconds = runner.state, dict[int, float]()
     for size in (size for size in PROMPTS if size < state.max_len):
-        request = _dummy(0, size, state.page_size)
+        request = _dummy(runner, 0, size)
         request.cached_len = 0
         plan = StepPlan(chunks=[Chunk(request, size, is_last=False)], decoding=[])
         runner.put([request])
@@ -196,8 +196,10 @@ def _enough(kinds: list[list[float]], elapsed: float, patience: float, least: fl
     return elapsed > patience or all(times[-1] <= SAME * times[0] for times in shortest)
 
 
-def _dummy(row: int, context: int, page_size: int, params: SamplingParams = GREEDY) -> Request:
-    pages = [DUMMY_PAGE] * (-(-(context + MAX_NODES) // page_size))
+def _dummy(runner: Runner, row: int, context: int, params: SamplingParams = GREEDY) -> Request:
+    """A row of the dummy page. Where there are adapters, rows have them in turn, as most of traffic will."""
+    pages = [DUMMY_PAGE] * (-(-(context + MAX_NODES) // runner.state.page_size))
+    adapters = runner.model.adapters
     return Request(
         request_id=f"warm-up {row}",
         params=params,
@@ -206,6 +208,7 @@ def _dummy(row: int, context: int, page_size: int, params: SamplingParams = GREE
         max_len=context + 65,
         stop_ids=frozenset(),
         seed=0,
+        adapter=1 + row % adapters.count if adapters is not None else 0,
         table=PageTable(pages=pages),
         held_row=row,
         cached_len=context,

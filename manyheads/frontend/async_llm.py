@@ -48,7 +48,7 @@ class AsyncLLM:
     ) -> list[Generation]:
         """Check the prompts of one call (RequestError if they can't be served); nothing runs before `updates` does."""
         params = with_bad_tokens(params.validate(), self.tokenizer)
-        self.ready.check(params, [prompt.token_ids for prompt in prompts])
+        self.ready.check(params, [prompt.token_ids for prompt in prompts], place.lora if place is not None else "")
         count, n, most = len(prompts), params.n, self.client.config.max_queue
         require(count * n <= most, f"{count} prompts with n={n} are too many: this server queues {most}")
         base = uuid.uuid4().hex

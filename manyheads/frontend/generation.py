@@ -27,13 +27,14 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A place says how the requests of a call wait, with the meanings of `EngineRequest`."""
+    """A place says how the requests of a call wait, and for what, with the meanings of `EngineRequest`."""
 
     client: str = ""
     session: str = ""
     priority: int = 0
     timeout: float | None = None
     cache_salt: str = ""
+    lora: str = ""
 
 
 class Generation:
@@ -77,6 +78,7 @@ class Generation:
                 priority=self.place.priority,
                 timeout=self.place.timeout,
                 cache_salt=self.place.cache_salt,
+                lora=self.place.lora,
                 session=self.place.session,
             )
             yield request, output

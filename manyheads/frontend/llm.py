@@ -7,14 +7,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from manyheads.config import BUILTIN, ConfigError, EngineConfig
 from manyheads.errors import QueueFull, RequestError, require
 from manyheads.frontend.bad_words import with_bad_tokens
 from manyheads.frontend.conversation import Conversation, Message
 from manyheads.frontend.defaults import default_params
-from manyheads.frontend.generation import Generation, OpenSequences, Prompt, take
+from manyheads.frontend.generation import Generation, OpenSequences, Place, Prompt, take
 from manyheads.frontend.output import RequestOutput, SequenceOutput
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineRequest, RequestDelta, SamplingParams
@@ -31,7 +31,6 @@ class PromptDict(TypedDict, total=False):
 
 
 PromptLike = str | Sequence[int] | PromptDict
-T = TypeVar("T")
 
 
 class LLM:
@@ -89,6 +88,7 @@ class LLM:
         prompts: PromptLike | Sequence[PromptLike],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str] = "",
         progress: bool = False,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
@@ -97,6 +97,8 @@ class LLM:
         Args:
             prompts: a text, a list of token ids, a dict with `prompt` or `prompt_token_ids`, or a list of those.
             params: for all prompts, or a list with one for each; None takes `defaults`.
+            lora: the name of the adapter that answers (of the setting `loras`), or a list with one for each prompt; ""
+                is the base alone.
             progress: show a progress bar on standard error (`use_tqdm` is the same).
 
         Returns:
@@ -105,7 +107,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters cannot be served; nothing has run then.
         """
-        generations = [self.prepare(prompt, p) for prompt, p in _pair(_as_list(prompts), params or self.defaults)]
+        generations = [self.prepare(*asked) for asked in self._asked(_as_list(prompts), params, lora)]
         return self._run(generations, progress if use_tqdm is None else use_tqdm)
 
     def chat(
@@ -113,6 +115,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str] = "",
         progress: bool = False,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
@@ -122,16 +125,18 @@ class LLM:
             messages: dicts with `role` and `content`, or a list of such conversations.
         """
         many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        generations = [self.prepare_chat(conversation, p) for conversation, p in _pair(many, params or self.defaults)]
+        generations = [self.prepare_chat(*asked) for asked in self._asked(many, params, lora)]
         return self._run(generations, progress if use_tqdm is None else use_tqdm)
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, lora: str = ""
+    ) -> Iterator[RequestOutput]:
         """Answer one conversation and give the answer so far after each step. Closing the iterator ends it."""
-        generation = self.prepare_chat(messages, params or self.defaults)
+        generation = self.prepare_chat(messages, params or self.defaults, lora)
         for _ in self.steps([generation]):
             yield generation.result()
 
-    def prepare(self, prompt: PromptLike, params: SamplingParams) -> Generation:
+    def prepare(self, prompt: PromptLike, params: SamplingParams, lora: str = "") -> Generation:
         """Check a prompt to continue, for `steps`; raise RequestError if it cannot be served."""
         name = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
         given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {name: prompt}
@@ -139,16 +144,24 @@ class LLM:
         if ids is None:
             require(isinstance(text, str), "a prompt dict needs 'prompt' (a text) or 'prompt_token_ids'")
             ids = self.tokenizer.encode(text) if text else []
-        return self._prepare(Prompt(list(ids), continues=True, text=text), params)
+        return self._prepare(Prompt(list(ids), continues=True, text=text), params, lora)
 
-    def prepare_chat(self, messages: Sequence[Message], params: SamplingParams) -> Generation:
+    def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, lora: str = "") -> Generation:
         """Check a conversation to answer, as `prepare` does for a prompt."""
-        return self._prepare(Prompt(self.tokenizer.encode_chat(Conversation(messages))), params)
+        return self._prepare(Prompt(self.tokenizer.encode_chat(Conversation(messages))), params, lora)
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
+    def _prepare(self, prompt: Prompt, params: SamplingParams, lora: str) -> Generation:
         params = with_bad_tokens(params.validate(), self.tokenizer)
-        self.engine.ready.check(params, [prompt.token_ids])
-        return Generation(str(next(self._ids)), prompt, params, self.tokenizer)
+        self.engine.ready.check(params, [prompt.token_ids], lora)
+        return Generation(str(next(self._ids)), prompt, params, self.tokenizer, Place(lora=lora))
+
+    def _asked(self, prompts: Sequence[Any], params: Any, lora: Any) -> Iterator[tuple[Any, SamplingParams, str]]:
+        """Give each prompt its own of what was given for all of them or for each."""
+        given = (("sampling parameters", params or self.defaults), ("adapters", lora))
+        each = [[some] * len(prompts) if isinstance(some, (str, SamplingParams)) else list(some) for _, some in given]
+        for (what, _), some in zip(given, each, strict=True):
+            require(len(some) == len(prompts), f"{len(prompts)} prompts but {len(some)} {what}")
+        return zip(prompts, *each, strict=True)
 
     def _run(self, generations: list[Generation], progress: bool) -> list[RequestOutput]:
         for _ in self.follow(generations, progress):
@@ -219,13 +232,3 @@ def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
         return [prompts]
     items: list[Any] = list(prompts)
     return [items] if items and all(isinstance(item, int) for item in items) else items
-
-
-def _pair(
-    prompts: Sequence[T], params: SamplingParams | Sequence[SamplingParams]
-) -> Iterator[tuple[T, SamplingParams]]:
-    """Pair each prompt with its parameters."""
-    if isinstance(params, SamplingParams):
-        params = [params] * len(prompts)
-    require(len(params) == len(prompts), f"{len(prompts)} prompts but {len(params)} sampling parameters")
-    return zip(prompts, params, strict=True)

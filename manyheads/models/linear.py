@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.models.parallel import ALONE, Ranks
+from manyheads.ops.adapters import Adapters, LowRank
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import CodedScheme, Weight
 
@@ -59,6 +60,8 @@ class Linear:
         if split is Split.INPUTS and ranks.rank > 0:
             bias = None  # it is added once
         self.product = product = ops.product(weight, bias, dtype)
+        self.adapters: LowRank | None = None
+        """What adapters add, if they do."""
         self._multiply: Callable[[Any], Tensor] = product
         if split is Split.INPUTS and ranks.size > 1:
             self._multiply = lambda x: ranks.sum(product.parts(x), dtype)
@@ -69,12 +72,27 @@ class Linear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weight and bias."""
-        return self.product.nbytes
+        """Bytes of weight and bias, and of what adapters add."""
+        return self.product.nbytes + (self.adapters.nbytes if self.adapters is not None else 0)
+
+    def adapt(self, weights: LowRank, adapters: Adapters) -> None:
+        """Add to every product, from now on, what the tokens' adapters add.
+
+        Args:
+            adapters: of the model; planned for the tokens of a call before it comes.
+        """
+        self.adapters, multiply = weights, self._multiply
+
+        def adapted(x: Tensor) -> Tensor:
+            y = multiply(x)
+            adapters.add(y if y.dim() == 2 else y[0], x, weights)  # parts are added up, so that one of them will do
+            return y
+
+        self._multiply = adapted
 
     def takes(self, x: Tensor) -> CodedScheme | None:
         """The scheme that whoever computes its rows may quantize them for (`Product.takes`)."""
-        return self.product.takes(x)
+        return self.product.takes(x) if self.adapters is None else None  # adapters read them as they are
 
     def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """[T, in] → [T, out]; split by inputs, also [splits, T, out] float32 that are to be added up."""

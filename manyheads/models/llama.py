@@ -16,6 +16,7 @@ from manyheads.models.norm import NoNorm, Norm
 from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.parameters import Normed, Packed, Parameters, Part, Plain
 from manyheads.models.rope import row_order
+from manyheads.ops.adapters import Adapters
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import CodedScheme
 
@@ -155,6 +156,8 @@ class Llama:
         # as transformers rounds it, which is seen in bfloat16
         self._embedding_multiplier = embedding.new_tensor(config.embedding_multiplier).item()
         self.heads = self._heads()
+        self.adapters: Adapters | None = None
+        """What adapters add to products, if there are some (`models/adapters.attach`): planned before each pass."""
         self.beat: Callable[[], None] = lambda: None
         """Called at each layer: a long prompt can take a CPU minutes, and a watchdog wants to know that it goes on."""
 

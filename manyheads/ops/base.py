@@ -12,6 +12,7 @@ from torch import Tensor
 from manyheads.attention.base import AttentionBackend, Heads
 from manyheads.batch import Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
+from manyheads.ops.adapters import Adapters
 from manyheads.quantization.base import CodedScheme, Weight
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ class Ops(Protocol):
         Args:
             dtype: of the activations, which a quantized weight that nothing multiplies is widened to.
         """
+
+    def adapters(self, count: int) -> Adapters:
+        """What so many adapters add to the products of a model."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm of [T, D], its statistics in float32 (Zhang and Sennrich 2019)."""

@@ -13,6 +13,7 @@ from manyheads.attention.torch import TorchAttention, rms_norm
 from manyheads.batch import InFlight, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
 from manyheads.ops import integer, products
+from manyheads.ops.adapters import Adapters, TorchAdapters
 from manyheads.ops.base import Product
 from manyheads.quantization.base import CodedScheme, CodedWeight, Weight
 from manyheads.quantization.bitsandbytes import BitsandbytesWeight
@@ -51,6 +52,9 @@ class TorchOps:
             if torch._C._has_mkldnn:
                 return products.OneDnnProduct(weight, bias)
         return products.PlainProduct(weight, bias)
+
+    def adapters(self, count: int) -> Adapters:
+        return TorchAdapters(count)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)

@@ -10,7 +10,9 @@ from manyheads.batch import Outcome, RowState, Trees
 from manyheads.kernels import compact, compiling, fused, settle, topk, trees
 from manyheads.kv_cache import KVCache
 from manyheads.ops import kernel_products
+from manyheads.ops.adapters import Adapters
 from manyheads.ops.base import Product
+from manyheads.ops.kernel_adapters import KernelAdapters
 from manyheads.ops.torch import TorchOps
 from manyheads.quantization.base import CodedWeight, Weight
 
@@ -36,6 +38,9 @@ class TritonOps(TorchOps):
     expand = staticmethod(trees.expand)
     propose = staticmethod(settle.propose)
     watch = staticmethod(compiling.watch)
+
+    def adapters(self, count: int) -> Adapters:
+        return KernelAdapters(count)
 
     def product(self, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Product:
         if isinstance(weight, CodedWeight):

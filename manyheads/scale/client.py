@@ -148,7 +148,8 @@ class ReplicaClient:
     async def _deltas(self, entry: OpenRequest) -> AsyncGenerator[RequestDelta, None]:
         request = entry.to_send()
         entry.sent = True
-        route = Route.of([*request.prompt_token_ids, *request.output_token_ids], request.session)
+        tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        route = Route.of(tokens, request.session, request.cache_salt, request.lora)
         assert self._generate is not None
         stream: Any = self._generate.remote(msgspec.msgpack.encode(request), route)
         ended = False

@@ -52,9 +52,9 @@ class Prefixes:
                 del self._holders[digest]
 
 
-def digests_of(tokens: list[int]) -> list[bytes]:
-    """Names of a text's whole blocks, each with all that comes before it."""
-    digest, found = salted(""), list[bytes]()
+def digests_of(tokens: list[int], salt: str = "", adapter: str = "") -> list[bytes]:
+    """Names of a text's whole blocks, each with all that comes before it, as `page_manager.salted` has them."""
+    digest, found = salted(salt, adapter), list[bytes]()
     for end in range(BLOCK, len(tokens) + 1, BLOCK):
         digest = prefix_digest(digest, tokens[end - BLOCK : end])
         found.append(digest)

@@ -27,9 +27,9 @@ class Route(msgspec.Struct, array_like=True, frozen=True):
     """Requests with the same one go to the same replica; "" is no session."""
 
     @classmethod
-    def of(cls, tokens: list[int], session: str = "") -> Route:
-        """That of a text."""
-        return cls(digests_of(tokens), len(tokens), session)
+    def of(cls, tokens: list[int], session: str = "", salt: str = "", lora: str = "") -> Route:
+        """That of a text, with the session, the salt and the adapter of its request."""
+        return cls(digests_of(tokens, salt, lora), len(tokens), session)
 
 
 @dataclass

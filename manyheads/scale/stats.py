@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from manyheads.stats import EngineStats, MemoryUse
+from manyheads.stats import AdapterStats, EngineStats, MemoryUse
 
 
 def summed(every: Sequence[EngineStats]) -> EngineStats:
@@ -20,9 +20,22 @@ def summed(every: Sequence[EngineStats]) -> EngineStats:
     parts = [part.name for part in msgspec.structs.fields(MemoryUse)]
     uses = total.pop("memory")
     memory = MemoryUse(**{part: sum(getattr(use, part) for use in uses) for part in parts})
+    adapters = {
+        name: _adapter([stats.adapters[name] for stats in every if name in stats.adapters])
+        for name in dict.fromkeys(name for stats in total.pop("adapters") for name in stats)
+    }
     waits, trees, drafters = total.pop("queue_wait"), total.pop("tree_size"), total.pop("drafter")
     sums: dict[str, Any] = {name: _added(values) for name, values in total.items()}
-    return EngineStats(memory=memory, queue_wait=min(waits), tree_size=max(trees), drafter=drafters[0], **sums)
+    return EngineStats(
+        memory=memory, queue_wait=min(waits), tree_size=max(trees), drafter=drafters[0], adapters=adapters, **sums
+    )
+
+
+def _adapter(every: list[AdapterStats]) -> AdapterStats:
+    """One adapter's sums."""
+    return AdapterStats(
+        **{name: sum(getattr(stats, name) for stats in every) for name in AdapterStats.__struct_fields__}
+    )
 
 
 def _added(values: list[Any]) -> Any:

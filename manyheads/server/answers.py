@@ -230,12 +230,14 @@ class ChatCompletionChunk(BaseModel):
 
 
 class Model(BaseModel):
-    """It is a name by which the model is served."""
+    """It is a name by which the model is served, or an adapter on top of it."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None
+    """Of an adapter, the base."""
     max_model_len: int
     drafter: str | None
     num_medusa_heads: int

@@ -14,7 +14,6 @@ from manyheads.frontend.reply import Call, ReplyDelta
 from manyheads.frontend.tools.parser import CallDelta
 from manyheads.frontend.tools.use import ToolUse
 from manyheads.server.answers import ChatCompletion, ChatCompletionChunk
-from manyheads.server.auth import client_of, session_of
 from manyheads.server.logprobs import chat_logprobs, prompt_logprobs
 from manyheads.server.openapi import generates
 from manyheads.server.schemas import ChatRequest
@@ -36,7 +35,7 @@ def chat_router(service: Service) -> APIRouter:
         use = body.tool_use()
         params = body.chat_params(service.llm.defaults)
         prompt, params = await service.prompt_for(body.conversation(), use, params, body.truncate_prompt_tokens)
-        generations = service.llm.prepare([prompt], params, body.place(client_of(request), session_of(request)))
+        generations = service.llm.prepare([prompt], params, service.place(body, request))
         return await _ChatWriter(service, generations, body, use).respond(request)
 
     return router

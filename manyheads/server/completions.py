@@ -10,7 +10,6 @@ from fastapi.responses import Response
 from manyheads.frontend.generation import Generation, Prompt
 from manyheads.frontend.output import SequenceOutput, TextDelta
 from manyheads.server.answers import Completion, CompletionChunk
-from manyheads.server.auth import client_of, session_of
 from manyheads.server.logprobs import CompletionLogprobs, prompt_logprobs
 from manyheads.server.openapi import generates
 from manyheads.server.schemas import CompletionRequest
@@ -35,7 +34,7 @@ def completions_router(service: Service) -> APIRouter:
             ids = await service.llm.encode(text) if isinstance(text, str) and text else []
             ids = service.truncated(list(text) if isinstance(text, list) else ids, params, body.truncate_prompt_tokens)
             prompts.append(Prompt(ids, continues=True))
-        generations = service.llm.prepare(prompts, params, body.place(client_of(request), session_of(request)))
+        generations = service.llm.prepare(prompts, params, service.place(body, request))
         return await _CompletionWriter(service, generations, body).respond(request)
 
     return router

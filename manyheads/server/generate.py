@@ -16,7 +16,6 @@ from manyheads.frontend.conversation import Conversation
 from manyheads.frontend.generation import Generation, Prompt, Update
 from manyheads.request import SamplingParams
 from manyheads.server.answers import GenerateAnswer, GenerateText
-from manyheads.server.auth import client_of, session_of
 from manyheads.server.body import Body
 from manyheads.server.fields import Count, Limits, Whole
 from manyheads.server.openapi import generates
@@ -86,9 +85,7 @@ async def _prepare(service: Service, body: GenerateRequest, request: Request) ->
         prompt = Prompt(await service.llm.encode(body.prompt), continues=True)
     else:
         prompt = Prompt(await service.llm.encode_chat(Conversation([{"role": "user", "content": body.prompt}])))
-    (generation,) = service.llm.prepare(
-        [prompt], params, body.parameters.place(client_of(request), session_of(request))
-    )
+    (generation,) = service.llm.prepare([prompt], params, service.place(body.parameters, request))
     return generation
 
 

@@ -29,7 +29,9 @@ def models_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models", summary="What is served", responses={200: {"model": Models}})
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
+        return JSONResponse(
+            {"object": "list", "data": [_model(service, name) for name in (*service.names, *service.loras)]}
+        )
 
     @router.get("/v1/models/{name:path}", summary="One model", responses={200: {"model": Model}, **errors(404)})
     async def model(name: str) -> JSONResponse:
@@ -46,6 +48,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "object": "model",
         "created": service.started,
         "owned_by": "manyheads",
+        "parent": service.names[0] if name in service.loras else None,
         "max_model_len": ready.max_model_len,
         "drafter": ready.drafter,
         "num_medusa_heads": ready.draft_depth if ready.drafter == "medusa" else 0,

@@ -13,7 +13,6 @@ from fastapi.responses import Response
 
 from manyheads.frontend.generation import Generation, Update
 from manyheads.frontend.reply import ReplyReader
-from manyheads.server.auth import client_of, session_of
 from manyheads.server.openapi import generates
 from manyheads.server.response_answers import ResponseAnswer, ResponseEvent
 from manyheads.server.response_items import Event, ResponseItems
@@ -36,7 +35,7 @@ def responses_router(service: Service) -> APIRouter:
         body.check()
         use = body.tool_use()
         prompt, params = await service.prompt_for(body.conversation_of_input(), use, body.params(service.llm.defaults))
-        (generation,) = service.llm.prepare([prompt], params, body.place(client_of(request), session_of(request)))
+        (generation,) = service.llm.prepare([prompt], params, service.place(body, request))
         reader = service.form.reader(service.llm.tokenizer, prompt.token_ids, use, streams=bool(body.stream))
         return await _ResponseWriter(service, generation, body, reader).respond(request)
 

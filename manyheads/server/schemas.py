@@ -99,10 +99,17 @@ class Queueing(Body):
         default=None, description="share cached prompts only with requests that bring the same salt"
     )
 
-    def place(self, client: str, session: str) -> Place:
-        """Say how the requests of this client wait, with whom they share the prefix cache, and which go together."""
-        salt, priority = self.cache_salt or "", self.priority or 0
-        return Place(client=client, session=session, priority=priority, timeout=self.timeout, cache_salt=salt)
+    def place(self, client: str, session: str, lora: str) -> Place:
+        """Say how the requests of this client wait, with whom they share the prefix cache, which go together, and which
+        adapter answers them."""
+        return Place(
+            client=client,
+            session=session,
+            priority=self.priority or 0,
+            timeout=self.timeout,
+            cache_salt=self.cache_salt or "",
+            lora=lora,
+        )
 
 
 class StreamOptions(Body):

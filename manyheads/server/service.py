@@ -13,19 +13,22 @@ import msgspec
 from fastapi.responses import JSONResponse
 from starlette.requests import Request
 
+from manyheads.config import ConfigError
 from manyheads.errors import QueueFull, RequestError, require
 from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.conversation import Conversation
-from manyheads.frontend.generation import Generation, Prompt, Update
+from manyheads.frontend.generation import Generation, Place, Prompt, Update
 from manyheads.frontend.output import SequenceOutput
 from manyheads.frontend.reply import ReplyForm
 from manyheads.frontend.tools.hermes import HermesParser
 from manyheads.frontend.tools.use import ToolUse
 from manyheads.request import SamplingParams
+from manyheads.server.auth import client_of, session_of
 from manyheads.server.body import Body
 from manyheads.server.config import ServerConfig
 from manyheads.server.errors import ApiError
 from manyheads.server.metrics import Metrics, SequenceTimer
+from manyheads.server.schemas import Queueing
 from manyheads.server.unknown import UnknownFields
 
 T = TypeVar("T")
@@ -36,7 +39,7 @@ class Service:
 
     Args:
         llm: the front end of the engine.
-        names: the model's names in requests, the first one in answers.
+        names: the model's names in requests, the first one in answers; adapters have names of their own.
         form: of the model's replies.
         is_strict: refuse fields that nobody knows, instead of ignoring them.
     """
@@ -44,6 +47,7 @@ class Service:
     def __init__(self, llm: AsyncLLM, names: Sequence[str], form: ReplyForm, *, is_strict: bool = False) -> None:
         self.llm = llm
         self.names = list(names)
+        self.loras = list(llm.ready.loras)
         self.form = form
         self._unknown = UnknownFields(is_strict)
         self.metrics = Metrics(llm.client, llm.ready)
@@ -82,10 +86,16 @@ class Service:
         room = self.llm.ready.max_model_len - max(params.max_tokens or 1, 1)
         return token_ids[-(most if most > 0 else max(room, 1)) :]
 
+    def place(self, body: Queueing, request: Request) -> Place:
+        """Say how the requests of a body wait, and which adapter answers them: the one that it calls its model."""
+        name = getattr(body, "model", None)
+        return body.place(client_of(request), session_of(request), name if name in self.loras else "")
+
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 for a model that is not served; None is the one there is."""
-        if name is not None and name not in self.names:
-            message = f"the model {name[:200]!r} does not exist; this server has {', '.join(map(repr, self.names))}"
+        """Raise ApiError 404 for a model that is not served; None is the base."""
+        if name is not None and name not in (*self.names, *self.loras):
+            there = ", ".join(map(repr, (*self.names, *self.loras)))
+            message = f"the model {name[:200]!r} does not exist; this server has {there}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def not_ready(self) -> str | None:
@@ -150,9 +160,11 @@ class Service:
 
 
 def service_of(llm: AsyncLLM, options: ServerConfig) -> Service:
-    """Make the service that the options ask for. Raises ConfigError: there is no such parser."""
+    """Make the service that the options ask for. Raises ConfigError: a parser or a name cannot hold."""
     form = ReplyForm.find(llm.tokenizer, options.tool_parser, options.reasoning_parser)
     names = options.served_model_names or (llm.ready.model,)
+    if taken := set(names) & set(llm.ready.loras):
+        raise ConfigError(f"{min(taken)!r} is the name of an adapter and of the model; rename one of them")
     return Service(llm, names, form, is_strict=options.strict)
 
 

@@ -6,12 +6,13 @@ runs, and takes the tree with the most expected tokens per second. Now and then 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from manyheads.batch import MAX_NODES
 from manyheads.speculation.costs import REACHES, Acceptance, CostTable, Kind, RunningCosts
 from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
+from manyheads.speculation.gains import TINY, Gains, size_at
 from manyheads.speculation.tree import ROOT, Choice, Tree, grow
 from manyheads.speculation.trials import Trials
 
@@ -27,15 +28,9 @@ REGROW_EVERY = 32
 REVIEW_SOON, NEWS = 4, 0.05
 """but only so many if costs turned out to be other ones, by such a share at least."""
 
-GAINS_WINDOW = 0.02
-"""Share of a new step in the running means of what a drafter expects and of what came of it."""
 SUREST = 1.1
 """Times as much as where all rows have the same tree is gained where a step's nodes go to the rows whose guesses are
 surest: 1.09 to 1.12 times at 32 to 128 rows (benchmarks/results/gpu)."""
-FORGOTTEN = 0.0005
-"""Of those means, by a step without trees: text that a drafter did badly on is followed by other text."""
-TINY = 1e-12
-"""What a gain is divided by at least: guesses that never hold promise nothing."""
 
 
 class Planner:
@@ -69,19 +64,16 @@ class Planner:
         self._probabilities: list[float] = []
         self._expected: list[float] = []
         self._steps_until_regrow = 0
-        self._chosen: dict[tuple[int, int], Draft] = {}
+        self._chosen: dict[tuple[int, int, int | None], Draft] = {}
         self._drafts: dict[tuple[float, int | None], Draft] = {}  # that can be made of the tree that was grown,
         self._lists: dict[int, list[Draft]] = {}  # those of so many rows,
         self._shares: dict[Kind, float] = {}  # and `_share` of those that there are
         self._brought: int | None = None  # nodes that each could bring in the step before
-        self._gains: list[float] | None = None  # by SIZES, running mean of what the drafter expects
-        self._num_gains = 0  # steps that say so
-        self._outcome = [1.0, 1.0]  # running means: gained, and what was expected of the same steps
-        self._hoped: list[float] = []  # by SIZES, gains by the prior
+        hoped: list[float] = []
         if prior:
             self._regrow()
-            self._hoped = [SUREST * self._promise(size) for size in SIZES]
-            self._gains = self._hoped if prior_holds else None
+            hoped = [SUREST * self._promise(size) for size in SIZES]
+        self._gains = Gains(hoped, prior_holds)
 
     def measured(
         self,
@@ -103,6 +95,10 @@ class Planner:
         """Whether there is anything to choose."""
         return self.tree_size is None and self.acceptance.num_depths > 0
 
+    def rows_are(self, adapters: Sequence[int]) -> None:
+        """The decoding rows of the next steps have these adapters (`Request.adapter`)."""
+        self._gains.rows_are(adapters)
+
     def choose(self, rows: int, prompt_tokens: int = 0) -> Draft:
         """What `rows` decoding rows are to bring beside `prompt_tokens` of prompts; NO_DRAFT when nothing pays.
 
@@ -121,9 +117,9 @@ class Planner:
             return self.draft(self.tree_size)
         if self.costs is None:
             return NO_DRAFT
-        load = (rows, 0)
+        load = (rows, 0, self._gains.level)
         if prompt_tokens:  # no two such steps are alike, but they are rounded up to some that are
-            load = (self.costs.padded(rows), self.costs.padded_prompts(prompt_tokens))
+            load = (self.costs.padded(rows), self.costs.padded_prompts(prompt_tokens), self._gains.level)
         if load not in self._chosen:
             self._chosen[load] = self._best(rows, prompt_tokens)
         return self._chosen[load]
@@ -191,11 +187,9 @@ class Planner:
 
     def expected_tokens(self, draft: Draft, rows: int = 1) -> float:
         """Tokens that each of so many rows gains in a step with a draft."""
-        if self._gains is None:  # no step yet
+        gain = self._gains.promised(draft.nodes)
+        if gain is None:  # no step yet
             gain = (SUREST if rows >= 16 else 1.0) * self._promise(draft.nodes)
-        else:
-            gained, expected = self._outcome
-            gain = self._gains[_size_at(draft.nodes)] * gained / expected
         return 1.0 + gain * self._share(draft)
 
     def _promise(self, nodes: float) -> float:
@@ -219,35 +213,28 @@ class Planner:
         """Take in what a step showed of the candidates; shapes as `StepResult`'s."""
         self.acceptance.observe(hits, trials)
 
-    def observe_gains(self, draft: Draft, expected: list[float], gained: list[int]) -> None:
+    def observe_gains(
+        self, draft: Draft, expected: list[float], gained: list[int], adapters: Sequence[int] = ()
+    ) -> None:
         """Take in what the drafter expected of a step, and what came of it.
 
         Args:
             draft: what the step's rows brought.
             expected: as `StepResult.gains`.
             gained: tokens beside its own of each decoding row.
+            adapters: of each row; none are the base's.
         """
-        at, share = _size_at(draft.nodes), self._share(draft)
+        share = self._share(draft)
         if draft.passes:
             # it guessed what was asked for and no more: of that it says how sure it is, and of other sizes nothing
-            sure = expected[at] / max(share * self._promise(SIZES[at]), TINY)
+            at = size_at(draft.nodes)
+            sure = expected[at] / max(self._promise(SIZES[at]), TINY)
             expected = [sure * self._promise(size) for size in SIZES]
-        if self._gains is None:
-            self._gains = list(expected)
-        # a text's first steps say little of it: their mean counts
-        self._num_gains += 1
-        weight = max(GAINS_WINDOW, 1 / (2 + self._num_gains))
-        self._gains = [old + weight * (new - old) for old, new in zip(self._gains, expected, strict=True)]
-        means = (sum(gained) / len(gained), expected[at] * share)
-        self._outcome = [old + GAINS_WINDOW * (new - old) for old, new in zip(self._outcome, means, strict=True)]
+        self._gains.observe(draft.nodes, share, expected, gained, adapters)
 
     def observe_plain(self) -> None:
-        """Take in a step without trees: what they were last seen to gain counts a little less, so that a drafter that
-        was given up is tried again."""
-        if self._gains is not None:
-            self._gains = [old + FORGOTTEN * (new - old) for old, new in zip(self._gains, self._hoped, strict=True)]
-            gained, expected = self._outcome
-            self._outcome[0] = gained + FORGOTTEN * (expected - gained)
+        """Take in a step without trees."""
+        self._gains.observe_plain()
 
     def observe_cost(self, rows: int, draft: Draft, seconds: float, prompt_tokens: int = 0) -> None:
         """Take in the time of a step of `rows` decoding rows, and of so many tokens of prompts beside them.
@@ -294,8 +281,3 @@ class Planner:
             made.clear()
         self._grown, self._probabilities = grow(self.acceptance.table(), MAX_NODES, self._offered)
         self._expected = list(accumulate(self._probabilities))
-
-
-def _size_at(nodes: float) -> int:
-    """Where the largest size that so many nodes fill stands among `SIZES`."""
-    return max(i for i, size in enumerate(SIZES) if size <= nodes)

@@ -228,18 +228,19 @@ def test_what_rows_brought_is_counted(ragged: bool, overlaps: bool) -> None:
 def test_the_planner_learns_what_came_of_a_step(overlaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of decoding rows only: what a prompt's row gains is no draft's."""
     world = World(Setup(overlaps=overlaps, sizes=[8, 1], budget=4))
-    seen: list[tuple[Draft, list[float], list[int]]] = []
+    seen: list[tuple[Draft, list[float], list[int], list[int]]] = []
     monkeypatch.setattr(world.scheduler.planner, "observe_gains", lambda *args: seen.append(args))
     world.add([1, 2, 3], max_tokens=10, ignore_eos=True)
     world.step()
     world.add([2] * 9, max_tokens=8, ignore_eos=True)
     world.run()
     drafting = [plan for plan in world.runner.plans if plan.draft.propose and plan.decoding]
-    assert [draft for draft, _, _ in seen] == [plan.draft for plan in drafting]
-    assert [len(gained) for _, _, gained in seen] == [len(plan.decoding) for plan in drafting]
-    assert all(len(gains) == len(SIZES) for _, gains, _ in seen)
+    assert [draft for draft, *_ in seen] == [plan.draft for plan in drafting]
+    assert [len(gained) for _, _, gained, _ in seen] == [len(plan.decoding) for plan in drafting]
+    assert all(adapters == [0] * len(gained) for _, _, gained, adapters in seen)
+    assert all(len(gains) == len(SIZES) for _, gains, _, _ in seen)
     assert any(plan.chunks for plan in drafting)
-    assert all(0 <= n <= HEADS for _, _, gained in seen for n in gained)
+    assert all(0 <= n <= HEADS for _, _, gained, _ in seen for n in gained)
 
 
 def test_max_steps_ends_a_request(overlaps: bool) -> None:

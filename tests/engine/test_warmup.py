@@ -55,6 +55,7 @@ def fake_runner(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
         overlaps=False,
         recorded=None,
         device=device,
+        model=SimpleNamespace(adapters=None),
         state=state,
         put=put,
         rewind=partial(rewind, state),

@@ -10,7 +10,7 @@ import pytest
 from manyheads.scale.prefixes import BLOCK, Prefixes, digests_of
 from manyheads.scale.routing import Chooser, Route
 from manyheads.scale.stats import summed
-from manyheads.stats import EngineStats, MemoryUse
+from manyheads.stats import AdapterStats, EngineStats, MemoryUse
 
 
 def text(seed: int, length: int) -> list[int]:
@@ -41,6 +41,16 @@ def test_a_replica_without_the_middle_has_nothing_behind_it() -> None:
     known.add(digests_of(long), "a")
     known.add(digests_of(long[:BLOCK]), "b")
     assert known.longest(digests_of(long)) == {"a": 3 * BLOCK, "b": BLOCK}
+
+
+def test_what_an_adapter_or_a_salt_has_computed_is_its_own() -> None:
+    known, shared = Prefixes(100), text(0, 2 * BLOCK)
+    known.add(digests_of(shared, adapter="sql"), "a")
+    known.add(digests_of(shared, salt="s"), "b")
+    assert known.longest(digests_of(shared)) == {}
+    assert known.longest(digests_of(shared, adapter="sql")) == {"a": 2 * BLOCK}
+    assert known.longest(digests_of(shared, salt="s")) == {"b": 2 * BLOCK}
+    assert known.longest(digests_of(shared, salt="s", adapter="sql")) == {}
 
 
 def test_what_was_not_used_for_long_is_forgotten() -> None:
@@ -122,3 +132,11 @@ def test_statistics_of_many_are_those_of_one() -> None:
     assert (both.num_running, both.queue_wait, both.tree_size, both.drafted_by_depth) == (3, 1.0, 8, [6, 2])
     assert both.memory.weights == 7
     assert summed([]) == EngineStats()
+
+
+def test_an_adapters_counts_are_summed_over_replicas() -> None:
+    one = EngineStats(adapters={"a": AdapterStats(row_steps=2, accepted_tokens=3), "b": AdapterStats(row_steps=1)})
+    two = EngineStats(adapters={"a": AdapterStats(row_steps=5, generation_tokens=4)})
+    both = summed([one, two]).adapters
+    assert both["a"] == AdapterStats(row_steps=7, accepted_tokens=3, generation_tokens=4)
+    assert both["b"] == AdapterStats(row_steps=1)

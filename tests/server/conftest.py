@@ -122,7 +122,7 @@ def process_exists(pid: int) -> bool:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = launch(tmp_path_factory.mktemp("server"), "--max-queue", "64").wait_ready()
+    running = launch(tmp_path_factory.mktemp("server"), "--max-queue", "64", "--lora", "sql=where").wait_ready()
     yield running
     running.stop()
     lines = [line for line in running.errors().splitlines() if "is ignored" not in line]

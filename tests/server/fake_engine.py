@@ -14,7 +14,7 @@ from pathlib import Path
 from manyheads.config import EngineConfig
 from manyheads.errors import QueueFull
 from manyheads.request import EngineReady, EngineRequest, Guess, RequestDelta, StepTrace, TokenLogprobs
-from manyheads.stats import EngineStats, MemoryUse
+from manyheads.stats import AdapterStats, EngineStats, MemoryUse
 from tests.server.tiny_tokenizer import END, make_backend
 
 TEXT = "The cat 🐈 sat on the mat, 猫はマットの上に座った。 It was e\u0301legant. " * 40
@@ -38,7 +38,8 @@ class FakeEngine:
 
     Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything, or
     anything more than so many steps of a request as it says.
-    What stands last in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments.
+    What stands last in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments. An
+    adapter says its name.
     """
 
     config: EngineConfig
@@ -67,6 +68,7 @@ class FakeEngine:
             num_pages=64,
             page_size=16,
             eos_token_ids=[self.eos],
+            loras=list(self.config.loras),
             wanted_model_len=4096,
             memory=MEMORY,
         )
@@ -75,7 +77,7 @@ class FakeEngine:
         self.admitted = admitted  # type: ignore[method-assign]
 
     def add_request(self, message: EngineRequest) -> None:
-        self.ready.check(message.params, [message.prompt_token_ids])
+        self.ready.check(message.params, [message.prompt_token_ids], message.lora)
         if len(self.open) >= self.config.max_queue:
             raise QueueFull(f"{len(self.open)} requests are waiting")
         if message.timeout is not None and message.timeout < 1:
@@ -93,6 +95,8 @@ class FakeEngine:
             call = schema.get("anyOf", [schema])[0]["properties"]
             key = next(name for name in call if name != "name")
             return [*self.tokenizer.encode(json.dumps({"name": call["name"]["const"], key: {}})).ids, self.eos]
+        if message.lora:
+            return [*self.tokenizer.encode(message.lora).ids, self.eos]
         prompt = self.tokenizer.decode(message.prompt_token_ids, skip_special_tokens=False)
         if found := re.findall(r"SAY\[\[(.*?)\]\]", prompt, re.S):
             return [*self.tokenizer.encode(found[-1]).ids, self.eos]
@@ -144,6 +148,7 @@ class FakeEngine:
             row_steps=self.counts["rows"],
             drafted_by_depth=[10, 5, 2],
             accepted_by_depth=[6, 2, 1],
+            adapters={name: AdapterStats(generation_tokens=3) for name in self.ready.loras},
             memory=MEMORY,
         )
 

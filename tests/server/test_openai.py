@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from manyheads.config import ConfigError, EngineConfig
+from manyheads.server.config import ServerConfig
+from manyheads.server.service import service_of
 from tests.server.conftest import Running
-from tests.server.fake_engine import TEXT
+from tests.server.fake_engine import TEXT, FakeEngine
+from tests.server.tiny_tokenizer import tiny_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -121,10 +126,31 @@ def test_completions_stream(api: openai.OpenAI) -> None:
 
 
 def test_models(api: openai.OpenAI) -> None:
-    assert [m.id for m in api.models.list()] == ["fake"]
+    assert [m.id for m in api.models.list()] == ["fake", "sql"]
     assert api.models.retrieve("fake").id == "fake"
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError, match="this server has 'fake', 'sql'"):
         api.models.retrieve("other")
+
+
+def test_an_adapter_is_a_model_with_a_parent(api: openai.OpenAI) -> None:
+    parents = {model.id: (model.model_extra or {})["parent"] for model in api.models.list()}
+    assert parents == {"fake": None, "sql": "fake"}
+    assert api.models.retrieve("sql").id == "sql"
+    answer = api.chat.completions.create(model="sql", messages=HELLO)
+    assert (answer.model, answer.choices[0].message.content) == ("sql", "sql")
+    assert api.completions.create(model="sql", prompt="hello").choices[0].text == "sql"
+    assert api.responses.create(model="sql", input="hello").output_text == "sql"
+    assert api.chat.completions.create(model="fake", messages=HELLO).choices[0].message.content != "sql"
+
+
+def test_an_adapter_has_a_name_of_its_own() -> None:
+    llm: Any = SimpleNamespace(tokenizer=tiny_tokenizer(), ready=FakeEngine(EngineConfig(loras={"a": "where"})).ready)
+    with pytest.raises(ConfigError, match="'a' is the name of an adapter and of the model; rename one of them"):
+        service_of(llm, ServerConfig(served_model_names=("b", "a")))
+
+
+def test_adapters_are_counted_by_name(client: httpx.Client) -> None:
+    assert 'manyheads_adapter_generation_tokens_total{adapter="sql"} 3.0' in client.get("/metrics").text
 
 
 def test_our_own_fields(client: httpx.Client) -> None:

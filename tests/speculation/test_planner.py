@@ -10,7 +10,8 @@ from manyheads.batch import MAX_NODES
 from manyheads.speculation.costs import REACHES, CostTable
 from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
-from manyheads.speculation.planner import GAINS_WINDOW, MAX_INFLIGHT, MIN_GAIN, REGROW_EVERY, Planner
+from manyheads.speculation.gains import WINDOW
+from manyheads.speculation.planner import MAX_INFLIGHT, MIN_GAIN, REGROW_EVERY, Planner
 from manyheads.speculation.tree import Tree
 
 
@@ -192,7 +193,7 @@ def test_what_the_heads_expect_replaces_the_averages() -> None:
     made = Planner(DEFAULT_ACCEPTANCE)
     made.observe_gains(made.draft(4), GAINS, [1, 0])  # 0.5 gained
     at = SIZES.index(4)
-    calibration = (1 + GAINS_WINDOW * (0.5 - 1)) / (1 + GAINS_WINDOW * (GAINS[at] - 1))
+    calibration = (1 + WINDOW * (0.5 - 1)) / (1 + WINDOW * (GAINS[at] - 1))
     assert [expected(made, n) for n in SIZES] == pytest.approx([1 + g * calibration for g in GAINS])
     assert expected(made, 3.9) == expected(made, 3)
     before = expected(made, 2)
@@ -204,7 +205,7 @@ def test_what_the_heads_expect_replaces_the_averages() -> None:
 @pytest.mark.parametrize("nodes", [1.25, 4, 5, 64])
 def test_heads_that_promise_too_much_or_too_little_are_corrected(nodes: float, gained: list[int]) -> None:
     made = Planner(DEFAULT_ACCEPTANCE)
-    for _ in range(int(8 / GAINS_WINDOW)):
+    for _ in range(int(8 / WINDOW)):
         made.observe_gains(made.draft(nodes), GAINS, gained)
     share = sum(gained) / len(gained) / GAINS[max(i for i, size in enumerate(SIZES) if size <= nodes)]
     assert [expected(made, n) for n in SIZES] == pytest.approx([1 + g * share for g in GAINS], rel=0.01)
@@ -214,16 +215,39 @@ def test_the_choice_follows_what_came_of_the_drafts() -> None:
     made = planner(1.0, 0.02)
     before = made.choose(1)
     assert before.propose
-    for _ in range(int(8 / GAINS_WINDOW)):
+    for _ in range(int(8 / WINDOW)):
         made.observe_gains(before, GAINS, [0])
     for _ in range(REGROW_EVERY):
         after = made.choose(1)
     assert after is NO_DRAFT
-    for _ in range(int(8 / GAINS_WINDOW)):
+    for _ in range(int(8 / WINDOW)):
         made.observe_gains(before, GAINS, [3])
     for _ in range(REGROW_EVERY):
         after = made.choose(1)
     assert after.propose
+
+
+def test_what_comes_of_drafts_is_measured_for_each_adapter() -> None:
+    """Rows of the base and of an adapter share their steps; what the one gains says nothing of the other."""
+    made = planner(1.0, 0.02)
+    draft = made.choose(1)
+    for _ in range(int(8 / WINDOW)):
+        made.observe_gains(draft, GAINS, [3, 0, 3], [0, 2, 0])
+
+    def choice(adapters: list[int]) -> tuple[bool, float]:
+        """Whether trees are brought, and what the draft above promises."""
+        made.rows_are(adapters)
+        return made.choose(1).propose, pytest.approx(expected(made, draft.nodes), rel=0.01)
+
+    assert choice([0]) == (True, 4.0)
+    assert choice([2, 2]) == (False, 1.0)
+    assert choice([0, 2, 0]) == (True, 3.0)
+    assert choice([0]) == (True, 4.0)
+    assert choice([1])[0]  # of another one nothing is known: what the drafter expects holds
+    made.rows_are([2])
+    for _ in range(5000):
+        made.observe_plain()
+    assert expected(made, draft.nodes) > 1.5, "it is tried again"
 
 
 def test_heads_that_were_given_up_are_tried_again() -> None:

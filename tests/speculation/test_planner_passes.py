@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from manyheads.speculation.costs import CostTable
 from manyheads.speculation.draft import NO_DRAFT, SIZES
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
-from manyheads.speculation.planner import GAINS_WINDOW, MIN_GAIN, Planner
+from manyheads.speculation.gains import WINDOW
+from manyheads.speculation.planner import MIN_GAIN, Planner
 
 CHAINS = [[0.6, 0.1]] * 4
 """Nodes by probability: (0) 0.6, (0, 0) 0.36, (0, 0, 0) 0.216, (0, 0, 0, 0) 0.13, (1) 0.1, …"""
@@ -102,7 +103,7 @@ def test_what_shallow_drafts_gained_says_more_of_deep_ones() -> None:
     """A row gained 0.7 where 0.7 was expected; nodes of any depth would have gained 0.96 / 0.7 times as much."""
     made = planner(0.0)
     shallow, gains = made.draft(3, 1), [0.7] * len(SIZES)
-    for _ in range(int(8 / GAINS_WINDOW)):
+    for _ in range(int(8 / WINDOW)):
         made.observe_gains(shallow, gains, [1, 0, 1, 1, 0, 1, 1, 0, 1, 1])
     assert made.expected_tokens(shallow) == pytest.approx(1.7, rel=0.01)
     assert made.expected_tokens(made.draft(3)) == pytest.approx(1.96, rel=0.01)

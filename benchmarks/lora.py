@@ -1,0 +1,138 @@
+"""What adapters cost: many users, each with one of many adapters, against the base alone.
+
+The adapters are random and nearly silent (their B is tiny), so that texts, and how often heads are right, are the
+base's, and only the work differs. Four engines answer the same prompts in turns: the base alone and the base with all
+adapters, plainly and with the heads that come with the model; and the engines with adapters once more, where nobody
+asks for one. The fastest round of each counts.
+
+    python benchmarks/lora.py                                                   # a CPU, the built-in model
+    python benchmarks/lora.py --model ENLARGED --device cuda --users 64         # benchmarks/enlarge.py: 7B's shape
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import BUILTIN, ROOT, machine, save, table
+from safetensors.torch import save_file
+
+from manyheads import LLM, SamplingParams
+from manyheads.models.parameters import Packed
+from manyheads.models.registry import parameters, read_config
+from manyheads.speculation.medusa.checkpoint import split_model
+
+SILENT = 1e-4
+TOPICS = (
+    "the sea", "a lost dog", "how bread is made", "the moon", "a train journey", "learning to swim", "an old clock",
+    "the first day of school", "volcanoes", "a cat and a bird", "planting a tree", "a storm", "music", "winter",
+    "a map", "robots",
+)  # fmt: skip
+
+
+def write_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:
+    """An adapter on every projection of a model's layers."""
+    config = read_config(model)
+    random = torch.Generator().manual_seed(seed)
+    state: dict[str, torch.Tensor] = {}
+    for layer in parameters(config).layers:
+        for part in (part for part in layer.values() if isinstance(part, Packed)):
+            for module, (outputs, inputs) in (
+                (key.removesuffix(".weight"), shape) for key, shape in part.shapes.items() if len(shape) == 2
+            ):
+                a = torch.randn(rank, inputs, generator=random) / inputs**0.5
+                b = torch.randn(outputs, rank, generator=random) * SILENT
+                for side, weight in (("A", a), ("B", b)):
+                    key = f"base_model.model.model.{module}.lora_{side}.weight"
+                    state[key] = weight.to(config.dtype)
+    folder.mkdir(parents=True)
+    save_file(state, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, default=BUILTIN)
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--users", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5, help="after one that does not count")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quantization", default=None)
+    parser.add_argument("--plain-only", action="store_true", help="leave out the engines with heads")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "lora.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        names = {f"adapter-{i}": str(Path(folder) / f"adapter-{i}") for i in range(args.adapters)}
+        for seed, path in enumerate(names.values()):
+            write_adapter(Path(path), split_model(str(args.model), None)[0], args.rank, seed)
+        measure(args, names)
+
+
+def measure(args: argparse.Namespace, names: dict[str, str]) -> None:
+    """Let all engines answer in turns, and say how fast each is."""
+    length = 128 + args.new_tokens
+    settings: dict[str, Any] = {
+        "num_threads": args.threads,
+        "device": args.device,
+        "quantization": args.quantization,
+        "max_num_seqs": args.users,
+        "max_model_len": length,
+        "num_blocks": args.users * (length // 16 + 8),
+        "prefix_caching": False,
+    }
+    engines: dict[tuple[str, str], LLM] = {}
+    for kind in ("plain",) if args.plain_only else ("plain", "heads"):
+        for who, loras in (("base", {}), ("adapters", names)):
+            engines[kind, who] = LLM(str(args.model), speculative=kind == "heads", loras=loras, **settings)
+    params = SamplingParams(temperature=0.0, max_tokens=args.new_tokens, ignore_eos=True)
+    asked = [f"Write a short text about {TOPICS[i % len(TOPICS)]}, number {i}." for i in range(args.users)]
+    prompts = [[{"role": "user", "content": text}] for text in asked]
+    chosen = [list(names)[i % len(names)] for i in range(args.users)]
+    speeds: dict[tuple[str, str], list[float]] = {}
+    steps: dict[tuple[str, str], float] = {}
+    for number in range(args.rounds + 1):
+        for (kind, who), llm in engines.items():
+            for asks in ("base",) if who == "base" else ("adapters", "adapters, none asked for"):
+                began = time.perf_counter()
+                outputs = llm.chat(prompts, params, lora=chosen if asks == "adapters" else "")
+                seconds = time.perf_counter() - began
+                found = [output.outputs[0] for output in outputs]
+                tokens = sum(len(output.token_ids) for output in found)
+                steps[kind, asks] = tokens / sum(output.num_steps for output in found)
+                if number > 0:
+                    speeds.setdefault((kind, asks), []).append(tokens / seconds)
+    rows, records = [], []
+    for (kind, asks), values in speeds.items():
+        best = max(values)  # what disturbs a machine makes a round slower
+        record = {
+            "engine": kind,
+            "requests": asks,
+            "tokens_per_s": [round(value, 1) for value in values],
+            "of_the_base": round(best / max(speeds[kind, "base"]), 3),
+            "tokens_a_step": round(steps[kind, asks], 2),
+        }
+        records.append(record)
+        rows.append([kind, asks, best, record["of_the_base"], record["tokens_a_step"]])
+    table(["engine", "requests", "tokens/s", "of the base's", "tokens a step"], rows)
+    weights = {who: llm.engine.stats().memory.weights for (_, who), llm in engines.items()}
+    what = {
+        name: getattr(args, name) for name in ("adapters", "rank", "users", "new_tokens", "quantization", "threads")
+    }
+    device = next(iter(engines.values())).engine.ready.device
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    result = {"machine": machine() | {"gpu": gpu}, **what, "device": device, "weights_bytes": weights, "rows": records}
+    save(args.out, f"{args.model.name}, {device}", result)
+
+
+if __name__ == "__main__":
+    main()
