@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from manyheads.batch import MAX_NODES
+from manyheads.checkpoint import described
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.engine.compiler import Compiler
 from manyheads.engine.estimate import Parts, Shape
@@ -88,8 +89,9 @@ class Blueprint:
         config, shape, source = self.config, self.shape, self.source
         scheme, device = shape.scheme, shape.device
         progress(f"loading {self.folder.name}" + (f" in {scheme}" if scheme else ""))
-        if scheme is not None and scheme.note_on_cpu and device.type == "cpu":
-            progress(scheme.note_on_cpu)
+        for line in (self.weights, scheme.note_on_cpu if scheme is not None and device.type == "cpu" else None):
+            if line is not None:
+                progress(line)
         model = load_model(
             self.folder, self.model, shape.dtype, device, progress, config.quantization, shape.ops, ranks
         )
@@ -107,6 +109,11 @@ class Blueprint:
         )
         runner.threads = self.threads
         return runner
+
+    @property
+    def weights(self) -> str | None:
+        """A line on what becomes of the checkpoint's weights, if that is not plain."""
+        return described(self.folder, self.shape.dtype, find(self.config.quantization) is not None)
 
     @property
     def window(self) -> int | None:
