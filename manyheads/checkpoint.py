@@ -36,16 +36,16 @@ def resolve(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    is_gguf = path.suffix == ENDING
-    if is_gguf and path.is_file():
+    is_file = path.suffix == ENDING
+    if is_file and path.is_file():
         return folder_of(path)
     is_local = path.exists() or model.startswith((".", "/", "~"))
-    if is_local or (model.count("/") < 2 if is_gguf else model.count("/") != 1):
+    if is_local or (model.count("/") < 2 if is_file else model.count("/") != 1):
         raise ConfigError(
             f"{model!r} is no folder; give a local folder, a hub id (name/model), a GGUF file (FILE{ENDING}, or "
             f"name/model/FILE{ENDING} on the hub) or {BUILTIN!r}"
         )
-    return folder_of(_from_hub(model)) if is_gguf else _from_hub(model)
+    return folder_of(_from_hub(model)) if is_file else _from_hub(model)
 
 
 def _from_hub(model: str) -> Path:
@@ -86,13 +86,16 @@ def tensor_files(folder: Path, stem: str = "model", pickle_stem: str = "pytorch_
             return [folder / shard for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
-    if (folder / GGUF_WEIGHTS).is_file():
+    if is_gguf(folder):
         return [folder / GGUF_WEIGHTS]
     raise CheckpointError(f"{folder} holds no weights ({stem}.safetensors or {pickle_stem}.bin, single or sharded)")
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path, widen: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every (key, tensor) of a safetensors, GGUF or pickle file; code in a pickle is refused, not run.
+
+    Args:
+        widen: tensors of a GGUF file come in floating point, all of them.
 
     Raises:
         CheckpointError: the file is damaged or holds something else than tensors.
@@ -102,9 +105,14 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 yield key, file.get_tensor(key)
     elif path.suffix == ENDING:
-        yield from read_gguf(path)
+        yield from read_gguf(path, widen)
     else:
         yield from _pickled(path).items()
+
+
+def is_gguf(folder: Path) -> bool:
+    """Whether a folder stands for a GGUF file."""
+    return (folder / GGUF_WEIGHTS).is_file()
 
 
 def described(folder: Path, dtype: torch.dtype, is_rounded: bool) -> str | None:
@@ -114,8 +122,7 @@ def described(folder: Path, dtype: torch.dtype, is_rounded: bool) -> str | None:
         dtype: of activations.
         is_rounded: whether a setting has weights rounded to few bits as they come.
     """
-    file = folder / GGUF_WEIGHTS
-    return described_gguf(file, dtype, is_rounded) if file.is_file() else None
+    return described_gguf(folder / GGUF_WEIGHTS, dtype, is_rounded) if is_gguf(folder) else None
 
 
 @contextmanager

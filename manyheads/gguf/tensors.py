@@ -35,14 +35,17 @@ _TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def read(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read(path: Path, widen: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every (key, tensor) of a file.
+
+    Args:
+        widen: nothing stays in 4 bits.
 
     Raises:
         ConfigError, CheckpointError: the file cannot be read, or holds a tensor that its architecture has no place for.
     """
     file = opened(path)
-    record, kept = architecture_of(file), kept_in_4_bits(file)
+    record, kept = architecture_of(file), set() if widen else kept_in_4_bits(file)
     for tensor in file.tensors:
         if tensor.name in _IN_CONFIG:
             continue
