@@ -36,6 +36,8 @@ QUESTIONS = (
     "Summarize: The Nile is a river in Africa. It is about 6,650 km long. It flows north into the Mediterranean Sea.",
 )
 EXACT_TOKENS, SPEED_TOKENS = 64, 128
+TIMED = slice(None, None, 2)
+"""Speed is measured with every other question."""
 OURS: dict[str, dict[str, Any]] = {
     "manyheads, plain": {"speculative": False},
     "manyheads, ngram": {"drafter": "ngram"},
@@ -184,7 +186,8 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     ours = dict(OURS)
     if args.heads:
         ours["manyheads, heads"] = {"heads": str(args.heads)}
-    prompts, workers = read_prompts(args.file), {name: Worker(name, args, own) for name, own in ours.items()}
+    prompts = read_prompts(args.file)[TIMED]
+    workers = {name: Worker(name, args, own) for name, own in ours.items()}
     workers["transformers"] = Worker("transformers", args)
     if args.llama_python:
         workers["llama.cpp"] = Worker("llama.cpp", args)

@@ -42,8 +42,8 @@ def resolve(model: str) -> Path:
     is_local = path.exists() or model.startswith((".", "/", "~"))
     if is_local or (model.count("/") < 2 if is_file else model.count("/") != 1):
         raise ConfigError(
-            f"{model!r} is no folder; give a local folder, a hub id (name/model), a GGUF file (FILE{ENDING}, or "
-            f"name/model/FILE{ENDING} on the hub) or {BUILTIN!r}"
+            f"{model!r} is no folder; give a local folder, a hub id (name/model) or {BUILTIN!r}; or a GGUF file "
+            f"(FILE{ENDING}, or name/model/FILE{ENDING} on the hub)"
         )
     return folder_of(_from_hub(model)) if is_file else _from_hub(model)
 
@@ -115,14 +115,15 @@ def is_gguf(folder: Path) -> bool:
     return (folder / GGUF_WEIGHTS).is_file()
 
 
-def described(folder: Path, dtype: torch.dtype, is_rounded: bool) -> str | None:
+def described(folder: Path, dtype: torch.dtype, is_rounded: bool, in_blocks: bool) -> str | None:
     """A line on what becomes of a checkpoint's weights, if that is not plain.
 
     Args:
         dtype: of activations.
         is_rounded: whether a setting has weights rounded to few bits as they come.
+        in_blocks: whether the device multiplies weights in blocks as they are.
     """
-    return described_gguf(folder / GGUF_WEIGHTS, dtype, is_rounded) if is_gguf(folder) else None
+    return described_gguf(folder / GGUF_WEIGHTS, dtype, is_rounded, in_blocks) if is_gguf(folder) else None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from manyheads.models.config import ModelConfig
 from manyheads.models.loader import load_model
 from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.registry import read_config, shared
-from manyheads.ops import ops_for, shortfalls
+from manyheads.ops import blocks, ops_for, shortfalls
 from manyheads.quantization.base import Scheme
 from manyheads.quantization.formats import read_format
 from manyheads.quantization.schemes import find
@@ -89,9 +89,10 @@ class Blueprint:
         config, shape, source = self.config, self.shape, self.source
         scheme, device = shape.scheme, shape.device
         progress(f"loading {self.folder.name}" + (f" in {scheme}" if scheme else ""))
-        for line in (self.weights, scheme.note_on_cpu if scheme is not None and device.type == "cpu" else None):
-            if line is not None:
-                progress(line)
+        if self.weights is not None:
+            progress(self.weights)
+        elif scheme is not None and scheme.note_on_cpu and device.type == "cpu":
+            progress(scheme.note_on_cpu)
         model = load_model(
             self.folder, self.model, shape.dtype, device, progress, config.quantization, shape.ops, ranks
         )
@@ -113,7 +114,8 @@ class Blueprint:
     @property
     def weights(self) -> str | None:
         """A line on what becomes of the checkpoint's weights, if that is not plain."""
-        return described(self.folder, self.shape.dtype, find(self.config.quantization) is not None)
+        is_rounded = find(self.config.quantization) is not None
+        return described(self.folder, self.shape.dtype, is_rounded, blocks.serves(self.shape.dtype, self.shape.device))
 
     @property
     def window(self) -> int | None:

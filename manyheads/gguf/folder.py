@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from manyheads.cache import cache_folder
 from manyheads.config import ConfigError
 from manyheads.gguf.architectures import read_config
 from manyheads.gguf.file import GgufFile, check_types, opened
-from manyheads.gguf.tensors import kept_in_4_bits
+from manyheads.gguf.tensors import is_all_in_4_bits
 
 ENDING = ".gguf"
 WEIGHTS = "model.gguf"
@@ -34,7 +34,7 @@ def folder_of(path: Path) -> Path:
     path = path.resolve()
     known = path.stat()
     mark = f"{_VERSION} {path} {known.st_size} {known.st_mtime_ns}"
-    parent = _cache() / hashlib.sha256(mark.encode()).hexdigest()[:16]
+    parent = cache_folder("gguf") / hashlib.sha256(mark.encode()).hexdigest()[:16]
     folder = parent / path.stem
     if folder.is_dir():
         return folder
@@ -51,11 +51,6 @@ def folder_of(path: Path) -> Path:
     return folder
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "manyheads" / "gguf"
-
-
 def _publish(made: Path, folder: Path) -> None:
     """Give what was made its name, unless another process was faster."""
     try:
@@ -70,8 +65,7 @@ def _fill(folder: Path, path: Path) -> None:
     config = read_config(file)
     check_types(file)
     config["dtype"] = _dtype(file)
-    if kept_in_4_bits(file):
-        config["quantization_config"] = {"quant_method": "gguf"}
+    config["quantization_config"] = {"quant_method": "gguf"} | ({"bits": 4} if is_all_in_4_bits(file) else {})
     (folder / WEIGHTS).symlink_to(path)
     _save_tokenizer(folder, path)
     # last, over whatever was written with the tokenizer

@@ -48,7 +48,7 @@ def test_text_ends_as_the_file_says(path: Path) -> None:
     config = read_config(resolve(str(path)))
     assert config.eos_token_ids == (4,)
     assert config.dtype == torch.float32  # of most matrices
-    assert "quantization_config" not in read_json(resolve(str(path)) / "config.json")
+    assert read_json(resolve(str(path)) / "config.json")["quantization_config"] == {"quant_method": "gguf"}
 
 
 def test_the_tokenizer_is_the_one_that_was_written(path: Path) -> None:

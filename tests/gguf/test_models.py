@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from manyheads.checkpoint import described, resolve
 from manyheads.models.loader import load_model
 from manyheads.models.registry import read_config
+from manyheads.quantization.base import QuantizedWeight
+from manyheads.quantization.blocks import BlockWeight
 from manyheads.quantization.int4 import Int4Weight
 from tests.forward import logits
 from tests.gguf.write import VOCAB, tiny, write
@@ -106,28 +108,44 @@ def test_every_type_is_what_transformers_reads(tmp_path: Path, kind: Kind) -> No
     torch.testing.assert_close(ours(path), theirs(model), atol=1e-4, rtol=1e-4)
 
 
-def test_q4_0_stays_in_4_bits_where_all_of_a_product_are_in_it(tmp_path: Path) -> None:
+def loaded(path: Path) -> list[Any]:
+    """The weights that products are made of."""
+    folder, made = resolve(str(path)), list[Any]()
+    load_model(folder, read_config(folder), torch.float32, torch.device("cpu"), ops=Recorder(made))
+    return made
+
+
+def test_matrices_stay_as_they_are_where_all_of_a_product_come_alike(tmp_path: Path) -> None:
     kinds = dict.fromkeys(["attn_q", "attn_k", "attn_v", "ffn_gate", "output"], Kind.Q4_0)
-    path = write(tmp_path / "model.gguf", tiny("llama"), kinds | {"ffn_up": Kind.Q8_0})
+    path = write(tmp_path / "model.gguf", tiny("llama"), kinds | {"ffn_up": Kind.Q8_0, "ffn_down": Kind.Q4_K})
+    made = [(type(weight), tuple(weight.shape)) for weight in loaded(path)]
+    layer = [(Int4Weight, (64, 32)), (Tensor, (32, 32)), (Tensor, (512, 32)), (BlockWeight, (32, 256))]
+    assert made == [*layer, *layer, (Int4Weight, (VOCAB, 32))]
     folder = resolve(str(path))
-    made: list[Any] = []
-    load_model(folder, read_config(folder), torch.float32, torch.device("cpu"), ops=Recorder(made))
-    packed = [weight.shape for weight in made if isinstance(weight, Int4Weight)]
-    assert packed == [(32 + 16 + 16, 32)] * 2 + [(VOCAB, 32)]
-    line = described(folder, torch.float32, is_rounded=False)
-    kept, wide = "7 matrices in Q4_0 stay in 4 bits (int4)", "5 in F32, 2 in Q4_0, 2 in Q8_0"
-    assert line == f"model.gguf: {kept}; {wide} are widened to float32"
+    kept, wide = "2 in Q4_K, 7 in Q4_0", "3 in F32, 2 in Q4_0, 2 in Q8_0 are widened to float32"
+    line = described(folder, torch.float32, is_rounded=False, in_blocks=True)
+    assert line == f"matrices of model.gguf: {', '.join(reversed(kept.split(', ')))} stay as they are; {wide}"
+    line = described(folder, torch.float16, is_rounded=False, in_blocks=False)
+    assert line is not None
+    assert "7 in Q4_0 stay as they are; 3 in F32, 2 in Q4_0, 2 in Q4_K, 2 in Q8_0 are widened to float16" in line
+    line = described(folder, torch.float32, is_rounded=True, in_blocks=True)
+    assert line is not None
+    assert line.endswith("9 in Q4_0, 2 in Q4_K, 2 in Q8_0 are widened to float32 and rounded anew")
 
 
-def test_q4_0_is_the_same_numbers_in_int4(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.gguf", tiny("llama"), {"ffn_down": Kind.Q4_0})
-    folder = resolve(str(path))
-    made: list[Any] = []
-    load_model(folder, read_config(folder), torch.float32, torch.device("cpu"), ops=Recorder(made))
-    (first, _) = [weight for weight in made if isinstance(weight, Int4Weight)]
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q8_0], ids=lambda kind: kind.name)
+def test_blocks_are_the_same_numbers(tmp_path: Path, kind: Kind) -> None:
+    path = write(tmp_path / "model.gguf", tiny("llama"), {"ffn_down": kind})
+    (first, _) = [weight for weight in loaded(path) if isinstance(weight, QuantizedWeight)]
     blocks = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_down.weight")
-    wanted = torch.from_numpy(gguf.dequantize(blocks.data, Kind.Q4_0))
-    assert torch.equal(first.dequantize(torch.float32), wanted)
+    assert torch.equal(first.dequantize(torch.float32), torch.from_numpy(gguf.dequantize(blocks.data, kind)))
+
+
+def test_an_embedding_that_is_the_projection_is_multiplied_in_blocks(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", tiny("llama tied"), {"token_embd": Kind.Q8_0})
+    assert isinstance(loaded(path)[-1], BlockWeight)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    torch.testing.assert_close(ours(path), theirs(model), atol=1e-4, rtol=1e-4)
 
 
 def test_factors_of_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:
