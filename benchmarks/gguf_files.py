@@ -155,7 +155,7 @@ class Worker:
         python = args.llama_python if name == "llama.cpp" else sys.executable
         command = [python, __file__, str(args.file), "--threads", str(args.threads), "--worker", name]
         command += ["--settings", json.dumps(settings or {})]
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "GOMP_SPINCOUNT": "1000"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
