@@ -36,8 +36,8 @@ QUESTIONS = (
     "Summarize: The Nile is a river in Africa. It is about 6,650 km long. It flows north into the Mediterranean Sea.",
 )
 EXACT_TOKENS, SPEED_TOKENS = 64, 128
-TIMED = slice(None, None, 2)
-"""Speed is measured with every other question."""
+TIMED = slice(1, None, 4)
+"""Speed is measured with every fourth question."""
 OURS: dict[str, dict[str, Any]] = {
     "manyheads, plain": {"speculative": False},
     "manyheads, ngram": {"drafter": "ngram"},
@@ -155,7 +155,8 @@ class Worker:
         python = args.llama_python if name == "llama.cpp" else sys.executable
         command = [python, __file__, str(args.file), "--threads", str(args.threads), "--worker", name]
         command += ["--settings", json.dumps(settings or {})]
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        # threads that wait do not spin, since other work may share the cores
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "GOMP_SPINCOUNT": "1000"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

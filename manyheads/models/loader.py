@@ -19,7 +19,7 @@ from manyheads.models.norm import LayerNorm, Norm, RmsNorm
 from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.parameters import Normed, Packed, Part, Plain
 from manyheads.models.registry import FAMILIES, parameters
-from manyheads.ops import ops_for
+from manyheads.ops import blocks, ops_for
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import Weight
 from manyheads.quantization.formats import read_format
@@ -82,8 +82,9 @@ class _Weights:
         self.folder, self.dtype, self.device, self.ranks = folder, dtype, device, ranks
         whole = parameters(config)
         self.expected = whole.shapes
-        self.tied = whole.lm_head.shapes if whole.is_tied else {}
-        """Shapes of a projection to the vocabulary that may come beside the embedding that it is, in few bits."""
+        keeps_blocks = ranks.size == 1 and blocks.serves(dtype, device)
+        self.tied = whole.lm_head.shapes if whole.is_tied and keeps_blocks else {}
+        """Shapes of a projection to the vocabulary that may come in blocks, beside the embedding that it is."""
         self.vocab_size = config.vocab_size
         self.config = config.shared(ranks.size)
         self.declared = parameters(self.config)
@@ -116,7 +117,7 @@ class _Weights:
         name = key.removeprefix("model.")
         module, _, leaf = name.rpartition(".")
         is_vocabulary = module in self.declared.lm_head.modules
-        if is_vocabulary and leaf == "weight" and self.declared.is_tied:
+        if is_vocabulary and self.declared.is_tied and (leaf == "weight" or not self.tied):
             return
         shape = self.expected.get(name)
         if self.layout is not None and module in self.linear:

@@ -148,6 +148,12 @@ def test_an_embedding_that_is_the_projection_is_multiplied_in_blocks(tmp_path: P
     torch.testing.assert_close(ours(path), theirs(model), atol=1e-4, rtol=1e-4)
 
 
+def test_where_blocks_are_not_multiplied_the_embedding_is_not_there_twice(tmp_path: Path) -> None:
+    folder = resolve(str(write(tmp_path / "model.gguf", tiny("llama tied"), {"token_embd": Kind.Q8_0})))
+    model = load_model(folder, read_config(folder), torch.bfloat16, torch.device("cpu"))
+    assert model.lm_head.product.plain is model.embedding
+
+
 def test_factors_of_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:
     """llama.cpp keeps Llama 3.1's scaling as a tensor, which transformers does not read: the model itself says."""
     model = tiny("llama3 rope", rope_parameters=LLAMA3)
