@@ -143,9 +143,10 @@ def work(args: argparse.Namespace) -> None:
         run = start_ours(args.file, json.loads(args.settings))
     print("ready", flush=True)
     for line in sys.stdin:
-        prompts, start = json.loads(line), time.perf_counter()
+        prompts, start, busy = json.loads(line), time.perf_counter(), time.process_time()
         tokens = sum(map(run, prompts))
-        print(f"RESULT {json.dumps([tokens, time.perf_counter() - start])}", flush=True)
+        seconds = (time.perf_counter() - start, time.process_time() - busy)
+        print(f"RESULT {json.dumps([tokens / each for each in seconds])}", flush=True)
 
 
 class Worker:
@@ -169,12 +170,13 @@ class Worker:
                 return line
         raise SystemExit("a system ended early")
 
-    def tokens_per_second(self, prompts: list[list[int]]) -> float:
+    def measure(self, prompts: list[list[int]]) -> tuple[float, float]:
+        """Tokens a second, and a second of processors' time."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(prompts) + "\n")
         self._process.stdin.flush()
-        tokens, seconds = json.loads(self._until("RESULT ").removeprefix("RESULT "))
-        return float(tokens / seconds)
+        clock, busy = json.loads(self._until("RESULT ").removeprefix("RESULT "))
+        return round(clock, 2), round(busy, 2)
 
     def end(self) -> None:
         assert self._process.stdin is not None
@@ -193,26 +195,27 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     if args.llama_python:
         workers["llama.cpp"] = Worker("llama.cpp", args)
     for worker in workers.values():
-        worker.tokens_per_second(prompts[:1])
-    rounds: dict[str, list[float]] = {name: [] for name in workers}
+        worker.measure(prompts[:1])
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     loads, order, others = [], list(workers), Others()
     for number in range(args.rounds):
         random.Random(number).shuffle(order)
         for name in order:
-            rounds[name].append(round(workers[name].tokens_per_second(prompts), 2))
+            rounds[name].append(workers[name].measure(prompts))
         loads.append(round(os.getloadavg()[0], 2))
         print({name: values[-1] for name, values in rounds.items()}, "load", loads[-1], flush=True)
     share = round(others.share(), 3)
     for worker in workers.values():
         worker.end()
     result: dict[str, Any] = {"threads": args.threads, "other_work_share_of_cores": share, "load_averages": loads}
-    result["tokens_per_second"] = rounds
-    for base in ("llama.cpp", "transformers"):
-        if base in rounds:
-            result[f"times {base}"] = {
-                name: summary([a / b for a, b in zip(values, rounds[base], strict=True)])
-                for name, values in rounds.items()
-            }
+    for number, what in enumerate(("tokens_per_second", "tokens_per_processor_second")):
+        result[what] = {name: [turn[number] for turn in turns] for name, turns in rounds.items()}
+        for base in ("llama.cpp", "transformers"):
+            if base in rounds:
+                result[f"{what}, times {base}"] = {
+                    name: summary([a / b for a, b in zip(values, result[what][base], strict=True)])
+                    for name, values in result[what].items()
+                }
     return result
 
 
@@ -237,16 +240,14 @@ def main() -> None:
         save(args.out, "exactness", {"machine": where, **exactness(args.file)})
     if args.part != "exactness":
         result = speed(args)
-        save(args.out, "speed", {"machine": where, **result})
+        save(args.out, f"speed, {args.threads} threads", {"machine": where, **result})
+        columns = list(result["tokens_per_second"])
         rows = [
-            [
-                name,
-                summary(values)["median"],
-                *(result[key][name]["median"] for key in result if key.startswith("times")),
-            ]
-            for name, values in result["tokens_per_second"].items()
+            [key, *(value["median"] if isinstance(value, dict) else summary(value)["median"] for value in row.values())]
+            for key, row in result.items()
+            if key.startswith("tokens")
         ]
-        table(["system", "tokens a second", *(key for key in result if key.startswith("times"))], rows)
+        table(["median of", *columns], rows)
 
 
 if __name__ == "__main__":
