@@ -156,8 +156,9 @@ class Worker:
         python = args.llama_python if name == "llama.cpp" else sys.executable
         command = [python, __file__, str(args.file), "--threads", str(args.threads), "--worker", name]
         command += ["--settings", json.dumps(settings or {})]
-        # threads that wait do not spin, since other work may share the cores
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "GOMP_SPINCOUNT": "1000"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        if name != "llama.cpp":  # threads that wait do not spin, since other work may share the cores; it gains by it
+            environment |= {"GOMP_SPINCOUNT": "1000"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
