@@ -32,6 +32,8 @@ def test_heads_are_trained_and_served(tmp_path: Path) -> None:
     assert read_json(heads / "config.json")["base_model_name_or_path"] == str(path)
     llm = LLM(str(heads), num_blocks=64, max_num_seqs=4, num_threads=1)
     assert llm.engine.ready.drafter == "medusa"
+    assert llm.engine.ready.weights is not None
+    assert llm.engine.ready.weights.startswith("matrices of model.gguf: 9 in Q4_0 stay as they are; ")
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
     plain = LLM(str(path), num_blocks=64, max_num_seqs=4, num_threads=1).generate("hello cat", params)
     assert llm.generate("hello cat", params)[0].outputs[0].token_ids == plain[0].outputs[0].token_ids
