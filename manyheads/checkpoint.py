@@ -14,6 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from manyheads.config import BUILTIN, CheckpointError, ConfigError
+from manyheads.gguf.folder import ENDING, folder_of
+from manyheads.gguf.folder import WEIGHTS as GGUF_WEIGHTS
+from manyheads.gguf.tensors import described as described_gguf
+from manyheads.gguf.tensors import read as read_gguf
 
 BUILTIN_FOLDER = Path(__file__).resolve().parent / "builtin" / "model"
 
@@ -21,34 +25,50 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.pt", "tokenizer.model", "
 
 
 def resolve(model: str) -> Path:
-    """The folder of a model: `builtin`, a local folder, or a hub id that is downloaded (or found in the cache).
+    """The folder of a model: `builtin`, a local folder or GGUF file, or a hub id, which may end in the name of a GGUF
+    file. What is on the hub is downloaded (or found in the cache).
 
     Raises:
-        ConfigError: saying what to do.
+        ConfigError, CheckpointError: saying what to do, or what is wrong with a GGUF file.
     """
     if model == BUILTIN:
         return BUILTIN_FOLDER
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ConfigError(f"{model!r} is no folder; give a local folder, a hub id (name/model) or {BUILTIN!r}")
-    from huggingface_hub import snapshot_download
+    is_file = path.suffix == ENDING
+    if is_file and path.is_file():
+        return folder_of(path)
+    is_local = path.exists() or model.startswith((".", "/", "~"))
+    if is_local or (model.count("/") < 2 if is_file else model.count("/") != 1):
+        raise ConfigError(
+            f"{model!r} is no folder; give a local folder, a hub id (name/model) or {BUILTIN!r}; or a GGUF file "
+            f"(FILE{ENDING}, or name/model/FILE{ENDING} on the hub)"
+        )
+    return folder_of(_from_hub(model)) if is_file else _from_hub(model)
+
+
+def _from_hub(model: str) -> Path:
+    """A model's folder on this machine, or the file that follows the model's name. Raises ConfigError."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    ignored = ["original/*", "consolidated*"]
     try:
-        files = snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=["original/*", "consolidated*"])
+        if model.count("/") > 1:
+            owner, name, file = model.split("/", 2)
+            return Path(hf_hub_download(f"{owner}/{name}", file))
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=ignored))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{model!r} is no local folder and could not be had from the hub ({reason}). Check the name and the "
             f"network; for a gated model log in with `hf auth login`; or use the built-in model: {BUILTIN!r}"
         ) from error
-    return Path(files)
 
 
 def tensor_files(folder: Path, stem: str = "model", pickle_stem: str = "pytorch_model") -> list[Path]:
-    """The files of a checkpoint: single or sharded, safetensors before pickles.
+    """The files of a checkpoint: single or sharded, safetensors before pickles; or a GGUF file, which has a folder.
 
     Raises:
         CheckpointError: there are none, or a shard is missing.
@@ -66,11 +86,16 @@ def tensor_files(folder: Path, stem: str = "model", pickle_stem: str = "pytorch_
             return [folder / shard for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
+    if is_gguf(folder):
+        return [folder / GGUF_WEIGHTS]
     raise CheckpointError(f"{folder} holds no weights ({stem}.safetensors or {pickle_stem}.bin, single or sharded)")
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (key, tensor) of a safetensors or pickle file; code in a pickle is refused, not run.
+def read_tensors(path: Path, widen: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every (key, tensor) of a safetensors, GGUF or pickle file; code in a pickle is refused, not run.
+
+    Args:
+        widen: tensors of a GGUF file come in floating point, all of them.
 
     Raises:
         CheckpointError: the file is damaged or holds something else than tensors.
@@ -79,8 +104,26 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with _opened(path) as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 yield key, file.get_tensor(key)
+    elif path.suffix == ENDING:
+        yield from read_gguf(path, widen)
     else:
         yield from _pickled(path).items()
+
+
+def is_gguf(folder: Path) -> bool:
+    """Whether a folder stands for a GGUF file."""
+    return (folder / GGUF_WEIGHTS).is_file()
+
+
+def described(folder: Path, dtype: torch.dtype, is_rounded: bool, in_blocks: bool) -> str | None:
+    """A line on what becomes of a checkpoint's weights, if that is not plain.
+
+    Args:
+        dtype: of activations.
+        is_rounded: whether a setting has weights rounded to few bits as they come.
+        in_blocks: whether the device multiplies weights in blocks as they are.
+    """
+    return described_gguf(folder / GGUF_WEIGHTS, dtype, is_rounded, in_blocks) if is_gguf(folder) else None
 
 
 @contextmanager

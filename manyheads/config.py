@@ -29,7 +29,7 @@ class EngineConfig:
     """
 
     model: str = BUILTIN
-    """A hub id, a local folder, or `builtin`."""
+    """A hub id, a local folder, a GGUF file, or `builtin`."""
     heads: str | None = None
     """Medusa heads or an EAGLE-3 drafter: a hub id or a local folder; None takes what comes with the model, if any."""
     drafter: str | None = None

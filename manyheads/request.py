@@ -245,6 +245,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     dtype: str
     quantization: str | None = None
     """The weights are rounded to this, if to anything."""
+    weights: str | None = None
+    """A line on what became of the checkpoint's weights, if that is not plain."""
     kv_cache_dtype: str = "auto"
     device: str
     num_pages: int

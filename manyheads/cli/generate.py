@@ -72,7 +72,7 @@ def add_commands(parser: Parser) -> None:
     form.add_argument("--json-schema", metavar="FILE", help="answers are JSON of the schema in this file")
     form.add_argument("--regex", help="answers are texts of this regular expression")
     command.add_argument("--quiet", "-q", action="store_true", help="no progress bar")
-    command.add_argument("--model", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
+    command.add_argument("--model", default=BUILTIN, help="a hub id, a local folder, a GGUF file, or builtin (default)")
     command.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
     add_sampling(command)
     add_engine(command)

@@ -132,7 +132,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_model(parser: Parser) -> None:
     """Add the model, as an argument without a flag, and its chat template."""
-    parser.add_argument("model", nargs="?", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
+    parser.add_argument(
+        "model", nargs="?", default=BUILTIN, help="a hub id, a local folder, a GGUF file, or builtin (default)"
+    )
     parser.add_argument("--chat-template", help="a file, or vicuna (default: the model's)")
 
 

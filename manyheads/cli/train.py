@@ -65,7 +65,9 @@ def add_commands(parser: Parser) -> None:
     """Add `manyheads train` and `manyheads tree` to the program."""
     example = "manyheads train lmsys/vicuna-7b-v1.3 --data prompts.jsonl --out heads"
     train = parser.add_command("train", "train a drafter for a model on its own answers", run_train, example)
-    train.add_argument("base", nargs="?", default=BUILTIN, help="a hub id, a local folder, or builtin (default)")
+    train.add_argument(
+        "base", nargs="?", default=BUILTIN, help="a hub id, a local folder, a GGUF file, or builtin (default)"
+    )
     _data(train)
     train.add_argument("--out", "-o", required=True, help="folder for the drafter, and for what the run needs to go on")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from manyheads.batch import MAX_NODES
+from manyheads.checkpoint import described
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.engine.compiler import Compiler
 from manyheads.engine.estimate import Parts, Shape
@@ -24,7 +25,7 @@ from manyheads.models.loader import load_model
 from manyheads.models.lora import Adapter, read_adapters
 from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.registry import read_config, shared
-from manyheads.ops import ops_for, shortfalls
+from manyheads.ops import blocks, ops_for, shortfalls
 from manyheads.quantization.base import Scheme
 from manyheads.quantization.formats import read_format
 from manyheads.quantization.schemes import find
@@ -92,7 +93,9 @@ class Blueprint:
         config, shape, source = self.config, self.shape, self.source
         scheme, device = shape.scheme, shape.device
         progress(f"loading {self.folder.name}" + (f" in {scheme}" if scheme else ""))
-        if scheme is not None and scheme.note_on_cpu and device.type == "cpu":
+        if self.weights is not None:
+            progress(self.weights)
+        elif scheme is not None and scheme.note_on_cpu and device.type == "cpu":
             progress(scheme.note_on_cpu)
         model = load_model(
             self.folder, self.model, shape.dtype, device, progress, config.quantization, shape.ops, ranks
@@ -113,6 +116,12 @@ class Blueprint:
         )
         runner.threads = self.threads
         return runner
+
+    @property
+    def weights(self) -> str | None:
+        """A line on what becomes of the checkpoint's weights, if that is not plain."""
+        is_rounded = find(self.config.quantization) is not None
+        return described(self.folder, self.shape.dtype, is_rounded, blocks.serves(self.shape.dtype, self.shape.device))
 
     @property
     def window(self) -> int | None:

@@ -8,7 +8,6 @@ from manyheads.config import EngineConfig
 from manyheads.engine.admission import Admission
 from manyheads.engine.blueprint import Blueprint, Progress
 from manyheads.engine.engine import Engine
-from manyheads.engine.estimate import Shape
 from manyheads.engine.grammars import Grammars
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.ranks import leading_runner
@@ -48,14 +47,14 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         return plan.meter.look(cache.nbytes, (cache.num_pages - 1) * config.block_size, runner.graph_bytes)
 
     name = plan.folder.name if Path(config.model).exists() else config.model
-    ready = _ready(config, shape, runner, name, memory())
+    ready = _ready(config, plan, runner, name, memory())
     grammars = Grammars(plan.compiler())
     return Engine(runner, scheduler, ready, config.seed, memory, grammars)
 
 
-def _ready(config: EngineConfig, shape: Shape, runner: Runner, model: str, memory: MemoryUse) -> EngineReady:
+def _ready(config: EngineConfig, plan: Blueprint, runner: Runner, model: str, memory: MemoryUse) -> EngineReady:
     """What is served, for the front end."""
-    drafter, size = runner.drafter, config.tensor_parallel_size
+    shape, drafter, size = plan.shape, runner.drafter, config.tensor_parallel_size
     return EngineReady(
         model=model,
         max_model_len=runner.state.max_len,
@@ -64,6 +63,7 @@ def _ready(config: EngineConfig, shape: Shape, runner: Runner, model: str, memor
         draft_depth=drafter.shape.max_depth if drafter else 0,
         dtype=str(shape.dtype).removeprefix("torch."),
         quantization=shape.scheme.name if shape.scheme else None,
+        weights=plan.weights,
         kv_cache_dtype=config.kv_cache_dtype,
         device=str(shape.device) if size == 1 else f"{size} ranks ({shape.device.type})",
         num_pages=runner.cache.num_pages - 1,

@@ -37,7 +37,7 @@ class LLM:
     """An LLM is a model with its heads, ready to generate.
 
     Args:
-        model: a hub id, a local folder, or `builtin`.
+        model: a hub id, a local folder, a GGUF file, or `builtin`.
         heads: Medusa heads; None takes those that come with the model.
         speculative: False serves the model without its heads.
         chat_template: a file or the name of a known template (`vicuna`); None takes the tokenizer's.

@@ -19,7 +19,7 @@ from manyheads.models.norm import LayerNorm, Norm, RmsNorm
 from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.parameters import Normed, Packed, Part, Plain
 from manyheads.models.registry import FAMILIES, parameters
-from manyheads.ops import ops_for
+from manyheads.ops import blocks, ops_for
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import Weight
 from manyheads.quantization.formats import read_format
@@ -60,7 +60,7 @@ def load_model(
     for number, path in enumerate(files, 1):
         if progress and len(files) > 1:
             progress(f"loading {folder.name}: file {number} of {len(files)}")
-        for key, tensor in read_tensors(path):
+        for key, tensor in read_tensors(path, widen=weights.layout is None):
             if not key.endswith(IGNORED_ENDINGS) and not key.startswith(IGNORED_PREFIXES):
                 weights.take(path, key, tensor)
     weights.finish()
@@ -82,6 +82,9 @@ class _Weights:
         self.folder, self.dtype, self.device, self.ranks = folder, dtype, device, ranks
         whole = parameters(config)
         self.expected = whole.shapes
+        keeps_blocks = ranks.size == 1 and blocks.serves(dtype, device)
+        self.tied = whole.lm_head.shapes if whole.is_tied and keeps_blocks else {}
+        """Shapes of a projection to the vocabulary that may come in blocks, beside the embedding that it is."""
         self.vocab_size = config.vocab_size
         self.config = config.shared(ranks.size)
         self.declared = parameters(self.config)
@@ -90,12 +93,14 @@ class _Weights:
         self.sections = {module: (sizes, self.declared.sections[module]) for module, sizes in whole.sections.items()}
         """Of modules that hold several projections: rows of each, and this rank's."""
         packed = [part for part in self.declared if isinstance(part, Packed)]
-        self.linear = {module for part in packed for module in part.modules}
+        self.linear = {module for part in (*packed, self.declared.lm_head) for module in part.modules}
         self.order = {part.prefix + name: order.to(device) for part in packed for name, order in part.order.items()}
         """In which order the outputs of some are kept."""
         self.layout = read_format(folder)
         self.scheme = find(quantization)
         """What weights are rounded to; None where they stay as they come."""
+        if self.layout is not None and self.layout.can_be_widened and self.scheme is not None:
+            self.layout = None
         if self.layout is not None and self.scheme not in (None, self.layout.scheme):
             raise ConfigError(
                 f"{folder} is quantized already ({self.layout.name}, {self.layout.scheme}), and cannot be "
@@ -112,7 +117,7 @@ class _Weights:
         name = key.removeprefix("model.")
         module, _, leaf = name.rpartition(".")
         is_vocabulary = module in self.declared.lm_head.modules
-        if is_vocabulary and leaf == "weight" and self.declared.is_tied:
+        if is_vocabulary and self.declared.is_tied and (leaf == "weight" or not self.tied):
             return
         shape = self.expected.get(name)
         if self.layout is not None and module in self.linear:
@@ -153,9 +158,10 @@ class _Weights:
             name = f"{module}.weight"
             if name in self.state:
                 raise CheckpointError(f"{self.folder}: {module} has a weight that is quantized and one that is not")
-            weight: Weight = self.layout.read(f"{self.folder}: {module}", self.parts.pop(module), self.expected[name])
+            shape = (self.expected | self.tied)[name]
+            weight: Weight = self.layout.read(f"{self.folder}: {module}", self.parts.pop(module), shape)
             weight = self._rows(module, weight)
-            for dim, size in enumerate(self.kept[name]):
+            for dim, size in enumerate((self.kept | self.declared.lm_head.shapes)[name]):
                 weight = self.ranks.part(weight, dim, size)
             self.state[name] = reorder(weight, self.order[module]) if module in self.order else weight
         missing = self.expected.keys() - self.state.keys()
@@ -176,7 +182,7 @@ class _Weights:
 
         layers = [family.layer(**{field: made(part) for field, part in layer.items()}) for layer in declared.layers]
         embedding = made(declared.embedding)
-        if declared.is_tied:
+        if declared.is_tied and not self.tied.keys() & self.state.keys():
             weight = compress_vocabulary(embedding, self.scheme)
             lm_head = Linear(weight, None, self.dtype, ops, Split.GATHERED, self.ranks, self.vocab_size)
         else:

@@ -12,11 +12,13 @@ from manyheads.attention.base import Heads
 from manyheads.attention.torch import TorchAttention, rms_norm
 from manyheads.batch import InFlight, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
-from manyheads.ops import integer, products
+from manyheads.ops import blocks, integer, products
 from manyheads.ops.adapters import Adapters, TorchAdapters
 from manyheads.ops.base import Product
 from manyheads.quantization.base import CodedScheme, CodedWeight, Weight
 from manyheads.quantization.bitsandbytes import BitsandbytesWeight
+from manyheads.quantization.blocks import BlockWeight
+from manyheads.quantization.int4 import Int4Weight
 from manyheads.quantization.int8 import Int8Weight
 
 
@@ -44,7 +46,12 @@ class TorchOps:
                     return integer.IntegerProduct(weight, bias)
                 if products.has_half_products():
                     return products.CodesProduct(weight, bias)
-            weight = weight.dequantize(dtype)  # once, into one of the forms below
+            in_blocks = BlockWeight.of_int4(weight) if isinstance(weight, Int4Weight) else None
+            weight = in_blocks or weight.dequantize(dtype)  # once, into one of the forms below
+        if isinstance(weight, BlockWeight):
+            if blocks.serves(dtype, weight.device):
+                return blocks.BlockProduct(weight, bias)
+            weight = weight.dequantize(dtype)
         assert isinstance(weight, Tensor)
         if products.is_packed(weight.dtype, weight.device):
             if torch.equal(weight.half().float(), weight) and products.has_half_products():

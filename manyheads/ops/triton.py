@@ -15,6 +15,7 @@ from manyheads.ops.base import Product
 from manyheads.ops.kernel_adapters import KernelAdapters
 from manyheads.ops.torch import TorchOps
 from manyheads.quantization.base import CodedWeight, Weight
+from manyheads.quantization.blocks import BlockWeight
 
 
 class TritonOps(TorchOps):
@@ -46,6 +47,8 @@ class TritonOps(TorchOps):
         if isinstance(weight, CodedWeight):
             if kernel_products.reads(weight):
                 return kernel_products.QuantizedProduct(weight, bias)
+            weight = weight.dequantize(dtype)
+        if isinstance(weight, BlockWeight):
             weight = weight.dequantize(dtype)
         if isinstance(weight, Tensor) and bias is None and weight.dtype in (torch.float16, torch.bfloat16):
             return kernel_products.FewRowsProduct(weight)

@@ -7,6 +7,7 @@
 | fp8, a scale per tensor or per row | fp8 | `compressed_tensors.py` |
 | awq (gemm) | int4 | `awq_gptq.py` |
 | gptq (formats gptq and gptq_v2) without desc_act | int4 | `awq_gptq.py` |
+| gguf, which `manyheads.gguf` writes | int4, or none: blocks as they are | `gguf.py` |
 
 A module is quantized if its tensors are: lists such as `ignore` or `modules_to_not_convert` say the same a second time,
 and what they leave out has a plain `weight`. Only weights are in few bits here; activations stay in the model's type,
@@ -21,6 +22,7 @@ from manyheads.checkpoint import read_json
 from manyheads.config import ConfigError
 from manyheads.quantization.awq_gptq import awq, gptq
 from manyheads.quantization.compressed_tensors import compressed_tensors, fp8
+from manyheads.quantization.gguf import gguf
 from manyheads.quantization.parts import Format
 
 
@@ -33,7 +35,7 @@ def read_format(folder: Path) -> Format | None:
         return None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: quantization_config must be an object, not {config!r}")
-    readers = {"compressed-tensors": compressed_tensors, "fp8": fp8, "awq": awq, "gptq": gptq}
+    readers = {"compressed-tensors": compressed_tensors, "fp8": fp8, "awq": awq, "gptq": gptq, "gguf": gguf}
     method = config.get("quant_method")
     if method not in readers:
         raise ConfigError(f"{path}: quant_method {method!r} is not supported; supported are {', '.join(readers)}")

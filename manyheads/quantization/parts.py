@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.config import CheckpointError, ConfigError
-from manyheads.quantization.base import CodedScheme, CodedWeight
+from manyheads.quantization.base import CodedScheme, QuantizedWeight
 
 
 class Parts:
@@ -46,18 +46,20 @@ class Format:
     """How the modules of one checkpoint are quantized."""
 
     name: str
-    scheme: CodedScheme
-    """The scheme that its weights are in."""
+    scheme: CodedScheme | None
+    """The scheme that its weights are in; None: they are in none, and most may be wide."""
     leaves: frozenset[str]
     """The last parts of a quantized module's keys."""
-    convert: Callable[[Parts, int, int], CodedWeight]
+    convert: Callable[[Parts, int, int], QuantizedWeight]
     """It makes a weight of (tensors, out, in)."""
+    can_be_widened: bool = False
+    """Whether its tensors can be had in floating point instead (`checkpoint.read_tensors`), and be rounded anew."""
 
     def holds(self, leaf: str, tensor: Tensor) -> bool:
         """Whether a key of a linear module is a part of a quantized weight, and not a plain weight or bias."""
         return leaf in self.leaves and (leaf != "weight" or tensor.dtype in (torch.int8, torch.float8_e4m3fn))
 
-    def read(self, where: str, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> CodedWeight:
+    def read(self, where: str, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> QuantizedWeight:
         """The weight (out, in) of a module; raises CheckpointError naming the tensor that is missing or cannot hold.
 
         Args:

@@ -10,6 +10,7 @@ from torch import Tensor
 from manyheads.config import ConfigError
 from manyheads.quantization.base import CodedWeight, QuantizedWeight, Scheme, Weight
 from manyheads.quantization.bitsandbytes import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT
+from manyheads.quantization.blocks import BlockWeight
 from manyheads.quantization.fp8 import FP8
 from manyheads.quantization.int4 import INT4
 from manyheads.quantization.int8 import INT8
@@ -51,7 +52,7 @@ def join(parts: Sequence[Weight]) -> Weight:
 
 def reorder(weight: Weight, order: Tensor) -> Weight:
     """A weight [out, in] with its rows in another order [out] int64; raises ConfigError where its form has no rows."""
-    if isinstance(weight, CodedWeight):
+    if isinstance(weight, CodedWeight | BlockWeight):
         return weight.rows(order)
     if isinstance(weight, Tensor):
         return weight[order]

@@ -152,6 +152,7 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
             gc.collect()
             gc.freeze()  # what imports have made stays: looking at it again stops all streams for a quarter of a second
             print(
+                *([ready.weights] if ready.weights else []),
                 _memory(ready),
                 _greeting(ready, service.names[0], host, port, scheme),
                 sep="\n",

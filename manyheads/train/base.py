@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.checkpoint import is_gguf, read_tensors, tensor_files
 from manyheads.models.registry import read_config
 from manyheads.train.attention import register
 from manyheads.train.dataset import Batch
@@ -60,9 +61,12 @@ class Base:
         name, shown = register(), logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # --quiet would not reach it
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, attn_implementation=name, local_files_only=True, trust_remote_code=False
-            )
+            if is_gguf(folder):
+                model: Any = _of_gguf(folder, name)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, attn_implementation=name, local_files_only=True, trust_remote_code=False
+                )
         finally:
             if shown:
                 logging.enable_progress_bar()  # type: ignore[no-untyped-call]
@@ -128,3 +132,18 @@ class Base:
         """What the vocabulary projection makes of hidden states: [N, hidden] → [N, V]."""
         output: Tensor = self.model.lm_head(hidden)
         return output
+
+
+def _of_gguf(folder: Path, attention: str) -> Any:
+    """Transformers' model of a GGUF file's numbers, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    vars(config).pop("quantization_config", None)  # all of it is widened
+    config.dtype = torch.float32
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)  # type: ignore[no-untyped-call]
+    state = {key: tensor for path in tensor_files(folder) for key, tensor in read_tensors(path, widen=True)}
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model

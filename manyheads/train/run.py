@@ -92,7 +92,7 @@ def train(
     )
     trainer.run(progress, evaluate)
     local = Path(base).expanduser()
-    where, name = out, str(local.resolve()) if base != BUILTIN and local.is_dir() else base
+    where, name = out, str(local.resolve()) if base != BUILTIN and local.exists() else base
     if settings.joint:
         _write_base(model, config, folder, out)
         where, name = out / "heads", str(out.resolve())

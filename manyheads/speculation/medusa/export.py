@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyheads.checkpoint import read_json, read_tensors, tensor_files
+from manyheads.checkpoint import is_gguf, read_json, read_tensors, tensor_files
 from manyheads.config import CheckpointError, ConfigError
 from manyheads.models.loader import IGNORED_PREFIXES
 from manyheads.speculation.medusa.checkpoint import HEAD_FILES, STATISTICS, HeadWeights
@@ -107,7 +107,8 @@ def write_full(
         if source is None:
             state = {f"medusa_head.{key}": tensor for key, tensor in heads.items()}
         else:
-            state = {key: tensor for key, tensor in read_tensors(source) if not key.startswith(IGNORED_PREFIXES)}
+            tensors = read_tensors(source, widen=True)
+            state = {key: tensor for key, tensor in tensors if not key.startswith(IGNORED_PREFIXES)}
         if not state:  # the shard of heads that were there before
             continue
         name = f"model-{number:05}-of-{len(files) + 1:05}.safetensors"
@@ -115,7 +116,10 @@ def write_full(
         weight_map |= dict.fromkeys(state, name)
         total += sum(tensor.nbytes for tensor in state.values())
     write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(out / "config.json", read_json(base / "config.json") | config)
+    own = read_json(base / "config.json")
+    if is_gguf(base):
+        own.pop("quantization_config", None)  # all of it was widened
+    write_json(out / "config.json", own | config)
     if statistics is not None and statistics.is_file():
         shutil.copyfile(statistics, out / STATISTICS)
 
@@ -185,7 +189,7 @@ def read_projection(base: Path) -> Tensor:
     tied = bool(read_json(base / "config.json").get("tie_word_embeddings", False))
     wanted = "embed_tokens.weight" if tied else "lm_head.weight"
     for file in tensor_files(base):
-        for key, tensor in read_tensors(file):
+        for key, tensor in read_tensors(file, widen=True):
             if key.removeprefix("model.") == wanted:
                 return tensor
     raise CheckpointError(f"{base} holds no {wanted}, which is its vocabulary projection")
