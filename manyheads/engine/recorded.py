@@ -5,7 +5,8 @@ rows, which write to the dummy page. Which rows, which tree and their lengths ar
 the sampler can stand between them.
 
 Of a step with chunks, the forward pass is recorded, over so many tokens of chunks and so many of trees, likewise
-padded; which row brings how many of them is data. What comes before and behind it is a few launches.
+padded; which row brings how many of them is data. Its trees end as a decoding step does, by that one's second
+recording. What comes before and between is a few launches.
 """
 
 from __future__ import annotations
