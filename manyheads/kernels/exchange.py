@@ -41,12 +41,16 @@ class Mailbox:
         self._boxes, self._memory = boxes, memory
         self._calls = torch.zeros(ROWS, dtype=torch.int64, device=boxes.device)
         self._released = torch.zeros(1, dtype=torch.int32, device=boxes.device)
-        self._aside = torch.cuda.Stream(boxes.device) if boxes.is_cuda else None  # type: ignore[no-untyped-call]
+        self._one, self._aside = torch.ones(1, dtype=torch.int32), None
+        if boxes.is_cuda:
+            self._one = self._one.pin_memory()
+            self._aside = torch.cuda.Stream(boxes.device)  # type: ignore[no-untyped-call]
 
     def release(self) -> None:
         """Let go this rank if it waits for another, now and later; what comes out means nothing."""
+        # NOTE: a copy, since a kernel might find no place on a GPU on which others wait
         with torch.cuda.stream(self._aside):
-            self._released.fill_(1)
+            self._released.copy_(self._one, non_blocking=True)
 
     def serves(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether `sum` takes these rows."""
@@ -115,7 +119,6 @@ def _sum_kernel(
     inside = word < words
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     call = (tl.load(calls_ptr + row) + 1) & 0x7FFFFFFF
-    tl.store(calls_ptr + row, call)
     bits = _bits(_added(x_ptr + row * dim + word, inside, stride_part, PARTS).to(dtype), HALVES)
     if HALVES:
         above = _added(x_ptr + row * dim + words + word, inside, stride_part, PARTS).to(dtype)
@@ -137,15 +140,16 @@ def _sum_kernel(
             missing = tl.sum((inside & ((came >> 32) != call)).to(tl.int32), 0)
             while missing > 0:
                 came = tl.load(sent, mask=inside, other=0, volatile=True)
-                missing = tl.sum((inside & ((came >> 32) != call)).to(tl.int32), 0)
-                if tl.load(released_ptr, volatile=True) != 0:
-                    missing = 0
+                # a part of what is summed, so that all warps see the same
+                waits = tl.load(released_ptr, volatile=True) == 0
+                missing = tl.sum((inside & waits & ((came >> 32) != call)).to(tl.int32), 0)
         total += _number(came, dtype, HALVES)
         if HALVES:
             total_above += _number(came >> 16, dtype, HALVES)
     tl.store(out_ptr + row * dim + word, total.to(dtype), mask=inside)
     if HALVES:
         tl.store(out_ptr + row * dim + words + word, total_above.to(dtype), mask=inside)
+    tl.store(calls_ptr + row, call)  # NOTE: at the end, when every warp has read it: those sums are barriers
 
 
 @triton.jit

@@ -69,10 +69,10 @@ class Ranks:
 
     def abort(self) -> None:
         """Let go whoever waits for another rank, with a RuntimeError."""
+        if self.mailbox is not None:
+            self.mailbox.release()  # first: what aborts the group may wait for the device
         if self.group is not None:
             self.group.abort()
-        if self.mailbox is not None:
-            self.mailbox.release()
 
     def sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum of all ranks' x; x itself may be overwritten.

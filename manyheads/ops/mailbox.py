@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,8 @@ def open_mailbox(store: Any, name: str, rank: int, size: int, device: torch.devi
         device: GPU number `rank` of this machine.
         row_bytes: of the widest rows.
     """
-    if not ops_for(device).records or not all(
-        cuda.can_device_access_peer(rank, other) for other in range(size) if other != rank
-    ):
+    pairs = permutations(range(size), 2)  # of all, so that all ranks decide alike
+    if not ops_for(device).records or not all(cuda.can_device_access_peer(one, other) for one, other in pairs):
         return None
     import torch._C._distributed_c10d as c10d
 

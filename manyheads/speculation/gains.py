@@ -55,7 +55,9 @@ class Gains:
     def _trust(self) -> float:
         """How much of what is expected comes true for the next steps' rows."""
         outcomes = {adapter: self._outcomes[adapter] for adapter in self._shares}
-        return sum(self._shares[adapter] * gained / expected for adapter, (gained, expected) in outcomes.items())
+        return sum(
+            self._shares[adapter] * gained / max(expected, TINY) for adapter, (gained, expected) in outcomes.items()
+        )
 
     def promised(self, nodes: float) -> float | None:
         """What a row gains beside its own token if rows bring so many nodes; None where no step has said so."""
