@@ -29,7 +29,7 @@ from chaos_rows import Row, Size
 from chaos_server import Server, poison, started
 from chaos_soak import OPTIONS as SOAK_OPTIONS
 from chaos_soak import soak
-from common import BUILTIN, ROOT, machine, save, table
+from common import BUILTIN, ROOT, machine, save, table, write_between
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -134,11 +134,7 @@ def write_docs(results: Path, page: Path) -> None:
     found += [row for part in _parts(results / "overload.json") for row in overloaded(part)]
     lines = ["| fault | aim | found | met |", "|---|---|---|---|"]
     lines += [f"| {r['fault']} | {r['aim']} | {r['found']} | {'yes' if r['met'] else '**no**'} |" for r in found]
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise ValueError(f"{page} needs the marks {BEGIN!r} and {END!r}")
-    page.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after)
+    write_between(page, BEGIN, END, lines)
 
 
 def _parts(path: Path) -> list[Any]:

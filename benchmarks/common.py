@@ -157,6 +157,11 @@ def compact(value: Any, levels: int = 2) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a Markdown table."""
+    print("\n" + "\n".join(markdown(header, rows)) + "\n")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The lines of a Markdown table."""
 
     def cell(value: Any) -> str:
         if isinstance(value, float):
@@ -164,7 +169,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         return "" if value is None else str(value)
 
     lines = [list(header), ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
-    print("\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def write_between(page: Path, begin: str, end: str, lines: Sequence[str]) -> None:
+    """Puts lines between a page's two marks. Raises ValueError if the page lacks them."""
+    before, _, rest = page.read_text().partition(begin)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        raise ValueError(f"{page} needs the marks {begin!r} and {end!r}")
+    page.write_text(before + "\n".join([begin, "", *lines, "", end]) + after)
 
 
 @dataclass(frozen=True)

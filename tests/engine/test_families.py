@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from manyheads import SamplingParams
 from manyheads.request import RequestDelta
@@ -17,6 +19,8 @@ from tests.tiny import VOCAB, save_heads
 
 PROMPTS, NEW_TOKENS = (int(n) for n in os.environ.get("FAMILY_TEXTS", "3x20").split("x"))
 """How many prompts, and how many tokens are added to each."""
+TREES = (1, 8, 32)
+"""Nodes; one is plain decoding."""
 NAMES = [
     "llama3 rope", "mistral with a window", "qwen2 with windows", "qwen3", "phi3", "phi3 tied, turned in part",
     "granite", "olmo2", "smollm3 with windows", "glm4", "cohere2", "starcoder2", "gemma2", "gemma3", "mixtral",
@@ -24,9 +28,13 @@ NAMES = [
 ]  # fmt: skip
 
 
-def save(folder: Path, name: str) -> torch.nn.Module:
-    """A model of 16 tokens with random heads, whose ten candidates each are often right."""
-    model = reference(name, vocab_size=VOCAB)
+def save(folder: Path, name: str, **changes: Any) -> PreTrainedModel:
+    """A model of 16 tokens with random heads, whose ten candidates each are often right.
+
+    Args:
+        changes: of its configuration.
+    """
+    model = reference(name, vocab_size=VOCAB, **changes)
     model.save_pretrained(folder)
     save_heads(folder, model.config.hidden_size)
     return model
@@ -36,16 +44,21 @@ def test_every_family_runs() -> None:
     assert {MODELS[name][0] for name in NAMES} == {model_type for model_type, _ in MODELS.values()}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_greedy_text_is_transformers(tmp_path: Path, name: str) -> None:
-    model = save(tmp_path, name)
+def compare(folder: Path, model: torch.nn.Module, num_prompts: int, new_tokens: int, **settings: Any) -> None:
+    """Hold greedy text against transformers': plain and with trees of 8 and 32 nodes, in chunks of 7, with few pages.
+
+    Args:
+        folder: where the model stands that is served.
+        model: says what the text should be.
+        settings: of the engine.
+    """
     choose = random.Random(1)
-    prompts = [[choose.randrange(VOCAB) for _ in range(choose.randint(1, 40))] for _ in range(PROMPTS)]
-    jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)) for prompt in prompts]
-    pages = max(-(-(len(p) + NEW_TOKENS) // 4) for p in prompts) + 8
+    prompts = [[choose.randrange(VOCAB) for _ in range(choose.randint(1, 40))] for _ in range(num_prompts)]
+    jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)) for prompt in prompts]
+    pages = max(-(-(len(p) + new_tokens) // 4) for p in prompts) + 8
     texts, preemptions = [], 0
-    for tree_size in (1, 8, 32):
-        served = engine(tmp_path, tree_size, max_num_batched_tokens=7, num_blocks=pages)
+    for tree_size in TREES:
+        served = engine(folder, tree_size, max_num_batched_tokens=7, num_blocks=pages, **settings)
         texts.append(run(served, jobs))
         stats = served.stats()
         preemptions += stats.preemptions
@@ -53,10 +66,15 @@ def test_greedy_text_is_transformers(tmp_path: Path, name: str) -> None:
     assert preemptions > 0 or served.scheduler.pages.window is not None  # which takes fewer pages
     assert texts[0] == texts[1] == texts[2]
     for prompt, text in zip(prompts, texts[0], strict=True):
-        assert len(text) == NEW_TOKENS
+        assert len(text) == new_tokens
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_is_transformers(tmp_path: Path, name: str) -> None:
+    compare(tmp_path, save(tmp_path, name), PROMPTS, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])

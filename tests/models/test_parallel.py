@@ -20,12 +20,15 @@ CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 61, (24,), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Ranks]:
+def join(folder: Path) -> list[Ranks]:
     """Two that have found each other, both in this process."""
-    folder = tmp_path_factory.mktemp("ranks")
     with ThreadPoolExecutor(2) as threads:
         return list(threads.map(lambda rank: Ranks.join(rank, 2, folder, CPU), range(2)))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Ranks]:
+    return join(tmp_path_factory.mktemp("ranks"))
 
 
 def shareable(name: str) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from manyheads import SamplingParams
 from manyheads.config import ConfigError, EngineConfig
@@ -20,6 +22,8 @@ from tests.engine.conftest import little_patience  # noqa: F401
 from tests.engine.test_exactness import engine, prompts, run
 from tests.tiny import save_model
 
+M = TypeVar("M", bound=PreTrainedModel)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,15 +35,25 @@ def plain(folder: Path) -> LlamaForCausalLM:
     return save_model(folder, hidden=64, intermediate=96)
 
 
-def widened(model: LlamaForCausalLM, scheme: str) -> LlamaForCausalLM:
-    """The model with weights that have gone through a scheme."""
+def widened(model: M, scheme: str) -> M:
+    """The model with weights that have gone through a scheme: of projections and, one by one, of experts.
+
+    A vocabulary's projection that is tied to the embedding becomes a copy.
+    """
+
+    def rounded(weight: Tensor, scheme: str) -> Tensor:
+        coded = SCHEMES[scheme].quantize(weight)
+        assert isinstance(coded, CodedWeight)
+        return coded.dequantize(torch.float32)
+
     model = copy.deepcopy(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             chosen = "int8" if name == "lm_head" and scheme == "int4" else scheme
-            weight = SCHEMES[chosen].quantize(module.weight.data)
-            assert isinstance(weight, CodedWeight)
-            module.weight.data = weight.dequantize(torch.float32)
+            module.weight = torch.nn.Parameter(rounded(module.weight.data, chosen))
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            parameter.data = torch.stack([rounded(expert, scheme) for expert in parameter.data])
     return model
 
 
