@@ -58,6 +58,8 @@ class Known:
     """Public ones that are known to exist."""
     gpu: str = ""
     """Where this repository has results of it."""
+    gguf: str = "not read"
+    """Where no files of its own are read."""
 
 
 H200, H100 = "../benchmarks/results/gpu_vllm/README.md", "../benchmarks/results/gpu_quantized_h100/README.md"
@@ -68,7 +70,7 @@ KNOWN = {
         "-LLaMA3.3-Instruct-70B, -DeepSeek-R1-Distill-LLaMA-8B, -Vicuna1.3-13B; RedHatAI's for Llama-3.1-8B",
         f"Vicuna-7B's shape measured on an [H200]({H200}) and an [H100]({H100})",
     ),
-    "MistralForCausalLM": Known("Mistral"),
+    "MistralForCausalLM": Known("Mistral", gguf="as Llama, without windows"),
     "Qwen2ForCausalLM": Known("Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Known("Qwen3", "EAGLE-3: RedHatAI's for 8B, 14B and 32B; AngelSlim's for 1.7B to 32B"),
     "Phi3ForCausalLM": Known("Phi-3, Phi-4"),
@@ -175,6 +177,7 @@ def tables(result: dict[str, Any]) -> list[str]:
         count, of = found["texts"], f"of {found['texts']} × {found['tokens']} tokens"
         bits = set(found["quantized_texts"].values())
         ranks = found["two_ranks"] if found["two_ranks"] == EQUAL else f"refused: `{found['two_ranks']}`"
+        files = len(found["gguf_files"])
         rows.append(
             [
                 known.name,
@@ -184,9 +187,7 @@ def tables(result: dict[str, Any]) -> list[str]:
                 ", ".join(f"{n} of {n} × {found['quantized_tokens']} tokens" for n in sorted(bits)),
                 ranks,
                 " or ".join(found["windows"]),
-                f"{len(found['gguf_files'])} of {len(found['gguf_files'])} files"
-                if found["gguf_files"]
-                else "not read",
+                f"{files} of {files}" if files else known.gguf,
                 f"{found['lora']} of {found['lora']}",
             ]
         )
