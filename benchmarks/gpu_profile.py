@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from manyheads.engine.engine import Engine
 from manyheads.engine.graphs import Recorder
 from manyheads.engine.runner import Runner
 from manyheads.engine.state import admit
-from manyheads.engine.step import Chunk, StepPlan
+from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.engine.warmup import _dummy
 from manyheads.models.linear import Linear
 
@@ -42,11 +44,7 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     assert isinstance(runner, Runner)
     recorded = runner.recorded
     assert recorded is not None
-    requests = [_dummy(runner, i, CONTEXT) for i in range(rows)]
-    # pages of their own, as far as they go: all on one, rows would read their caches from the GPU's
-    pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
-    for request in requests:
-        request.table.pages = [next(pages) for _ in request.table.pages]
+    requests = rows_of(runner, [CONTEXT] * rows)
     admit(runner.state, runner.drafter, requests)
     plan = StepPlan(chunks=[], decoding=requests, draft=engine.planner.draft(nodes))
 
@@ -75,6 +73,16 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     return {"step_ms": step * 1e3, "graphs_ms": graphs_ms, "kernels": kernels_of(profiler, REPLAYS)}
 
 
+def rows_of(runner: Runner, lengths: list[int]) -> list[Request]:
+    """Rows with so many tokens, and with pages of their own as far as they go: all on one, rows would read their caches
+    from the GPU's."""
+    requests = [_dummy(runner, i, length) for i, length in enumerate(lengths)]
+    pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
+    for request in requests:
+        request.table.pages = [next(pages) for _ in request.table.pages]
+    return requests
+
+
 def kernels_of(profiler: Any, repeats: int) -> dict[str, Any]:
     """Calls and microseconds of the kernels that take longest, by name."""
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
@@ -91,15 +99,12 @@ def profile_mixed(engine: Engine, rows: int, nodes: float, prompt_tokens: int) -
     """The same of a step with prompts, and milliseconds of its matrix products alone."""
     runner = engine.runner
     assert isinstance(runner, Runner)
-    decoding = [_dummy(runner, i, CONTEXT) for i in range(rows)]
     count = max(1, prompt_tokens // PROMPT)
-    prompts = [_dummy(runner, rows + i, prompt_tokens // count) for i in range(count)]
-    pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
-    for request in (*decoding, *prompts):
-        request.table.pages = [next(pages) for _ in request.table.pages]
+    requests = rows_of(runner, [CONTEXT] * rows + [prompt_tokens // count] * count)
+    decoding, prompts = requests[:rows], requests[rows:]
     for prompt in prompts:
         prompt.cached_len = 0
-    runner.put([*decoding, *prompts])
+    runner.put(requests)
     chunks = [Chunk(prompt, prompt_tokens // count, is_last=True) for prompt in prompts]
     plan = StepPlan(chunks=chunks, decoding=decoding, draft=engine.planner.draft(nodes))
 
@@ -107,7 +112,7 @@ def profile_mixed(engine: Engine, rows: int, nodes: float, prompt_tokens: int) -
         start = time.perf_counter()
         steps = []
         for _ in range(BURST):
-            runner.rewind([*decoding, *prompts])
+            runner.rewind(requests)
             steps.append(runner.launch(plan))
         for step in steps:
             step.read()
@@ -138,20 +143,24 @@ def products_ms(runner: Runner, num_tokens: int, num_last: int) -> float:
                 linear.product(x[linear.product.in_features])
         model.lm_head.product(x[model.lm_head.product.in_features][:num_last])
 
-    compute()
-    recorded = Recorder(runner.device)
-    with recorded.aside():
-        compute()
-        graph = recorded.record(compute)
+    return recorded_ms(runner.device, compute)
+
+
+def recorded_ms(device: torch.device, function: Callable[[], None], turns: int = 20) -> float:
+    """Milliseconds of a function as a graph; the median of so many turns, after some that do not count."""
+    recorder = Recorder(device)
+    with recorder.aside():
+        function()
+        graph = recorder.record(function)
     times: list[float] = []
-    for _ in range(10):
+    for _ in range(4 + turns):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    return statistics.median(times[4:])
 
 
 def _linears(layer: Any) -> list[Linear]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from common import machine, table, write_json
+from gpu_profile import recorded_ms
 
 from manyheads.kernels.fused import add_rms_norm
 from manyheads.models.parallel import Ranks
@@ -36,22 +37,7 @@ def measure(ranks: Ranks, num_rows: int, dim: int) -> float:
         for _ in range(SUMS):
             y = add_rms_norm(ranks.sum(y, y.dtype), residual, weight, 1e-5)
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        layers()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        layers()
-        graph.capture_end()
-        times: list[float] = []
-        for _ in range(24):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / SUMS)
-    return sorted(times[4:])[10]
+    return recorded_ms(x.device, layers) * 1e3 / SUMS
 
 
 def compare(rank: int, folder: Path, dim: int) -> list[dict[str, Any]]:

@@ -93,8 +93,8 @@ class Blueprint:
         config, shape, source = self.config, self.shape, self.source
         scheme, device = shape.scheme, shape.device
         progress(f"loading {self.folder.name}" + (f" in {scheme}" if scheme else ""))
-        if self.weights is not None:
-            progress(self.weights)
+        if (weights := self.weights) is not None:
+            progress(weights)
         elif scheme is not None and scheme.note_on_cpu and device.type == "cpu":
             progress(scheme.note_on_cpu)
         model = load_model(
