@@ -35,6 +35,14 @@ def ask(page: Page, text: str) -> Locator:
     return replies.nth(mine)
 
 
+def edit(page: Page, message: Locator, text: str) -> None:
+    """Change a message that was sent; it is answered anew."""
+    message.hover()
+    message.get_by_role("button", name="Edit").click()
+    page.get_by_role("textbox", name="Edit the message").fill(text)
+    page.keyboard.press("Enter")
+
+
 def text_of(element: Locator) -> str:
     return element.locator(".body").last.inner_text()
 

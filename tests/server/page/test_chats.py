@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.server.conftest import Running
 from tests.server.page.conftest import KEY, Open
-from tests.server.page.talk import SAYS, ask, asked, send, text_of, told, wait_for
+from tests.server.page.talk import SAYS, ask, asked, edit, send, text_of, told, wait_for
 
 
 def test_a_new_chat_while_a_reply_streams(served: Running, open_page: Open, pause: Path) -> None:
@@ -50,10 +50,7 @@ def test_a_full_context(served: Running, open_page: Open) -> None:
     assert text_of(page.locator(".reply").last) == "Yes."
     reply = ask(page, "dog " * 300)
     assert "This message alone does not fit" in reply.locator(".note").inner_text()
-    page.locator(".user").last.hover()
-    page.locator(".user").last.get_by_role("button", name="Edit").click()
-    page.get_by_role("textbox", name="Edit the message").fill("SAY[[Short.]]")
-    page.keyboard.press("Enter")
+    edit(page, page.locator(".user").last, "SAY[[Short.]]")
     wait_for(page, "Short.")
     # a reply that reaches the end of the context is told, and can be gone on with
     page.get_by_role("button", name="New chat").click()
@@ -140,10 +137,7 @@ def test_retry_edit_rename_export_and_delete(served: Running, open_page: Open) -
     assert told(bodies[0]) == told(bodies[1]) == ["SAY[[One.]]"]
     ask(page, "SAY[[Two.]]")
     # what was said behind an earlier message is not lost: the edit begins a chat of its own
-    page.locator(".user").first.hover()
-    page.locator(".user").first.get_by_role("button", name="Edit").click()
-    page.get_by_role("textbox", name="Edit the message").fill("SAY[[Three.]]")
-    page.keyboard.press("Enter")
+    edit(page, page.locator(".user").first, "SAY[[Three.]]")
     wait_for(page, "Three.")
     page.get_by_role("button", name="Send").wait_for()
     assert told(bodies[-1]) == ["SAY[[Three.]]"]
