@@ -216,7 +216,7 @@ def a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) ->
 
 
 def a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: EngineConfig) -> None:
-    requests = asked(20, "n")
+    requests = asked(200, "n")  # they take longer than it takes Ray to end a machine
 
     async def work(client: ReplicaClient) -> dict[str, list[int]]:
         while len(client.by_engine) < 2:
