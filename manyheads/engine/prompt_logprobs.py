@@ -51,8 +51,10 @@ def score(
         request, begin = chunk.request, chunk.request.cached_len
         following = request.tokens[begin + 1 : min(begin + chunk.num_inflight + 1, request.prompt_len)]
         count = request.params.prompt_logprobs
-        is_known = len(request.prompt_logprobs) >= begin + len(following)
+        # NOTE: by what was launched, not by what was read: ranks that read nothing have to decide alike
+        is_known = request.num_scored >= begin + len(following)
         if count is not None and following and not is_known:
+            request.num_scored = begin + len(following)
             states = hidden[start : start + len(following)]
             parts = [
                 look_up(logits(states[i : i + SLICE]), following[i : i + SLICE], count)

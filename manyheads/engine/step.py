@@ -59,6 +59,8 @@ class Request:
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Those of the prompt's tokens from the second on that are known so far, if they are asked for."""
+    num_scored: int = 0
+    """How many of those are known or on their way."""
     matcher: Matcher | None = None
     """Where its text stands in its grammar, if it has one; behind `tokens`."""
     is_held: bool = False

@@ -26,6 +26,7 @@ from manyheads.engine.engine import Engine
 from manyheads.engine.rank import build
 from manyheads.engine.rank_messages import Follower, Message
 from manyheads.engine.ranks import LeadingRunner, Others, RankFailed, RankLaunch
+from manyheads.engine.warmup import exercise
 from manyheads.grammar import Grammar
 from manyheads.models.parallel import Ranks
 from manyheads.models.registry import read_config
@@ -186,6 +187,17 @@ def test_two_gpus_give_the_text_of_one(wide: Path, tmp_path: Path, drafter: str)
     shared, alone = engine(wide, 2, **settings), engine(wide, 1, **settings)
     assert texts(shared) == texts(alone)
     assert drafter == "none" or shared.stats().accepted_tokens > 0
+
+
+def test_ranks_run_what_no_recording_serves(
+    folder: Path, reference: LlamaForCausalLM, threads: list[ThreadRanks]
+) -> None:
+    """Steps of all kinds before an engine is ready; of prompts that are scored again, too, where one rank alone knows
+    what came of it."""
+    alone, shared = engine(folder, 1), engine(folder, 2)
+    assert isinstance(shared.runner, LeadingRunner)
+    exercise(shared.runner, shared.planner, 8)
+    assert texts(shared, 4) == texts(alone, 4)
 
 
 def check_ranks(engine: Engine, others: ThreadRanks, size: int) -> None:
