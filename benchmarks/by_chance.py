@@ -6,22 +6,35 @@ from which follows what a step brings. The planner knows nothing of it: it measu
 `rejection_sample_method="synthetic"` for its chains.
 
 A table is [depth][rank], each the share of nodes at a depth whose child of that rank is right, given that the node is.
+
+    python benchmarks/by_chance.py MODEL --heads DRAFTER --port 8000      # arguments of `manyheads serve`
+
+serves with what is published for the drafter's kind. All requests sample, since those that do not are drawn inside of
+recordings.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from manyheads.batch import RowState
+from manyheads.config import EngineConfig
 from manyheads.engine import recorded, runner
+from manyheads.engine.engine import Engine
 from manyheads.engine.sampler import Nodes
 from manyheads.kv_cache import KVCache
+from manyheads.request import EngineRequest
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.eagle3.drafter import ACCEPTANCE, DEPTH, Eagle3Drafter
 from manyheads.speculation.medusa.drafter import MedusaDrafter
@@ -58,9 +71,13 @@ def chain_rates(table: Table, count: int) -> list[float]:
 
 
 class ByChance:
-    """Makes the engines that this process builds from now on accept by a table; the last one is the one that runs."""
+    """Makes the engines that this process builds from now on accept by a table; the last one is the one that runs.
 
-    def __init__(self, table: Table) -> None:
+    Args:
+        table: None takes what is published for the kind of the engine's drafter.
+    """
+
+    def __init__(self, table: Table | None = None) -> None:
         self.table = table
         self._promised = torch.empty(0)  # [1 + C], by column of a row's draft; the last one is what pads families
         self._children = torch.empty(0)  # [1 + C, K + 1] int64: the columns of a column's children by rank; 0 is none
@@ -105,13 +122,14 @@ class ByChance:
         kind.attach = attach_by_chance
 
     def _take(self, drafter: Any, device: torch.device) -> None:
+        table = self.table or table_of("eagle3" if isinstance(drafter, Eagle3Drafter) else "medusa")
         columns = _columns(drafter)
         width = max(len(children) for _, children in columns)
         promised = torch.zeros(len(columns))
         at = torch.zeros(len(columns), width + 1, dtype=torch.int64)
         weights = torch.zeros(len(columns), width + 1)
         for column, (depth, children) in enumerate(columns):
-            rates = torch.tensor(self.table[min(depth, len(self.table) - 1)][: len(children)])
+            rates = torch.tensor(table[min(depth, len(table) - 1)][: len(children)])
             at[column, : len(children)] = torch.tensor(children, dtype=torch.int64)
             weights[column, : len(rates)] = rates
             promised[at[column, : len(rates)] - 1] = rates
@@ -123,7 +141,7 @@ class ByChance:
         # nodes that a row did not bring stand at its root, which is written last
         column = torch.zeros_like(nodes.row)
         column[nodes.place.flatten()] = nodes.tree.column.expand_as(nodes.place).flatten()
-        column[nodes.place[:, 0]] = 0
+        column.index_fill_(0, nodes.place[:, 0], 0)  # NOTE: an assignment would wait for the device
         rank = torch.multinomial(self._weights[column], 1)
         child = self._children[column].gather(1, rank)[:, 0]
         return torch.where(child > 0, state.drafts[nodes.rows[nodes.row], child], 0), {}
@@ -138,3 +156,29 @@ def _columns(drafter: Any) -> list[tuple[int, list[int]]]:
     ranks = count // depths
     below = [list(range(1 + depth * ranks, 1 + (depth + 1) * ranks)) for depth in range(depths)] + [[]]
     return [(0, below[0])] + [(depth, below[depth]) for depth in range(1, depths + 1) for _ in range(ranks)]
+
+
+def build(config: EngineConfig, progress: Callable[[str], None]) -> Engine:
+    """An engine that accepts by chance, for the engine process of a server."""
+    from manyheads.engine.build import build_engine
+
+    ByChance().install()
+    engine = build_engine(config, progress)
+    add = engine.add_request
+
+    def add_sampled(request: EngineRequest) -> None:
+        params = msgspec.structs.replace(request.params, temperature=1.0)
+        add(msgspec.structs.replace(request, params=params))
+
+    engine.add_request = add_sampled  # type: ignore[method-assign]
+    return engine
+
+
+if __name__ == "__main__":
+    from manyheads import cli
+    from manyheads.server import run
+
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    run.serve = functools.partial(run.serve, build="by_chance:build")
+    sys.exit(cli.main(["serve", *sys.argv[1:]]))
