@@ -108,9 +108,11 @@ class Others:
 class LeadingRunner(Runner):
     """Rank 0's runner: the others hear of what it does before it does it."""
 
-    def __init__(self, others: Others, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, others: Others, folder: Path, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._others, self._teller = others, Teller()
+        # NOTE: not sooner: NCCL's threads go on asking the store in it, and wait for minutes where it is missing
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def launch(self, plan: StepPlan) -> PendingStep:
         self._others.tell(self._teller.launch(plan))
@@ -150,10 +152,11 @@ def leading_runner(plan: Blueprint, progress: Progress) -> Runner:
         progress(f"starting {plan.config.tensor_parallel_size} ranks")
         others = Others(plan.config, folder)
         ranks = others.join(folder, plan)
-    finally:
+        with others.blamed():
+            return plan.runner(progress, partial(LeadingRunner, others, folder), ranks)
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-    with others.blamed():
-        return plan.runner(progress, partial(LeadingRunner, others), ranks)
+        raise
 
 
 def _writable(process: subprocess.Popen[bytes]) -> IO[bytes]:

@@ -57,7 +57,7 @@ class Ranks:
         store = torch_groups.FileStore(str(folder / "ranks"), size)
         if device.type == "cuda":
             group = torch_groups.ProcessGroupNCCL(store, rank, size, PATIENCE)
-            joined = cls(rank, size, group, open_mailbox(store, folder.name, rank, size, device, row_bytes))
+            joined = cls(rank, size, group, open_mailbox(store, rank, size, device, row_bytes))
         else:
             gloo = torch_groups.ProcessGroupGloo
             options = gloo._Options()

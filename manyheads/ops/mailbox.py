@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -14,29 +15,30 @@ if TYPE_CHECKING:
     from manyheads.kernels.exchange import Mailbox
 
 
-def open_mailbox(store: Any, name: str, rank: int, size: int, device: torch.device, row_bytes: int) -> Mailbox | None:
+def open_mailbox(store: Any, rank: int, size: int, device: torch.device, row_bytes: int) -> Mailbox | None:
     """This rank's, once all ranks are here; None where GPUs do not reach each other's memory. Empty when it is ready.
 
     Args:
-        store: torch's, in which the ranks find each other.
-        name: of the group, the same for all of its ranks and no other group of this process.
+        store: torch's, in which the ranks find each other; they are one another's processes, so what is in it is trusted.
         device: GPU number `rank` of this machine.
         row_bytes: of the widest rows.
     """
     pairs = permutations(range(size), 2)  # of all, so that all ranks decide alike
     if not ops_for(device).records or not all(cuda.can_device_access_peer(one, other) for one, other in pairs):
         return None
-    import torch._C._distributed_c10d as c10d
-
     from manyheads.kernels.exchange import ROWS, Mailbox
 
-    # torch finds the ranks by the name of a group; it needs no more of it than its store
-    groups: Any = c10d
-    group = groups.ProcessGroup(groups.PrefixStore("mailbox", store), rank, size)
-    groups._register_process_group(name, group)
-    symmetric = groups._SymmetricMemory
-    memory = symmetric.empty_strided_p2p((2 * size * ROWS * row_bytes // 4,), (1,), torch.int64, device, name)
-    memory.zero_()
+    memory = torch.zeros(2 * size * ROWS * row_bytes // 4, dtype=torch.int64, device=device)
     cuda.synchronize(device)  # before anybody writes to it
-    handle = symmetric.rendezvous(memory, name)
-    return Mailbox(rank, torch.tensor(list(handle.buffer_ptrs), device=device), row_bytes, (memory, handle, group))
+    # torch shares memory between processes in this way (torch.multiprocessing); but here it is opened from another GPU,
+    # and nothing is on its way that an event would have to tell of
+    storage: Any = memory.untyped_storage()
+    *handle, _event, _waits = storage._share_cuda_()[1:]
+    store.set(f"mailbox {rank}", pickle.dumps(handle))
+    boxes = [storage] * size
+    for other in range(size):
+        if other != rank:
+            theirs = pickle.loads(store.get(f"mailbox {other}"))
+            boxes[other] = storage._new_shared_cuda(device.index, *theirs, b"", False)
+    addresses = torch.tensor([box.data_ptr() for box in boxes], device=device)
+    return Mailbox(rank, addresses, row_bytes, boxes)
