@@ -49,7 +49,7 @@ def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> Out
         num_candidates,
         state.num_rows,
         state.drafts.stride(0),
-        WIDTH=width,
+        width,
         BLOCK=triton.next_power_of_2(num_nodes),
         BLOCK_WIDTH=triton.next_power_of_2(width),
         BLOCK_CANDIDATES=triton.next_power_of_2(max(num_candidates, 1)),
@@ -87,7 +87,7 @@ def propose(state: RowState, index: Tensor, candidates: Tensor, chances: Tensor)
     )
 
 
-@triton.jit(do_not_specialize=["num_nodes", "num_candidates", "dummy"])
+@triton.jit(do_not_specialize=["num_nodes", "num_candidates", "dummy", "width"])
 def _settle_kernel(
     index,
     cached_len,
@@ -109,7 +109,7 @@ def _settle_kernel(
     num_candidates,
     dummy,
     stride_drafts,
-    WIDTH: tl.constexpr,
+    width,
     BLOCK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_CANDIDATES: tl.constexpr,
@@ -121,10 +121,10 @@ def _settle_kernel(
     node = tl.arange(0, BLOCK).to(tl.int64)
     inside = node < num_nodes
     step = tl.arange(0, BLOCK_WIDTH)
-    on_path = step < WIDTH
+    on_path = step < width
     candidate = tl.arange(0, BLOCK_CANDIDATES)
     of_row = row * num_nodes
-    out = report + row * (3 + 2 * WIDTH + num_candidates)
+    out = report + row * (3 + 2 * width + num_candidates)
 
     slot_row = tl.load(index + row)
     first = tl.load(row_start + row).to(tl.int64)
@@ -143,7 +143,7 @@ def _settle_kernel(
     last = 63 - best % 64
     accepted = best // 64 + 1
 
-    path = tl.load(paths + last * WIDTH + step, mask=on_path, other=0)
+    path = tl.load(paths + last * width + step, mask=on_path, other=0)
     offset = tl.load(offsets + of_row + path, mask=on_path, other=0)  # all on the path were brought
     emitted = tl.load(target + first + offset, mask=on_path, other=0)
     last_place = first + tl.sum(tl.where(step == accepted - 1, offset, 0), 0)
@@ -153,11 +153,11 @@ def _settle_kernel(
     tl.store(out + 1, tl.sum(may.to(tl.int64), 0))
     tl.store(out + 2, tl.max(tl.where(may, depth, 0), 0))
     tl.store(out + 3 + step, emitted, mask=on_path)
-    tl.store(out + 3 + WIDTH + step, path, mask=on_path)
-    tl.store(out + 3 + 2 * WIDTH + candidate, known, mask=candidate < num_candidates)
+    tl.store(out + 3 + width + step, path, mask=on_path)
+    tl.store(out + 3 + 2 * width + candidate, known, mask=candidate < num_candidates)
     tl.store(last_places + row, last_place)
     tl.store(num_accepted + row, accepted)
-    tl.store(path_offsets + row * WIDTH + step, offset, mask=on_path)
+    tl.store(path_offsets + row * width + step, offset, mask=on_path)
     if slot_row != dummy:
         tl.store(cached_len + slot_row, tl.load(cached_len + slot_row) + accepted)
         tl.store(drafts + slot_row * stride_drafts, tl.maximum(newest, 0))

@@ -79,8 +79,8 @@ def expand(state: RowState, index: Tensor, tree: TreeTensors, num_tokens: int, s
         tree.path,
         value,
         num_nodes,
+        tree.max_depth + 1,
         state.chances.stride(0),
-        WIDTH=tree.max_depth + 1,
         BLOCK=block,
         num_warps=1,
         **dependent(index.device),
@@ -181,7 +181,7 @@ def _roots_kernel(
     tl.store(taken + at, inside, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_nodes"])
+@triton.jit(do_not_specialize=["num_nodes", "width"])
 def _values_kernel(
     index,
     chances,
@@ -190,8 +190,8 @@ def _values_kernel(
     path,
     values,
     num_nodes,
+    width,
     stride_chances,
-    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -203,9 +203,9 @@ def _values_kernel(
     chances += tl.load(index + row) * stride_chances
     depth = tl.load(depths + node, mask=inside, other=0)
     value = tl.full((BLOCK,), 1.0, tl.float32)
-    for at in tl.static_range(1, WIDTH):
+    for at in range(1, width):
         on_path = inside & (at <= depth)
-        above = tl.load(path + node * WIDTH + at, mask=on_path, other=0)
+        above = tl.load(path + node * width + at, mask=on_path, other=0)
         where = tl.load(column + above, mask=on_path, other=0)
         value *= tl.load(chances + where, mask=on_path, other=1.0)
     # roots first; what is not a number would be neither before nor after any other
