@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manyheads.attention.base import Group, Heads
 from manyheads.config import ConfigError
-from manyheads.kernels.attention import choose_splits, tile_sizes, tree_attention, variants
+from manyheads.kernels.attention import choose_splits, largest_tile, tile_size, tile_table, tree_attention, variants
 from manyheads.kernels.fused import rope_store
 from manyheads.kv_cache import KVCache
 
@@ -27,26 +27,34 @@ class TritonAttention:
         self._layers = cache.layers()
         on_gpu = self.device.type == "cuda"  # else Triton's interpreter
         self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
-        self._calls: dict[int, list[tuple[Group, int]]] = {}  # by window; 0 is none
+        self._calls: dict[int, list[tuple[Group, Tensor, int]]] = {}  # by window; 0 is none: rows, tiles, splits
         self._positions = self._slots = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._dtype = next(iter(heads.ropes.values()))[0].dtype
+        self._quantized = self._layers[0][0].scale is not None
+        self._largest_tile = largest_tile(self.device, head_dim, self._dtype.itemsize, self._quantized)
         if on_gpu:
             self._compile()
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         self._positions, self._slots = positions, slots
         windows = {self.heads.windows.get(layer, 0) for layer in self.heads.ropes}
-        self._calls = {window: [(group, self._num_splits(group, window)) for group in groups] for window in windows}
+        self._calls = {window: [] for window in windows}
+        per_kv = self.num_heads // self.num_kv_heads
+        for group in groups:
+            tokens = group.stop - group.start
+            block_m = tile_size(group.max_tokens, -(-tokens // group.num_rows), per_kv, self._largest_tile)
+            tiles = tile_table(group.row_start, tokens, group.max_tokens, per_kv, block_m)
+            for window, calls in self._calls.items():
+                calls.append((group, tiles, self._num_splits(group, block_m, window)))
 
-    def _num_splits(self, group: Group, window: int) -> int:
+    def _num_splits(self, group: Group, block_m: int, window: int) -> int:
         """Programs that share a row's prefix, or what is seen of it through a window."""
         tokens, per_kv = group.stop - group.start, self.num_heads // self.num_kv_heads
-        block_m, _ = tile_sizes(group.max_tokens, -(-tokens // group.num_rows), per_kv)
         tiles = max(group.num_rows, -(-tokens * per_kv // block_m))  # about as many hold queries
         longest = group.max_cached_len + group.max_tokens
         if window:
             longest = min(longest, window + group.max_tokens)
-        quantized = self._layers[0][0].scale is not None
-        return choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms, quantized)
+        return choose_splits(tiles * self.num_kv_heads, block_m, longest, self._num_sms, self._quantized)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         keys, values = self._layers[layer]
@@ -67,13 +75,20 @@ class TritonAttention:
             values.scale,
         )
         out = torch.empty_like(q)
-        for group, num_splits in self._calls[self.heads.windows.get(layer, 0)]:
+        for group, tiles, num_splits in self._calls[self.heads.windows.get(layer, 0)]:
             tokens = slice(group.start, group.stop)
-            self._attend(layer, q[tokens], group, num_splits, self._positions[tokens], out[tokens])
+            self._attend(layer, q[tokens], group, num_splits, self._positions[tokens], tiles, out[tokens])
         return out.flatten(1)
 
     def _attend(
-        self, layer: int, q: Tensor, group: Group, num_splits: int, positions: Tensor, out: Tensor | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        group: Group,
+        num_splits: int,
+        positions: Tensor,
+        tiles: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> None:
         keys, values = self._layers[layer]
         tree_attention(
@@ -92,16 +107,17 @@ class TritonAttention:
             positions=positions,
             k_scale=keys.scale,
             v_scale=values.scale,
+            tiles=tiles,
             out=out,
         )
 
     def _compile(self) -> None:
         """Run the kernels in every variant that a step can need, on the dummy page: to compile one takes seconds."""
         for layer in {self.heads.windows.get(layer, 0): layer for layer in self.heads.ropes}.values():
-            dtype, head_dim = self.heads.ropes[layer][0].dtype, self._layers[layer][0].data.shape[-1]
+            head_dim = self._layers[layer][0].data.shape[-1]
             for num_tokens, num_splits in variants(self.num_heads // self.num_kv_heads):
                 numbers = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
                 starts = torch.tensor([0, num_tokens], dtype=torch.int32).to(self.device)
                 group = Group(0, num_tokens, starts, numbers, numbers[:1], numbers[None], num_tokens, 0)
-                q = torch.zeros(num_tokens, self.num_heads, head_dim, dtype=dtype, device=self.device)
+                q = torch.zeros(num_tokens, self.num_heads, head_dim, dtype=self._dtype, device=self.device)
                 self._attend(layer, q, group, num_splits, numbers)

@@ -58,6 +58,9 @@ copy the next ones meanwhile: three."""
 _FEW_SPLITS = 8
 """More take longer to combine; they are for rows that leave SMs without a program."""
 
+_USUAL_ROWS = 512
+"""Tables for up to so many rows need one variant of their kernel."""
+
 _LOG2_E = 1.4426950408889634
 _UNIT = tl.constexpr(64.0)
 """Weights times the scales of codes are far below 1, where halves have few bits left: so many times as large, they are
@@ -69,7 +72,7 @@ def choose_splits(num_programs: int, block_m: int, max_len: int, num_sms: int, q
 
     Args:
         num_programs: tiles that hold queries, times kv heads.
-        block_m: see `tile_sizes`.
+        block_m: see `tile_size`.
         max_len: positions (cached and in flight) of the longest row; a bound will do.
         quantized: whether the cache is of codes.
     """
@@ -84,22 +87,57 @@ def choose_splits(num_programs: int, block_m: int, max_len: int, num_sms: int, q
     return best
 
 
-def tile_sizes(max_nodes: int, mean_nodes: int, queries_per_kv: int, largest: int = 128) -> tuple[int, int]:
-    """Queries in a tile (nodes times the query heads that share a kv head), and the number of tiles.
+def tile_size(max_nodes: int, mean_nodes: int, queries_per_kv: int, largest: int = 128) -> int:
+    """Queries in a tile: nodes times the query heads that share a kv head.
 
     tl.dot wants at least 16. A long prompt wants 128, so that K and V are read half as often. Trees want what a row
     brings on average, or most tiles would be mostly empty; the few rows that bring more take several.
     """
     usual = (max_nodes if max_nodes > MAX_TREE_NODES else mean_nodes) * queries_per_kv
     block_m = 128 if usual >= 512 else min(64, max(16, triton.next_power_of_2(usual)))
-    block_m = min(block_m, largest)
-    return block_m, -(-max_nodes * queries_per_kv // block_m)
+    return min(block_m, largest)
+
+
+def largest_tile(device: torch.device, head_dim: int, element_size: int, quantized: bool) -> int:
+    """The most queries in a tile that the device has room for; `quantized`: of a cache of codes."""
+    largest, _, _ = _tuning(device, head_dim, element_size)
+    # with tiles of 64, Triton 3.6 multiplies halves of narrower values wrongly
+    return min(largest, 32) if quantized and head_dim < 128 else largest
 
 
 def variants(queries_per_kv: int) -> list[tuple[int, int]]:
     """Tokens of a row, and splits, that need every variant of the kernels between them."""
     tokens = [max(1, block_m // queries_per_kv) for block_m in _PER_SM if block_m < 128] + [-(-512 // queries_per_kv)]
     return [(count, splits) for count in tokens for splits in (1, 2)] + [(1, 2**i) for i in range(2, 6)]
+
+
+def tile_table(row_start: Tensor, num_tokens: int, max_nodes: int, queries_per_kv: int, block_m: int) -> Tensor:
+    """The tiles that hold queries, one behind the other, so that no program is started for a tile without any.
+
+    Args:
+        row_start, num_tokens, max_nodes: as `tree_attention`'s, which takes the table in every layer.
+        block_m: queries in a tile, as `tile_size` says.
+
+    Returns:
+        [tiles] int32, of each its row and, from bit 16 on, its number; a row's last ones first. -1 fills it up.
+    """
+    num_rows = row_start.shape[0] - 1
+    of_row = -(-max_nodes * queries_per_kv // block_m)
+    most = min(num_rows * of_row, num_tokens * queries_per_kv // block_m + num_rows)
+    table = torch.empty(most, dtype=torch.int32, device=row_start.device)
+    _tile_kernel[(1,)](
+        row_start,
+        table,
+        num_rows,
+        of_row,
+        most,
+        QUERIES_PER_KV=queries_per_kv,
+        BLOCK_M=block_m,
+        BLOCK=max(_USUAL_ROWS, triton.next_power_of_2(num_rows)),
+        num_warps=4,
+        **dependent(row_start.device),
+    )
+    return table
 
 
 def scratch_numel(num_tokens: int, num_heads: int, head_dim: int, num_splits: int) -> int:
@@ -124,6 +162,7 @@ def tree_attention(
     positions: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    tiles: Tensor | None = None,
     out: Tensor | None = None,
     scratch: Tensor | None = None,
 ) -> Tensor:
@@ -139,8 +178,7 @@ def tree_attention(
         page_table: [R, B] int64, page ids; covers cached_len + nodes positions.
         mask: [T] int64; bit j: node j of the row is visible (itself included, at most 64 nodes). 0 in all of a row's
             tokens: the row is a chain of any length.
-        max_nodes: tokens of the longest row, or more. Programs past a row's nodes end at once, but are started: rows of
-            very different lengths are better given to two calls.
+        max_nodes: tokens of the longest row, or more.
         num_splits: programs that share a row's positions; above 1, their results meet in scratch.
         scale: of the products of queries and keys; None is d ** -0.5.
         softcap: scores s become softcap · tanh(s / softcap).
@@ -149,6 +187,7 @@ def tree_attention(
         positions: [T] int64, only needed with a window: where tokens stand in their texts, at cached_len and behind.
         k_scale, v_scale: [pages, page size, KV] float32, any strides; both or neither: the cache is of codes, to be
             multiplied with these (`kv_cache`).
+        tiles: `tile_table` of these rows; None makes it.
         out: [T, H, d], written to and returned.
         scratch: float32, contiguous, at least `scratch_numel` elements.
 
@@ -163,10 +202,11 @@ def tree_attention(
     if num_tokens == 0 or num_rows == 0:
         return out
     queries_per_kv = num_heads // num_kv_heads
-    largest_m, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
-    if k_scale is not None and head_dim < 128:
-        largest_m = min(largest_m, 32)  # with tiles of 64, Triton 3.6 multiplies halves of narrower values wrongly
-    block_m, num_tiles = tile_sizes(max_nodes, -(-num_tokens // num_rows), queries_per_kv, largest_m)
+    _, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
+    largest = largest_tile(q.device, head_dim, q.element_size(), k_scale is not None)
+    block_m = tile_size(max_nodes, -(-num_tokens // num_rows), queries_per_kv, largest)
+    if tiles is None:
+        tiles = tile_table(row_start, num_tokens, max_nodes, queries_per_kv, block_m)
     split = num_splits > 1
     num_warps = 8 if block_m == 128 else 4
     if block_m == 16 and num_stages == 3:
@@ -175,12 +215,13 @@ def tree_attention(
     if split:
         numel = scratch_numel(num_tokens, num_heads, head_dim, num_splits)
         partial = torch.empty(numel, dtype=torch.float32, device=q.device) if scratch is None else scratch
-    _attend_kernel[(num_kv_heads, num_rows, num_tiles * num_splits)](
+    _attend_kernel[(num_kv_heads, tiles.shape[0], num_splits)](
         q,
         k_pages,
         v_pages,
         out,
         partial,
+        tiles,
         row_start,
         cached_len,
         page_table,
@@ -217,7 +258,6 @@ def tree_attention(
         QUANTIZED=k_scale is not None,
         CAPPED=softcap is not None,
         WINDOWED=window > 0,
-        MAX_TREE=MAX_TREE_NODES,
         IN_REGISTERS=q.device.type == "cuda",
         num_warps=num_warps,
         num_stages=num_stages,
@@ -386,7 +426,7 @@ def _halves(pair, dtype: tl.constexpr, IN_REGISTERS: tl.constexpr):
 # Values that change from step to step must not be specialized on, or serving would stop to compile.
 @triton.jit(
     do_not_specialize=["num_tokens", "num_splits", "stride_table"],
-    do_not_specialize_on_alignment=["row_start", "cached_len", "page_table", "token_mask", "position_ptr"],
+    do_not_specialize_on_alignment=["tiles", "row_start", "cached_len", "page_table", "token_mask", "position_ptr"],
 )
 def _attend_kernel(
     q_ptr,
@@ -394,6 +434,7 @@ def _attend_kernel(
     v_ptr,
     out_ptr,
     partial_ptr,
+    tiles,
     row_start,
     cached_len,
     page_table,
@@ -433,26 +474,20 @@ def _attend_kernel(
     QUANTIZED: tl.constexpr,
     CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr,
-    MAX_TREE: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: a tile of a row's queries, one kv head, one share of the positions."""
     begin(DEPENDENT)
     kv_head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2) % num_splits
-    # A prompt's last tiles see the most: they start first, so that no long program is left over at the end. Of trees,
-    # most tiles but the first are empty: were they to start first, the others would be spread unevenly.
-    tile = tl.program_id(2) // num_splits
-    num_tiles = tl.num_programs(2) // num_splits
-    if num_tiles * BLOCK_M > MAX_TREE * QUERIES_PER_KV:
-        tile = num_tiles - 1 - tile
-
+    split = tl.program_id(2)
+    entry = tl.load(tiles + tl.program_id(1))
+    if entry < 0:
+        return
+    row = (entry & 0xFFFF).to(tl.int64)
+    tile = entry >> 16
     first_token = tl.load(row_start + row).to(tl.int64)
     num_nodes = (tl.load(row_start + row + 1).to(tl.int64) - first_token).to(tl.int32)
-    if tile * BLOCK_M >= num_nodes * QUERIES_PER_KV:
-        return
 
     # query heads that share a kv head stand side by side in the tile, so that K and V are read once for all of them
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -562,6 +597,35 @@ def _attend_kernel(
         acc = acc / tl.where(denom == 0, 1.0, denom)[:, None]
         out_at = out_ptr + (token * stride_out_token + head * stride_out_head)[:, None] + dim[None, :]
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["num_rows", "of_row", "most"], do_not_specialize_on_alignment=["row_start"])
+def _tile_kernel(
+    row_start,
+    table,
+    num_rows,
+    of_row,
+    most,
+    QUERIES_PER_KV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: all rows."""
+    begin(DEPENDENT)
+    row = tl.arange(0, BLOCK)
+    inside = row < num_rows
+    first = tl.load(row_start + row, mask=inside, other=0)
+    num_nodes = tl.load(row_start + row + 1, mask=inside, other=0) - first
+    count = tl.cdiv(num_nodes * QUERIES_PER_KV, BLOCK_M)
+    stop = tl.cumsum(count, 0)
+    for tile in range(of_row):
+        # a prompt's last tiles see the most: they start first, so that no long program is left over at the end
+        tl.store(table + stop - 1 - tile, row | (tile << 16), mask=tile < count)
+    total = tl.sum(count, 0)
+    for start in range(0, most, BLOCK):
+        at = start + row
+        tl.store(table + at, tl.full((BLOCK,), -1, tl.int32), mask=(at >= total) & (at < most))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])

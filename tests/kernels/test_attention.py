@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
 
 pytest.importorskip("triton")
 
-from manyheads.kernels.attention import choose_splits, scratch_numel, tile_sizes, tree_attention
+from manyheads.kernels.attention import choose_splits, scratch_numel, tile_size, tile_table, tree_attention
 from manyheads.kv_cache import CODES, quantize
 
 KV_DTYPES = ["auto", *CODES]
@@ -285,21 +286,25 @@ def test_no_tokens() -> None:
     assert made.run(max_nodes=1).shape == (0, 4, 16)
 
 
-def test_tiles_cover_all_queries() -> None:
-    for max_nodes in (1, 5, 16, 64, 200, 2048):
-        for mean_nodes in (1, (max_nodes + 1) // 2, max_nodes):
-            for per_kv in (1, 3, 4, 8):
-                block_m, tiles = tile_sizes(max_nodes, mean_nodes, per_kv)
-                assert block_m in (16, 32, 64, 128)
-                assert (tiles - 1) * block_m < max_nodes * per_kv <= tiles * block_m
+@pytest.mark.parametrize("per_kv", [1, 3])
+def test_tiles_cover_all_queries_once_and_nothing_else(per_kv: int) -> None:
+    lengths, block_m = [5, 0, 70, 16, 0, 1, 17, 0], 16
+    row_start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    table = tile_table(row_start, 120, 90, per_kv, block_m).tolist()  # bounds, as a recorded pass has them
+    of_row = [-(-length * per_kv // block_m) for length in lengths]
+    wanted = [row | tile << 16 for row, count in enumerate(of_row) for tile in reversed(range(count))]
+    assert table[: len(wanted)] == wanted
+    assert set(table[len(wanted) :]) == {-1}
+    assert len(table) == min(8 * -(-90 * per_kv // block_m), 120 * per_kv // block_m + 8)
 
 
 def test_tiles_are_as_large_as_what_rows_usually_bring() -> None:
-    assert tile_sizes(64, 12, 1) == (16, 4)
-    assert tile_sizes(32, 17, 1) == (32, 1)
-    assert tile_sizes(16, 4, 4) == (16, 4)
-    assert tile_sizes(64, 64, 8) == (128, 4)
-    assert tile_sizes(512, 3, 1) == (128, 4)  # chains, of which one may be alone with all tokens
+    assert tile_size(64, 12, 1) == 16
+    assert tile_size(32, 17, 1) == 32
+    assert tile_size(16, 4, 4) == 16
+    assert tile_size(64, 64, 8) == 128
+    assert tile_size(512, 3, 1) == 128  # chains, of which one may be alone with all tokens
+    assert tile_size(512, 3, 1, largest=64) == 64
 
 
 def test_rows_of_more_nodes_than_usual() -> None:
