@@ -166,9 +166,9 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> Engine:
     engine = build_engine(config, progress)
     add = engine.add_request
 
-    def add_sampled(request: EngineRequest) -> None:
-        params = msgspec.structs.replace(request.params, temperature=1.0)
-        add(msgspec.structs.replace(request, params=params))
+    def add_sampled(message: EngineRequest) -> None:
+        params = msgspec.structs.replace(message.params, temperature=1.0)
+        add(msgspec.structs.replace(message, params=params))
 
     engine.add_request = add_sampled  # type: ignore[method-assign]
     return engine

@@ -19,7 +19,7 @@ def open_mailbox(store: Any, rank: int, size: int, device: torch.device, row_byt
     """This rank's, once all ranks are here; None where GPUs do not reach each other's memory. Empty when it is ready.
 
     Args:
-        store: torch's, in which the ranks find each other; they are one another's processes, so what is in it is trusted.
+        store: torch's, in which the ranks find each other. It is private to them, so that what is in it is trusted.
         device: GPU number `rank` of this machine.
         row_bytes: of the widest rows.
     """

@@ -140,7 +140,8 @@ def test_packed_attention_on_a_gpu_is_the_cpus(kv_heads: int) -> None:
         out.float().square().sum().backward()
         results.append([out, *(t.grad for t in moved)])
     for cpu, gpu in zip(*results, strict=True):
-        assert torch.allclose(cpu.float(), gpu.float().cpu(), atol=0.03, rtol=0.03)
+        difference = cpu.float() - gpu.float().cpu()  # both round to 8 bits, in other places
+        assert difference.norm() < 0.01 * cpu.float().norm()
 
 
 def test_the_order_of_rows_depends_on_seed_and_step_alone() -> None:
