@@ -130,7 +130,8 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     stream = _fmix32(_fmix32(low)[:, None] ^ _fmix32(high + 0x9E3779B9)[:, None] ^ _fmix32(position * 0x85EBCA6B))
     token = torch.arange(vocab_size, device=seed.device)
     bits = _fmix32(stream[..., None] ^ _fmix32(token * 0x9E3779B9 + 0x7F4A7C15))  # [R, P, V]
-    uniform = ((bits >> 8).to(torch.float32) + 0.5) * 2.0**-24  # strictly between 0 and 1
+    # strictly between 0 and 1: 23 bits and a half are a float32, of 24 bits the largest would be rounded up to 1
+    uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
 

@@ -244,6 +244,13 @@ def test_noise_is_standard_gumbel() -> None:
     assert torch.equal(again[0, 0], noise[7, 3])
 
 
+def test_noise_is_finite_where_all_bits_of_its_counter_are_ones() -> None:
+    """Else this token would be drawn whatever the logits say, even one that may not be."""
+    noise = gumbel(torch.tensor([6]), torch.tensor([[4]]), 32768)[0, 0]
+    assert noise.argmax() == 22767
+    assert 16 < noise[22767] < 17
+
+
 def unbanned(logits: Tensor, text: list[int], allowed: tuple[int, ...], bad: tuple[tuple[int, ...], ...]) -> Tensor:
     """The logits without what must not follow the text."""
     logits = logits.clone()
