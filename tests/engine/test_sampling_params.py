@@ -14,7 +14,7 @@ from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
-from manyheads.engine.sampler import gumbel
+from manyheads.ops.noise import gumbel
 from manyheads.request import EngineRequest, RequestDelta
 from tests.tiny import VOCAB
 
