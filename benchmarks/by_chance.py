@@ -34,6 +34,7 @@ from manyheads.engine import recorded, runner
 from manyheads.engine.engine import Engine
 from manyheads.engine.sampler import Nodes
 from manyheads.kv_cache import KVCache
+from manyheads.ops.base import Ops
 from manyheads.request import EngineRequest
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.eagle3.drafter import ACCEPTANCE, DEPTH, Eagle3Drafter
@@ -136,7 +137,7 @@ class ByChance:
         weights[:, -1] = 1 - weights.sum(dim=1)
         self._promised, self._children, self._weights = (x.to(device) for x in (promised, at, weights))
 
-    def _draw(self, logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[int, Tensor]]:
+    def _draw(self, logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tensor, dict[int, Tensor]]:
         """What `sampler.draw` gives: a token for each node, here one of its candidates or token 0."""
         # nodes that a row did not bring stand at its root, which is written last
         column = torch.zeros_like(nodes.row)

@@ -74,10 +74,10 @@ def add_commands(parser: Parser) -> None:
     for title, options in GROUPS.items():
         _add_settings(train.add_argument_group(title), options)
     example = "manyheads tree heads --data heads/training/held_out.jsonl"
-    tree = parser.add_command("tree", "measure heads, and the trees that they make", run_tree, example)
+    tree = parser.add_command("tree", "measure a drafter, and the trees that it makes", run_tree, example)
     tree.add_argument("heads", help="a folder or a hub id; tree_statistics.json is written into it")
     _data(tree)
-    tree.add_argument("--base", help="the base model (default: the one that the heads name)")
+    tree.add_argument("--base", help="the base model (default: the one that the folder names)")
     tree.add_argument("--plot", metavar="FILE", help="draw tokens a step by nodes (.png, .svg, .pdf)")
     known = {name: option for options in GROUPS.values() for name, option in options.items()}
     names = ("max_new_tokens", "sampled", "temperature", "seed", "device")
@@ -124,16 +124,16 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def run_tree(args: argparse.Namespace) -> int:
-    """Measure heads on answers of their base, and write what the planner starts from beside them."""
+    """Measure a drafter on answers of its base, and write what the planner starts from beside it."""
     from manyheads.checkpoint import resolve
     from manyheads.frontend.tokenizer import Tokenizer
     from manyheads.models.registry import read_config
-    from manyheads.speculation.medusa.checkpoint import STATISTICS, locate_heads, read_heads
+    from manyheads.speculation.medusa.checkpoint import STATISTICS, locate_heads
     from manyheads.train.accuracy import right_ranks, tokens_per_step, write_statistics
     from manyheads.train.answers import answer_all
     from manyheads.train.base import Base, find_device
     from manyheads.train.dataset import pack
-    from manyheads.train.medusa import TrainedHeads
+    from manyheads.train.kinds import read_weights, trained
     from manyheads.train.progress import Progress
     from manyheads.train.prompts import read_prompts
 
@@ -143,7 +143,7 @@ def run_tree(args: argparse.Namespace) -> int:
         raise ConfigError(f"{folder} does not name its base model; give --base")
     base = resolve(name)
     config = read_config(base)
-    weights = read_heads(folder, config)
+    weights = read_weights(folder, config)
     progress = Progress(args.quiet)
     settings = TrainSettings(
         **{key: getattr(args, key) for key in ("max_new_tokens", "sampled", "temperature", "seed", "device")}
@@ -151,14 +151,14 @@ def run_tree(args: argparse.Namespace) -> int:
     prompts = list(read_prompts(args.data, Tokenizer.load(base, args.chat_template)))
     answers = answer_all(name, prompts, settings, None, progress)
     model = Base.load(base, find_device(settings.device))
-    heads = TrainedHeads.of(weights, model.projection.detach().float().cpu()).to(model.device)
+    drafter = trained(weights, model, config)
     data = pack(answers, min(max(len(a.prompt) + len(a.tokens) for a in answers), config.max_position_embeddings))
-    ranks = right_ranks(model, heads, data, progress=progress)
+    ranks = right_ranks(model, drafter, data, progress=progress)
     if not len(ranks):
         raise ConfigError("the answers are too short to measure anything")
     accuracy = write_statistics(folder, ranks, f"{len(answers)} answers of the base model")
     table = tokens_per_step(ranks, accuracy)
-    _print_accuracy("head", accuracy)
+    _print_accuracy(drafter.part, accuracy)
     print("nodes  tokens a step  by the accuracies alone")
     for point in table:
         if point["nodes"] in SHOWN:
@@ -184,7 +184,7 @@ def _plot(table: list[dict[str, Any]], path: Path, title: str) -> None:
     axes = figure.add_subplot(xlabel="nodes", ylabel="tokens a step", title=title)
     nodes = [point["nodes"] for point in table]
     axes.plot(nodes, [point["measured"] for point in table], label="measured on held-out answers")
-    axes.plot(nodes, [point["promised"] for point in table], "--", label="by the heads' accuracies alone")
+    axes.plot(nodes, [point["promised"] for point in table], "--", label="by the accuracies alone")
     axes.set_xlim(1, nodes[-1])
     axes.set_ylim(1)
     axes.legend()

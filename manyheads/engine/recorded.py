@@ -115,7 +115,7 @@ class RecordedSteps:
         step.forward.replay()
         if any(not request.params.greedy or edits_logits(request) for request in requests):
             nodes = nodes_of(requests, step.trees, state, draft.tree.max_depth)
-            target, _ = draw(step.logits.float(), nodes, state)
+            target, _ = draw(step.logits.float(), nodes, state, self.run.ops)
             step.target.copy_(target)
         return step.trees, step.finish.replay()
 

@@ -190,7 +190,7 @@ class Runner:
         logits = logits[len(ended) :]
         raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
         masks = walk.masks(plan.draft.tree) if walk is not None else None
-        target, distributions = draw(logits, nodes_of(requests, trees, state, rows.depth, masks), state)
+        target, distributions = draw(logits, nodes_of(requests, trees, state, rows.depth, masks), state, self.run.ops)
         if recorded is not None:
             trees, values = recorded.finish(rows, plan.draft, trees, hidden, target)
         else:
@@ -246,7 +246,7 @@ class Runner:
         state = self.state
         index = state.tensor([request.row for request in requests])
         raw = {i: logits[i : i + 1].clone() for i, r in enumerate(requests) if r.params.logprobs is not None}
-        target, _ = draw(logits, last_nodes(requests, index, self._tensors(ROOT), state), state)
+        target, _ = draw(logits, last_nodes(requests, index, self._tensors(ROOT), state), state, self.run.ops)
         target.masked_fill_(state.broken[index] > 0, -1)
         state.drafts[index, 0] = target.clamp(min=0)
         one, none = torch.ones_like(target), torch.zeros_like(target)

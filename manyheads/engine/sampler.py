@@ -17,8 +17,7 @@ from manyheads.engine.bans import ban_tokens, has_bans
 from manyheads.engine.masks import Masks, first_masks
 from manyheads.engine.state import has_penalties
 from manyheads.engine.step import Request
-
-_MASK32 = 0xFFFFFFFF
+from manyheads.ops.base import Ops
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +73,7 @@ def last_nodes(requests: list[Request], index: Tensor, root: TreeTensors, state:
     )
 
 
-def draw(logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[int, Tensor]]:
+def draw(logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tensor, dict[int, Tensor]]:
     """Draw the target's token at every node.
 
     Args:
@@ -93,52 +92,22 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState) -> tuple[Tensor, dict[in
             logits[nodes.place[i]] = torch.where(absent, edited[:1], edited)
     if nodes.masks is not None:
         nodes.masks.apply(logits)
-    most, target = logits.max(dim=-1)
-    target.masked_fill_(~most.isfinite(), -1)
-    params = [request.params for request in nodes.requests]
-    if all(p.greedy for p in params):
-        return target, {}
-    temperature = state.temperature[nodes.rows][nodes.row, None]  # [T, 1]
-    chosen = logits / torch.where(temperature > 0, temperature, 1.0)
-    if any(not p.greedy and (p.top_p < 1 or p.min_p > 0 or 0 < p.top_k < state.vocab_size) for p in params):
-        chosen = _filter(chosen, *(x[nodes.rows][nodes.row] for x in (state.top_k, state.top_p, state.min_p)))
-    typical = {
-        i: torch.softmax(chosen[nodes.place[i]], dim=-1)
-        for i, p in enumerate(params)
-        if not p.greedy and p.acceptance == "typical"
-    }
-    # nodes of one depth share a draw of noise
-    positions = nodes.first[:, None] + torch.arange(nodes.max_depth + 1, device=logits.device)
-    noise = gumbel(state.seed[nodes.rows], positions, logits.shape[-1])  # [R, D + 1, V]
-    sampled = (chosen + noise[nodes.row, nodes.depth]).argmax(dim=-1)
-    return torch.where((temperature[:, 0] > 0) & (target >= 0), sampled, target), typical
-
-
-def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise from a counter: argmax(logits + noise) is a draw from softmax(logits).
-
-    The counter (seed, position, token) is hashed twice with the finalizer of MurmurHash3 (`fmix32`).
-
-    Args:
-        seed: [R] int64.
-        position: [R, P] int64.
-
-    Returns:
-        [R, P, vocab_size] float32.
-    """
-    low, high = seed & _MASK32, (seed >> 32) & _MASK32
-    stream = _fmix32(_fmix32(low)[:, None] ^ _fmix32(high + 0x9E3779B9)[:, None] ^ _fmix32(position * 0x85EBCA6B))
-    token = torch.arange(vocab_size, device=seed.device)
-    bits = _fmix32(stream[..., None] ^ _fmix32(token * 0x9E3779B9 + 0x7F4A7C15))  # [R, P, V]
-    uniform = ((bits >> 8).to(torch.float32) + 0.5) * 2.0**-24  # strictly between 0 and 1
-    return -torch.log(-torch.log(uniform))
-
-
-def _fmix32(x: Tensor) -> Tensor:
-    x = x & _MASK32
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
-    return x ^ (x >> 16)
+    sampled = {i: request.params for i, request in enumerate(nodes.requests) if not request.params.greedy}
+    if not sampled:
+        return ops.argmax(logits), {}
+    temperature, seed = state.temperature[nodes.rows], state.seed[nodes.rows]
+    scaled = logits
+    typical = [i for i, params in sampled.items() if params.acceptance == "typical"]
+    filtered = any(p.top_p < 1 or p.min_p > 0 or 0 < p.top_k < state.vocab_size for p in sampled.values())
+    if typical or filtered:
+        scaled = logits / torch.where(temperature > 0, temperature, 1.0)[nodes.row, None]
+    if filtered:
+        dropped = _dropped(scaled, *(x[nodes.rows][nodes.row] for x in (state.top_k, state.top_p, state.min_p)))
+        dropped &= (temperature > 0)[nodes.row, None]
+        logits, scaled = (x.masked_fill(dropped, float("-inf")) for x in (logits, scaled))
+    distributions = {i: torch.softmax(scaled[nodes.place[i]], dim=-1) for i in typical}
+    target = ops.draw(logits, temperature, seed, nodes.first, nodes.row, nodes.depth, nodes.max_depth)
+    return target, distributions
 
 
 def edits_logits(request: Request) -> bool:
@@ -181,11 +150,14 @@ def _edit_logits(logits: Tensor, nodes: Nodes, i: int, request: Request, state: 
         logits[:, stops] = torch.where(early[:, None], float("-inf"), logits[:, stops])
 
 
-def _filter(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Tokens outside top-k, top-p (the smallest set with that mass) or min-p (that share of the largest) become -inf.
+def _dropped(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Whether tokens are outside top-k, top-p (the smallest set with that mass) or min-p (that share of the largest).
 
     Args:
-        logits: [T, V]; the others [T].
+        logits: [T, V], over the temperature; the others [T].
+
+    Returns:
+        [T, V] bool.
     """
     ordered, order = logits.sort(dim=-1, descending=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
@@ -194,4 +166,4 @@ def _filter(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more probable tokens
     drop = drop | (before >= top_p[:, None]) | (probabilities < min_p[:, None] * probabilities[..., :1])
     drop[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
+    return torch.zeros_like(drop).scatter(-1, order, drop)

@@ -1,4 +1,5 @@
-"""The best tokens of each row of logits, and their probabilities, in two passes and without float32 logits.
+"""The best tokens of each row of logits, and their probabilities, in two passes and without float32 logits; and draws,
+which are the best tokens of logits with noise.
 
 A value and its column make one integer: values compare as their bits do (once those of negatives are flipped), and of
 equals the earlier column's is larger. So the best of many is a maximum of integers, and all of them differ.
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from manyheads.kernels.dependent import begin, dependent
+from manyheads.kernels.noise import gumbel
 
 _LOG_BLOCK = 10
 """2^10 columns a program: one warp's, whose maximum of 32-bit integers is a single instruction."""
@@ -42,7 +44,16 @@ def argmax(logits: Tensor) -> Tensor:
     return tokens
 
 
-def _launch(logits: Tensor, tokens: Tensor, chances: Tensor | None) -> None:
+def draw(
+    logits: Tensor, temperature: Tensor, seed: Tensor, first: Tensor, row: Tensor, depth: Tensor, max_depth: int
+) -> Tensor:
+    """`Ops.draw`; the noise is made in registers."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    _launch(logits, tokens[:, None], None, (temperature, seed, first, row, depth))
+    return tokens
+
+
+def _launch(logits: Tensor, tokens: Tensor, chances: Tensor | None, noise: tuple[Tensor, ...] | None = None) -> None:
     rows, width = logits.shape
     count = tokens.shape[1]
     if rows == 0:
@@ -55,8 +66,10 @@ def _launch(logits: Tensor, tokens: Tensor, chances: Tensor | None) -> None:
         logits,
         keys,
         stats,
+        *(noise or (logits,) * 5),
         width,
         logits.stride(0),
+        NOISE=noise is not None,
         COUNT=count,
         BITS=logits.element_size() * 8,
         CHANCES=chances is not None,
@@ -84,13 +97,19 @@ def _launch(logits: Tensor, tokens: Tensor, chances: Tensor | None) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature", "seed", "first", "owner", "depth"])
 def _blocks_kernel(
     logits,
     keys,
     stats,
+    temperature,
+    seed,
+    first,
+    owner,
+    depth,
     width,
     stride_logits,
+    NOISE: tl.constexpr,
     COUNT: tl.constexpr,
     BITS: tl.constexpr,
     CHANCES: tl.constexpr,
@@ -109,6 +128,12 @@ def _blocks_kernel(
     MASK: tl.constexpr = (1 << (BITS - 1)) - 1
     LOWEST: tl.constexpr = -(1 << (BITS - 1)) * BLOCK  # below all numbers
     x = tl.load(logits + row * stride_logits + column, mask=inside, other=float("-inf"))
+    if NOISE:
+        of = tl.load(owner + row)
+        heat = tl.load(temperature + of)
+        if heat > 0:
+            # rounded as torch does, so that a row's text is the same beside rows for which torch divides
+            x = tl.div_rn(x, heat) + gumbel(tl.load(seed + of), tl.load(first + of) + tl.load(depth + row), column)
     x = tl.where(x == 0, 0.0, x).to(x.dtype)  # -0 is no less
     bits = x.to(tl.int16, bitcast=True).to(tl.int32) if BITS == 16 else x.to(tl.int32, bitcast=True).to(tl.int64)
     # an arithmetic shift: all ones for negatives

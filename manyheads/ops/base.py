@@ -144,6 +144,32 @@ class Ops(Protocol):
     def argmax(self, logits: Tensor) -> Tensor:
         """[N, V] → [N] int64, of equals the first; -1 where the greatest is not a finite number."""
 
+    def draw(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        seed: Tensor,
+        first: Tensor,
+        row: Tensor,
+        depth: Tensor,
+        max_depth: int,
+    ) -> Tensor:
+        """Draw a token at each of T nodes of R rows: of logits over the temperature with Gumbel noise the greatest,
+        which is a draw from their softmax; at temperature 0 of the logits alone, as `argmax`.
+
+        The noise (`noise.gumbel`) is that of the row's seed and the position, so nodes of one depth share it.
+
+        Args:
+            logits: [T, V] float32.
+            temperature, seed: [R] float32 and int64.
+            first: [R] int64, the position of what a root draws.
+            row, depth: [T] int64, of each node.
+            max_depth: of the nodes.
+
+        Returns:
+            [T] int64; -1 where the logits are not finite.
+        """
+
     def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The best tokens of [N, V] logits, best first, and their probabilities: [N, count] int64 and float32."""
 

@@ -15,6 +15,7 @@ from manyheads.kv_cache import KVCache
 from manyheads.ops import blocks, integer, products
 from manyheads.ops.adapters import Adapters, TorchAdapters
 from manyheads.ops.base import Product
+from manyheads.ops.noise import gumbel
 from manyheads.quantization.base import CodedScheme, CodedWeight, Weight
 from manyheads.quantization.bitsandbytes import BitsandbytesWeight
 from manyheads.quantization.blocks import BlockWeight
@@ -109,6 +110,22 @@ class TorchOps:
     def argmax(self, logits: Tensor) -> Tensor:
         most, tokens = logits.max(dim=-1)
         return tokens.masked_fill_(~most.isfinite(), -1)
+
+    def draw(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        seed: Tensor,
+        first: Tensor,
+        row: Tensor,
+        depth: Tensor,
+        max_depth: int,
+    ) -> Tensor:
+        greedy, temperature = self.argmax(logits), temperature[row]
+        noise = gumbel(seed, first[:, None] + torch.arange(max_depth + 1, device=first.device), logits.shape[-1])
+        scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+        drawn = (scaled + noise[row, depth]).argmax(dim=-1)
+        return torch.where((temperature > 0) & (greedy >= 0), drawn, greedy)
 
     def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, tokens = logits.topk(count, dim=-1)

@@ -36,6 +36,7 @@ class TritonOps(TorchOps):
     head_input = staticmethod(fused.head_input)
     argmax = staticmethod(topk.argmax)
     best = staticmethod(topk.topk)
+    draw = staticmethod(topk.draw)
     expand = staticmethod(trees.expand)
     propose = staticmethod(settle.propose)
     watch = staticmethod(compiling.watch)

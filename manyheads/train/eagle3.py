@@ -257,7 +257,15 @@ class TrainedEagle3(TrainedDrafter):
         if self.token_map is not None:
             tokens = self.token_map.cpu()
             tensors["d2t"] = tokens - torch.arange(len(tokens))
-        shape = Eagle3Config(
+        weights = Eagle3Weights(
+            self.shape(config), tensors, extras={"torch_dtype": str(config.dtype).removeprefix("torch.")}
+        )
+        # SpecForge's layout cannot name the input of layer 0, which only a base of two layers needs
+        write_drafter(weights, out, "specforge" if self.layers[0] else "speculators", base=name, model=config)
+
+    def shape(self, config: ModelConfig) -> Eagle3Config:
+        """What config.json is to say of it, for a base of this shape."""
+        return Eagle3Config(
             hidden_size=config.hidden_size,
             target_hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -272,9 +280,6 @@ class TrainedEagle3(TrainedDrafter):
             max_position_embeddings=config.max_position_embeddings,
             layer_ids=self.layers,
         )
-        weights = Eagle3Weights(shape, tensors, extras={"torch_dtype": str(config.dtype).removeprefix("torch.")})
-        # SpecForge's layout cannot name the input of layer 0, which only a base of two layers needs
-        write_drafter(weights, out, "specforge" if self.layers[0] else "speculators", base=name, model=config)
 
 
 def _chains(batch: Batch) -> Tensor:

@@ -24,9 +24,7 @@ from manyheads.train.accuracy import accuracy_table, right_ranks, write_statisti
 from manyheads.train.answers import answer_all, append_answers
 from manyheads.train.base import Base, find_device
 from manyheads.train.dataset import pack
-from manyheads.train.drafter import TrainedDrafter
-from manyheads.train.eagle3 import TrainedEagle3
-from manyheads.train.medusa import TrainedHeads
+from manyheads.train.kinds import KINDS
 from manyheads.train.progress import Progress
 from manyheads.train.prompts import Answer, read_prompts
 from manyheads.train.settings import TrainSettings
@@ -34,8 +32,6 @@ from manyheads.train.trainer import Trainer
 
 WORK = "training"
 """Folder in the run's folder: settings.json, answers.jsonl, held_out.jsonl, metrics.jsonl, state.pt."""
-KINDS: dict[str, type[TrainedDrafter]] = {"medusa": TrainedHeads, "eagle3": TrainedEagle3}
-"""By what the settings call them."""
 WATCHED_ROWS = 32
 """Held-out rows that are measured at each checkpoint; all are at the end."""
 

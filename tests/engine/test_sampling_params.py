@@ -14,7 +14,7 @@ from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
-from manyheads.engine.sampler import gumbel
+from manyheads.ops.noise import gumbel
 from manyheads.request import EngineRequest, RequestDelta
 from tests.tiny import VOCAB
 
@@ -242,6 +242,13 @@ def test_noise_is_standard_gumbel() -> None:
     assert len(noise.unique()) > 0.95 * 64 * 20 * 1000 * 0.9
     again = gumbel(torch.tensor([7]), torch.tensor([[3]]), 1000)
     assert torch.equal(again[0, 0], noise[7, 3])
+
+
+def test_noise_is_finite_where_all_bits_of_its_counter_are_ones() -> None:
+    """Else this token would be drawn whatever the logits say, even one that may not be."""
+    noise = gumbel(torch.tensor([6]), torch.tensor([[4]]), 32768)[0, 0]
+    assert noise.argmax() == 22767
+    assert 16 < noise[22767] < 17
 
 
 def unbanned(logits: Tensor, text: list[int], allowed: tuple[int, ...], bad: tuple[tuple[int, ...], ...]) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from manyheads.kernels.topk import argmax, topk
+from manyheads.kernels.topk import argmax, draw, topk
+from manyheads.ops.torch import TorchOps
 from tests.kernels import DEVICE
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -77,6 +78,33 @@ def test_rows_without_a_sum_have_no_chances() -> None:
     assert int(tokens[1, 0]) == 7
     assert argmax(logits).tolist() == [-1, -1, -1]  # what is no number is no token
     assert bool(((tokens >= 0) & (tokens < 1500)).all())
+
+
+@pytest.mark.parametrize("width", [7, 1024, 2500])
+def test_draws(width: int) -> None:
+    """Noise of large seeds and far positions, rows at temperature 0, and tokens that must not be drawn."""
+    logits = randn(12, width, dtype=torch.float32) * 3
+    logits[3:6, 1::2] = float("-inf")
+    logits[8], logits[9, 5] = float("-inf"), float("nan")
+    temperature = torch.tensor([0.7, 0.0, 1.5, 1e-3], device=DEVICE)
+    seed = torch.tensor([3, 4, 2**62 + 12345, -1], device=DEVICE)
+    first = torch.tensor([1, 2, 100_000, 5], device=DEVICE)
+    row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3], device=DEVICE)
+    depth = torch.tensor([0, 1, 1, 0, 1, 0, 1, 2, 3, 0, 1, 1], device=DEVICE)
+    seen = set()
+    for _ in range(5):
+        given = (logits, temperature, seed, first, row, depth)
+        drawn = draw(*given, 3)
+        assert drawn.tolist() == TorchOps().draw(*given, 3).tolist()
+        assert drawn[8:10].tolist() == [-1, -1]
+        assert drawn[3:5].tolist() == argmax(logits[3:5]).tolist()
+        assert bool((drawn[3:6] % 2 == 0).all())
+        seen.add(tuple(drawn.tolist()))
+        first = first + 1
+    assert len(seen) > 1
+    # two nodes of a depth that have the same logits draw the same
+    logits[2] = logits[1]
+    assert len(set(draw(logits, temperature, seed, first, row, depth, 3)[1:3].tolist())) == 1
 
 
 def test_strided_rows_and_none() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from manyheads.train.base import Base
 from manyheads.train.dataset import Batch, pack
 from manyheads.train.drafter import most_used
 from manyheads.train.eagle3 import TrainedEagle3, layers_read
+from manyheads.train.kinds import read_weights, trained
 from manyheads.train.prompts import Answer
 from manyheads.train.run import train
 from manyheads.train.trainer import Trainer
@@ -287,11 +289,16 @@ def test_a_drafter_learns_and_reads_back(base: Path, prompts: Path, tmp_path: Pa
     held_out = (tmp_path / "out" / "training" / "held_out.jsonl").read_text()
     learnt = [Answer([], answer["token_ids"]) for answer in answers if json.dumps(answer["token_ids"]) not in held_out]
     assert torch.equal(tokens, most_used(learnt, 100, config.vocab_size))
-    model, drafter, _ = make(base, tokens)
-    drafter.depth = 3
-    drafter.load_state_dict({key: tensor for key, tensor in weights.tensors.items() if key != "d2t"})
+    model = Base.load(base, CPU)
+    drafter = trained(read_weights(tmp_path / "out", config), model, config)
     items = [Answer(line["prompt_token_ids"], line["token_ids"]) for line in map(json.loads, held_out.splitlines())]
     assert accuracy_table(right_ranks(model, drafter, pack(items, 64), 2)) == accuracy
+    other = replace(weights, config=replace(weights.config, norm_before_residual=True))
+    with pytest.raises(ConfigError, match="with other norm_before_residual than manyheads train gives"):
+        trained(other, model, config)
+    embedding = {"embed_tokens.weight": model.model.model.embed_tokens.weight}
+    with pytest.raises(ConfigError, match="with other embed_tokens than"):
+        trained(replace(weights, tensors=weights.tensors | embedding), model, config)
 
 
 def test_files_are_laid_out_as_specforge_does(prompts: Path, tmp_path: Path) -> None:

@@ -170,6 +170,11 @@ def test_the_commands(base: Path, prompts: Path, tmp_path: Path, capsys: pytest.
     assert "nodes  tokens a step" in table
     measured = json.loads((out / "tree_statistics.json").read_bytes())
     assert measured["accuracy"] == json.loads(statistics)["accuracy"]
+    more = ["--kind", "eagle3", "--passes", "2", "--draft-vocab", "40", "--max-steps", "1", *some[2:]]
+    drafter, answers = tmp_path / "drafter", out / "training" / "answers.jsonl"
+    assert main(["train", str(base), "--data", str(answers), "--out", str(drafter), *more]) == 0
+    assert main(["tree", str(drafter), "--data", str(held_out), "--device", "cpu", "-q"]) == 0
+    assert capsys.readouterr().out.count("pass 1: right") == 2
     assert main(["inspect", str(out)]) == 0
     assert str(base) in capsys.readouterr().out
     assert main(["train", str(base), "--data", str(tmp_path / "none"), "--out", str(out), *some]) == 2

@@ -7,6 +7,7 @@ only says which there are at all.
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Template:
             for parent in {choice[:-1] for choice in self.choices}
         }
         """Candidates by rank, of every node that has some."""
+        self.widths = lru_cache(maxsize=64)(self._widths)  # few numbers of nodes are asked for, each at many steps
 
     @property
     def num_candidates(self) -> int:
@@ -53,7 +55,7 @@ class Template:
         """Nodes that have children, the root left out: so many a row may be expanded."""
         return len(self.children) - 1
 
-    def widths(self, nodes: float) -> list[float]:
+    def _widths(self, nodes: float) -> list[float]:
         """By depth, the root left out: how many nodes have children in the tree of so many nodes that is best by the
         prior. Between two numbers of nodes, it is in proportion."""
         whole, part = divmod(nodes, 1)

@@ -1,0 +1,36 @@
+"""Standard Gumbel noise from a counter, in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise from a counter: argmax(logits + noise) is a draw from softmax(logits).
+
+    The counter (seed, position, token) is hashed twice with the finalizer of MurmurHash3 (`fmix32`).
+
+    Args:
+        seed: [R] int64.
+        position: [R, P] int64.
+
+    Returns:
+        [R, P, vocab_size] float32.
+    """
+    low, high = seed & _MASK32, (seed >> 32) & _MASK32
+    stream = _fmix32(_fmix32(low)[:, None] ^ _fmix32(high + 0x9E3779B9)[:, None] ^ _fmix32(position * 0x85EBCA6B))
+    token = torch.arange(vocab_size, device=seed.device)
+    bits = _fmix32(stream[..., None] ^ _fmix32(token * 0x9E3779B9 + 0x7F4A7C15))  # [R, P, V]
+    # strictly between 0 and 1: 23 bits and a half are a float32, of 24 bits the largest would be rounded up to 1
+    uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _fmix32(x: Tensor) -> Tensor:
+    x = x & _MASK32
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+    return x ^ (x >> 16)
