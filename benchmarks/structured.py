@@ -23,8 +23,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +73,22 @@ TOPICS = (
 WARM_STEPS = 30
 
 
-@dataclass
 class Asked:
-    """What an engine is asked, and what it has told so far."""
+    """What an engine is asked."""
 
-    llm: LLM
-    prompts: Iterator[list[int]]
-    names: Iterator[int] = field(default_factory=itertools.count)
-
-    @classmethod
-    def of(cls, llm: LLM) -> Asked:
-        texts = (question.format(topic) for question in QUESTIONS for topic in TOPICS)
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.names = itertools.count()
+        # neighbours differ in question and topic
+        texts = [question.format(topic) for question in QUESTIONS for topic in TOPICS]
+        texts = [texts[17 * i % len(texts)] for i in range(len(texts))]
         chats = (Conversation([{"role": "user", "content": text}]) for text in texts)
-        return cls(llm, itertools.cycle([llm.tokenizer.encode_chat(chat) for chat in chats]))
+        self._every = [llm.tokenizer.encode_chat(chat) for chat in chats]
+        self.begin()
+
+    def begin(self) -> None:
+        """Let the next case have the same prompts as the one before."""
+        self.prompts = itertools.cycle(self._every)
 
     def add(self, params: SamplingParams) -> str:
         name = str(next(self.names))
@@ -107,6 +109,7 @@ class Asked:
 
 def replies(asked: Asked, params: SamplingParams, users: int, rounds: int) -> dict[str, Any]:
     """Tokens a second while so many users ask again and again, and tokens a step of a row."""
+    asked.begin()
     engine = asked.llm.engine
     to_ask = (rounds + 1) * users
     answered = tokens = steps = 0
@@ -151,6 +154,7 @@ def part_replies(asked: Asked, args: argparse.Namespace) -> list[dict[str, Any]]
 
 def steady(asked: Asked, params: Sequence[SamplingParams], steps: int) -> dict[str, Any]:
     """Steps of these rows, none of which ends while it is looked at; and what comes to those without a grammar."""
+    asked.begin()
     engine = asked.llm.engine
     names = [asked.add(each) for each in params]
     free = {name for name, each in zip(names, params, strict=True) if each.grammar is None}
@@ -224,7 +228,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--users", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=2, help="replies to each user that count")
-    parser.add_argument("--least-replies", type=int, default=6, help="that count, of all users together")
+    parser.add_argument("--least-replies", type=int, default=8, help="that count, of all users together")
     parser.add_argument("--plain", action="store_true", help="without trees, too")
     parser.add_argument("--tree-size", type=int, help="nodes that a row brings; left out, the planner chooses")
     parser.add_argument("--rows", type=int, default=64, help="of free text, that others stand beside")
@@ -244,7 +248,7 @@ def main() -> None:
         max_model_len=2048,
     )
     print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
-    asked = Asked.of(llm)
+    asked = Asked(llm)
     parts = {"replies": part_replies, "steps": part_steps, "beside": part_beside}
     found = {name: parts[name](asked, args) for name in args.parts}
     for rows in found.values():
