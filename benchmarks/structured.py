@@ -163,8 +163,8 @@ def steady(asked: Asked, params: Sequence[SamplingParams], steps: int) -> dict[s
     for step in range(WARM_STEPS + steps):
         start = asked.seconds()
         deltas = engine.step()
-        if any(delta.finish_reason is not None for delta in deltas):
-            raise SystemExit(f"a row has ended: {deltas}")
+        if ended := [delta for delta in deltas if delta.finish_reason is not None]:
+            raise SystemExit(f"a row has ended: {ended[0]}")
         if step >= WARM_STEPS:
             times.append((asked.seconds() - start) * 1e3)
             gained = {delta.request_id: len(delta.new_token_ids) for delta in deltas}
@@ -178,8 +178,7 @@ def steady(asked: Asked, params: Sequence[SamplingParams], steps: int) -> dict[s
 
 
 def endless(**more: Any) -> SamplingParams:
-    params: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 4 * WARM_STEPS + 1000}
-    return SamplingParams(**params, **more)
+    return SamplingParams(temperature=0.0, ignore_eos=True, **more)
 
 
 def part_steps(asked: Asked, args: argparse.Namespace) -> list[dict[str, Any]]:
