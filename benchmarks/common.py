@@ -50,6 +50,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def gpu_machine(device: str) -> dict[str, Any]:
+    """The machine, and the GPU that an engine on this device computes on; None on a CPU."""
+    import torch  # here, since most scripts need none
+
+    return machine() | {"gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None}
+
+
 class Others:
     """What other work takes of the machine's processors, from here to `share`."""
 

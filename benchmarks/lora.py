@@ -1,9 +1,9 @@
 """What adapters cost: many users, each with one of many adapters, against the base alone.
 
 The adapters are random and nearly silent (their B is tiny), so that texts, and how often heads are right, are the
-base's, and only the work differs. Four engines answer the same prompts in turns: the base alone and the base with all
-adapters, plainly and with the heads that come with the model; and the engines with adapters once more, where nobody
-asks for one. The fastest round of each counts.
+base's, and only the work differs. Two engines answer the same prompts in turns, the base alone and the base with all
+adapters, plainly and with the heads that come with the model; and the one with adapters once more, where nobody asks
+for one. The fastest round of each counts.
 
     python benchmarks/lora.py                                                   # a CPU, the built-in model
     python benchmarks/lora.py --model ENLARGED --device cuda --users 64         # benchmarks/enlarge.py: 7B's shape
@@ -12,6 +12,7 @@ asks for one. The fastest round of each counts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BUILTIN, ROOT, machine, save, table
+from common import BUILTIN, ROOT, gpu_machine, save, table
 from safetensors.torch import save_file
 
 from manyheads import LLM, SamplingParams
@@ -35,21 +36,21 @@ TOPICS = (
 )  # fmt: skip
 
 
-def write_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:
-    """An adapter on every projection of a model's layers."""
+def write_adapter(folder: Path, model: Path, rank: int, seed: int, device: str) -> None:
+    """An adapter on every projection of a model's layers; its numbers differ between kinds of devices."""
     config = read_config(model)
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
     for layer in parameters(config).layers:
         for part in (part for part in layer.values() if isinstance(part, Packed)):
             for module, (outputs, inputs) in (
                 (key.removesuffix(".weight"), shape) for key, shape in part.shapes.items() if len(shape) == 2
             ):
-                a = torch.randn(rank, inputs, generator=random) / inputs**0.5
-                b = torch.randn(outputs, rank, generator=random) * SILENT
+                a = torch.randn(rank, inputs, generator=random, device=device) / inputs**0.5
+                b = torch.randn(outputs, rank, generator=random, device=device) * SILENT
                 for side, weight in (("A", a), ("B", b)):
                     key = f"base_model.model.model.{module}.lora_{side}.weight"
-                    state[key] = weight.to(config.dtype)
+                    state[key] = weight.to(config.dtype).cpu()
     folder.mkdir(parents=True)
     save_file(state, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
@@ -68,13 +69,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quantization", default=None)
-    parser.add_argument("--plain-only", action="store_true", help="leave out the engines with heads")
+    parser.add_argument("--plain-only", action="store_true", help="leave out the heads")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "lora.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         names = {f"adapter-{i}": str(Path(folder) / f"adapter-{i}") for i in range(args.adapters)}
+        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
         for seed, path in enumerate(names.values()):
-            write_adapter(Path(path), split_model(str(args.model), None)[0], args.rank, seed)
+            write_adapter(Path(path), split_model(str(args.model), None)[0], args.rank, seed, device)
         measure(args, names)
 
 
@@ -90,18 +92,21 @@ def measure(args: argparse.Namespace, names: dict[str, str]) -> None:
         "num_blocks": args.users * (length // 16 + 8),
         "prefix_caching": False,
     }
-    engines: dict[tuple[str, str], LLM] = {}
-    for kind in ("plain",) if args.plain_only else ("plain", "heads"):
-        for who, loras in (("base", {}), ("adapters", names)):
-            engines[kind, who] = LLM(str(args.model), speculative=kind == "heads", loras=loras, **settings)
-    params = SamplingParams(temperature=0.0, max_tokens=args.new_tokens, ignore_eos=True)
+    has_heads = not args.plain_only
+    loaded = {"base": {}, "adapters": names}
+    engines = {
+        who: LLM(str(args.model), speculative=has_heads, loras=loras, **settings) for who, loras in loaded.items()
+    }
     asked = [f"Write a short text about {TOPICS[i % len(TOPICS)]}, number {i}." for i in range(args.users)]
     prompts = [[{"role": "user", "content": text}] for text in asked]
     chosen = [list(names)[i % len(names)] for i in range(args.users)]
     speeds: dict[tuple[str, str], list[float]] = {}
     steps: dict[tuple[str, str], float] = {}
     for number in range(args.rounds + 1):
-        for (kind, who), llm in engines.items():
+        for kind, (who, llm) in itertools.product(("plain", "heads")[: 1 + has_heads], engines.items()):
+            params = SamplingParams(
+                temperature=0.0, max_tokens=args.new_tokens, ignore_eos=True, speculative=kind == "heads"
+            )
             for asks in ("base",) if who == "base" else ("adapters", "adapters, none asked for"):
                 began = time.perf_counter()
                 outputs = llm.chat(prompts, params, lora=chosen if asks == "adapters" else "")
@@ -124,13 +129,12 @@ def measure(args: argparse.Namespace, names: dict[str, str]) -> None:
         records.append(record)
         rows.append([kind, asks, best, record["of_the_base"], record["tokens_a_step"]])
     table(["engine", "requests", "tokens/s", "of the base's", "tokens a step"], rows)
-    weights = {who: llm.engine.stats().memory.weights for (_, who), llm in engines.items()}
+    weights = {who: llm.engine.stats().memory.weights for who, llm in engines.items()}
     what = {
         name: getattr(args, name) for name in ("adapters", "rank", "users", "new_tokens", "quantization", "threads")
     }
-    device = next(iter(engines.values())).engine.ready.device
-    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
-    result = {"machine": machine() | {"gpu": gpu}, **what, "device": device, "weights_bytes": weights, "rows": records}
+    device = engines["base"].engine.ready.device
+    result = {"machine": gpu_machine(device), **what, "device": device, "weights_bytes": weights, "rows": records}
     save(args.out, f"{args.model.name}, {device}", result)
 
 

@@ -32,6 +32,8 @@ class EngineConfig:
     """A hub id, a local folder, a GGUF file, or `builtin`."""
     heads: str | None = None
     """Medusa heads or an EAGLE-3 drafter: a hub id or a local folder; None takes what comes with the model, if any."""
+    tokenizer: str | None = None
+    """A local folder with another tokenizer; None takes the model's."""
     drafter: str | None = None
     """What guesses tokens: one of `DRAFTERS`; None takes the heads that come with the model, if any."""
     loras: dict[str, str] = field(default_factory=dict)

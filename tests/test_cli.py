@@ -170,7 +170,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(**settings: Any) -> LLM:
         settings.pop("chat_template")
         engine: Any = FakeEngine(EngineConfig(**settings))
-        return LLM(engine=engine, tokenizer=tiny_tokenizer(), **settings)
+        return LLM(engine=engine, **settings | {"tokenizer": tiny_tokenizer()})
 
     monkeypatch.setattr("manyheads.frontend.llm.LLM", make)
 

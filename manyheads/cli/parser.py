@@ -32,6 +32,7 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
         "what guesses tokens: medusa or eagle3 (what --heads holds, or comes with the model), or ngram (what followed "
         "the same words earlier in the text, for any model; default: what there is)",
     ),
+    "tokenizer": (str, "a local folder with another tokenizer (default: the model's)"),
     "speculative": (bool, "let a drafter guess tokens"),
     "dtype": (str, "auto, float32, bfloat16 or float16"),
     "quantization": (

@@ -136,8 +136,9 @@ class Blueprint:
         return self.model.hidden_size * self.shape.dtype.itemsize
 
     def compiler(self) -> Compiler:
-        """What compiles grammars for this model's tokens."""
-        return Compiler(Vocabulary(self.folder, self.model.vocab_size, self.model.eos_token_ids))
+        """What compiles grammars for the tokens that texts are made of."""
+        folder = self.folder if self.config.tokenizer is None else Path(self.config.tokenizer)
+        return Compiler(Vocabulary(folder, self.model.vocab_size, self.model.eos_token_ids))
 
 
 def _scheme(config: EngineConfig, model_folder: Path) -> Scheme | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manyheads.engine.formats import with_real_dates
+from manyheads.engine.formats import JSON_FORM, json_form, with_real_dates
 from manyheads.engine.matcher import first_line
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.errors import RequestError, require
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 MAX_GRAMMARS = 128
 """So many compiled grammars are kept."""
 NUM_THREADS = 2
-JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON is written in one line, as Python does: a model that may write any whitespace can go on doing so for ever, and
-where it has no choice, no step of it is needed. A schema's own `x-guidance` goes before this."""
 LIMITS = {
     "max_items_in_row": 1000,
     "initial_lexer_fuel": 2_000_000,
@@ -122,7 +119,7 @@ def _structural_tag(value: str) -> str:
         _check(_are_texts([begin, end]) and isinstance(schema, dict), "a tag has begin and end, texts, and a schema")
         trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
         _check(trigger is not None, f"no trigger begins the tag {begin!r}")
-        form: Any = {"x-guidance": JSON_FORM, **with_real_dates(schema)}
+        form: Any = json_form(schema)
         tags.append(StructTag(trigger=trigger or "", begin=begin, grammar=form, end=end))
     return StructTag.to_grammar(tags, assume_special=False)
 

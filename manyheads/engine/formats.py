@@ -1,4 +1,4 @@
-"""Dates and times in JSON Schemas, as the calendar has them.
+"""How JSON is written, and dates and times in JSON Schemas as the calendar has them.
 
 The library that follows grammars takes a 29th of February in any year and a 60th second in any minute (RFC 3339 writes
 leap seconds so), which other programs refuse. So these formats become patterns that hold for real dates alone.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON is written in one line, as Python does: a model that may write any whitespace can go on doing so for ever, and
+where it has no choice, no step of it is needed. A schema's own `x-guidance` goes before this."""
 _DAYS = "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8])"
 _LEAP_YEARS = "[0-9][0-9](0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00"
 _DATE = f"([0-9]{{4}}-({_DAYS})|({_LEAP_YEARS})-02-29)"
@@ -19,6 +22,11 @@ _ONE = ("items", "additionalProperties", "additionalItems", "contains", "propert
 _MANY = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _OTHERS = ("not", "if", "then", "else")
+
+
+def json_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON Schema as it stands in the library's grammars."""
+    return {"x-guidance": JSON_FORM, **with_real_dates(schema)}
 
 
 def with_real_dates(schema: Any) -> Any:

@@ -19,7 +19,7 @@ class Vocabulary:
     Byte-level vocabularies and those of SentencePiece, with bytes to fall back on, are both told by tokenizer.json.
 
     Args:
-        folder: of the model, with its tokenizer.
+        folder: with the tokenizer.
         size: of the model's vocabulary, which may be larger than the tokenizer's.
         eos_token_ids: the model's; they are nobody's text.
     """

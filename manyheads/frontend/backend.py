@@ -17,9 +17,14 @@ class Backend(Protocol):
     config: EngineConfig
     failure: str | None
     """Once there will be no engine any more, this says why."""
-    num_restarts: int
-    num_resumed: int
-    """Requests that went on in another engine, each time counted."""
+
+    @property
+    def num_restarts(self) -> int:
+        """Count the engines that replaced one that died or hung."""
+
+    @property
+    def num_resumed(self) -> int:
+        """Count the requests that went on in another engine, each time."""
 
     @property
     def stats(self) -> EngineStats:

@@ -41,8 +41,9 @@ class LLM:
         heads: Medusa heads; None takes those that come with the model.
         speculative: False serves the model without its heads.
         chat_template: a file or the name of a known template (`vicuna`); None takes the tokenizer's.
-        tokenizer: a folder with another tokenizer.
-        engine: an engine that is running already; the other settings are not used then.
+        tokenizer: a folder with another tokenizer, or one that is loaded.
+        engine: an engine that is running already; the other settings are not used then. Its grammars are of the
+            tokenizer of its own configuration.
         **settings: the other fields of `EngineConfig`.
 
     Raises:
@@ -67,16 +68,20 @@ class LLM:
         known = {f.name for f in fields(EngineConfig)}
         if unknown := sorted(settings.keys() - known):
             raise ConfigError(f"unknown setting {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+        folder = tokenizer.folder if isinstance(tokenizer, Tokenizer) else tokenizer
+        settings["tokenizer"] = str(folder) if folder is not None else None
         self.config = EngineConfig(model=model, heads=heads, speculative=speculative, **settings)
         if not isinstance(tokenizer, Tokenizer):
-            tokenizer = Tokenizer.load(tokenizer or tokenizer_folder(self.config), chat_template)
+            tokenizer = Tokenizer.load(folders(self.config)[1], chat_template)
         self.tokenizer = tokenizer
+        self._has_grammars = engine is not None or tokenizer.folder is not None
+        """Whether an engine can read this tokenizer's tokens."""
         self.defaults = SamplingParams()
         """Hold where a call gives no parameters: those that the model's generation_config.json asks for."""
         if engine is None:
             from manyheads.engine.build import build_engine
 
-            self.defaults = default_params(tokenizer_folder(self.config))
+            self.defaults = default_params(folders(self.config)[0])
             engine = build_engine(self.config)
         self.engine = engine
         self._ids = itertools.count()
@@ -151,6 +156,8 @@ class LLM:
         return self._prepare(Prompt(self.tokenizer.encode_chat(Conversation(messages))), params, lora)
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, lora: str) -> Generation:
+        known = "a grammar needs a tokenizer from a folder: LLM was given one that Tokenizer.load has not read"
+        require(params.grammar is None or self._has_grammars, known)
         params = with_bad_tokens(params.validate(), self.tokenizer)
         self.engine.ready.check(params, [prompt.token_ids], lora)
         return Generation(str(next(self._ids)), prompt, params, self.tokenizer, Place(lora=lora))
@@ -219,11 +226,12 @@ class LLM:
             waiting.popleft()
 
 
-def tokenizer_folder(config: EngineConfig) -> Path:
-    """Find the local folder with the tokenizer of a model, which is the base model's."""
+def folders(config: EngineConfig) -> tuple[Path, Path]:
+    """Find the local folders of the base model and of the tokenizer, which are one unless another one is given."""
     from manyheads.speculation.medusa.checkpoint import split_model
 
-    return split_model(config.model, config.heads)[0]
+    base = split_model(config.model, config.heads)[0]
+    return base, base if config.tokenizer is None else Path(config.tokenizer)
 
 
 def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:

@@ -61,18 +61,23 @@ class ReplyForm:
     thoughts: ThoughtMarks | None
     shows: frozenset[int] = frozenset()
     """Special tokens that these forms are made of."""
+    calls_several: bool = False
+    """Whether a reply that must call may make several calls. Left to itself, a model that was not made for calls
+    repeats the first one for ever."""
 
     @classmethod
     def find(cls, tokenizer: Tokenizer, tool_parser: str | None, reasoning_parser: str | None) -> ReplyForm:
         """Find a model's forms by its chat template, unless parsers are named, as `check_parsers` takes them."""
         tools, marks = TOOL_PARSERS.get(tool_parser or ""), REASONING_PARSERS.get(reasoning_parser or "")
+        template = tokenizer.chat_template(with_tools=True)
         if tool_parser is None:
-            tools = find_parser(tokenizer.chat_template(with_tools=True))
+            tools = find_parser(template)
         if reasoning_parser is None:
             marks = find_marks(tokenizer.chat_template())
         texts = (*(tools.shows if tools else ()), *((marks.begin, marks.end) if marks else ()))
         ids = tokenizer.hf.convert_tokens_to_ids(list(texts))
-        return cls(tools, marks, frozenset(i for i in ids if i is not None) & tokenizer.special_ids)
+        shows = frozenset(i for i in ids if i is not None) & tokenizer.special_ids
+        return cls(tools, marks, shows, calls_several="tools" in template or tool_parser in TOOL_PARSERS)
 
     def reader(self, tokenizer: Tokenizer, prompt: list[int], use: ToolUse, *, streams: bool) -> ReplyReader:
         """Make what reads a reply to a prompt (token ids)."""

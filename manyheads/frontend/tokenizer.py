@@ -44,10 +44,11 @@ class Tokenizer:
     Args:
         hf: the transformers tokenizer.
         chat_template: a Jinja template that replaces the tokenizer's own.
+        folder: that it was loaded from, if there is one.
     """
 
-    def __init__(self, hf: Any, chat_template: str | None = None) -> None:
-        self.hf = hf
+    def __init__(self, hf: Any, chat_template: str | None = None, folder: Path | None = None) -> None:
+        self.hf, self.folder = hf, folder
         if chat_template is not None:
             hf.chat_template = chat_template
         # NOTE: the wrapper's own calls change truncation in the backend, which fails while another thread encodes;
@@ -87,7 +88,7 @@ class Tokenizer:
                 f"no tokenizer could be loaded from {folder}: {reason}; the folder needs tokenizer.json "
                 "(or the files that the model's tokenizer class asks for) and tokenizer_config.json"
             ) from error
-        return cls(hf, template)
+        return cls(hf, template, Path(folder))
 
     @property
     def has_chat_template(self) -> bool:

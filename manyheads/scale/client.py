@@ -43,14 +43,23 @@ class ReplicaClient:
     ) -> None:
         self.config = config
         self.failure: str | None = None
-        self.num_restarts = 0
-        """Deaths of replicas that requests have met."""
-        self.num_resumed = 0
         self._find, self._leave = find, leave
         self._generate: DeploymentHandle[Any] | None = None
         self._open: dict[str, OpenRequest] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._random = random.Random(config.seed)
+        self._dead: set[str] = set()  # replicas, by their actors' ids, whose deaths requests have met
+        self._num_resumed = 0
+
+    @property
+    def num_restarts(self) -> int:
+        """Count engines that were replaced: by their replicas, and with replicas that requests saw die."""
+        return len(self._dead) + sum(mended.restarts for mended in heard.mended.values())
+
+    @property
+    def num_resumed(self) -> int:
+        """Count requests that went on in another engine, of the same replica or of another."""
+        return self._num_resumed + sum(mended.resumed for mended in heard.mended.values())
 
     @property
     def stats(self) -> EngineStats:
@@ -139,6 +148,8 @@ class ReplicaClient:
                 cause = "a replica ended its stream too early"
             except (RayActorError, RayServeException) as error:  # the replica is gone, or was going
                 cause = _reason(error)
+                if isinstance(error, RayActorError):  # as many requests get as it had
+                    self._dead.add(error.actor_id)
             except RayError as error:  # what the replica raised, which another would as well
                 self._add(RequestDelta.failure(request_id, _reason(error), "engine"))
                 return
@@ -164,14 +175,13 @@ class ReplicaClient:
 
     def _died(self, entry: OpenRequest, cause: str) -> None:
         """A request has lost its replica; it goes on, unless that has happened too often."""
-        self.num_restarts += 1
         entry.deaths += 1
         if entry.deaths > MOST_DEATHS:
             request_id = entry.request.request_id
             why = f"{entry.deaths} replicas in a row died while this request ran: {cause}"
             self._add(RequestDelta.failure(request_id, why, "engine"))
         else:
-            self.num_resumed += 1
+            self._num_resumed += 1
 
     def _add(self, delta: RequestDelta) -> None:
         entry = self._open.get(delta.request_id)

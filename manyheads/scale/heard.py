@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from manyheads.stats import EngineStats
 
+
+class Mended(msgspec.Struct, frozen=True):
+    """A replica tells what it has done for its own engine, as `frontend.backend.Backend` counts it."""
+
+    restarts: int = 0
+    resumed: int = 0
+
+
+# NOTE: a router runs in a thread of its own, and replaces all at once; read these by the module's name
 by_replica: dict[str, EngineStats] = {}
-"""NOTE: a router runs in a thread of its own, and replaces all at once; read it by the module's name."""
+mended: dict[str, Mended] = {}
+"""Those that are gone are here, too, for what is counted never becomes less."""

@@ -12,7 +12,8 @@ from manyheads.frontend.engine_client import EngineClient
 from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.open_request import waiting
 from manyheads.request import EngineRequest
-from manyheads.scale.router import STATS
+from manyheads.scale.heard import Mended
+from manyheads.scale.router import MENDED, STATS
 from manyheads.scale.routing import Route
 
 
@@ -63,7 +64,9 @@ class Replica:
 
     async def record_routing_stats(self) -> dict[str, bytes]:
         """What routers and `/metrics` get to know of this replica."""
-        return {STATS: msgspec.msgpack.encode(self._client.stats)}
+        client = self._client
+        mended = Mended(client.num_restarts, client.num_resumed)
+        return {STATS: msgspec.msgpack.encode(client.stats), MENDED: msgspec.msgpack.encode(mended)}
 
     async def __del__(self) -> None:
         """Serve's last call: nothing runs any more, or it has taken too long."""

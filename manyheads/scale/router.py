@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -11,8 +11,9 @@ from manyheads.scale import heard
 from manyheads.scale.routing import Chooser, Route
 from manyheads.stats import EngineStats
 
-STATS = "stats"
-"""Key of what a replica says of itself (`Replica.record_routing_stats`)."""
+T = TypeVar("T")
+STATS, MENDED = "stats", "mended"
+"""Keys of what a replica says of itself (`Replica.record_routing_stats`)."""
 
 
 class PrefixRouter(RequestRouter):
@@ -51,16 +52,18 @@ class PrefixRouter(RequestRouter):
             for replica_id in gone:
                 del self._open[replica_id]
         # NOTE: Serve copies this file's names into other processes; what they share with others there stands in modules
-        heard.by_replica = {replica.replica_id.unique_id: _stats(replica) for replica in replicas}
+        said = {replica.replica_id.unique_id: replica.routing_stats for replica in replicas}
+        heard.by_replica = {name: _read(stats.get(STATS), EngineStats) for name, stats in said.items()}
+        mended = {name: _read(stats[MENDED], heard.Mended) for name, stats in said.items() if MENDED in stats}
+        heard.mended = heard.mended | mended
 
     def _load(self, replica_id: ReplicaID) -> float:
         """Requests of a replica: what it said lately, or what went there from here if that is more."""
         return max(self.replica_queue_len_cache.get(replica_id) or 0, self._open.get(replica_id, 0))
 
 
-def _stats(replica: RunningReplica) -> EngineStats:
-    said = replica.routing_stats.get(STATS)
-    return EngineStats() if said is None else msgspec.msgpack.decode(said, type=EngineStats)
+def _read(said: bytes | None, kind: type[T]) -> T:
+    return kind() if said is None else msgspec.msgpack.decode(said, type=kind)
 
 
 def _route(pending: PendingRequest | None) -> Route | None:

@@ -20,7 +20,7 @@ from manyheads.config import ConfigError, EngineConfig
 from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.defaults import default_params
 from manyheads.frontend.engine_process import BUILD_ENGINE
-from manyheads.frontend.llm import tokenizer_folder
+from manyheads.frontend.llm import folders
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.scale.client import ReplicaClient
 from manyheads.scale.replica import Replica
@@ -164,9 +164,9 @@ class Ingress:
 
         client = ReplicaClient(config, find)
         ready = await client.start()
-        folder = tokenizer_folder(config)
-        tokenizer = Tokenizer.load(folder, options.chat_template)
-        self._service = service_of(AsyncLLM(client, tokenizer, ready, default_params(folder)), options)
+        base, tokenizer_folder = folders(config)
+        tokenizer = Tokenizer.load(tokenizer_folder, options.chat_template)
+        self._service = service_of(AsyncLLM(client, tokenizer, ready, default_params(base)), options)
         _here.app = create_app(self._service, options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from string import Template
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
@@ -39,11 +40,11 @@ def add_pages(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def chat() -> HTMLResponse:
-        return _page("index.html")
+        return _page("chat", "manyheads")
 
     @app.get("/dashboard", include_in_schema=False)
     async def dashboard() -> HTMLResponse:
-        return _page("dashboard.html")
+        return _page("dashboard", "manyheads · dashboard")
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> Response:
@@ -51,5 +52,7 @@ def add_pages(app: FastAPI) -> None:
         return Response(data, media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})
 
 
-def _page(name: str) -> HTMLResponse:
-    return HTMLResponse((FOLDER / name).read_text(encoding="utf-8"), headers=_HEADERS)
+def _page(name: str, title: str) -> HTMLResponse:
+    """Put a page together: its body, below the head that all have, which names its script and its style."""
+    head, body = ((FOLDER / f"{part}.html").read_text(encoding="utf-8") for part in ("head", name))
+    return HTMLResponse(Template(head).substitute(name=name, title=title) + body, headers=_HEADERS)

@@ -21,7 +21,7 @@ from manyheads.frontend.backend import Backend
 from manyheads.frontend.defaults import default_params
 from manyheads.frontend.engine_client import EngineClient
 from manyheads.frontend.engine_process import BUILD_ENGINE
-from manyheads.frontend.llm import tokenizer_folder
+from manyheads.frontend.llm import folders
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady, SamplingParams
 from manyheads.server.app import create_app
@@ -176,8 +176,8 @@ async def _start(
     """Load the tokenizer, and how the model wants to be sampled, here while the engine process loads the model."""
 
     def load() -> tuple[Tokenizer, SamplingParams]:
-        folder = tokenizer_folder(config)
-        return Tokenizer.load(folder, options.chat_template), default_params(folder)
+        base, tokenizer = folders(config)
+        return Tokenizer.load(tokenizer, options.chat_template), default_params(base)
 
     tokenizer = asyncio.create_task(Aside().do(load))
     engine = asyncio.create_task(client.start())

@@ -71,7 +71,7 @@ class Service:
         form = self.form
         if use.must_call:
             reader = form.tools or HermesParser
-            params = msgspec.structs.replace(params, grammar=use.grammar(reader.arguments))
+            params = msgspec.structs.replace(params, grammar=use.grammar(reader, several=form.calls_several))
             variables = {**({"enable_thinking": False} if form.thoughts else {}), **conversation.variables}
             conversation = replace(conversation, variables=variables, begins_with=reader.opening, closes=form.thoughts)
         ids = await self.llm.encode_chat(replace(conversation, tools=use.tools))

@@ -79,4 +79,5 @@ def tool_use(tools: list[Tool] | None, choice: Choice | None, parallel: bool | N
     if choice == "none":
         return ToolUse()
     must_call = tuple(named or functions) if must else ()
-    return ToolUse(tuple(functions.values()), must_call, parallel is not False)
+    is_named = isinstance(choice, NamedTool)  # one call of that function
+    return ToolUse(tuple(functions.values()), must_call, parallel is not False and not is_named)

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from manyheads import EngineConfig, Grammar, SamplingParams
+from manyheads import LLM, EngineConfig, Grammar, SamplingParams
 from manyheads.engine import grammars
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
@@ -266,3 +266,17 @@ def test_an_engine_without_grammars_says_so(engine: Engine, monkeypatch: pytest.
     monkeypatch.setattr(engine, "_grammars", None)
     with pytest.raises(RequestError, match="holds no text to a grammar"):
         answers(engine, under(JSON))
+
+
+def test_grammars_are_of_the_tokenizer_that_is_given(model: Path, tmp_path: Path) -> None:
+    other = json.loads((model / "tokenizer.json").read_text())
+    vocab = other["model"]["vocab"]
+    lower = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocab |= dict(zip(lower, [vocab[letter] for letter in reversed(lower)], strict=True))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    (tmp_path / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text())
+    llm = LLM(str(model), tokenizer=tmp_path, num_blocks=64, num_threads=1, dtype="float32", tree_size=4)
+    assert llm.tokenizer.encode("az") != Tokenizer.load(model).encode("az")
+    params = SamplingParams(grammar=Grammar("regex", "[a-c]{3,9}(xyz)+"), max_tokens=12, seed=1)
+    text = llm.generate("the cat", params)[0].outputs[0].text
+    assert re.match("[a-c]{3,9}x?", text), text

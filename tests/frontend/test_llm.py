@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from manyheads import LLM, ConfigError, EngineConfig, RequestError, SamplingParams
+from manyheads import LLM, ConfigError, EngineConfig, Grammar, RequestError, SamplingParams
+from manyheads.engine import build
 from manyheads.frontend.conversation import Conversation
 from manyheads.interrupt import between_steps
 from tests.server.fake_engine import TEXT, FakeEngine
@@ -61,6 +62,14 @@ def test_forms_of_prompts(llm: LLM, prompts: Any, texts: list[str | None]) -> No
         (one,) = output.outputs
         assert (one.text, one.finish_reason, len(one.token_ids), one.num_steps) == (text_of(7), "length", 7, 3)
     assert is_idle(llm)
+
+
+def test_grammars_need_a_tokenizer_that_an_engine_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(grammar=Grammar("regex", "[ab]"), max_tokens=5)
+    make().generate("a", SamplingParams(max_tokens=5))
+    monkeypatch.setattr(build, "build_engine", FakeEngine)
+    with pytest.raises(RequestError, match="a grammar needs a tokenizer from a folder"):
+        LLM(tokenizer=TOKENIZER).generate("a", params)
 
 
 def test_params_for_each(llm: LLM) -> None:

@@ -57,6 +57,9 @@ def test_calls_in_thoughts_are_none() -> None:
 def test_forms_are_found_in_templates() -> None:
     plain = ReplyForm.find(tiny_tokenizer(), None, None)
     assert (plain.tools, plain.thoughts, plain.shows) == (HermesParser, None, frozenset())
+    calls = Tokenizer(make_hf(TEMPLATE + "{% if tools %}{{ tools }}{% endif %}"))
+    several = [ReplyForm.find(calls, None, None), ReplyForm.find(tiny_tokenizer(), "hermes", None)]
+    assert [form.calls_several for form in (plain, *several)] == [False, True, True]
     thinks = Tokenizer(make_hf(TEMPLATE + "{{ '<think></think>' }}"))
     assert ReplyForm.find(thinks, None, None).thoughts == REASONING_PARSERS["think"]
     named = ReplyForm.find(thinks, "none", "none")

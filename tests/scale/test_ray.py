@@ -154,6 +154,12 @@ def replica_processes() -> list[int]:
     return found
 
 
+def children(pid: int) -> list[int]:
+    """Processes that a process has started; its engine."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
 def texts_are_those_of_one_engine_and_replicas_are_told_apart(handle: Any, config: EngineConfig) -> None:
     requests = asked(20)
 
@@ -207,12 +213,29 @@ def a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) ->
     assert len(victims) == 2
 
     async def work(client: ReplicaClient) -> dict[str, list[int]]:
+        restarts, resumed = client.num_restarts, client.num_resumed
         said = await texts(client, requests, 100, lambda: os.kill(victims[0], signal.SIGKILL))
-        assert client.num_resumed > 0
+        assert client.num_resumed > resumed + 1, "many requests met one death"
+        assert client.num_restarts == restarts + 1
         return said
 
     assert with_client(handle, config, work) == alone(config, requests)
     until(lambda: len(replica_processes()) == 2)
+
+
+def an_engine_that_is_killed_in_its_replica_is_counted_by_the_front_end(handle: Any, config: EngineConfig) -> None:
+    requests = asked(20, "e")
+    (engine,) = children(replica_processes()[0])
+
+    async def work(client: ReplicaClient) -> dict[str, list[int]]:
+        restarts, resumed = client.num_restarts, client.num_resumed
+        said = await texts(client, requests, 100, lambda: os.kill(engine, signal.SIGKILL))
+        while client.num_restarts == restarts or client.num_resumed == resumed:
+            await asyncio.sleep(0.1)
+        assert client.num_restarts == restarts + 1
+        return said
+
+    assert with_client(handle, config, work) == alone(config, requests)
 
 
 def a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: EngineConfig) -> None:
@@ -222,8 +245,10 @@ def a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: Engi
         while len(client.by_engine) < 2:
             await asyncio.sleep(0.1)
         lose = lambda: cluster.remove_node(cluster.workers.pop(), allow_graceful=False)  # noqa: E731
+        restarts, resumed = client.num_restarts, client.num_resumed
         said = await texts(client, requests, 100, lose)
-        assert client.num_resumed > 0
+        assert client.num_resumed > resumed
+        assert client.num_restarts == restarts + 1
         return said
 
     assert with_client(handle, config, work) == alone(config, requests)
@@ -235,4 +260,5 @@ def test_replicas(cluster: Any, handle: Any, config: EngineConfig) -> None:
     a_session_and_a_long_beginning_go_where_they_were(handle, config)
     an_aborted_request_ends_here_and_there(handle, config)
     a_replica_that_is_killed_costs_a_pause(handle, config)
+    an_engine_that_is_killed_in_its_replica_is_counted_by_the_front_end(handle, config)
     a_machine_that_is_lost_costs_a_pause(cluster, handle, config)

@@ -122,7 +122,8 @@ def process_exists(pid: int) -> bool:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = launch(tmp_path_factory.mktemp("server"), "--max-queue", "64", "--lora", "sql=where").wait_ready()
+    options = ("--max-queue", "64", "--lora", "sql=where", "--tool-parser", "hermes")
+    running = launch(tmp_path_factory.mktemp("server"), *options).wait_ready()
     yield running
     running.stop()
     lines = [line for line in running.errors().splitlines() if "is ignored" not in line]

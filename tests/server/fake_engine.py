@@ -38,8 +38,8 @@ class FakeEngine:
 
     Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything, or
     anything more than so many steps of a request as it says.
-    What stands last in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments. An
-    adapter says its name.
+    What stands last in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments,
+    two if it allows several. An adapter says its name.
     """
 
     config: EngineConfig
@@ -91,10 +91,12 @@ class FakeEngine:
 
     def _reply(self, message: EngineRequest) -> list[int]:
         if message.params.grammar is not None:
-            schema = json.loads(message.params.grammar.value)
-            call = schema.get("anyOf", [schema])[0]["properties"]
+            *several, schema = message.params.grammar.value.split("%json ")
+            found = json.loads(schema)
+            call = found.get("anyOf", [found])[0]["properties"]
             key = next(name for name in call if name != "name")
-            return [*self.tokenizer.encode(json.dumps({"name": call["name"]["const"], key: {}})).ids, self.eos]
+            text = json.dumps({"name": call["name"]["const"], key: {}})
+            return [*self.tokenizer.encode(f"{text}; {text}." if several else text).ids, self.eos]
         if message.lora:
             return [*self.tokenizer.encode(message.lora).ids, self.eos]
         prompt = self.tokenizer.decode(message.prompt_token_ids, skip_special_tokens=False)

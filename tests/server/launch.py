@@ -15,7 +15,7 @@ from tests.server.tiny_tokenizer import LightTokenizer
 
 if __name__ == "__main__":
     if "FAKE_TOKENIZER" in os.environ:  # loading a real one takes seconds
-        patch("manyheads.server.run.tokenizer_folder").start()
+        patch("manyheads.server.run.folders", return_value=(None, None)).start()
         patch("manyheads.server.run.default_params", return_value=SamplingParams()).start()
         patch.object(Tokenizer, "load", lambda *_: Tokenizer(LightTokenizer())).start()
     run.serve = functools.partial(run.serve, build="tests.server.fake_engine:build")

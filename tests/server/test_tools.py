@@ -63,6 +63,15 @@ def test_stream(api: openai.OpenAI) -> None:
     assert len(pieces) > 4, "arguments come piece by piece"
 
 
+def test_stream_of_calls_that_must_be_made(api: openai.OpenAI) -> None:
+    hello: list[Any] = [{"role": "user", "content": "hello"}]
+    with api.chat.completions.stream(model="fake", messages=hello, tools=TOOLS, tool_choice="required") as stream:
+        final = [event for event in stream if event.type == "chunk"][-1].snapshot.choices[0]
+    calls = final.message.tool_calls or []
+    assert [(c.function.name, c.function.arguments) for c in calls] == [("weather", "{}")] * 2
+    assert (final.message.content, final.finish_reason) == ("", "tool_calls")
+
+
 def test_choices(api: openai.OpenAI) -> None:
     def ask(messages: list[Any], **more: Any) -> Any:
         return api.chat.completions.create(model="fake", messages=messages, tools=TOOLS, **more).choices[0]
@@ -74,14 +83,15 @@ def test_choices(api: openai.OpenAI) -> None:
         CALL.replace("\\u00f6", "\\u00f6"),
         "stop",
     )
-    for choice, name in (
-        ("required", "weather"),
-        ({"type": "function", "function": {"name": "now"}}, "now"),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [TOOLS[1]]}}, "now"),
+    for choice, names in (
+        ("required", ["weather", "weather"]),
+        ({"type": "function", "function": {"name": "now"}}, ["now"]),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [TOOLS[1]]}}, ["now", "now"]),
     ):
-        forced = ask(hello, tool_choice=choice)
-        assert [c.function.name for c in forced.message.tool_calls] == [name]
-        assert (forced.message.content, forced.finish_reason) == (None, "tool_calls")
+        for parallel, called in ((True, names), (False, names[:1])):
+            forced = ask(hello, tool_choice=choice, parallel_tool_calls=parallel)
+            assert [c.function.name for c in forced.message.tool_calls] == called
+            assert (forced.message.content, forced.finish_reason) == (None, "tool_calls")
     assert len(ask(say(CALL + CALL)).message.tool_calls) == 2
     assert len(ask(say(CALL + CALL), parallel_tool_calls=False).message.tool_calls) == 1
 

@@ -12,7 +12,9 @@ class HermesParser(ToolParser):
     """It reads replies with calls in Hermes' form (Nous Research, Hermes-Function-Calling, README)."""
 
     shows = (BEGIN, END)
-    opening = BEGIN + "\n"
+    opening = f"{BEGIN}\n"
+    between = f"\n{END}\n{BEGIN}\n"
+    closing = f"\n{END}"
 
     def _parse(self) -> Steps:
         while (yield from self._content(BEGIN)) is not None:

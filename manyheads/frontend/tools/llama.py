@@ -21,6 +21,7 @@ class LlamaJsonParser(ToolParser):
 
     shows = ("<|python_tag|>",)
     arguments = "parameters"
+    between = "; "
 
     def _parse(self) -> Steps:
         tag = yield from self._skip("<|python_tag|>")

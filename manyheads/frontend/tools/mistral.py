@@ -16,6 +16,8 @@ class MistralParser(ToolParser):
 
     shows = (BEGIN, "[ARGS]", "[CALL_ID]")
     opening = BEGIN + "["
+    between = ", "
+    closing = "]"
 
     def _parse(self) -> Steps:
         while (yield from self._content(BEGIN)) is not None:

@@ -56,7 +56,11 @@ class ToolParser(ABC):
     shows: ClassVar[tuple[str, ...]] = ()
     """Special tokens that the form is made of: they have to be in the text."""
     opening: ClassVar[str] = ""
-    """Where a call must follow, the prompt ends with this; behind it stands a JSON object with a name and arguments."""
+    """Where calls must follow, the prompt ends with this; behind it stands a JSON object with a name and arguments,"""
+    between: ClassVar[str] = "\n"
+    """behind this each further one,"""
+    closing: ClassVar[str] = ""
+    """and this behind the last."""
     arguments: ClassVar[str] = "arguments"
     """The key of the arguments in such an object."""
 

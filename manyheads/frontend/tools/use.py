@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from manyheads.frontend.tools.forced import ForcedParser, call_grammar
+from manyheads.frontend.tools.forced import MAX_CALLS, ForcedParser, call_grammar
 from manyheads.frontend.tools.parser import ToolParser
 from manyheads.grammar import Grammar
 
@@ -30,7 +30,12 @@ class ToolUse:
         reader = ForcedParser if self.must_call or kind is None else kind
         return reader(names, streams=streams, most=None if self.parallel else 1)
 
-    def grammar(self, key: str) -> Grammar | None:
-        """Make the grammar of a call that must be made, with its arguments under this key; None if none must be."""
+    def grammar(self, form: type[ToolParser], *, several: bool) -> Grammar | None:
+        """Make the grammar of calls that must be made; None if none must be.
+
+        Args:
+            form: what the model's calls are written in.
+            several: the model can be left to say how many there are.
+        """
         functions = [tool["function"] for tool in self.tools if tool["function"]["name"] in self.must_call]
-        return call_grammar(functions, key) if functions else None
+        return call_grammar(functions, form, MAX_CALLS if several and self.parallel else 1) if functions else None
