@@ -20,6 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ from manyheads.kv_cache import KVCache
 from manyheads.ops.base import Ops
 from manyheads.request import EngineRequest
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
+from manyheads.speculation.eagle3 import drafter as eagle3
 from manyheads.speculation.eagle3.drafter import ACCEPTANCE, DEPTH, Eagle3Drafter
+from manyheads.speculation.medusa import drafter as medusa
 from manyheads.speculation.medusa.drafter import MedusaDrafter
 
 KINDS = ("medusa", "eagle3")
@@ -88,6 +91,8 @@ class ByChance:
         """Let drafters promise what the table says, and the target keep the promise."""
         for kind in (MedusaDrafter, Eagle3Drafter):
             self._replace_attach(kind)
+        self._replace_reader(medusa, "read_heads", "medusa")
+        self._replace_reader(eagle3, "read_drafter", "eagle3")
         propose, offer = MedusaDrafter.propose, Eagle3Drafter._offer
 
         def propose_by_chance(drafter: MedusaDrafter, *args: Any) -> tuple[Tensor, Tensor]:
@@ -122,8 +127,20 @@ class ByChance:
 
         kind.attach = attach_by_chance
 
+    def _replace_reader(self, module: Any, name: str, kind: str) -> None:
+        """What a checkpoint knows of its own guesses says nothing: trees begin with the table's rates."""
+        read = getattr(module, name)
+
+        def read_by_chance(*args: Any) -> Any:
+            return replace(read(*args), accuracy=self._table(kind))
+
+        setattr(module, name, read_by_chance)
+
+    def _table(self, kind: str) -> Table:
+        return self.table or table_of(kind)
+
     def _take(self, drafter: Any, device: torch.device) -> None:
-        table = self.table or table_of("eagle3" if isinstance(drafter, Eagle3Drafter) else "medusa")
+        table = self._table(drafter.name)
         columns = _columns(drafter)
         width = max(len(children) for _, children in columns)
         promised = torch.zeros(len(columns))

@@ -617,7 +617,8 @@ def _tile_kernel(
     inside = row < num_rows
     first = tl.load(row_start + row, mask=inside, other=0)
     num_nodes = tl.load(row_start + row + 1, mask=inside, other=0) - first
-    count = tl.cdiv(num_nodes * QUERIES_PER_KV, BLOCK_M)
+    # NOTE: a row that pads a recorded pass may hold more tokens than max_nodes, and nobody wants what they see
+    count = tl.minimum(tl.cdiv(num_nodes * QUERIES_PER_KV, BLOCK_M), of_row)
     stop = tl.cumsum(count, 0)
     for tile in range(of_row):
         # a prompt's last tiles see the most: they start first, so that no long program is left over at the end

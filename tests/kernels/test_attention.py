@@ -298,6 +298,12 @@ def test_tiles_cover_all_queries_once_and_nothing_else(per_kv: int) -> None:
     assert len(table) == min(8 * -(-90 * per_kv // block_m), 120 * per_kv // block_m + 8)
 
 
+def test_a_row_that_pads_a_pass_has_no_more_tiles_than_others() -> None:
+    """It holds the tokens that are left over, which may be more than a row brings."""
+    row_start = torch.tensor([0, 3, 3, 300], dtype=torch.int32, device=DEVICE)
+    assert tile_table(row_start, 300, 64, 1, 16).tolist() == [0, *(2 | tile << 16 for tile in (3, 2, 1, 0))] + [-1] * 7
+
+
 def test_tiles_are_as_large_as_what_rows_usually_bring() -> None:
     assert tile_size(64, 12, 1) == 16
     assert tile_size(32, 17, 1) == 32
