@@ -137,9 +137,9 @@ def replies(asked: Asked, params: SamplingParams, users: int, rounds: int) -> di
     return {"tokens": tokens, "tokens_a_step": round(tokens / steps, 2), "tokens_per_s": round(tokens / seconds, 1)}
 
 
-def part_replies(asked: Asked, args: argparse.Namespace, trees: bool) -> list[dict[str, Any]]:
+def part_replies(asked: Asked, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for users in args.users if trees or args.plain else ():
+    for users, trees in itertools.product(args.users, (True, False) if args.plain else (True,)):
         free = 0.0
         for name, form in {"free text": None, **FORMS}.items():
             grammar = Grammar("json", json.dumps(form)) if form is not None else None
@@ -181,10 +181,10 @@ def endless(**more: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, ignore_eos=True, **more)
 
 
-def part_steps(asked: Asked, args: argparse.Namespace, trees: bool) -> list[dict[str, Any]]:
+def part_steps(asked: Asked, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     grammar = Grammar("json", json.dumps(LONG_TEXT))
-    for users in args.users if not trees else ():
+    for users in args.users:
         cases = {
             "free text": [endless(speculative=False)] * users,
             "a long text": [endless(speculative=False, grammar=grammar)] * users,
@@ -193,15 +193,18 @@ def part_steps(asked: Asked, args: argparse.Namespace, trees: bool) -> list[dict
     return rows
 
 
-def part_beside(asked: Asked, args: argparse.Namespace, trees: bool) -> list[dict[str, Any]]:
+def part_beside(asked: Asked, args: argparse.Namespace) -> list[dict[str, Any]]:
     forms = [schema for schema in schemas(200) if schema.get("type") in ("object", "array") and "$defs" not in schema]
-    free = [endless(speculative=trees)] * args.rows
-    others = []
-    for form in forms[: args.rows]:  # none that ends while it is looked at
-        schema = {"type": "array", "items": form, "minItems": 2000}
-        others.append(endless(speculative=trees, grammar=Grammar("json", json.dumps(schema))))
-    cases = {"alone": free, "beside free rows": free + free, "beside rows with schemas": free + others}
-    return [{"trees": trees, **row} for row in in_turns(asked, cases, args)]
+    rows = []
+    for trees in (True, False):
+        free = [endless(speculative=trees)] * args.rows
+        others = []
+        for form in forms[: args.rows]:  # none that ends while it is looked at
+            schema = {"type": "array", "items": form, "minItems": 2000}
+            others.append(endless(speculative=trees, grammar=Grammar("json", json.dumps(schema))))
+        cases = {"alone": free, "beside free rows": free + free, "beside rows with schemas": free + others}
+        rows += [{"trees": trees, **row} for row in in_turns(asked, cases, args)]
+    return rows
 
 
 def in_turns(asked: Asked, cases: dict[str, list[SamplingParams]], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -226,9 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="replies to each user that count")
     parser.add_argument("--least-replies", type=int, default=8, help="that count, of all users together")
     parser.add_argument("--plain", action="store_true", help="without trees, too")
-    parser.add_argument(
-        "--tree-size", type=int, help="nodes that a row brings, without trees, too; left out, the planner chooses"
-    )
+    parser.add_argument("--tree-size", type=int, help="nodes that a row brings; left out, the planner chooses")
     parser.add_argument("--rows", type=int, default=64, help="of free text, that others stand beside")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--turns", type=int, default=2)
@@ -248,10 +249,7 @@ def main() -> None:
     print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
     asked = Asked(llm)
     parts = {"replies": part_replies, "steps": part_steps, "beside": part_beside}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.parts}
-    for trees in (True, False):  # what plain steps teach the planner would count against trees behind them
-        for name in args.parts:
-            found[name] += parts[name](asked, args, trees)
+    found = {name: parts[name](asked, args) for name in args.parts}
     for rows in found.values():
         table(list(rows[0]), [list(row.values()) for row in rows])
     device = llm.engine.ready.device
