@@ -11,7 +11,7 @@ from manyheads.engine.page_manager import PageManager
 from manyheads.engine.step import Chunk, Request, StepPlan
 from manyheads.engine.step_target import StepTarget
 from manyheads.errors import QueueFull
-from manyheads.speculation.draft import Draft
+from manyheads.speculation.draft import NO_DRAFT, Draft
 
 
 class StepsUnread(Exception):
@@ -117,7 +117,8 @@ class Scheduler:
         decoding = [request for request in self.running if request.decoding]
         starting = self._next()
         prompts = self._divide(len(decoding), budget, starting)
-        draft = self.planner.choose(max(len(decoding), 1), sum(prompts.values()))
+        drafts = any(request.params.speculative for request in (*self.running, *starting))
+        draft = self.planner.choose(max(len(decoding), 1), sum(prompts.values())) if drafts else NO_DRAFT
         while (
             draft.propose
             and self._missing_pages(draft, self.running or starting[:1]) > self.pages.num_available - kept_pages

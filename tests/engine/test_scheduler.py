@@ -198,6 +198,9 @@ def test_a_request_may_decline_speculation(overlaps: bool) -> None:
     assert stats.drafted_by_depth == [2] * HEADS  # of the other one
     assert stats.drafted_tokens == 2 * 31
     assert stats.accepted_tokens == 2 * HEADS  # the last step's, though not all of them were wanted
+    alone = [plan for plan in world.runner.plans if len(plan.decoding) == 1 and not plan.chunks]
+    assert alone
+    assert not any(plan.draft.propose for plan in alone), "what nobody wants costs nothing"
 
 
 @pytest.mark.parametrize("ragged", [False, True])
