@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import machine, percentile, save, table
 
 PROMPTS, ANSWERS = (250, 0.9, 16, 1400), (150, 0.8, 8, 600)
@@ -125,7 +124,7 @@ def work(url: str, model: str, asks: list[Ask], start: float) -> list[Answer]:
 def measure(url: str, model: str, rate: float, seconds: float, seed: int, texts: list[list[int]]) -> dict[str, Any]:
     """The figures of a rate in requests/s."""
     asks, start = draw(rate, seconds, seed, texts), time.time() + LEAD_SECONDS
-    with multiprocessing.Pool(WORKERS) as pool:
+    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
         parts = pool.starmap(work, [(url, model, asks[i::WORKERS], start) for i in range(WORKERS)])
     answers = [answer for part in parts for answer in part]
     done = [answer for answer in answers if answer.error is None]
@@ -142,6 +141,20 @@ def measure(url: str, model: str, rate: float, seconds: float, seed: int, texts:
         for share in (50, 99):
             found[f"{name}_p{share}"] = round(percentile(values, share) or math.nan, 4)
     return found | {"seconds": round(took, 1)}
+
+
+def texts_of(prompts: Path, tokenizer: Path) -> list[list[int]]:
+    """Tokens that prompts are cut from: lines with `turns`, by a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(tokenizer)).encode
+    return [encode(" ".join(json.loads(line)["turns"])).ids for line in prompts.read_text().splitlines()]
+
+
+def model_of(url: str) -> str:
+    """The first model that a server has."""
+    with urllib.request.urlopen(f"{url}/v1/models") as reply:
+        return str(json.load(reply)["data"][0]["id"])
 
 
 def show(file: Path) -> None:
@@ -180,13 +193,9 @@ def main() -> None:
         return
     if args.name is None or args.tokenizer is None:
         parser.error("NAME and --tokenizer are needed")
-    from tokenizers import Tokenizer
+    texts, model = texts_of(args.prompts, args.tokenizer), model_of(args.url)
+    import torch  # NOTE: not in the processes of clients, which have to start soon
 
-    tokenizer = Tokenizer.from_file(str(args.tokenizer))
-    lines = args.prompts.read_text().splitlines()
-    texts = [tokenizer.encode(" ".join(json.loads(line)["turns"])).ids for line in lines]
-    with urllib.request.urlopen(f"{args.url}/v1/models") as reply:
-        model = json.load(reply)["data"][0]["id"]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
