@@ -31,7 +31,7 @@ from manyheads.quantization.schemes import find
 from manyheads.sizes import format_size
 from manyheads.speculation.draft import SIZES
 from manyheads.speculation.drafter import DrafterShape
-from manyheads.speculation.planner import MAX_INFLIGHT
+from manyheads.speculation.planner import most_inflight
 
 GRAPH_BYTES = 2 * 2**20
 """What CUDA takes for a captured step, some five hundred kernels, beside its tensors."""
@@ -86,7 +86,7 @@ class Shape:
             return rows
         if self.tree_size is not None:
             return self.tree_size * rows
-        return min(MAX_NODES * rows, max(MAX_INFLIGHT, 2 * rows))
+        return min(MAX_NODES * rows, most_inflight(rows))
 
     @property
     def page_bytes(self) -> int:
@@ -192,8 +192,8 @@ class Shape:
             sizes = [self.tree_size] if self.drafter and self.tree_size and self.tree_size > 1 else []
         tokens = list({padded_rows(count, most, ROWS) for count in range(1, most + 1)})
         for rows in {padded_rows(count, most, TREE_ROWS) for count in range(1, most + 1)}:
-            most_inflight = max(MAX_INFLIGHT, 2 * rows) if self.tree_size is None else self.num_drawn
-            tokens += [int(size * rows) for size in sizes if int(size * rows) <= most_inflight]
+            inflight = most_inflight(rows) if self.tree_size is None else self.num_drawn
+            tokens += [int(size * rows) for size in sizes if int(size * rows) <= inflight]
         logits = sum(tokens) * self.model.vocab_size * self.dtype.itemsize
         passes = pass_keys(most, self.max_num_batched_tokens)
         largest = max(*tokens, *(chunks[0] + trees[0] for chunks, trees in passes))

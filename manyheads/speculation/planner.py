@@ -17,7 +17,7 @@ from manyheads.speculation.tree import ROOT, Choice, Tree, grow
 from manyheads.speculation.trials import Trials
 
 MAX_INFLIGHT = 256
-"""A step of more in-flight tokens is not considered, unless its rows bring two nodes each: on every machine known,
+"""A step of more in-flight tokens is not considered, unless it has many rows (`most_inflight`): on every machine known,
 arithmetic has long begun to count."""
 
 MIN_GAIN = 1.15
@@ -31,6 +31,12 @@ REVIEW_SOON, NEWS = 4, 0.05
 SUREST = 1.1
 """Times as much as where all rows have the same tree is gained where a step's nodes go to the rows whose guesses are
 surest: 1.09 to 1.12 times at 32 to 128 rows (benchmarks/results/gpu)."""
+
+
+def most_inflight(rows: int) -> int:
+    """In-flight tokens that so many rows may bring together: four each up to twice MAX_INFLIGHT, where what a row's
+    cache costs to read is worth a few sure guesses, and two each in any case."""
+    return max(MAX_INFLIGHT, min(4 * rows, 2 * MAX_INFLIGHT), 2 * rows)
 
 
 class Planner:
@@ -157,7 +163,7 @@ class Planner:
     def _all_drafts(self, rows: int) -> list[Draft]:
         if self.tree_size is not None:
             return [draft for draft in [self.draft(self.tree_size)] if draft.propose]
-        most = max(MAX_INFLIGHT, 2 * rows)
+        most = most_inflight(rows)
         sizes = [size for size in SIZES if size <= self._grown.num_nodes and rows < int(rows * size) <= most]
         by_tokens = {int(rows * size): size for size in sizes}
         if not self.passes_per_depth:

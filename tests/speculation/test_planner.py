@@ -11,7 +11,7 @@ from manyheads.speculation.costs import REACHES, CostTable
 from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.gains import WINDOW
-from manyheads.speculation.planner import MAX_INFLIGHT, MIN_GAIN, REGROW_EVERY, Planner
+from manyheads.speculation.planner import MAX_INFLIGHT, MIN_GAIN, REGROW_EVERY, Planner, most_inflight
 from manyheads.speculation.tree import Tree
 
 
@@ -143,10 +143,10 @@ def test_every_smaller_draft_needs_fewer_pages_down_to_none() -> None:
 def test_no_step_has_more_tokens_than_are_measured(rows: int, prompt: int, per_token: float) -> None:
     made = planner(1.0, per_token, rows)
     draft = made.choose(rows, prompt)
-    assert draft is NO_DRAFT or rows < draft.num_tokens(rows) <= max(MAX_INFLIGHT, 2 * rows)
+    assert draft is NO_DRAFT or rows < draft.num_tokens(rows) <= most_inflight(rows)
     tokens = [draft.num_tokens(rows) for draft in made.drafts(rows)]
     assert tokens == sorted(set(tokens))
-    assert not tokens or rows < tokens[0] <= tokens[-1] <= max(MAX_INFLIGHT, 2 * rows)
+    assert not tokens or rows < tokens[0] <= tokens[-1] <= most_inflight(rows)
 
 
 def test_padding_rows_are_paid_for() -> None:
