@@ -99,10 +99,12 @@ class RecordedSteps:
     @staticmethod
     def serves(requests: list[Request]) -> bool:
         """Whether decoding rows want nothing that only the sampler in one pass does."""
-        return all(
-            r.params.logprobs is None and r.matcher is None and (r.params.greedy or r.params.acceptance == "exact")
-            for r in requests
-        )
+        return RecordedSteps.ends(requests) and all(r.params.logprobs is None and r.matcher is None for r in requests)
+
+    @staticmethod
+    def ends(requests: list[Request]) -> bool:
+        """Whether decoding rows accept what the target draws and nothing else, as the end of a recorded step does."""
+        return all(request.params.greedy or request.params.acceptance == "exact" for request in requests)
 
     def decode(self, requests: list[Request], draft: Draft, tree: TreeTensors) -> tuple[Trees, Tensor]:
         """Run a step of decoding rows; its trees, and `Outcome.values`, with rows for the padding.
@@ -136,7 +138,7 @@ class RecordedSteps:
     def finish(
         self, rows: DecodingRows, draft: Draft, trees: Trees, hidden: Hidden, target: Tensor
     ) -> tuple[Trees, Tensor]:
-        """The end of a step that computed prompts beside these rows; what it says of them is as `decode`'s.
+        """The end of a step that drew in one pass; what it says of these rows is as `decode`'s.
 
         Args:
             rows: as `decoding_rows` made them.

@@ -153,7 +153,7 @@ class Runner:
         # of about equal length side by side: attention may pad them to rectangles
         requests = sorted(plan.decoding, key=lambda request: request.max_cached_len)
         # a recorded decoding step ends as this one does
-        recorded = self.recorded if requests and self.recorded and self.recorded.serves(requests) else None
+        recorded = self.recorded if requests and self.recorded and self.recorded.ends(requests) else None
         rows: DecodingRows | None = None
         if requests:
             make = recorded.decoding_rows if recorded is not None else self._decoding_rows

@@ -18,6 +18,7 @@ from manyheads.engine.engine import Engine
 from manyheads.errors import RequestError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineRequest, RequestDelta
+from tests.engine.test_graphs import record
 from tests.structured import EOS, SCHEMA, save_structured
 
 PROMPT = [60, 61, 62, 63, 64, 65]
@@ -93,6 +94,24 @@ def test_trees_write_what_one_token_a_step_writes(engine: Engine, way: str) -> N
         assert tokens_of(deltas) == tokens_of(plain)
         assert deltas[-1].finish_reason == plain[-1].finish_reason != "error"
         assert deltas[-1].num_steps <= plain[-1].num_steps
+
+
+def test_recordings_end_steps_that_draw_in_one_pass(
+    model: Path, engine: Engine, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with grammars and log-probabilities beside others: of their steps, all but the drawing is recorded."""
+    params = [under(GRAMMARS[name], **WAYS["sampled"]) for name in ("json", "regex")]
+    params += [under(JSON, **WAYS["log-probabilities"]), SamplingParams(max_tokens=20, temperature=0.0)]
+    served = build(model)
+    recorded = record(served)
+    recorded.record_passes(64)
+    ended: list[int] = []
+    finish = recorded.finish
+    monkeypatch.setattr(recorded, "finish", lambda *args: (ended.append(1), finish(*args))[1])
+    found, wanted = answers(served, *params), answers(engine, *params)
+    assert [tokens_of(deltas) for deltas in found] == [tokens_of(deltas) for deltas in wanted]
+    assert found[2][1].logprobs == wanted[2][1].logprobs
+    assert ended
 
 
 def _fields(params: SamplingParams) -> dict[str, Any]:
