@@ -2,8 +2,9 @@
 
     python benchmarks/replicas.py                       # every part
     python benchmarks/replicas.py --only killed --kills 10
+    python benchmarks/replicas.py --only speed --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Each part is put into benchmarks/results/replicas.json.
+Each part is put into benchmarks/results/replicas.json; the speed of a model that is not the built-in one under its name.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ OPTIONS = ("--device", "cpu", "--num-threads", "1", "--max-model-len", "2048", "
 PORT = 18765
 
 
-def replicas(count: int) -> contextlib.AbstractAsyncContextManager[Server]:
-    """A server with so many replicas of the built-in model, one thread each."""
-    return started(BUILTIN, ["--replicas", str(count), *OPTIONS])
+def replicas(count: int, model: Path = BUILTIN) -> contextlib.AbstractAsyncContextManager[Server]:
+    """A server with so many replicas of a model, one thread each."""
+    return started(model, ["--replicas", str(count), *OPTIONS])
 
 
 def completion(prompt: str, max_tokens: int, **more: Any) -> Ask:
@@ -81,7 +82,7 @@ async def speed(args: argparse.Namespace) -> dict[str, Any]:
     lost = 0
     for _ in range(args.rounds):
         for count, rates in found.items():
-            async with replicas(count) as server:
+            async with replicas(count, args.model) as server:
                 await users(server.url, 8, 3.0, lambda chance: completion(sentence(chance), 32))
                 began = time.monotonic()
                 answers = await users(server.url, 16, args.seconds, lambda chance: completion(sentence(chance), 96))
@@ -217,6 +218,7 @@ async def scaling(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--model", type=Path, default=BUILTIN, help="of the part `speed`")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rounds", type=int, default=2)
@@ -228,7 +230,8 @@ def main() -> None:
         where = machine()
         result = asyncio.run(parts[name](args))
         print(name, json.dumps(result))
-        save(args.out, name, {"machine": where, **result})
+        part = name if args.model == BUILTIN else f"{name} {args.model.stem}"
+        save(args.out, part, {"machine": where, **result})
 
 
 if __name__ == "__main__":
