@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,8 +22,8 @@ from manyheads.quantization.base import CodedScheme
 if TYPE_CHECKING:
     from manyheads.ops.base import Rows
 
-LayerParts = dict[str, Part | tuple[Part, ...]]
-"""The parameters of a layer, by the fields of its class."""
+LayerParts = dict[str, Part | tuple[Packed, ...]]
+"""The parameters of a layer, by the fields of its class; several products are those of its experts."""
 
 
 NO_NORM = NoNorm()
@@ -49,8 +48,7 @@ class AttentionLayer:
     def nbytes(self) -> int:
         """Bytes of all its weights."""
         held = (getattr(self, field.name) for field in fields(self))
-        parts = chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in held)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in held if part is not None)
 
     def takes(self, residual: Tensor) -> CodedScheme | None:
         """The scheme that the norm before the feed-forward part may quantize rows for (`Product.takes`)."""
@@ -106,7 +104,7 @@ def norm_of(config: ModelConfig, name: str) -> Normed:
     return Normed(name, config.hidden_size, config.norm_bias, config.norm_offset)
 
 
-def whole(part: Part | tuple[Part, ...]) -> Packed:
+def whole(part: Part | tuple[Packed, ...]) -> Packed:
     """A product whose result a norm reads."""
     assert isinstance(part, Packed)
     return replace(part, whole=True)

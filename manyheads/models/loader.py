@@ -20,7 +20,7 @@ from manyheads.models.parallel import ALONE, Ranks
 from manyheads.models.parameters import Normed, Packed, Part, Plain
 from manyheads.models.registry import FAMILIES, parameters
 from manyheads.ops import blocks, ops_for
-from manyheads.ops.base import Ops
+from manyheads.ops.base import GroupedProduct, Ops
 from manyheads.quantization.base import Weight
 from manyheads.quantization.formats import read_format
 from manyheads.quantization.schemes import compress, compress_vocabulary, find, join, reorder
@@ -173,9 +173,9 @@ class _Weights:
         family = FAMILIES[self.config.architecture]
         declared = self.declared
 
-        def made(part: Part | tuple[Part, ...]) -> Any:
+        def made(part: Part | tuple[Packed, ...]) -> Any:
             if isinstance(part, tuple):
-                return tuple(made(each) for each in part)
+                return self._grouped(part, ops)
             if isinstance(part, Packed):
                 return self._linear(part, ops)
             return self._norm(part, ops) if isinstance(part, Normed) else self._plain(part)
@@ -206,7 +206,19 @@ class _Weights:
         return value
 
     def _linear(self, part: Packed, ops: Ops) -> Linear:
-        """One product for projections that read the same input; the parts are let go as they are joined."""
+        """One product for projections that read the same input."""
+        size = self.vocab_size if part is self.declared.lm_head else None
+        return Linear(*self._joined(part), self.dtype, ops, part.split, self.ranks, size, part.whole)
+
+    def _grouped(self, parts: tuple[Packed, ...], ops: Ops) -> GroupedProduct:
+        """One product for all experts, each of which is packed alike."""
+        weights, biases = zip(*(self._joined(part) for part in parts), strict=True)
+        is_added_elsewhere = parts[0].split is Split.INPUTS and self.ranks.rank > 0
+        bias = torch.cat(biases) if parts[0].has_bias and not is_added_elsewhere else None
+        return ops.grouped(weights, bias, self.dtype)
+
+    def _joined(self, part: Packed) -> tuple[Weight, Tensor | None]:
+        """The weight and the bias of projections one below the other; the parts are let go as they are joined."""
         weights = [self.state.pop(f"{module}.weight") for module in part.modules]
         biases = [self._tensor(f"{module}.bias") for module in part.modules if part.has_bias]
         try:
@@ -214,7 +226,4 @@ class _Weights:
         except ValueError as error:
             names = ", ".join(part.outputs)
             raise CheckpointError(f"{self.folder}: {part.prefix}{names} do not go together: {error}") from error
-        weights.clear()
-        bias = torch.cat(biases) if biases else None
-        size = self.vocab_size if part is self.declared.lm_head else None
-        return Linear(weight, bias, self.dtype, ops, part.split, self.ranks, size, part.whole)
+        return weight, torch.cat(biases) if biases else None

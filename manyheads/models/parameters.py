@@ -91,8 +91,8 @@ class Parameters:
     """All parameters of a model; iterating gives those that are read from its checkpoint."""
 
     embedding: Plain
-    layers: list[dict[str, Part | tuple[Part, ...]]]
-    """The parameters of each layer, by the fields of the family's `layer`."""
+    layers: list[dict[str, Part | tuple[Packed, ...]]]
+    """The parameters of each layer, by the fields of the family's `layer`; several products are its experts'."""
     norm: Normed
     lm_head: Packed
     is_tied: bool

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.models import llama
@@ -15,9 +13,10 @@ from manyheads.models.config import ModelConfig
 from manyheads.models.families.llama import COMMON, windows_everywhere
 from manyheads.models.family import Family
 from manyheads.models.keys import Keys
-from manyheads.models.linear import Linear, Split
+from manyheads.models.linear import Split
 from manyheads.models.llama import AttentionLayer, LayerParts, Llama
-from manyheads.models.parameters import Packed, Parameters, Part, Plain
+from manyheads.models.parameters import Packed, Parameters, Plain
+from manyheads.ops.base import GroupedProduct
 
 if TYPE_CHECKING:
     from manyheads.ops.base import Rows
@@ -28,32 +27,21 @@ class ExpertLayer(AttentionLayer):
     """A layer's weights: of attention, then of the router and the experts."""
 
     router: Tensor  # [experts, hidden]
-    gate_up: tuple[Linear, ...]  # of each expert: hidden → 2 · intermediate
-    down: tuple[Linear, ...]  # intermediate → hidden
+    gate_up: GroupedProduct  # of each expert: hidden → 2 · intermediate
+    down: GroupedProduct  # intermediate → hidden
 
 
 class MixtureOfExperts(Llama):
-    """The forward pass of models with experts.
-
-    It asks the device which experts were chosen, so that no graph can hold it.
-    """
-
-    can_be_captured = False
+    """The forward pass of models with experts."""
 
     def feed_forward(self, layer: AttentionLayer, x: Rows, residual: Tensor) -> Tensor:
         """What the chosen experts say of each token, by the chances that the router gives them."""
         assert isinstance(layer, ExpertLayer)
         assert isinstance(x, Tensor)
-        chances = F.linear(x, layer.router).softmax(-1, dtype=torch.float32)
-        chances, chosen = chances.topk(self.config.experts_per_token, dim=-1)  # [T, k]
-        if self.config.experts_add_up:
-            chances = chances / chances.sum(-1, keepdim=True)
-        out = torch.zeros_like(residual)
-        for expert in sorted(set(chosen.flatten().tolist())):
-            token, place = torch.where(chosen == expert)
-            y = layer.down[expert](self.activate(layer.gate_up[expert](x[token])))
-            out.index_add_(0, token, (y * chances[token, place, None]).to(out.dtype))
-        return out
+        routed = self.ops.route(x, layer.router, None, self.config.experts_per_token, self.config.experts_add_up)
+        y = self.activate(layer.gate_up(x, routed), layer.down.takes(residual))
+        y = layer.down.added(y, routed)
+        return y if self.ranks.size == 1 else self.ranks.sum(y, self.dtype)
 
 
 def read_mixtral(keys: Keys, folder: Path) -> ModelConfig:
@@ -125,10 +113,8 @@ def qwen3_moe_parameters(config: ModelConfig) -> Parameters:
 def _layer(config: ModelConfig, at: str, part: str, gate_up: tuple[str, str], down: str) -> LayerParts:
     hidden, inner, experts = config.hidden_size, config.intermediate_size, range(config.num_experts)
     names = [f"{at}{part}experts.{expert}." for expert in experts]
-    ups: tuple[Part, ...] = tuple(Packed(name, dict.fromkeys(gate_up, inner), hidden) for name in names)
-    downs: tuple[Part, ...] = tuple(
-        Packed(name, {down: hidden}, inner, split=Split.INPUTS, whole=True) for name in names
-    )
+    ups = tuple(Packed(name, dict.fromkeys(gate_up, inner), hidden) for name in names)
+    downs = tuple(Packed(name, {down: hidden}, inner, split=Split.INPUTS) for name in names)
     router = Plain(f"{at}{part}gate", (config.num_experts, hidden))
     return llama.layer_parameters(config, at) | {"router": router, "gate_up": ups, "down": downs}
 
