@@ -18,7 +18,8 @@ from manyheads.kernels.dependent import begin, dependent
 
 _TOKENS_A_PROGRAM = 16
 """Of the router, whatever their number, so that a token's chances do not depend on it."""
-_PAIRS_AT_ONCE = 1024
+_FEW_PAIRS, _PAIRS_AT_ONCE = 128, 1024
+"""What a program looks at at once: all of few pairs, else so many."""
 _MOST_PAIRS = 128
 """In a block; tensor cores are busy with as many."""
 _RECORDED_TOKENS = 1024
@@ -101,7 +102,7 @@ def group(chosen: Tensor, count: int) -> Groups:
         COUNT=count,
         BINS=triton.next_power_of_2(count + 1),
         SIZE=size,
-        AT_ONCE=_PAIRS_AT_ONCE,
+        AT_ONCE=_FEW_PAIRS if num_pairs <= _FEW_PAIRS else _PAIRS_AT_ONCE,
         num_warps=4,
         **dependent(chosen.device),
     )

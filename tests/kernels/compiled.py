@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from manyheads.kernels import experts, routing
+from manyheads.kernels.attention import _attend_kernel
 from manyheads.kernels.exchange import ROWS, _sum_kernel
 
 HOPPER, AMPERE = 90, 80
@@ -75,9 +76,24 @@ def compile_experts(form: str, rows: int, added: bool, capability: int) -> int:
     return compiled(kernel, kinds, constants, capability, num_stages=3)
 
 
+def compile_attention(capability: int) -> int:
+    """Attention through a window, with sinks, of which a split begins with a weight."""
+    pointers = {"q_ptr": "bf16", "k_ptr": "bf16", "v_ptr": "bf16", "out_ptr": "bf16", "partial_ptr": "fp32",
+                "row_start": "i32", "cached_len": "i64", "page_table": "i64", "token_mask": "i64", "k_scale_ptr": "bf16",
+                "v_scale_ptr": "bf16", "position_ptr": "i64", "sink_ptr": "fp32"}  # fmt: skip
+    kinds = {name: f"*{kind}" for name, kind in pointers.items()} | {"scale": "fp32", "cap": "fp32"}
+    strides = [name for name in _attend_kernel.arg_names if name.startswith("stride_")]
+    kinds |= dict.fromkeys(("num_tokens", "num_splits", "window", *strides), "i32")
+    constants = {"NUM_HEADS": 64, "QUERIES_PER_KV": 8, "HEAD_DIM": 64, "PAGE_SIZE": 16, "BLOCK_M": 64, "BLOCK_N": 64,
+                 "SPLIT": True, "QUANTIZED": False, "CAPPED": False, "HAS_SINKS": True, "WINDOWED": True, "MAX_TREE": 64,
+                 "IN_REGISTERS": True}  # fmt: skip
+    return compiled(_attend_kernel, kinds, constants, capability, num_stages=3)
+
+
 if __name__ == "__main__":
     for sums in (("fp16", 1, HOPPER), ("bf16", 4, HOPPER), ("fp32", 1, AMPERE)):
         print(*sums, compile_sum(*sums))
+    print("sinks", compile_attention(HOPPER))
     print("routing", compile_routing(128, 8))
     for form in (("bf16", 16, False, HOPPER), ("bf16", 128, True, AMPERE), ("int8", 16, True, HOPPER),
                  ("fp8", 64, False, HOPPER), ("int4", 16, False, HOPPER)):  # fmt: skip
