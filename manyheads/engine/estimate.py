@@ -145,8 +145,9 @@ class Shape:
         # masks: of every query head of a K/V head, before they are repeated, and as the bits they are made of
         queries = self.model.num_heads // self.model.num_kv_heads
         masks = len(set(self.model.windows)) * ((queries + 1) * self.dtype.itemsize + 3)
-        # scores that are capped are all there at once, and once more as weights in float32
-        scores = self.model.num_heads * 8 if self.model.attention_softcap is not None else 0
+        # scores that are capped, or stand beside sinks, are all there at once, and once more as weights in float32
+        has_scores = self.model.attention_softcap is not None or self.model.has_sinks
+        scores = self.model.num_heads * 8 if has_scores else 0
         return scratch + tokens * self.max_model_len * (masks + scores)
 
     def _activations(self, tokens: int) -> int:

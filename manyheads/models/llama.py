@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -150,7 +151,13 @@ class Llama:
         self.config, self.ops, self.ranks = config, ops, ranks
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.activate = {"silu": ops.silu_mul, "gelu": ops.gelu_mul, "plain gelu": ops.gelu}[config.activation]
+        activations: dict[str, Callable[..., Any]] = {
+            "silu": ops.silu_mul,
+            "clamped silu": partial(ops.clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit),
+            "gelu": ops.gelu_mul,
+            "plain gelu": ops.gelu,
+        }
+        self.activate = activations[config.activation]
         # as transformers rounds it, which is seen in bfloat16
         self._embedding_multiplier = embedding.new_tensor(config.embedding_multiplier).item()
         self.heads = self._heads()

@@ -193,6 +193,9 @@ class Ops(Protocol):
     def gelu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Any:
         """gelu(gate) · up, by its approximation with tanh (Hendrycks and Gimpel 2016); shapes as `silu_mul`'s."""
 
+    def clamped_swiglu(self, gate_up: Tensor, scheme: CodedScheme | None = None, *, alpha: float, limit: float) -> Any:
+        """gate · sigmoid(alpha · gate) · (up + 1), of gate up to a limit and up within it (gpt-oss); as `silu_mul`."""
+
     def gelu(self, x: Tensor, scheme: CodedScheme | None = None) -> Any:
         """The same of [T, I] without a gate."""
 

@@ -108,6 +108,13 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh").mul_(up)
 
+    def clamped_swiglu(
+        self, gate_up: Tensor, scheme: CodedScheme | None = None, *, alpha: float, limit: float
+    ) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate = gate.clamp(max=limit)
+        return torch.sigmoid(alpha * gate).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+
     def gelu(self, x: Tensor, scheme: CodedScheme | None = None) -> Tensor:
         return F.gelu(x, approximate="tanh")
 

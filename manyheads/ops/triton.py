@@ -34,6 +34,7 @@ class TritonOps(TorchOps):
     add_layer_norm = staticmethod(fused.add_layer_norm)  # type: ignore[assignment]
     silu_mul = staticmethod(fused.silu_mul)  # type: ignore[assignment]
     gelu_mul = staticmethod(fused.gelu_mul)  # type: ignore[assignment]
+    clamped_swiglu = staticmethod(fused.clamped_swiglu)  # type: ignore[assignment]
     gelu = staticmethod(fused.gelu)  # type: ignore[assignment]
     head_input = staticmethod(fused.head_input)
     argmax = staticmethod(topk.argmax)

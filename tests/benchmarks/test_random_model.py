@@ -22,8 +22,8 @@ import by_chance
 import random_model
 
 CPU = torch.device("cpu")
-SMALL = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
-         "num_experts": 8, "moe_intermediate_size": 32}  # fmt: skip
+SMALL = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 16, "head_dim": 16,
+         "num_experts": 8, "num_local_experts": 8, "intermediate_size": 32, "moe_intermediate_size": 32}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", random_model.SHAPES)
@@ -31,7 +31,8 @@ SMALL = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_atte
 def test_a_shape_is_served(tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((loader, "tensor_files"), (loader, "read_tensors"), (drafter, "read_heads")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back in the end
-    monkeypatch.setitem(random_model.SHAPES, shape, random_model.SHAPES[shape] | SMALL)
+    full = random_model.SHAPES[shape]
+    monkeypatch.setitem(random_model.SHAPES, shape, full | {key: SMALL[key] for key in full.keys() & SMALL.keys()})
     random_model.write(tmp_path, shape)
     random_model.install(tmp_path, CPU)
     weights = load_model(tmp_path, read_config(tmp_path), torch.float32, CPU)
@@ -50,9 +51,8 @@ def test_a_shape_is_served(tmp_path: Path, shape: str, monkeypatch: pytest.Monke
     assert served.stats().accepted_tokens > 0
 
 
-def test_the_shape_is_that_of_the_published_model(tmp_path: Path) -> None:
-    random_model.write(tmp_path, "qwen3-30b-a3b")
-
-    assert weights_bytes(read_config(tmp_path), torch.bfloat16, torch.device("cuda")) == pytest.approx(
-        61.06e9, rel=2e-3
-    )
+@pytest.mark.parametrize(("shape", "billions"), [("qwen3-30b-a3b", 30.53), ("gpt-oss-20b", 20.91)])
+def test_shapes_are_those_of_published_models(tmp_path: Path, shape: str, billions: float) -> None:
+    random_model.write(tmp_path, shape)
+    size = weights_bytes(read_config(tmp_path), torch.bfloat16, torch.device("cuda"))
+    assert size == pytest.approx(2e9 * billions, rel=1e-3)

@@ -243,7 +243,7 @@ def test_a_layer_of_experts_is_that_of_torch() -> None:
     assert relative_error(residual, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3 with experts"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 with experts", "gpt-oss"])
 def test_a_model_of_experts_is_that_of_transformers(tmp_path: Path, name: str) -> None:
     """All of it but attention by kernels, with nothing that a recording could not hold."""
     model = reference(name)

@@ -51,9 +51,12 @@ def widened(model: M, scheme: str) -> M:
         if isinstance(module, torch.nn.Linear):
             chosen = "int8" if name == "lm_head" and scheme == "int4" else scheme
             module.weight = torch.nn.Parameter(rounded(module.weight.data, chosen))
-    for parameter in model.parameters():
-        if parameter.dim() == 3:
-            parameter.data = torch.stack([rounded(expert, scheme) for expert in parameter.data])
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 3:
+                of = parameter.data.mT if getattr(module, "is_transposed", False) else parameter.data
+                coded = torch.stack([rounded(expert, scheme) for expert in of])
+                parameter.data = coded.mT if of is not parameter.data else coded
     return model
 
 

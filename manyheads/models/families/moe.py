@@ -27,6 +27,7 @@ class ExpertLayer(AttentionLayer):
     """A layer's weights: of attention, then of the router and the experts."""
 
     router: Tensor  # [experts, hidden]
+    router_bias: Tensor | None = None  # [experts]
     gate_up: GroupedProduct  # of each expert: hidden → 2 · intermediate
     down: GroupedProduct  # intermediate → hidden
 
@@ -38,7 +39,8 @@ class MixtureOfExperts(Llama):
         """What the chosen experts say of each token, by the chances that the router gives them."""
         assert isinstance(layer, ExpertLayer)
         assert isinstance(x, Tensor)
-        routed = self.ops.route(x, layer.router, None, self.config.experts_per_token, self.config.experts_add_up)
+        top, adds_up = self.config.experts_per_token, self.config.experts_add_up
+        routed = self.ops.route(x, layer.router, layer.router_bias, top, adds_up)
         y = self.activate(layer.gate_up(x, routed), layer.down.takes(residual))
         y = layer.down.added(y, routed)
         return y if self.ranks.size == 1 else self.ranks.sum(y, self.dtype)
@@ -50,8 +52,8 @@ def read_mixtral(keys: Keys, folder: Path) -> ModelConfig:
         keys,
         folder,
         windows=windows_everywhere(keys),
-        num_experts=_num_experts(keys),
-        experts_per_token=_experts_per_token(keys),
+        num_experts=num_experts_of(keys),
+        experts_per_token=experts_per_token_of(keys),
         experts_add_up=True,
     )
 
@@ -74,14 +76,14 @@ def read_qwen3_moe(keys: Keys, folder: Path) -> ModelConfig:
         qk_norm=True,
         windows=windows,
         intermediate_size=keys.integer("moe_intermediate_size"),
-        num_experts=_num_experts(keys),
-        experts_per_token=_experts_per_token(keys),
+        num_experts=num_experts_of(keys),
+        experts_per_token=experts_per_token_of(keys),
         experts_add_up=keys.flag("norm_topk_prob"),
     )
 
 
-def _num_experts(keys: Keys) -> int:
-    """By one of two names, of which a later version of transformers writes the other."""
+def num_experts_of(keys: Keys) -> int:
+    """How many there are, by one of two names, of which a later version of transformers writes the other."""
     ours, other = ("num_local_experts", "num_experts")
     if other in keys.raw and ours in keys.raw and keys.raw[other] != keys.raw[ours]:
         raise keys.wrong(other, f"as {ours} ({keys.raw[ours]!r})")
@@ -91,10 +93,11 @@ def _num_experts(keys: Keys) -> int:
     return keys.integer(named or (ours if keys.value(other) is None else other))
 
 
-def _experts_per_token(keys: Keys) -> int:
+def experts_per_token_of(keys: Keys) -> int:
+    """How many a token goes to."""
     count = keys.integer("num_experts_per_tok")
-    if count > _num_experts(keys):
-        raise keys.wrong("num_experts_per_tok", f"at most the number of experts ({_num_experts(keys)})")
+    if count > num_experts_of(keys):
+        raise keys.wrong("num_experts_per_tok", f"at most the number of experts ({num_experts_of(keys)})")
     return count
 
 
