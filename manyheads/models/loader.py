@@ -128,6 +128,8 @@ class _Weights:
             return
         stack, _, form = name.rpartition("_")
         if stack in self.stacks and form in ("blocks", "scales"):
+            if tensor.dtype != torch.uint8:
+                raise CheckpointError(f"{path}: {key} is {tensor.dtype}, and MXFP4 comes in bytes")
             self.blocks.setdefault(stack, {})[form] = self._checked(path, key, tensor, self._block_shapes(stack)[form])
             if len(self.blocks[stack]) == 2:
                 found = self.blocks.pop(stack)

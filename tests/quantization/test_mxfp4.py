@@ -74,6 +74,7 @@ def test_a_checkpoint_is_widened_as_it_is_loaded(
     ("change", "message"),
     [
         (lambda name, tensor: (name, tensor[:, 1:]), "down_proj_blocks has shape"),
+        (lambda name, tensor: (name, tensor.float()), "down_proj_blocks is torch.float32, and MXFP4 comes in bytes"),
         (lambda name, tensor: ("model.other", tensor), "key model.other belongs to no parameter"),
         (lambda name, tensor: (name.replace("blocks", "more"), tensor), "down_proj_more belongs to no parameter"),
         (lambda name, tensor: None, "parameter layers.1.mlp.experts.down_proj is missing"),
