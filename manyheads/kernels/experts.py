@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.kernels import quantized
 from manyheads.kernels.dependent import begin, dependent
 from manyheads.kernels.quantized import added_up, group_sums, lower, serves, shared_memory, upper
 from manyheads.kernels.routing import Groups
@@ -24,10 +25,19 @@ from manyheads.kernels.rows import GROUP, MAX_DIM, QuantizedRows, quantize_rows
 from manyheads.kernels.widen import Arranged
 from manyheads.quantization.base import CodedScheme
 
+_ALIGNED = 16
+"""Bytes that are copied at once: so many columns of codes."""
+
 
 def multiplies(weight: Arranged, dtype: torch.dtype) -> bool:
     """Whether `product` takes a quantized weight for activations of a dtype."""
-    return serves(weight.values.new_empty((0, weight.in_features), dtype=dtype), weight)
+    if weight.scheme.bits == 4:
+        return serves(weight.values.new_empty((0, weight.in_features), dtype=dtype), weight)
+    is_half, is_known = (
+        dtype in (torch.float16, torch.bfloat16),
+        quantized.multiplies(weight.scheme, weight.values.device),
+    )
+    return is_half and is_known and weight.in_features % _ALIGNED == 0
 
 
 def takes(weight: Arranged) -> bool:
@@ -153,6 +163,8 @@ def _tiles(scheme: CodedScheme | None, size: int, width: int, dtype: torch.dtype
         is_wide = scheme.bits == 4 or (width % (2 * GROUP) == 0 and scheme.parts * rows <= 32)
         columns = 2 * GROUP if is_wide else GROUP
         bits, row_bytes = scheme.bits, columns * scheme.parts
+    if columns > 64 and width % columns and width % 64 == 0 and (scheme is None or scheme.bits == 8):
+        columns, row_bytes = 64, row_bytes * 64 // columns  # whole blocks need no masks
     stage = rows * row_bytes + out * columns * bits // 8
     return _Tiles(rows, out, columns, warps, max(2, min(4, shared_memory(device) // 2 // stage)))
 

@@ -12,6 +12,7 @@ from manyheads.kernels import experts, quantized, routing
 from manyheads.kernels.routing import Groups
 from manyheads.kernels.rows import QuantizedRows
 from manyheads.kernels.widen import Arranged
+from manyheads.ops import kernel_products
 from manyheads.ops.base import GroupedProduct
 from manyheads.ops.experts import Routed
 from manyheads.quantization.base import CodedScheme, CodedWeight, Weight
@@ -65,7 +66,7 @@ def grouped(weights: Sequence[Weight], bias: Tensor | None, dtype: torch.dtype) 
     if all(isinstance(weight, CodedWeight) for weight in weights):
         coded = join(weights)
         assert isinstance(coded, CodedWeight)
-        if not coded.dtype.is_floating_point or quantized.multiplies(coded.scheme, coded.device):
+        if kernel_products.reads(coded):
             arranged = quantized.arrange(coded)
             if experts.multiplies(arranged, dtype):
                 return KernelGroupedProduct(arranged, bias, count)

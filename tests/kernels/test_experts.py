@@ -130,6 +130,7 @@ SHAPES = [
     ("one token", 2, 64, 128, torch.float16),
     ("the same for all", 2, 130, 200, torch.float16),
     ("many", 2, 24, 64, torch.float16),
+    ("each its own", 2, 72, 320, torch.float16),
 ]
 
 
@@ -188,17 +189,28 @@ def test_codes_are_multiplied_as_they_are(scheme: CodedScheme, name: str, out: i
     assert torch.equal(product.added(quantize_rows(rows, scheme), routed), product.added(rows, routed))
 
 
-@pytest.mark.parametrize("scheme", [INT8, INT4], ids=str)
-def test_codes_that_no_kernel_multiplies_are_widened(scheme: CodedScheme) -> None:
-    """Of columns that come in no groups of 128, or for activations in float32."""
-    for width, dtype in ((64, torch.float16), (GROUP, torch.float32)):
-        weights = weights_of(scheme, 8, 16, width, dtype)
-        product = TritonOps().grouped(weights, None, dtype)
-        assert product.takes(random(1, width, dtype=dtype)) is None
-        assert not isinstance(product._weight, Arranged)
-        check(
-            product, CASES["one token"][0], widened(weights), None, random(1, width, dtype=dtype), 2 * TOLERANCE[dtype]
-        )
+@pytest.mark.parametrize("scheme", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("width", [48, 192])
+def test_bytes_of_any_width_are_multiplied(scheme: CodedScheme, width: int) -> None:
+    weights = weights_of(scheme, 8, 40, width, torch.float16)
+    product = TritonOps().grouped(weights, None, torch.float16)
+    assert product.takes(random(1, width)) is scheme
+    x = random(1, width, dtype=torch.float16)
+    check(product, CASES["one token"][0], widened(weights), None, x, 5e-2 if scheme is FP8 else 3e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width", "dtype"),
+    [(INT8, 40, torch.float16), (INT4, 64, torch.float16), (INT8, GROUP, torch.float32), (INT4, GROUP, torch.float32)],
+)
+def test_codes_that_no_kernel_multiplies_are_widened(scheme: CodedScheme, width: int, dtype: torch.dtype) -> None:
+    """Rows that no whole copies make up, columns that come in no groups of 128, activations in float32."""
+    weights = weights_of(scheme, 8, 16, width, dtype)
+    product = TritonOps().grouped(weights, None, dtype)
+    assert product.takes(random(1, width, dtype=dtype)) is None
+    assert not isinstance(product._weight, Arranged)
+    x = random(1, width, dtype=dtype)
+    check(product, CASES["one token"][0], widened(weights), None, x, 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("scheme", [None, INT8, INT4], ids=str)
