@@ -52,11 +52,12 @@ def widened(model: M, scheme: str) -> M:
             chosen = "int8" if name == "lm_head" and scheme == "int4" else scheme
             module.weight = torch.nn.Parameter(rounded(module.weight.data, chosen))
     for module in model.modules():
+        is_transposed = getattr(module, "is_transposed", False)  # transformers' experts say so
         for parameter in module.parameters(recurse=False):
             if parameter.dim() == 3:
-                of = parameter.data.mT if getattr(module, "is_transposed", False) else parameter.data
-                coded = torch.stack([rounded(expert, scheme) for expert in of])
-                parameter.data = coded.mT if of is not parameter.data else coded
+                weights = parameter.data.mT if is_transposed else parameter.data
+                coded = torch.stack([rounded(expert, scheme) for expert in weights])
+                parameter.data = coded.mT.contiguous() if is_transposed else coded
     return model
 
 
