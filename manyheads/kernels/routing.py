@@ -18,8 +18,8 @@ from manyheads.kernels.dependent import begin, dependent
 
 _TOKENS_A_PROGRAM = 16
 """Of the router, whatever their number, so that a token's chances do not depend on it."""
-_FEW_PAIRS, _PAIRS_AT_ONCE = 128, 1024
-"""What a program looks at at once: all of few pairs, else so many."""
+_PAIRS_AT_ONCE = ((128, 4), (1024, 4), (4096, 8))
+"""What a program looks at at once, and its warps: the first that holds all pairs, else the last."""
 _MOST_PAIRS = 128
 """In a block; tensor cores are busy with as many."""
 _RECORDED_TOKENS = 1024
@@ -93,6 +93,7 @@ def group(chosen: Tensor, count: int) -> Groups:
     num_blocks = (num_pairs - most) // size + most
     order = torch.empty(num_pairs, dtype=torch.int32, device=chosen.device)
     table = torch.empty((3, num_blocks), dtype=torch.int32, device=chosen.device)
+    at_once, warps = next((many for many in _PAIRS_AT_ONCE if many[0] >= num_pairs), _PAIRS_AT_ONCE[-1])
     _group_kernel[(count,)](
         chosen,
         order,
@@ -102,16 +103,16 @@ def group(chosen: Tensor, count: int) -> Groups:
         COUNT=count,
         BINS=triton.next_power_of_2(count + 1),
         SIZE=size,
-        AT_ONCE=_FEW_PAIRS if num_pairs <= _FEW_PAIRS else _PAIRS_AT_ONCE,
-        num_warps=4,
+        AT_ONCE=at_once,
+        num_warps=warps,
         **dependent(chosen.device),
     )
     return Groups(order, table, size, top)
 
 
 def block_size(num_tokens: int, top: int, count: int) -> int:
-    """Pairs of a block: about twice as many as an expert has, since some have more."""
-    size, usual = 16, 2 * min(num_tokens, _RECORDED_TOKENS) * top // count
+    """Pairs of a block: half as many again as an expert has, since some have more."""
+    size, usual = 16, 3 * min(num_tokens, _RECORDED_TOKENS) * top // (2 * count)
     while size < min(usual, _MOST_PAIRS):
         size *= 2
     return size

@@ -73,7 +73,8 @@ CASES = {
     "few": (drawn(7, 6, 3), 6),
     "each its own": (torch.arange(12, dtype=torch.int32, device=DEVICE).view(6, 2), 12),
     "the same for all": (drawn(40, 8, 2, uneven=True), 8),
-    "many": (drawn(40, 2, 2), 2),
+    "more than are looked at at once": (drawn(2100, 3, 2), 3),
+    "many": (drawn(50, 2, 2), 2),
 }
 """Experts of tokens, and how many there are."""
 
