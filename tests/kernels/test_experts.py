@@ -70,11 +70,11 @@ def drawn(tokens: int, count: int, top: int, uneven: bool = False) -> torch.Tens
 
 CASES = {
     "one token": (drawn(1, 8, 2), 8),
-    "few": (drawn(7, 6, 3), 6),
+    "few": (drawn(4, 6, 3), 6),
     "each its own": (torch.arange(12, dtype=torch.int32, device=DEVICE).view(6, 2), 12),
-    "the same for all": (drawn(40, 8, 2, uneven=True), 8),
+    "the same for all": (drawn(20, 8, 2, uneven=True), 8),
     "more than are looked at at once": (drawn(2100, 3, 2), 3),
-    "many": (drawn(50, 2, 2), 2),
+    "many": (drawn(70, 1, 1), 1),
 }
 """Experts of tokens, and how many there are."""
 
@@ -130,8 +130,8 @@ SHAPES = [
     ("few", 3, 40, 96, torch.float32),
     ("one token", 2, 64, 128, torch.float16),
     ("the same for all", 2, 130, 200, torch.float16),
-    ("many", 2, 24, 64, torch.float16),
-    ("each its own", 2, 72, 320, torch.float16),
+    ("many", 1, 24, 64, torch.float16),
+    ("each its own", 2, 72, 192, torch.float16),
 ]
 
 
@@ -184,9 +184,15 @@ def test_codes_are_multiplied_as_they_are(scheme: CodedScheme, name: str, out: i
     assert product.nbytes < 0.75 * 2 * count * (out * width + 128 * width / count)  # with what fills it up
     x = random(len(chosen), width, dtype=torch.float16)
     check(product, chosen, widened(weights), None, x, 5e-2 if scheme is FP8 else 3e-3)
-    groups = routing.group(chosen, count)
-    routed = kernel_experts.KernelRouted(random(*chosen.shape).abs(), chosen, groups)
-    rows = random(groups.order.shape[0], width, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("scheme", [INT8, FP8, INT4], ids=str)
+def test_rows_may_come_in_codes(scheme: CodedScheme) -> None:
+    """As whatever computes them may leave them."""
+    chosen, count = CASES["one token"]
+    product = TritonOps().grouped(weights_of(scheme, count, 24, 384, torch.float16), None, torch.float16)
+    routed = kernel_experts.KernelRouted(random(*chosen.shape).abs(), chosen, routing.group(chosen, count))
+    rows = random(chosen.numel(), 384, dtype=torch.float16)
     assert torch.equal(product.added(quantize_rows(rows, scheme), routed), product.added(rows, routed))
 
 
@@ -220,7 +226,7 @@ def test_a_row_does_not_depend_on_those_beside_it(scheme: CodedScheme | None) ->
     count, top, width = 8, 2, 128
     weights = weights_of(scheme, count, 32, width, torch.float16)
     product = TritonOps().grouped(weights, None, torch.float16)
-    router, x = random(count, width, dtype=torch.float16), random(30, width, dtype=torch.float16)
+    router, x = random(count, width, dtype=torch.float16), random(14, width, dtype=torch.float16)
 
     def results(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         routed = kernel_experts.route(rows, router, None, top, True)
@@ -256,7 +262,7 @@ def test_a_layer_of_experts_is_that_of_torch() -> None:
     assert relative_error(residual, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3 with experts", "gpt-oss"])
+@pytest.mark.parametrize("name", ["qwen3 with experts", "gpt-oss"])
 def test_a_model_of_experts_is_that_of_transformers(tmp_path: Path, name: str) -> None:
     """All of it but attention by kernels, with nothing that a recording could not hold."""
     model = reference(name)
