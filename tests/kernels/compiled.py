@@ -80,13 +80,13 @@ def compile_attention(capability: int) -> int:
     """Attention through a window, with sinks, of which a split begins with a weight."""
     pointers = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_scale_ptr", "v_scale_ptr"), "bf16"),
                 **dict.fromkeys(("cached_len", "page_table", "token_mask", "position_ptr"), "i64"),
-                "row_start": "i32", "partial_ptr": "fp32", "sink_ptr": "fp32"}  # fmt: skip
+                "row_start": "i32", "tiles": "i32", "partial_ptr": "fp32", "sink_ptr": "fp32"}  # fmt: skip
     kinds = {name: f"*{kind}" for name, kind in pointers.items()} | {"scale": "fp32", "cap": "fp32"}
     strides = [name for name in _attend_kernel.arg_names if name.startswith("stride_")]
     kinds |= dict.fromkeys(("num_tokens", "num_splits", "window", *strides), "i32")
     constants = {"NUM_HEADS": 64, "QUERIES_PER_KV": 8, "HEAD_DIM": 64, "PAGE_SIZE": 16, "BLOCK_M": 64, "BLOCK_N": 64,
                  "SPLIT": True, "QUANTIZED": False, "CAPPED": False, "HAS_SINKS": True, "WINDOWED": True,
-                 "MAX_TREE": 64, "IN_REGISTERS": True}  # fmt: skip
+                 "IN_REGISTERS": True}  # fmt: skip
     return compiled(_attend_kernel, kinds, constants, capability, num_stages=3)
 
 
