@@ -155,14 +155,18 @@ class ByChance:
         self._promised, self._children, self._weights = (x.to(device) for x in (promised, at, weights))
 
     def _draw(self, logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tensor, dict[int, Tensor]]:
-        """What `sampler.draw` gives: a token for each node, here one of its candidates or token 0."""
+        """What `sampler.draw` gives: a token for each node, here one of its candidates or any other, by chance.
+
+        Not the same one every time: what a model with experts reads depends on how many tokens there are.
+        """
         # nodes that a row did not bring stand at its root, which is written last
         column = torch.zeros_like(nodes.row)
         column[nodes.place.flatten()] = nodes.tree.column.expand_as(nodes.place).flatten()
         column.index_fill_(0, nodes.place[:, 0], 0)  # NOTE: an assignment would wait for the device
         rank = torch.multinomial(self._weights[column], 1)
         child = self._children[column].gather(1, rank)[:, 0]
-        return torch.where(child > 0, state.drafts[nodes.rows[nodes.row], child], 0), {}
+        other = torch.randint_like(child, logits.shape[-1])
+        return torch.where(child > 0, state.drafts[nodes.rows[nodes.row], child], other), {}
 
 
 def _columns(drafter: Any) -> list[tuple[int, list[int]]]:

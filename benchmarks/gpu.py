@@ -15,7 +15,8 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 --replies names (the first run with that file does).
 
 With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
-one's own (by_chance.py); of vLLM's chains too, position by position.
+one's own (by_chance.py); of vLLM's chains too, position by position. --random makes MODEL a folder without weights, for
+a published shape with random ones (random_model.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import random_model
+import torch
 from by_chance import KINDS, ByChance, chain_rates, table_of
 from common import write_json
 
@@ -242,11 +245,17 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model")
     parser.add_argument("--shapes", default="1x1,1x24,4x8,16x4", help="of the profile")
     parser.add_argument("--replies", type=Path, help="greedy replies to be compared with, or to be written")
+    parser.add_argument("--random", choices=random_model.SHAPES, help="random weights of this shape, on this device")
     parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")
     args = parser.parse_args()
     if args.acceptance:
         file = None if args.acceptance == "published" else Path(args.acceptance)
         args.acceptance = table_of(args.mode, file)
+    if args.random:
+        if args.system != "manyheads" or args.tensor_parallel_size > 1:
+            parser.error("--random is for manyheads on one GPU")
+        random_model.write(args.model, args.random)
+        random_model.install(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     args.start = time.perf_counter()
     system: System = Manyheads(args) if args.system == "manyheads" else Vllm(args)
     ready = time.perf_counter() - args.start

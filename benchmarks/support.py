@@ -84,6 +84,7 @@ KNOWN = {
     "Starcoder2ForCausalLM": Known("StarCoder2"),
     "MixtralForCausalLM": Known("Mixtral"),
     "Qwen3MoeForCausalLM": Known("Qwen3-MoE"),
+    "GptOssForCausalLM": Known("gpt-oss"),
 }
 
 

@@ -32,6 +32,9 @@ class Heads:
     """What products of queries and keys are multiplied with; None is head_dim ** -0.5."""
     softcap: float | None = None
     """Scores s become softcap · tanh(s / softcap) (Gemma 2)."""
+    sinks: Mapping[int, Tensor] = field(default_factory=dict)
+    """By layer of the cache, of every query head a score that takes its share of the weights, and gives no value
+    (gpt-oss): [num_heads] float32."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -219,23 +219,30 @@ class TorchAttention:
             queries = padded.index_copy_(0, part.place, queries)
         queries = queries.reshape(rows, tokens, kv_heads, self.queries_per_kv, dim).transpose(1, 2)
         queries = queries.reshape(rows, kv_heads, tokens * self.queries_per_kv, dim)
-        if self.heads.softcap is None:
+        sinks = self.heads.sinks.get(layer)
+        if self.heads.softcap is None and sinks is None:
             out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=view.mask, scale=self.heads.scale)
         else:
-            out = self._attend_capped(queries, keys, values, view.mask, self.heads.softcap)
+            out = self._attend_by_scores(queries, keys, values, view.mask, sinks)
         out = out.view(rows, kv_heads, tokens, self.queries_per_kv, dim).transpose(1, 2)
         out = out.reshape(rows * tokens, self.num_heads * dim)
         return out if part.place is None else out.index_select(0, part.place)
 
-    def _attend_capped(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softcap: float
+    def _attend_by_scores(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
-        """scaled_dot_product_attention with scores that are capped before the mask."""
-        scale = self.head_dim**-0.5 if self.heads.scale is None else self.heads.scale
-        scores = (queries @ keys.transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap)
+        """scaled_dot_product_attention with scores that are capped before the mask, or weighed beside sinks."""
+        scale, softcap = self.head_dim**-0.5 if self.heads.scale is None else self.heads.scale, self.heads.softcap
+        scores = queries @ keys.transpose(-1, -2)
+        scores = scores.mul_(scale) if softcap is None else scores.mul_(scale / softcap).tanh_().mul_(softcap)
         if mask is not None:
             scores += mask
-        return scores.softmax(-1, dtype=torch.float32).to(queries.dtype) @ values
+        if sinks is None:
+            return scores.softmax(-1, dtype=torch.float32).to(queries.dtype) @ values
+        rows, kv_heads, count, _ = queries.shape  # query heads of a K/V head stand side by side, token by token
+        beside = sinks.view(1, kv_heads, 1, -1).expand(rows, -1, count // self.queries_per_kv, -1)
+        scores = torch.cat((scores, beside.reshape(rows, kv_heads, count, 1).to(scores.dtype)), -1)
+        return scores.softmax(-1, dtype=torch.float32)[..., :-1].to(queries.dtype) @ values
 
 
 def _chains(lengths: list[int], counts: list[int]) -> list[tuple[int, int]]:

@@ -103,6 +103,7 @@ class TritonAttention:
             num_splits=num_splits,
             scale=self.heads.scale,
             softcap=self.heads.softcap,
+            sinks=self.heads.sinks.get(layer),
             window=self.heads.windows.get(layer, 0),
             positions=positions,
             k_scale=keys.scale,
@@ -113,7 +114,8 @@ class TritonAttention:
 
     def _compile(self) -> None:
         """Run the kernels in every variant that a step can need, on the dummy page: to compile one takes seconds."""
-        for layer in {self.heads.windows.get(layer, 0): layer for layer in self.heads.ropes}.values():
+        kinds = {(self.heads.windows.get(layer, 0), layer in self.heads.sinks): layer for layer in self.heads.ropes}
+        for layer in kinds.values():
             head_dim = self._layers[layer][0].data.shape[-1]
             for num_tokens, num_splits in variants(self.num_heads // self.num_kv_heads):
                 numbers = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)

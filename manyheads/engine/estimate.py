@@ -145,16 +145,20 @@ class Shape:
         # masks: of every query head of a K/V head, before they are repeated, and as the bits they are made of
         queries = self.model.num_heads // self.model.num_kv_heads
         masks = len(set(self.model.windows)) * ((queries + 1) * self.dtype.itemsize + 3)
-        # scores that are capped are all there at once, and once more as weights in float32
-        scores = self.model.num_heads * 8 if self.model.attention_softcap is not None else 0
+        # scores that are capped, or stand beside sinks, are all there at once, and once more as weights in float32
+        has_scores = self.model.attention_softcap is not None or self.model.has_sinks
+        scores = self.model.num_heads * 8 if has_scores else 0
         return scratch + tokens * self.max_model_len * (masks + scores)
 
     def _activations(self, tokens: int) -> int:
-        """A layer's: residual, norm and a product in two float32 parts; q, k, v rotated, attended; gate, up, both."""
-        model = self.model
+        """A layer's: residual, norm and a product in two float32 parts; q, k, v rotated, attended; gate, up, both.
+
+        Of experts, gate, up and both for each that a token has, and as many parts.
+        """
+        model, experts = self.model, self.model.experts_per_token
         q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        width = 2 * model.hidden_size + 5 * q + 4 * kv + 3 * model.intermediate_size
-        return tokens * (width * self.dtype.itemsize + 8 * model.hidden_size)
+        width = 2 * model.hidden_size + 5 * q + 4 * kv + 3 * max(1, experts) * model.intermediate_size
+        return tokens * (width * self.dtype.itemsize + 4 * max(2, experts) * model.hidden_size)
 
     def _logits(self) -> int:
         """Numbers in the logits of the largest step."""

@@ -61,7 +61,7 @@ _FEW_SPLITS = 8
 _USUAL_ROWS = 512
 """Tables for up to so many rows need one variant of their kernel."""
 
-_LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _UNIT = tl.constexpr(64.0)
 """Weights times the scales of codes are far below 1, where halves have few bits left: so many times as large, they are
 almost as large as values are, and never larger."""
@@ -158,6 +158,7 @@ def tree_attention(
     num_splits: int,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     window: int = 0,
     positions: Tensor | None = None,
     k_scale: Tensor | None = None,
@@ -182,6 +183,7 @@ def tree_attention(
         num_splits: programs that share a row's positions; above 1, their results meet in scratch.
         scale: of the products of queries and keys; None is d ** -0.5.
         softcap: scores s become softcap · tanh(s / softcap).
+        sinks: [H] float32, of every head a score that takes its share of the weights, and gives no value.
         window: so many positions back a token sees, its own included; 0: to the beginning. Pages that nobody sees are
             not read, whatever the table says.
         positions: [T] int64, only needed with a window: where tokens stand in their texts, at cached_len and behind.
@@ -201,7 +203,7 @@ def tree_attention(
         out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if num_tokens == 0 or num_rows == 0:
         return out
-    queries_per_kv = num_heads // num_kv_heads
+    queries_per_kv, log2_e = num_heads // num_kv_heads, _LOG2_E.value
     _, block_n, num_stages = _tuning(q.device, head_dim, q.element_size())
     largest = largest_tile(q.device, head_dim, q.element_size(), k_scale is not None)
     block_m = tile_size(max_nodes, -(-num_tokens // num_rows), queries_per_kv, largest)
@@ -229,11 +231,12 @@ def tree_attention(
         q if k_scale is None else k_scale,  # without codes they are never read
         q if v_scale is None else v_scale,
         row_start if positions is None else positions,  # nor this without a window
+        q if sinks is None else sinks,
         num_tokens,
         num_splits,
         # scores are powers of 2; of those that are capped, the kernel takes what tanh is of, and gives the power
-        (head_dim**-0.5 if scale is None else scale) * (_LOG2_E if softcap is None else 2 * _LOG2_E / softcap),
-        0.0 if softcap is None else softcap * _LOG2_E,
+        (head_dim**-0.5 if scale is None else scale) * (log2_e if softcap is None else 2 * log2_e / softcap),
+        0.0 if softcap is None else softcap * log2_e,
         window,
         q.stride(0),
         q.stride(1),
@@ -257,6 +260,7 @@ def tree_attention(
         SPLIT=split,
         QUANTIZED=k_scale is not None,
         CAPPED=softcap is not None,
+        HAS_SINKS=sinks is not None,
         WINDOWED=window > 0,
         IN_REGISTERS=q.device.type == "cuda",
         num_warps=num_warps,
@@ -442,6 +446,7 @@ def _attend_kernel(
     k_scale_ptr,
     v_scale_ptr,
     position_ptr,
+    sink_ptr,
     num_tokens,
     num_splits,
     scale,
@@ -473,6 +478,7 @@ def _attend_kernel(
     SPLIT: tl.constexpr,
     QUANTIZED: tl.constexpr,
     CAPPED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     WINDOWED: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -538,6 +544,10 @@ def _attend_kernel(
     table = page_table + row * stride_table
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_M,), tl.float32)
+    if HAS_SINKS:  # of all shares, the first one begins with what takes a weight and gives nothing
+        sink = tl.load(sink_ptr + head) * _LOG2_E
+        m = tl.where(split == 0, sink, m)
+        denom = tl.where(split == 0, 1.0, denom)
     # Tensor cores want a value's positions side by side. What turns V's rows on the way to them turns 16 bits at least,
     # and so codes are read in pairs.
     width: tl.constexpr = HEAD_DIM // 2 if QUANTIZED else HEAD_DIM

@@ -219,12 +219,21 @@ def gelu_mul(gate_up: Tensor, scheme: CodedScheme | None = None) -> Tensor | Qua
     return _activated(gate_up, scheme, gated=True, gelu=True)
 
 
+def clamped_swiglu(
+    gate_up: Tensor, scheme: CodedScheme | None = None, *, alpha: float, limit: float
+) -> Tensor | QuantizedRows:
+    """gate · sigmoid(alpha · gate) · (up + 1), of gate up to a limit and up within it; arguments as `silu_mul`'s."""
+    return _activated(gate_up, scheme, gated=True, gelu=False, alpha=alpha, limit=limit)
+
+
 def gelu(x: Tensor, scheme: CodedScheme | None = None) -> Tensor | QuantizedRows:
     """gelu(x) of [T, I], by its approximation with tanh; the scheme as `silu_mul` has it."""
     return _activated(x, scheme, gated=False, gelu=True)
 
 
-def _activated(x: Tensor, scheme: CodedScheme | None, *, gated: bool, gelu: bool) -> Tensor | QuantizedRows:
+def _activated(
+    x: Tensor, scheme: CodedScheme | None, *, gated: bool, gelu: bool, alpha: float = 1.0, limit: float | None = None
+) -> Tensor | QuantizedRows:
     rows, width = x.shape
     dim = width // 2 if gated else width
     if scheme is None:
@@ -239,9 +248,12 @@ def _activated(x: Tensor, scheme: CodedScheme | None, *, gated: bool, gelu: bool
         x,
         **pointers,
         dim=dim,
+        alpha=alpha,
+        limit=0.0 if limit is None else limit,
         BLOCK=block,
         GATED=gated,
         GELU=gelu,
+        CLAMPED=limit is not None,
         **constants,
         num_warps=warps,
         **dependent(x.device),
@@ -443,9 +455,12 @@ def _activate_kernel(
     scale_ptr,
     sums_ptr,
     dim,
+    alpha,
+    limit,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
     GELU: tl.constexpr,
+    CLAMPED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     FP8: tl.constexpr,
     SUMS: tl.constexpr,
@@ -458,9 +473,18 @@ def _activate_kernel(
     inside = column < dim
     width = 2 * dim if GATED else dim
     gate = tl.load(x_ptr + row * width + column, mask=inside, other=0.0)
-    active = _gelu(gate.to(tl.float32)) if GELU else _silu(gate.to(tl.float32))
+    wide = gate.to(tl.float32)
+    if CLAMPED:
+        every: tl.constexpr = tl.PropagateNan.ALL  # a row that is not a number has to stay so
+        wide = tl.minimum(wide, limit, propagate_nan=every)
+        active = wide * tl.sigmoid(alpha * wide)
+    else:
+        active = _gelu(wide) if GELU else _silu(wide)
     if GATED:
-        active *= tl.load(x_ptr + row * width + dim + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x_ptr + row * width + dim + column, mask=inside, other=0.0).to(tl.float32)
+        if CLAMPED:
+            up = tl.maximum(tl.minimum(up, limit, propagate_nan=every), -limit, propagate_nan=every) + 1
+        active *= up
     result = active.to(gate.dtype)
     if QUANTIZE:
         store_row(result, out_ptr, scale_ptr, sums_ptr, row, dim, QUANTIZE, FP8, SUMS, BLOCK)

@@ -122,7 +122,7 @@ def multiplies(scheme: CodedScheme, device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes that a processor has for the stages of its programs."""
     if device.type != "cuda":
         return sys.maxsize
@@ -162,7 +162,7 @@ def multiply(x: Tensor | QuantizedRows, weight: Arranged, splits: int) -> Tensor
     rows, width = x.shape
     num_out, padded = weight.out_features, len(weight.values)
     blocks = _blocks(weight.scheme, rows, width, padded, _processors(x.device))
-    stages = _stages(weight.scheme, blocks, _shared_memory(x.device))
+    stages = _stages(weight.scheme, blocks, shared_memory(x.device))
     codes, x_scale, sums, _ = x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.scheme)
     if splits == 1:
         out = torch.empty((rows, num_out), dtype=x.dtype, device=x.device)
@@ -312,13 +312,13 @@ def _bytes_kernel(
         acc = tl.dot(tl.load(weight_at), tl.trans(tl.load(x_at, mask=inside, other=none)), acc, out_dtype=sums)
         weight_at += BLOCK_IN
         x_at += BLOCK_IN
-    y = _added_up(acc, BLOCK_OUT, BLOCK_ROWS) if PARTS == 2 else acc
+    y = added_up(acc, BLOCK_OUT, BLOCK_ROWS) if PARTS == 2 else acc
     y *= tl.load(scale_ptr + at_out)[:, None]
     _store(y, x_scale_ptr, out_ptr, at_out, rows, num_out, BLOCK_ROWS)
 
 
 @triton.jit
-def _added_up(acc, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def added_up(acc, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """256 times the high rows' sums and the low rows': what is beyond 32 bits."""
     high, low = tl.split(tl.reshape(acc, (BLOCK_OUT, BLOCK_ROWS, 2)))
     return high.to(tl.float32) * 256.0 + low.to(tl.float32)
@@ -391,8 +391,8 @@ def _int4_kernel(
             there = inside & ((2 * pair + 1) * GROUP < width)
         x_upper = tl.load(x_at + GROUP, mask=there, other=0)
         scale, scale_upper = tl.load(scale_at), tl.load(scale_at + padded)
-        acc += _group(_lower(packed, IN_REGISTERS), x, BLOCK_OUT, BLOCK_ROWS) * scale[:, None]
-        acc += _group(_upper(packed, IN_REGISTERS), x_upper, BLOCK_OUT, BLOCK_ROWS) * scale_upper[:, None]
+        acc += group_sums(lower(packed, IN_REGISTERS), x, BLOCK_OUT, BLOCK_ROWS) * scale[:, None]
+        acc += group_sums(upper(packed, IN_REGISTERS), x_upper, BLOCK_OUT, BLOCK_ROWS) * scale_upper[:, None]
         weight_at += GROUP
         x_at += 2 * GROUP
         scale_at += 2 * padded
@@ -403,7 +403,7 @@ def _int4_kernel(
 
 
 @triton.jit
-def _group(codes, x, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def group_sums(codes, x, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """The sums of one group, which are within 32 bits: 16 times those of codes less 8."""
     total = tl.dot(codes, tl.trans(x), out_dtype=tl.int32)
     high, low = tl.split(tl.reshape(total, (BLOCK_OUT, BLOCK_ROWS, 2)))
@@ -411,7 +411,7 @@ def _group(codes, x, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _lower(packed, IN_REGISTERS: tl.constexpr):
+def lower(packed, IN_REGISTERS: tl.constexpr):
     """16 times what the bytes' lower halves say: int8. Left to itself, the compiler takes a register's bytes apart."""
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
@@ -426,7 +426,7 @@ def _lower(packed, IN_REGISTERS: tl.constexpr):
 
 
 @triton.jit
-def _upper(packed, IN_REGISTERS: tl.constexpr):
+def upper(packed, IN_REGISTERS: tl.constexpr):
     """The same of the upper halves."""
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(

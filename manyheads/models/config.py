@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +44,11 @@ class ModelConfig:
     norm_offset: float = 0.0
     """What norms' weights are kept without."""
     activation: str = "silu"
-    """Of the feed-forward part: `silu` or `gelu` with a gate, or `plain gelu` without one."""
+    """Of the feed-forward part: `silu`, `clamped silu` or `gelu` with a gate, or `plain gelu` without one."""
+    swiglu_alpha: float = 1.0
+    """Of `clamped silu` (`Ops.clamped_swiglu`),"""
+    swiglu_limit: float = math.inf
+    """and how large its gate and what is multiplied with it may be."""
     ropes: tuple[Rope, ...]
     """Of each layer."""
     interleaved: bool = False
@@ -54,6 +59,8 @@ class ModelConfig:
     """Of products of queries and keys; None is head_dim ** -0.5."""
     attention_softcap: float | None = None
     """Scores s become softcap · tanh(s / softcap); None: they stay."""
+    has_sinks: bool = False
+    """Whether each head has a score that takes its share of the weights, and gives no value."""
     max_position_embeddings: int
     """Longest sequence."""
     tie_word_embeddings: bool

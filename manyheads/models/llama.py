@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,8 +23,8 @@ from manyheads.quantization.base import CodedScheme
 if TYPE_CHECKING:
     from manyheads.ops.base import Rows
 
-LayerParts = dict[str, Part | tuple[Part, ...]]
-"""The parameters of a layer, by the fields of its class."""
+LayerParts = dict[str, Part | tuple[Packed, ...]]
+"""The parameters of a layer, by the fields of its class; several products are those of its experts."""
 
 
 NO_NORM = NoNorm()
@@ -49,8 +49,7 @@ class AttentionLayer:
     def nbytes(self) -> int:
         """Bytes of all its weights."""
         held = (getattr(self, field.name) for field in fields(self))
-        parts = chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in held)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in held if part is not None)
 
     def takes(self, residual: Tensor) -> CodedScheme | None:
         """The scheme that the norm before the feed-forward part may quantize rows for (`Product.takes`)."""
@@ -106,7 +105,7 @@ def norm_of(config: ModelConfig, name: str) -> Normed:
     return Normed(name, config.hidden_size, config.norm_bias, config.norm_offset)
 
 
-def whole(part: Part | tuple[Part, ...]) -> Packed:
+def whole(part: Part | tuple[Packed, ...]) -> Packed:
     """A product whose result a norm reads."""
     assert isinstance(part, Packed)
     return replace(part, whole=True)
@@ -152,7 +151,13 @@ class Llama:
         self.config, self.ops, self.ranks = config, ops, ranks
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.activate = {"silu": ops.silu_mul, "gelu": ops.gelu_mul, "plain gelu": ops.gelu}[config.activation]
+        activations: dict[str, Callable[..., Any]] = {
+            "silu": ops.silu_mul,
+            "clamped silu": partial(ops.clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit),
+            "gelu": ops.gelu_mul,
+            "plain gelu": ops.gelu,
+        }
+        self.activate = activations[config.activation]
         # as transformers rounds it, which is seen in bfloat16
         self._embedding_multiplier = embedding.new_tensor(config.embedding_multiplier).item()
         self.heads = self._heads()

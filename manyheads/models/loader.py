@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +17,11 @@ from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Llama
 from manyheads.models.norm import LayerNorm, Norm, RmsNorm
 from manyheads.models.parallel import ALONE, Ranks
-from manyheads.models.parameters import Normed, Packed, Part, Plain
+from manyheads.models.parameters import Normed, Packed, Part, Plain, Stacked
 from manyheads.models.registry import FAMILIES, parameters
 from manyheads.ops import blocks, ops_for
-from manyheads.ops.base import Ops
+from manyheads.ops.base import GroupedProduct, Ops
+from manyheads.quantization import mxfp4
 from manyheads.quantization.base import Weight
 from manyheads.quantization.formats import read_format
 from manyheads.quantization.schemes import compress, compress_vocabulary, find, join, reorder
@@ -94,6 +95,8 @@ class _Weights:
         """Of modules that hold several projections: rows of each, and this rank's."""
         packed = [part for part in self.declared if isinstance(part, Packed)]
         self.linear = {module for part in (*packed, self.declared.lm_head) for module in part.modules}
+        self.stacks = {part.name: part for part in self.declared if isinstance(part, Stacked)}
+        """Products of experts whose weights stand in one tensor."""
         self.order = {part.prefix + name: order.to(device) for part in packed for name, order in part.order.items()}
         """In which order the outputs of some are kept."""
         self.layout = read_format(folder)
@@ -111,6 +114,10 @@ class _Weights:
         self.state: dict[str, Weight] = {}
         self.parts: dict[str, dict[str, Tensor]] = {}
         """Tensors of weights that are quantized in the checkpoint, by module and the last part of their keys."""
+        self.experts: dict[str, list[Weight]] = {}
+        """Weights of each expert, by the tensor that they stand in."""
+        self.blocks: dict[str, dict[str, Tensor]] = {}
+        """Of those that are in 4 bits, `blocks` or `scales` while the other one is yet to come."""
 
     def take(self, path: Path, key: str, tensor: Tensor) -> None:
         """Check a tensor of a file and keep it."""
@@ -118,6 +125,16 @@ class _Weights:
         module, _, leaf = name.rpartition(".")
         is_vocabulary = module in self.declared.lm_head.modules
         if is_vocabulary and self.declared.is_tied and (leaf == "weight" or not self.tied):
+            return
+        stack, _, form = name.rpartition("_")
+        if stack in self.stacks and form in ("blocks", "scales"):
+            if tensor.dtype != torch.uint8:
+                raise CheckpointError(f"{path}: {key} is {tensor.dtype}, and MXFP4 comes in bytes")
+            self.blocks.setdefault(stack, {})[form] = self._checked(path, key, tensor, self._block_shapes(stack)[form])
+            if len(self.blocks[stack]) == 2:
+                found = self.blocks.pop(stack)
+                pairs = zip(found["blocks"].to(self.device), found["scales"].to(self.device), strict=True)
+                self._take_experts(f"{path}: {key}", stack, (mxfp4.widen(*pair, self.dtype) for pair in pairs))
             return
         shape = self.expected.get(name)
         if self.layout is not None and module in self.linear:
@@ -128,22 +145,64 @@ class _Weights:
                 return  # AutoGPTQ gives every module a bias
         if shape is None:
             raise CheckpointError(f"{path}: key {key} belongs to no parameter of a {self.config.architecture}")
+        self._checked(path, key, tensor, shape)
+        if name in self.stacks:
+            self._take_experts(f"{path}: {key}", name, (weight.T for weight in tensor.to(self.device)))
+            return
+        rounded = None
+        if self.scheme is not None and module in self.linear and leaf == "weight":
+            rounded = partial(compress_vocabulary if is_vocabulary else compress, scheme=self.scheme)
+        rows, order = self._rows(module, tensor), self.order.get(module)
+        self.state[name] = self._kept(f"{path}: {key}", rows, self.kept[name], order, rounded)
+
+    def _take_experts(self, where: str, name: str, weights: Iterable[Tensor]) -> None:
+        """Keep the weights [out, in] of all experts.
+
+        Args:
+            where: file and key, for messages.
+        """
+        part, rounded = self.stacks[name], None if self.scheme is None else partial(compress, scheme=self.scheme)
+        order = None if part.order is None else part.order.to(self.device)
+        shape = (part.outputs, part.inputs)
+        self.experts[name] = [self._kept(where, weight, shape, order, rounded) for weight in weights]
+
+    def _block_shapes(self, stack: str) -> dict[str, tuple[int, ...]]:
+        """What experts in 4 bits have instead of their tensor."""
+        count, inputs, outputs = self.expected[stack]
+        scales = (count, outputs, -(-inputs // mxfp4.BLOCK))
+        return {"blocks": (*scales, mxfp4.BLOCK // 2), "scales": scales}
+
+    @staticmethod
+    def _checked(path: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The tensor, which has to have this shape."""
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {shape}")
-        is_rounded = self.scheme is not None and module in self.linear and leaf == "weight"
-        rows = self._rows(module, tensor)
-        part = self.ranks.tensor_part(rows, self.kept[name][:1] if is_rounded else self.kept[name])
+        return tensor
+
+    def _kept(
+        self,
+        where: str,
+        tensor: Tensor,
+        shape: tuple[int, ...],
+        order: Tensor | None,
+        rounded: Callable[[Tensor], Weight] | None,
+    ) -> Weight:
+        """This rank's part of a parameter, of this shape, on its device.
+
+        Args:
+            where: file and key, for messages.
+            order: in which its rows are read, or None.
+            rounded: what makes a weight of it, or None.
+        """
+        part = self.ranks.tensor_part(tensor, shape if rounded is None else shape[:1])
         value = part.to(self.device, self.dtype)
         # summed on the device, where a large checkpoint takes no time
         wide = torch.float64 if self.device.type == "cpu" else torch.float32
         if not torch.isfinite(value.sum(dtype=wide)):
-            raise CheckpointError(f"{path}: {key} holds values that are not finite")
-        if module in self.order:
-            value = value[self.order[module]]
-        self.state[name] = value
-        if is_rounded:
-            rounded = partial(compress_vocabulary if is_vocabulary else compress, scheme=self.scheme)
-            self.state[name] = self.ranks.rounded_part(value, self.kept[name], rounded)
+            raise CheckpointError(f"{where} holds values that are not finite")
+        if order is not None:
+            value = value[order]
+        return value if rounded is None else self.ranks.rounded_part(value, shape, rounded)
 
     def _rows(self, module: str, weight: W) -> W:
         """This rank's rows of a module that holds several projections; any other as it is."""
@@ -164,7 +223,7 @@ class _Weights:
             for dim, size in enumerate((self.kept | self.declared.lm_head.shapes)[name]):
                 weight = self.ranks.part(weight, dim, size)
             self.state[name] = reorder(weight, self.order[module]) if module in self.order else weight
-        missing = self.expected.keys() - self.state.keys()
+        missing = self.expected.keys() - self.state.keys() - self.experts.keys()
         if missing:
             raise CheckpointError(f"{self.folder}: parameter {min(missing)} is missing ({len(missing)} in all)")
 
@@ -173,9 +232,11 @@ class _Weights:
         family = FAMILIES[self.config.architecture]
         declared = self.declared
 
-        def made(part: Part | tuple[Part, ...]) -> Any:
+        def made(part: Part | tuple[Packed, ...]) -> Any:
             if isinstance(part, tuple):
-                return tuple(made(each) for each in part)
+                return self._grouped(part, ops)
+            if isinstance(part, Stacked):
+                return self._stacked(part, ops)
             if isinstance(part, Packed):
                 return self._linear(part, ops)
             return self._norm(part, ops) if isinstance(part, Normed) else self._plain(part)
@@ -190,7 +251,7 @@ class _Weights:
         return family.model(self.config, embedding, layers, made(declared.norm), lm_head, ops, self.ranks)
 
     def _plain(self, part: Plain | Normed) -> Tensor:
-        value = self._tensor(f"{part.name}.weight")
+        value = self._tensor(part.key)
         return value if part.offset == 0.0 else value.float() + part.offset
 
     def _norm(self, part: Normed, ops: Ops) -> Norm:
@@ -206,7 +267,24 @@ class _Weights:
         return value
 
     def _linear(self, part: Packed, ops: Ops) -> Linear:
-        """One product for projections that read the same input; the parts are let go as they are joined."""
+        """One product for projections that read the same input."""
+        size = self.vocab_size if part is self.declared.lm_head else None
+        return Linear(*self._joined(part), self.dtype, ops, part.split, self.ranks, size, part.whole)
+
+    def _grouped(self, parts: tuple[Packed, ...], ops: Ops) -> GroupedProduct:
+        """One product for all experts, each of which is packed alike."""
+        weights, biases = zip(*(self._joined(part) for part in parts), strict=True)
+        return ops.grouped(weights, torch.cat(biases) if parts[0].has_bias else None, self.dtype)
+
+    def _stacked(self, part: Stacked, ops: Ops) -> GroupedProduct:
+        """One product for all experts, of a tensor of all of them."""
+        bias = self._tensor(part.bias)
+        bias = bias if part.order is None else bias[:, part.order.to(self.device)]
+        is_added_elsewhere = part.split is Split.INPUTS and self.ranks.rank > 0
+        return ops.grouped(self.experts.pop(part.name), None if is_added_elsewhere else bias.flatten(), self.dtype)
+
+    def _joined(self, part: Packed) -> tuple[Weight, Tensor | None]:
+        """The weight and the bias of projections one below the other; the parts are let go as they are joined."""
         weights = [self.state.pop(f"{module}.weight") for module in part.modules]
         biases = [self._tensor(f"{module}.bias") for module in part.modules if part.has_bias]
         try:
@@ -214,7 +292,4 @@ class _Weights:
         except ValueError as error:
             names = ", ".join(part.outputs)
             raise CheckpointError(f"{self.folder}: {part.prefix}{names} do not go together: {error}") from error
-        weights.clear()
-        bias = torch.cat(biases) if biases else None
-        size = self.vocab_size if part is self.declared.lm_head else None
-        return Linear(weight, bias, self.dtype, ops, part.split, self.ranks, size, part.whole)
+        return weight, torch.cat(biases) if biases else None

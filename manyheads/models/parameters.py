@@ -15,15 +15,22 @@ class Plain:
     """A parameter that is used as it is, such as an embedding."""
 
     name: str
-    """The module's name, without the leading `model.`; the parameter is `name.weight`."""
+    """The module's name, without the leading `model.`."""
     shape: tuple[int, ...]
     offset: float = 0.0
     """Added to what the checkpoint holds, and the sum is float32: some families keep a norm's difference from 1."""
+    leaf: str = "weight"
+    """The rest of the parameter's name."""
+
+    @property
+    def key(self) -> str:
+        """The parameter's name."""
+        return f"{self.name}.{self.leaf}"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its parameters, by name."""
-        return {f"{self.name}.weight": self.shape}
+        return {self.key: self.shape}
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,11 @@ class Normed:
     has_bias: bool = False
     offset: float = 0.0
     """As of `Plain`, of the weight."""
+
+    @property
+    def key(self) -> str:
+        """The weight's name."""
+        return f"{self.name}.weight"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -83,7 +95,36 @@ class Packed:
         return found
 
 
-Part = Plain | Normed | Packed
+@dataclass(frozen=True)
+class Stacked:
+    """A product of each of a layer's experts, whose weights stand in one tensor of the checkpoint, [in, out] each.
+
+    Instead of it there may be `name_blocks` and `name_scales`, [out, in] in 4 bits (`quantization/mxfp4.py`).
+    """
+
+    name: str
+    """The tensor's, without the leading `model.`; `name_bias` holds the experts' biases."""
+    count: int
+    """Experts."""
+    outputs: int
+    inputs: int
+    split: Split = Split.OUTPUTS
+    """How ranks share each weight."""
+    order: Tensor | None = field(default=None, compare=False)
+    """In which order the outputs are read, [outputs] int64; None: as they are."""
+
+    @property
+    def bias(self) -> str:
+        """The biases' name."""
+        return f"{self.name}_bias"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its parameters, by name."""
+        return {self.name: (self.count, self.inputs, self.outputs), self.bias: (self.count, self.outputs)}
+
+
+Part = Plain | Normed | Packed | Stacked
 
 
 @dataclass(frozen=True)
@@ -91,8 +132,8 @@ class Parameters:
     """All parameters of a model; iterating gives those that are read from its checkpoint."""
 
     embedding: Plain
-    layers: list[dict[str, Part | tuple[Part, ...]]]
-    """The parameters of each layer, by the fields of the family's `layer`."""
+    layers: list[dict[str, Part | tuple[Packed, ...]]]
+    """The parameters of each layer, by the fields of the family's `layer`; several products are its experts'."""
     norm: Normed
     lm_head: Packed
     is_tied: bool

@@ -10,6 +10,7 @@ from manyheads.models.config import ModelConfig
 from manyheads.models.families.cohere import COHERE2
 from manyheads.models.families.gemma import GEMMA2, GEMMA3
 from manyheads.models.families.glm import GLM4
+from manyheads.models.families.gpt_oss import GPT_OSS
 from manyheads.models.families.granite import GRANITE
 from manyheads.models.families.llama import LLAMA, MISTRAL
 from manyheads.models.families.moe import MIXTRAL, QWEN3_MOE
@@ -23,7 +24,7 @@ from manyheads.models.parameters import Parameters
 
 _RECORDS = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GRANITE, OLMO2, SMOLLM3, GLM4, COHERE2, STARCODER2,
-    MIXTRAL, QWEN3_MOE
+    MIXTRAL, QWEN3_MOE, GPT_OSS,
 )  # fmt: skip
 FAMILIES = {family.architecture: family for family in _RECORDS}
 

@@ -7,7 +7,7 @@ import math
 import torch
 
 from manyheads.models.config import ModelConfig
-from manyheads.models.parameters import Packed
+from manyheads.models.parameters import Packed, Stacked
 from manyheads.models.registry import parameters
 from manyheads.ops.products import is_packed, number_bytes
 from manyheads.quantization.base import Scheme
@@ -25,9 +25,10 @@ def weights_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device,
     layer, vocabulary = matrix_bytes(dtype, device, config.dtype, scheme)
     total = 0.0
     for part in declared:
-        matrix = dtype.itemsize if not isinstance(part, Packed) else vocabulary if part is declared.lm_head else layer
-        for shape in part.shapes.values():
-            total += math.prod(shape) * (matrix if len(shape) == 2 else dtype.itemsize)
+        is_product = isinstance(part, Packed | Stacked)
+        matrix = vocabulary if part is declared.lm_head else layer
+        for name, shape in part.shapes.items():
+            total += math.prod(shape) * (matrix if is_product and not name.endswith("bias") else dtype.itemsize)
     if declared.is_tied and (is_packed(dtype, device) or vocabulary != dtype.itemsize):
         total += math.prod(declared.embedding.shape) * vocabulary  # a projection that is not the embedding itself
     return int(total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -63,6 +63,42 @@ class Product(ABC):
         return y if self.bias is None else y.add_(self.bias)
 
 
+class GroupedProduct(ABC):
+    """x Wᵀ + b of tokens, with the weights and biases of their experts. One class a form.
+
+    Args:
+        nbytes: what the weights take in this form.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        """What it keeps, in bytes."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, routed: Any) -> Tensor:
+        """[T, in] → [T · K, out], of the pairs by their experts.
+
+        Args:
+            routed: what `Ops.route` of the same device gave.
+        """
+
+    @abstractmethod
+    def added(self, x: Any, routed: Any) -> Tensor:
+        """What the experts say of each token, by their chances, one added to the other.
+
+        Args:
+            x: [T · K, in] (`Rows`, if it `takes` them), of the pairs by their experts.
+            routed: what `Ops.route` of the same device gave.
+
+        Returns:
+            [T, out], or parts of it, [K, T, out] float32 that are to be added up.
+        """
+
+    def takes(self, x: Tensor) -> CodedScheme | None:
+        """The scheme that whoever computes rows for `added` may quantize them for; as `Product.takes`."""
+        return None
+
+
 class Ops(Protocol):
     """What a device must do beside torch's plain operations. Nothing here waits for the device, where it has kernels.
 
@@ -87,6 +123,28 @@ class Ops(Protocol):
 
         Args:
             dtype: of the activations, which a quantized weight that nothing multiplies is widened to.
+        """
+
+    def grouped(self, weights: Sequence[Weight], bias: Tensor | None, dtype: torch.dtype) -> GroupedProduct:
+        """The product with the weights of a layer's experts, [out, in] each.
+
+        Args:
+            bias: [experts · out], the experts' one behind the other, or None.
+            dtype: as `product` has it.
+        """
+
+    def route(self, x: Tensor, router: Tensor, bias: Tensor | None, top: int, adds_up: bool) -> Any:
+        """Choose experts for tokens: the most probable ones by the softmax of x · routerᵀ + bias.
+
+        Args:
+            x: [T, hidden]
+            router: [experts, hidden]
+            bias: [experts] or None.
+            top: K, how many each token goes to.
+            adds_up: whether the chances of those that are chosen are made to add up to 1.
+
+        Returns:
+            A `Routed` (`ops/experts.py`), for the grouped products of this device.
         """
 
     def adapters(self, count: int) -> Adapters:
@@ -134,6 +192,9 @@ class Ops(Protocol):
 
     def gelu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Any:
         """gelu(gate) · up, by its approximation with tanh (Hendrycks and Gimpel 2016); shapes as `silu_mul`'s."""
+
+    def clamped_swiglu(self, gate_up: Tensor, scheme: CodedScheme | None = None, *, alpha: float, limit: float) -> Any:
+        """gate · sigmoid(alpha · gate) · (up + 1), of gate up to a limit and up within it (gpt-oss); as `silu_mul`."""
 
     def gelu(self, x: Tensor, scheme: CodedScheme | None = None) -> Any:
         """The same of [T, I] without a gate."""

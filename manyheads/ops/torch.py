@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from manyheads.attention.base import Heads
 from manyheads.attention.torch import TorchAttention, rms_norm
 from manyheads.batch import InFlight, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
-from manyheads.ops import blocks, integer, products
+from manyheads.ops import blocks, experts, integer, products
 from manyheads.ops.adapters import Adapters, TorchAdapters
-from manyheads.ops.base import Product
+from manyheads.ops.base import GroupedProduct, Product
+from manyheads.ops.experts import LoopedProduct
 from manyheads.ops.noise import gumbel
 from manyheads.quantization.base import CodedScheme, CodedWeight, Weight
 from manyheads.quantization.bitsandbytes import BitsandbytesWeight
@@ -61,6 +62,12 @@ class TorchOps:
                 return products.OneDnnProduct(weight, bias)
         return products.PlainProduct(weight, bias)
 
+    def grouped(self, weights: Sequence[Weight], bias: Tensor | None, dtype: torch.dtype) -> GroupedProduct:
+        biases = [None] * len(weights) if bias is None else list(bias.chunk(len(weights)))
+        return LoopedProduct([self.product(*each, dtype) for each in zip(weights, biases, strict=True)])
+
+    route = staticmethod(experts.route)
+
     def adapters(self, count: int) -> Adapters:
         return TorchAdapters(count)
 
@@ -100,6 +107,13 @@ class TorchOps:
     def gelu_mul(self, gate_up: Tensor, scheme: CodedScheme | None = None) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh").mul_(up)
+
+    def clamped_swiglu(
+        self, gate_up: Tensor, scheme: CodedScheme | None = None, *, alpha: float, limit: float
+    ) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate = gate.clamp(max=limit)
+        return torch.sigmoid(alpha * gate).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
 
     def gelu(self, x: Tensor, scheme: CodedScheme | None = None) -> Tensor:
         return F.gelu(x, approximate="tanh")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,9 @@ from manyheads.attention.triton import TritonAttention
 from manyheads.batch import Outcome, RowState, Trees
 from manyheads.kernels import compact, compiling, fused, settle, topk, trees
 from manyheads.kv_cache import KVCache
-from manyheads.ops import kernel_products
+from manyheads.ops import kernel_experts, kernel_products
 from manyheads.ops.adapters import Adapters
-from manyheads.ops.base import Product
+from manyheads.ops.base import GroupedProduct, Product
 from manyheads.ops.kernel_adapters import KernelAdapters
 from manyheads.ops.torch import TorchOps
 from manyheads.quantization.base import CodedWeight, Weight
@@ -32,6 +34,7 @@ class TritonOps(TorchOps):
     add_layer_norm = staticmethod(fused.add_layer_norm)  # type: ignore[assignment]
     silu_mul = staticmethod(fused.silu_mul)  # type: ignore[assignment]
     gelu_mul = staticmethod(fused.gelu_mul)  # type: ignore[assignment]
+    clamped_swiglu = staticmethod(fused.clamped_swiglu)  # type: ignore[assignment]
     gelu = staticmethod(fused.gelu)  # type: ignore[assignment]
     head_input = staticmethod(fused.head_input)
     argmax = staticmethod(topk.argmax)
@@ -39,6 +42,7 @@ class TritonOps(TorchOps):
     draw = staticmethod(topk.draw)
     expand = staticmethod(trees.expand)
     propose = staticmethod(settle.propose)
+    route = staticmethod(kernel_experts.route)
     watch = staticmethod(compiling.watch)
 
     def adapters(self, count: int) -> Adapters:
@@ -54,6 +58,9 @@ class TritonOps(TorchOps):
         if isinstance(weight, Tensor) and bias is None and weight.dtype in (torch.float16, torch.bfloat16):
             return kernel_products.FewRowsProduct(weight)
         return super().product(weight, bias, dtype)
+
+    def grouped(self, weights: Sequence[Weight], bias: Tensor | None, dtype: torch.dtype) -> GroupedProduct:
+        return kernel_experts.grouped(weights, bias, dtype) or super().grouped(weights, bias, dtype)
 
     def settle(
         self, state: RowState, cache: KVCache, trees: Trees, target: Tensor, accepted: Tensor | None = None

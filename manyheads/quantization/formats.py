@@ -7,6 +7,7 @@
 | fp8, a scale per tensor or per row | fp8 | `compressed_tensors.py` |
 | awq (gemm) | int4 | `awq_gptq.py` |
 | gptq (formats gptq and gptq_v2) without desc_act | int4 | `awq_gptq.py` |
+| mxfp4 | none: widened as it is loaded | `mxfp4.py` |
 | gguf, which `manyheads.gguf` writes | int4, or none: blocks as they are | `gguf.py` |
 
 A module is quantized if its tensors are: lists such as `ignore` or `modules_to_not_convert` say the same a second time,
@@ -37,6 +38,10 @@ def read_format(folder: Path) -> Format | None:
         raise ConfigError(f"{path}: quantization_config must be an object, not {config!r}")
     readers = {"compressed-tensors": compressed_tensors, "fp8": fp8, "awq": awq, "gptq": gptq, "gguf": gguf}
     method = config.get("quant_method")
+    if method == "mxfp4":
+        return None  # its tensors have names of their own, which families declare (`models/parameters.Stacked`)
     if method not in readers:
-        raise ConfigError(f"{path}: quant_method {method!r} is not supported; supported are {', '.join(readers)}")
+        raise ConfigError(
+            f"{path}: quant_method {method!r} is not supported; supported are {', '.join(readers)} and mxfp4"
+        )
     return readers[method](path, config)

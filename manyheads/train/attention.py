@@ -36,6 +36,9 @@ def packed_attention(
     scaling: float,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each conversation, as transformers calls it: [R, L, heads, dim].
@@ -45,23 +48,43 @@ def packed_attention(
         key, value: [R, K/V heads, L, dim]
         cu_seq_lens_q: [conversations + 1] int32, where each begins in the R · L tokens, and the end.
         max_length_q: tokens of the longest.
+        sliding_window, softcap: as `attention.base.Heads` has them.
+        s_aux: [heads], the sinks.
     """
     num_rows, num_heads, length, dim = query.shape
     # rotary embeddings can leave float32 beside bfloat16 under autocast
     q, k, v = (t.transpose(1, 2).flatten(0, 1).to(value.dtype) for t in (query, key, value))  # [R · L, heads, dim]
     k, v = (t.repeat_interleave(num_heads // key.shape[1], dim=1) for t in (k, v))
     out: Any
-    if q.is_cuda and _has_flash_attention(q.device, dim):
+    by_scores = softcap is not None or s_aux is not None
+    if q.is_cuda and _has_flash_attention(q.device, dim) and not by_scores:
         from torch.nn.attention.varlen import varlen_attn
 
-        bounds, longest = cu_seq_lens_q, max_length_q
-        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+        bounds, longest, behind = cu_seq_lens_q, max_length_q, -1 if sliding_window is None else sliding_window - 1
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(behind, 0))
     else:
         sizes = cu_seq_lens_q.diff().tolist()
         alone = zip(*(torch.split(t.transpose(0, 1), sizes, dim=1) for t in (q, k, v)), strict=True)  # [heads, n, dim]
-        done = [F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scaling) for a, b, c in alone]
+        if by_scores or sliding_window is not None:
+            done = [_attend_by_scores(a, b, c, scaling, sliding_window, softcap, s_aux) for a, b, c in alone]
+        else:
+            done = [F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scaling) for a, b, c in alone]
         out = torch.cat(done, dim=1).transpose(0, 1)
     return out.view(num_rows, length, num_heads, dim), None
+
+
+def _attend_by_scores(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Causal attention of a conversation, [heads, n, dim], with what no kernel takes."""
+    scores = (q @ k.transpose(1, 2)).float() * scale
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril()
+    seen = seen if window is None else seen.triu(1 - window)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float()[:, None, None].expand(-1, len(seen), 1)), -1)
+    return scores.softmax(-1)[..., : len(seen)].to(v.dtype) @ v
 
 
 @functools.cache

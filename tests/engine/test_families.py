@@ -24,7 +24,7 @@ TREES = (1, 8, 32)
 NAMES = [
     "llama3 rope", "mistral with a window", "qwen2 with windows", "qwen3", "phi3", "phi3 tied, turned in part",
     "granite", "olmo2", "smollm3 with windows", "glm4", "cohere2", "starcoder2", "gemma2", "gemma3", "mixtral",
-    "qwen3 with experts",
+    "qwen3 with experts", "gpt-oss",
 ]  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from manyheads import EngineConfig, SamplingParams
 from manyheads.checkpoint import BUILTIN_FOLDER
 from manyheads.engine.build import build_engine
 from manyheads.request import EngineRequest, RequestDelta
+from tests.engine.test_families import save
+from tests.tiny import VOCAB
 
 
 @pytest.mark.gpu
@@ -34,6 +36,17 @@ def test_what_was_guessed_is_told_of_the_same_step() -> None:
         if delta.finish_reason is None:  # the last step may be cut by the limit
             assert right == delta.new_token_ids[:-1]
     assert sum(len(delta.trace.guesses) for delta in told if delta.trace is not None) > 2 * len(told)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_of_experts_are_recorded(tmp_path: Path) -> None:
+    """And the texts are the same with trees and without, though blocks of experts differ."""
+    save(tmp_path, "qwen3 with experts", head_dim=16, max_position_embeddings=1024)
+    prompts = [[(i * 31 + j * j) % VOCAB for j in range(20 + 9 * i)] for i in range(16)]
+    engine = build_engine(EngineConfig(model=str(tmp_path), dtype="float32", max_num_seqs=16))
+    assert engine.runner.recorded is not None
+    assert replies(tmp_path, prompts, tree_size=16) == replies(tmp_path, prompts, tree_size=1)
 
 
 def replies(

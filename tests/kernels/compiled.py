@@ -1,4 +1,4 @@
-"""Compiles the kernel of kernels/exchange.py for Hopper and Ampere, without a GPU: `python tests/kernels/compiled.py`.
+"""Compiles kernels for Hopper and Ampere, without a GPU: `python tests/kernels/compiled.py`.
 
 Triton's interpreter takes what its compiler refuses, as branches that are never taken. It is chosen when kernels are
 imported, so this is a process of its own.
@@ -6,29 +6,95 @@ imported, so this is a process of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from manyheads.kernels import experts, routing
+from manyheads.kernels.attention import _attend_kernel
 from manyheads.kernels.exchange import ROWS, _sum_kernel
 
-POINTERS = {"boxes_ptr": "*i64", "calls_ptr": "*i64", "released_ptr": "*i32"}
-NUMBERS = dict.fromkeys(("dim", "words", "stride_part", "row_words"), "i32")
+HOPPER, AMPERE = 90, 80
 
 
-def compile_sum(dtype: str, parts: int, capability: int) -> int:
-    """Bytes of the kernel, for rows of a dtype that come whole or in parts."""
-    constants = {"RANK": 1, "RANKS": 2, "ROWS": ROWS, "PARTS": parts, "HALVES": dtype != "fp32", "BLOCK": 1024}
-    constants["DEPENDENT"] = capability >= 90
-    kinds = {"x_ptr": f"*{dtype if parts == 1 else 'fp32'}", "out_ptr": f"*{dtype}", **POINTERS, **NUMBERS}
-    names = _sum_kernel.arg_names
+def compiled(
+    kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any], capability: int, **options: int
+) -> int:
+    """Bytes of a kernel.
+
+    Args:
+        kinds: types of its arguments that are no constants.
+        options: of the launch.
+    """
+    names, known = kernel.arg_names, {**constants, "DEPENDENT": capability >= HOPPER}
     signature = {name: kinds.get(name, "constexpr") for name in names}
-    source = ASTSource(_sum_kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    options = {"num_warps": 4, "launch_pdl": capability >= 90}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in known.items()})
+    launch = {"num_warps": 4, "launch_pdl": capability >= HOPPER, **options}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
     return len(made.asm["cubin"])
 
 
+def compile_sum(dtype: str, parts: int, capability: int) -> int:
+    """The sum over ranks, of rows of a dtype that come whole or in parts."""
+    numbers = dict.fromkeys(("dim", "words", "stride_part", "row_words"), "i32")
+    boxes = {"boxes_ptr": "*i64", "calls_ptr": "*i64", "released_ptr": "*i32"}
+    rows = {"x_ptr": f"*{dtype if parts == 1 else 'fp32'}", "out_ptr": f"*{dtype}"}
+    constants = {"RANK": 1, "RANKS": 2, "ROWS": ROWS, "PARTS": parts, "HALVES": dtype != "fp32", "BLOCK": 1024}
+    return compiled(_sum_kernel, {**rows, **boxes, **numbers}, constants, capability)
+
+
+def compile_routing(count: int, top: int) -> int:
+    """The router, and what puts tokens together by so many experts."""
+    rows = {"x_ptr": "*bf16", "router_ptr": "*bf16", "bias_ptr": "*bf16", "num_tokens": "i32", "width": "i32"}
+    made = {"chances_ptr": "*fp32", "chosen_ptr": "*i32"}
+    constants = {"COUNT": count, "TOP": top, "ADDS_UP": True, "HAS_BIAS": True, "EXPERTS": max(16, count), "RANKS": top,
+                 "TOKENS": 16, "COLUMNS": 128}  # fmt: skip
+    size = compiled(routing._route_kernel, {**rows, **made}, constants, HOPPER, num_stages=3)
+    tables = {"chosen_ptr": "*i32", "order_ptr": "*i32", "table_ptr": "*i32", "num_pairs": "i32", "num_blocks": "i32"}
+    constants = {"COUNT": count, "BINS": 2 * count, "SIZE": 16, "AT_ONCE": 1024}
+    return size + compiled(routing._group_kernel, tables, constants, HOPPER)
+
+
+def compile_experts(form: str, rows: int, added: bool, capability: int) -> int:
+    """The product with experts' weights: of a type, for blocks of so many rows, with parts of results or without."""
+    codes = {"bf16": "bf16", "int8": "i8", "fp8": "fp8e4nv", "int4": "i8"}[form]
+    pointers = {"x": codes, "weight": "u8" if form == "int4" else codes, "out": "fp32" if added else "bf16",
+                "x_scale": "fp32", "scale": "fp32", "sums": "fp32", "zero": "i8", "order": "i32", "table": "i32",
+                "bias": "bf16", "chances": "fp32"}  # fmt: skip
+    kinds = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
+    kinds |= dict.fromkeys(("num_blocks", "num_pairs", "num_out", "width", "rows", "padded"), "i32")
+    kernel = experts._int4_kernel if form == "int4" else experts._kernel
+    constants: dict[str, Any] = {"TOP": 8, "ADDED": added, "HAS_BIAS": True, "ROWS": rows, "OUT": 64, "EVEN_OUT": True}
+    if form == "int4":
+        constants |= {"HAS_ZERO": True, "IN_REGISTERS": True, "GROUP": 128, "PAIRS": 8, "GROUPS": 16, "STAGES": 2}
+    else:
+        constants |= {"SCALED": form != "bf16", "PARTS": 2 if form == "int8" else 1, "COLUMNS": 128, "EVEN_IN": True}
+    kinds = {name: kind for name, kind in kinds.items() if name in kernel.arg_names}
+    return compiled(kernel, kinds, constants, capability, num_stages=3)
+
+
+def compile_attention(capability: int) -> int:
+    """Attention through a window, with sinks, of which a split begins with a weight."""
+    pointers = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_scale_ptr", "v_scale_ptr"), "bf16"),
+                **dict.fromkeys(("cached_len", "page_table", "token_mask", "position_ptr"), "i64"),
+                "row_start": "i32", "tiles": "i32", "partial_ptr": "fp32", "sink_ptr": "fp32"}  # fmt: skip
+    kinds = {name: f"*{kind}" for name, kind in pointers.items()} | {"scale": "fp32", "cap": "fp32"}
+    strides = [name for name in _attend_kernel.arg_names if name.startswith("stride_")]
+    kinds |= dict.fromkeys(("num_tokens", "num_splits", "window", *strides), "i32")
+    constants = {"NUM_HEADS": 64, "QUERIES_PER_KV": 8, "HEAD_DIM": 64, "PAGE_SIZE": 16, "BLOCK_M": 64, "BLOCK_N": 64,
+                 "SPLIT": True, "QUANTIZED": False, "CAPPED": False, "HAS_SINKS": True, "WINDOWED": True,
+                 "IN_REGISTERS": True}  # fmt: skip
+    return compiled(_attend_kernel, kinds, constants, capability, num_stages=3)
+
+
 if __name__ == "__main__":
-    for dtype, parts, capability in (("fp16", 1, 90), ("bf16", 4, 90), ("fp32", 1, 80)):
-        print(dtype, parts, capability, compile_sum(dtype, parts, capability))
+    for sums in (("fp16", 1, HOPPER), ("bf16", 4, HOPPER), ("fp32", 1, AMPERE)):
+        print(*sums, compile_sum(*sums))
+    print("sinks", compile_attention(HOPPER))
+    print("routing", compile_routing(128, 8))
+    for form in (("bf16", 16, False, HOPPER), ("bf16", 128, True, AMPERE), ("int8", 16, True, HOPPER),
+                 ("fp8", 64, False, HOPPER), ("int4", 16, False, HOPPER)):  # fmt: skip
+        print(*form, compile_experts(*form))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import reduce
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,13 +84,3 @@ def test_what_does_not_fit_is_not_served() -> None:
     assert not box.serves(x.new_zeros(ROWS + 1, 8), torch.float32)
     assert not box.serves(x.new_zeros(1, ROW_BYTES // 4 + 1), torch.float32)
     assert not box.serves(x.new_zeros(1, 7), torch.float16)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the other tests compile it")
-def test_it_compiles_for_gpus() -> None:
-    """The interpreter takes more than the compiler does."""
-    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("compiled.py"))]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 3

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from manyheads.kernels.fused import (
     add_layer_norm,
     add_rms_norm,
+    clamped_swiglu,
     gelu,
     gelu_mul,
     head_input,
@@ -24,6 +25,7 @@ from manyheads.kernels.fused import (
 )
 from manyheads.kernels.rows import quantize_rows
 from manyheads.kv_cache import CODES, KVCache, quantize
+from manyheads.ops.torch import TorchOps
 from manyheads.quantization.base import CodedScheme
 from manyheads.quantization.fp8 import FP8
 from manyheads.quantization.int8 import INT8
@@ -206,6 +208,20 @@ def test_silu_mul(dim: int, dtype: torch.dtype) -> None:
     x = randn(5, 2 * dim, dtype=dtype) * 4
     gate, up = x.double().chunk(2, dim=-1)
     assert relative_error(silu_mul(x), F.silu(gate) * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [1, 44, 1500])
+def test_clamped_swiglu(dim: int, dtype: torch.dtype) -> None:
+    """As transformers' GptOssExperts has it, by the kernel and by torch."""
+    x = randn(5, 2 * dim, dtype=dtype) * 2
+    gate, up = x.double().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=1.5), up.clamp(-1.5, 1.5)
+    wanted = (up + 1) * gate * torch.sigmoid(1.7 * gate)
+    for activate in (clamped_swiglu, TorchOps().clamped_swiglu):
+        assert relative_error(activate(x, alpha=1.7, limit=1.5), wanted) < 2 * TOLERANCE[dtype]
+    x[1, 0] = x[3, dim] = torch.nan
+    assert clamped_swiglu(x, alpha=1.7, limit=1.5).isnan().any(1).tolist() == [False, True, False, True, False]
 
 
 def test_silu_mul_of_extremes() -> None:

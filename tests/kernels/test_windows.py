@@ -1,4 +1,4 @@
-"""Attention through windows, with capped scores and another scale, in float64 and by both backends' kernels."""
+"""Attention through windows, with capped scores, sinks and another scale, in float64 and by both backends' kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def positions(rows: Batch) -> Tensor:
     return torch.tensor(found, dtype=torch.int64, device=DEVICE)
 
 
-def expected(rows: Batch, scale: float, softcap: float | None, window: int) -> Tensor:
+def expected(rows: Batch, scale: float, softcap: float | None, window: int, sinks: Tensor | None = None) -> Tensor:
     """Row by row in float64; with a window, what nobody sees becomes NaN in the cache."""
     _, heads, _ = rows.q.shape
     page_size, per_kv = rows.k_pages.shape[1], heads // rows.k_pages.shape[2]
@@ -47,7 +47,11 @@ def expected(rows: Batch, scale: float, softcap: float | None, window: int) -> T
         seen &= own[:, None] - stands < window
         scores = torch.einsum("nhd,lhd->hnl", rows.q[start : start + row.num_nodes].double(), keys) * scale
         scores = scores if softcap is None else softcap * (scores / softcap).tanh()
-        weights = scores.masked_fill(~seen, -math.inf).softmax(2)
+        scores = scores.masked_fill(~seen, -math.inf)
+        beside = scores.new_empty(heads, row.num_nodes, 0)
+        if sinks is not None:
+            beside = sinks.double()[:, None, None].expand(-1, row.num_nodes, 1)
+        weights = torch.cat((scores, beside), 2).softmax(2)[..., : len(slots)]
         out[start : start + row.num_nodes] = torch.einsum("hnl,lhd->nhd", weights, values)
         start += row.num_nodes
         behind = slots[~seen.any(0)]
@@ -123,13 +127,40 @@ def test_scale_and_cap(scale: float | None, softcap: float | None, kv_dtype: str
     assert relative_error(found, wanted) < (TOLERANCE[torch.float32] if kv_dtype == "auto" else 2e-3)
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("name", ROWS)
+def test_sinks_take_their_share_of_the_weights(name: str, num_splits: int) -> None:
+    """One that is nearly all of it, one that is nothing, and of all splits it counts once; also where all else is 0."""
+    made = batch(ROWS[name])
+    sinks = torch.tensor([8.0, -50.0, 0.0, 1.5], device=DEVICE)
+    for window in (0, 5):
+        found = tree_attention(
+            made.q,
+            made.k_pages,
+            made.v_pages,
+            made.row_start,
+            made.cached_len,
+            made.page_table,
+            made.mask,
+            max_nodes=made.max_nodes,
+            num_splits=num_splits,
+            sinks=sinks,
+            window=window,
+            positions=positions(made),
+        )
+        wanted = expected(made, 0.25, None, window or 1000, sinks)
+        assert relative_error(found, wanted) < TOLERANCE[torch.float32]
+        assert float(wanted[:, 0].norm()) < 0.3 * float(wanted[:, 1].norm())
+
+
 @pytest.mark.parametrize("backend", [TorchAttention, TritonAttention])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_backends_choose_by_layer(backend: type[TorchAttention] | type[TritonAttention], softcap: float | None) -> None:
-    """Layers of three windows over rows of several lengths, in trees and in chunks, side by side in memory or not."""
+    """Layers of three windows, two of them with sinks; rows of several lengths, in trees and in chunks, side by side in
+    memory or not."""
     torch.manual_seed(0)
     heads, kv_heads, dim, page_size = 4, 2, 16, 4
-    windows = {1: 3, 2: 9}
+    windows, sinks = {1: 3, 2: 9}, {0: torch.randn(heads, device=DEVICE), 2: torch.randn(heads, device=DEVICE) + 2}
     rope = NO_ROPE.table(400, dim, DEVICE, torch.float32)
     for rows in ([tree(30, 6), tree(33, 3)], [chain(20, 7), chain(0, 3)], [tree(50, 8)], [chain(41, 1)]):
         made = batch(rows, page_size=page_size, heads=heads, kv_heads=kv_heads)
@@ -138,7 +169,14 @@ def test_backends_choose_by_layer(backend: type[TorchAttention] | type[TritonAtt
         cache.data[:, 0], cache.data[:, 1] = made.k_pages.nan_to_num(), made.v_pages.nan_to_num()
         attention = backend(
             cache,
-            Heads(num_heads=heads, eps=1e-6, ropes=dict.fromkeys(range(3), rope), windows=windows, softcap=softcap),
+            Heads(
+                num_heads=heads,
+                eps=1e-6,
+                ropes=dict.fromkeys(range(3), rope),
+                windows=windows,
+                softcap=softcap,
+                sinks=sinks,
+            ),
         )
         at, slots, qkv, start = positions(made), [], [], 0
         for r, row in enumerate(rows):
@@ -171,5 +209,5 @@ def test_backends_choose_by_layer(backend: type[TorchAttention] | type[TritonAtt
                 page_table=made.page_table,
                 mask=made.mask,
             )
-            wanted = expected(copy, dim**-0.5, softcap, windows.get(layer, 1000))
+            wanted = expected(copy, dim**-0.5, softcap, windows.get(layer, 1000), sinks.get(layer))
             assert relative_error(found, wanted.flatten(1)) < 1e-5

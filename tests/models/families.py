@@ -121,6 +121,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "head_dim": 8,
+            "sliding_window": 5,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    "gpt-oss, tied, of full layers": (
+        "gpt_oss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "swiglu_limit": 0.7,
+            "swiglu_alpha": 1.1,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
     "gemma3 with a cap": ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True, **GEMMA}),
 }
 

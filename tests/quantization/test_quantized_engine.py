@@ -51,9 +51,13 @@ def widened(model: M, scheme: str) -> M:
         if isinstance(module, torch.nn.Linear):
             chosen = "int8" if name == "lm_head" and scheme == "int4" else scheme
             module.weight = torch.nn.Parameter(rounded(module.weight.data, chosen))
-    for parameter in model.parameters():
-        if parameter.dim() == 3:
-            parameter.data = torch.stack([rounded(expert, scheme) for expert in parameter.data])
+    for module in model.modules():
+        is_transposed = getattr(module, "is_transposed", False)  # transformers' experts say so
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 3:
+                weights = parameter.data.mT if is_transposed else parameter.data
+                coded = torch.stack([rounded(expert, scheme) for expert in weights])
+                parameter.data = coded.mT.contiguous() if is_transposed else coded
     return model
 
 

@@ -25,12 +25,13 @@ from manyheads.train.accuracy import NUM_RANKS, accuracy_table, right_ranks, tok
 from manyheads.train.answers import answer_all
 from manyheads.train.attention import packed_attention
 from manyheads.train.base import Base
-from manyheads.train.dataset import Order, ahead, pack
+from manyheads.train.dataset import Batch, Order, ahead, pack
 from manyheads.train.loss import chunked, cross_entropy, divergence
 from manyheads.train.medusa import TrainedHeads
 from manyheads.train.prompts import Answer, read_prompts
 from manyheads.train.run import split
 from manyheads.train.trainer import Trainer
+from tests.models.families import reference
 from tests.server.tiny_tokenizer import tiny_tokenizer
 from tests.train.conftest import QUIET, settings
 
@@ -122,6 +123,20 @@ def test_packed_conversations_do_not_see_each_other(base: Path) -> None:
     assert torch.allclose(packed[0, :6], alone[0], atol=1e-5)
     assert torch.allclose(packed[0, 6:9], alone[1], atol=1e-5)
     assert torch.allclose(packed[1], alone[2][:16], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral with a window", "gemma2", "gpt-oss"])
+def test_packed_conversations_have_windows_caps_and_sinks(tmp_path: Path, name: str) -> None:
+    """Hidden states are those of transformers' own attention, conversation by conversation."""
+    reference(name).save_pretrained(tmp_path)
+    model = Base.load(tmp_path, CPU)
+    tokens = torch.randint(0, 61, (1, 30), generator=torch.Generator().manual_seed(1))
+    part = torch.tensor([[1] * 18 + [2] * 12])
+    with torch.inference_mode():
+        found = model.hidden(Batch(tokens, part, part == 2))
+        eager = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").model
+        wanted = [eager(piece).last_hidden_state[0] for piece in (tokens[:, :18], tokens[:, 18:])]
+    torch.testing.assert_close(found, torch.cat(wanted), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.gpu

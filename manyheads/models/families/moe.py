@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.models import llama
@@ -15,9 +13,10 @@ from manyheads.models.config import ModelConfig
 from manyheads.models.families.llama import COMMON, windows_everywhere
 from manyheads.models.family import Family
 from manyheads.models.keys import Keys
-from manyheads.models.linear import Linear, Split
+from manyheads.models.linear import Split
 from manyheads.models.llama import AttentionLayer, LayerParts, Llama
-from manyheads.models.parameters import Packed, Parameters, Part, Plain
+from manyheads.models.parameters import Packed, Parameters, Plain
+from manyheads.ops.base import GroupedProduct
 
 if TYPE_CHECKING:
     from manyheads.ops.base import Rows
@@ -28,32 +27,23 @@ class ExpertLayer(AttentionLayer):
     """A layer's weights: of attention, then of the router and the experts."""
 
     router: Tensor  # [experts, hidden]
-    gate_up: tuple[Linear, ...]  # of each expert: hidden → 2 · intermediate
-    down: tuple[Linear, ...]  # intermediate → hidden
+    router_bias: Tensor | None = None  # [experts]
+    gate_up: GroupedProduct  # of each expert: hidden → 2 · intermediate
+    down: GroupedProduct  # intermediate → hidden
 
 
 class MixtureOfExperts(Llama):
-    """The forward pass of models with experts.
-
-    It asks the device which experts were chosen, so that no graph can hold it.
-    """
-
-    can_be_captured = False
+    """The forward pass of models with experts."""
 
     def feed_forward(self, layer: AttentionLayer, x: Rows, residual: Tensor) -> Tensor:
         """What the chosen experts say of each token, by the chances that the router gives them."""
         assert isinstance(layer, ExpertLayer)
         assert isinstance(x, Tensor)
-        chances = F.linear(x, layer.router).softmax(-1, dtype=torch.float32)
-        chances, chosen = chances.topk(self.config.experts_per_token, dim=-1)  # [T, k]
-        if self.config.experts_add_up:
-            chances = chances / chances.sum(-1, keepdim=True)
-        out = torch.zeros_like(residual)
-        for expert in sorted(set(chosen.flatten().tolist())):
-            token, place = torch.where(chosen == expert)
-            y = layer.down[expert](self.activate(layer.gate_up[expert](x[token])))
-            out.index_add_(0, token, (y * chances[token, place, None]).to(out.dtype))
-        return out
+        top, adds_up = self.config.experts_per_token, self.config.experts_add_up
+        routed = self.ops.route(x, layer.router, layer.router_bias, top, adds_up)
+        y = self.activate(layer.gate_up(x, routed), layer.down.takes(residual))
+        y = layer.down.added(y, routed)
+        return y if self.ranks.size == 1 else self.ranks.sum(y, self.dtype)
 
 
 def read_mixtral(keys: Keys, folder: Path) -> ModelConfig:
@@ -62,8 +52,8 @@ def read_mixtral(keys: Keys, folder: Path) -> ModelConfig:
         keys,
         folder,
         windows=windows_everywhere(keys),
-        num_experts=_num_experts(keys),
-        experts_per_token=_experts_per_token(keys),
+        num_experts=num_experts_of(keys),
+        experts_per_token=experts_per_token_of(keys),
         experts_add_up=True,
     )
 
@@ -86,14 +76,14 @@ def read_qwen3_moe(keys: Keys, folder: Path) -> ModelConfig:
         qk_norm=True,
         windows=windows,
         intermediate_size=keys.integer("moe_intermediate_size"),
-        num_experts=_num_experts(keys),
-        experts_per_token=_experts_per_token(keys),
+        num_experts=num_experts_of(keys),
+        experts_per_token=experts_per_token_of(keys),
         experts_add_up=keys.flag("norm_topk_prob"),
     )
 
 
-def _num_experts(keys: Keys) -> int:
-    """By one of two names, of which a later version of transformers writes the other."""
+def num_experts_of(keys: Keys) -> int:
+    """How many there are, by one of two names, of which a later version of transformers writes the other."""
     ours, other = ("num_local_experts", "num_experts")
     if other in keys.raw and ours in keys.raw and keys.raw[other] != keys.raw[ours]:
         raise keys.wrong(other, f"as {ours} ({keys.raw[ours]!r})")
@@ -103,10 +93,11 @@ def _num_experts(keys: Keys) -> int:
     return keys.integer(named or (ours if keys.value(other) is None else other))
 
 
-def _experts_per_token(keys: Keys) -> int:
+def experts_per_token_of(keys: Keys) -> int:
+    """How many a token goes to."""
     count = keys.integer("num_experts_per_tok")
-    if count > _num_experts(keys):
-        raise keys.wrong("num_experts_per_tok", f"at most the number of experts ({_num_experts(keys)})")
+    if count > num_experts_of(keys):
+        raise keys.wrong("num_experts_per_tok", f"at most the number of experts ({num_experts_of(keys)})")
     return count
 
 
@@ -125,10 +116,8 @@ def qwen3_moe_parameters(config: ModelConfig) -> Parameters:
 def _layer(config: ModelConfig, at: str, part: str, gate_up: tuple[str, str], down: str) -> LayerParts:
     hidden, inner, experts = config.hidden_size, config.intermediate_size, range(config.num_experts)
     names = [f"{at}{part}experts.{expert}." for expert in experts]
-    ups: tuple[Part, ...] = tuple(Packed(name, dict.fromkeys(gate_up, inner), hidden) for name in names)
-    downs: tuple[Part, ...] = tuple(
-        Packed(name, {down: hidden}, inner, split=Split.INPUTS, whole=True) for name in names
-    )
+    ups = tuple(Packed(name, dict.fromkeys(gate_up, inner), hidden) for name in names)
+    downs = tuple(Packed(name, {down: hidden}, inner, split=Split.INPUTS) for name in names)
     router = Plain(f"{at}{part}gate", (config.num_experts, hidden))
     return llama.layer_parameters(config, at) | {"router": router, "gate_up": ups, "down": downs}
 
