@@ -15,22 +15,23 @@ from manyheads.models.llama import Llama
 @torch.inference_mode()
 def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None) -> Tensor:
     """[T] → [T, hidden]; the tokens are a chain if no tree says otherwise."""
-    config, n = model.config, len(tokens)
+    config, n, device = model.config, len(tokens), tokens.device
     pages = -(-n // 16)
-    cache = KVCache.zeros(config.kv_shape, pages, 16, model.dtype, torch.device("cpu"))
+    cache = KVCache.zeros(config.kv_shape, pages, 16, model.dtype, device)
     attention = TorchAttention(cache, model.heads)
     group = Group(
         start=0,
         stop=n,
-        row_start=torch.tensor([0, n], dtype=torch.int32),
-        bits=tree.bits if tree else torch.zeros(n, dtype=torch.int64),
-        cached_len=torch.tensor([0]),
-        page_table=torch.arange(pages)[None],
+        row_start=torch.tensor([0, n], dtype=torch.int32, device=device),
+        bits=tree.bits if tree else torch.zeros(n, dtype=torch.int64, device=device),
+        cached_len=torch.tensor([0], device=device),
+        page_table=torch.arange(pages, device=device)[None],
         max_tokens=n,
         max_cached_len=0,
         is_chain=tree is None,
     )
-    attention.plan([group], tree.depth if tree else torch.arange(n), torch.arange(n))
+    places = torch.arange(n, device=device)
+    attention.plan([group], tree.depth if tree else places, places)
     return model.forward(tokens, attention)
 
 
