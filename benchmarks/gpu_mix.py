@@ -27,8 +27,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import torch
-from by_chance import chain_rates, table_of
 from common import ROOT, machine, save
 from traffic import measure, model_of, texts_of
 
@@ -67,6 +65,8 @@ def command(system: str, port: int, args: argparse.Namespace) -> list[str]:
     if eagle3:
         config: dict[str, Any] = {"method": "eagle3", "model": str(args.eagle3), "num_speculative_tokens": args.drafts}
         if args.by_chance:
+            from by_chance import chain_rates, table_of
+
             rates = chain_rates(table_of("eagle3"), args.drafts)
             config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
         speculative = ["--speculative-config", json.dumps(config)]
@@ -103,6 +103,8 @@ def serve(system: str, gpu: int, port: int, texts: list[list[int]], args: argpar
             print(f"{system} did not start: {log}", flush=True)
             return
         part: dict[str, Any] = {"ready_s": round(time.monotonic() - began, 1), "rows": []}
+        import torch  # NOTE: here, since the processes of clients import this file, and have to start soon
+
         gpu_name = torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None
         part["machine"] = machine() | {"gpu": gpu_name, "by_chance": args.by_chance}
         print(f"{system} ready after {part['ready_s']} s", flush=True)

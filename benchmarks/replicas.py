@@ -4,7 +4,7 @@
     python benchmarks/replicas.py --only killed --kills 10
     python benchmarks/replicas.py --only speed --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Each part is put into benchmarks/results/replicas.json; the speed of another model than the built-in one under its name.
+Each part is put into benchmarks/results/replicas.json; the speed of another model under its name.
 """
 
 from __future__ import annotations

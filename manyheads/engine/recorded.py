@@ -4,9 +4,10 @@ A decoding step is for a number of rows and of nodes; the next larger number of 
 rows, which write to the dummy page. Which rows, which tree and their lengths are data. It is two recordings, so that
 the sampler can stand between them.
 
-Of a step with chunks, the forward pass is recorded, over so many tokens of chunks and so many of trees, likewise
-padded; which row brings how many of them is data. Its trees end as a decoding step does, by that one's second
-recording. What comes before and between is a few launches.
+Of a step that draws in one pass (with chunks, grammars or log-probabilities), the forward pass is recorded, over so
+many tokens of chunks and so many of trees, likewise padded; which row brings how many of them is data. Its trees end as
+a decoding step does, by that one's second recording, unless a row has typical acceptance. What comes before and between
+is a few launches.
 """
 
 from __future__ import annotations

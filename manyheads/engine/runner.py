@@ -152,7 +152,7 @@ class Runner:
         state = self.state
         # of about equal length side by side: attention may pad them to rectangles
         requests = sorted(plan.decoding, key=lambda request: request.max_cached_len)
-        # a recorded decoding step ends as this one does
+        # a recorded decoding step may end as this one does
         recorded = self.recorded if requests and self.recorded and self.recorded.ends(requests) else None
         rows: DecodingRows | None = None
         if requests:

@@ -154,7 +154,8 @@ def _dropped(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Ten
     """Whether tokens are outside top-k, top-p (the smallest set with that mass) or min-p (that share of the largest).
 
     Args:
-        logits: [T, V], over the temperature; the others [T].
+        logits: [T, V], over the temperature; the others [T]. A top_p of 1 drops nothing, though of a large vocabulary
+            the mass may be rounded up to 1 before the last token.
 
     Returns:
         [T, V] bool.
@@ -164,6 +165,7 @@ def _dropped(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Ten
     drop = rank >= top_k[:, None]
     probabilities = torch.softmax(ordered.masked_fill(drop, float("-inf")), dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more probable tokens
-    drop = drop | (before >= top_p[:, None]) | (probabilities < min_p[:, None] * probabilities[..., :1])
+    behind = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    drop = drop | behind | (probabilities < min_p[:, None] * probabilities[..., :1])
     drop[..., 0] = False
     return torch.zeros_like(drop).scatter(-1, order, drop)

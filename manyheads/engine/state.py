@@ -10,6 +10,9 @@ from manyheads.engine.bans import fill_tail, move_tails, needs_tail
 from manyheads.engine.step import Request
 from manyheads.speculation.drafter import Drafter
 
+LEAST_TEMPERATURE = 1e-30
+"""Logits over a temperature below this may be infinite. Above it, noise already counts for nothing."""
+
 
 def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> None:
     """Fill the rows of admitted (or re-admitted) requests."""
@@ -24,7 +27,8 @@ def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> 
         ints.append([*lengths, request.seed, request.prompt_len + p.min_tokens, top_k, request.adapter])
         typical = [p.typical_epsilon, p.typical_alpha]
         penalties = [p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
-        floats.append([p.temperature, p.top_p, p.min_p, *typical, *penalties, float(p.speculative)])
+        temperature = 0.0 if p.greedy else max(p.temperature, LEAST_TEMPERATURE)
+        floats.append([temperature, p.top_p, p.min_p, *typical, *penalties, float(p.speculative)])
     values = state.tensor(ints)
     rows = values[:, 0]
     state.cached_len[rows] = values[:, 1]

@@ -13,6 +13,7 @@ import pkgutil
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -50,7 +51,7 @@ class EngineLaunch(msgspec.Struct, frozen=True, kw_only=True):
 
     config: EngineConfig
     folder: str
-    """This private folder holds the sockets `requests` and `outputs`."""
+    """This private folder holds the sockets `requests` and `outputs`, and what else the process leaves behind."""
     build: str = BUILD_ENGINE
     """`module:function` makes the engine from a config and a callback for progress lines."""
     verbose: bool = False
@@ -126,6 +127,7 @@ def main() -> None:
     # Ctrl-C is the parent's to handle; SIGTERM keeps its default and ends this process at once: it owns no state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineLaunch)
+    tempfile.tempdir = launch.folder  # this process may be killed, and removes nothing then
     threading.Thread(target=_end_with_parent, args=(launch.folder,), daemon=True).start()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)

@@ -120,9 +120,14 @@ def tile_table(row_start: Tensor, num_tokens: int, max_nodes: int, queries_per_k
 
     Returns:
         [tiles] int32, of each its row and, from bit 16 on, its number; a row's last ones first. -1 fills it up.
+
+    Raises:
+        ValueError: more rows, or tiles of a row, than its entries hold.
     """
     num_rows = row_start.shape[0] - 1
     of_row = -(-max_nodes * queries_per_kv // block_m)
+    if num_rows > 1 << 16 or of_row > 1 << 15:
+        raise ValueError(f"{num_rows} rows of up to {max_nodes} tokens are too many for one call")
     most = min(num_rows * of_row, num_tokens * queries_per_kv // block_m + num_rows)
     table = torch.empty(most, dtype=torch.int32, device=row_start.device)
     _tile_kernel[(1,)](

@@ -132,7 +132,7 @@ def _blocks_kernel(
         of = tl.load(owner + row)
         heat = tl.load(temperature + of)
         if heat > 0:
-            # rounded as torch does, so that a row's text is the same beside rows for which torch divides
+            # rounded as torch does: `TorchOps.draw` draws the same
             x = tl.div_rn(x, heat) + gumbel(tl.load(seed + of), tl.load(first + of) + tl.load(depth + row), column)
     x = tl.where(x == 0, 0.0, x).to(x.dtype)  # -0 is no less
     bits = x.to(tl.int16, bitcast=True).to(tl.int32) if BITS == 16 else x.to(tl.int32, bitcast=True).to(tl.int64)

@@ -11,11 +11,17 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
+from manyheads.batch import RowState
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
+from manyheads.engine.sampler import draw, last_nodes
+from manyheads.engine.state import admit
+from manyheads.engine.step import Request
 from manyheads.ops.noise import gumbel
+from manyheads.ops.torch import TorchOps
 from manyheads.request import EngineRequest, RequestDelta
+from manyheads.speculation.tree import ROOT, tree_tensors
 from tests.tiny import VOCAB
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -153,6 +159,38 @@ def test_steps_are_counted(engine: Engine) -> None:
 
 def test_a_request_can_do_without_speculation(engine: Engine) -> None:
     assert len([d for d in answer(engine, temperature=0.0, speculative=False) if d.new_token_ids]) == NEW
+
+
+def test_the_lowest_temperatures_are_greedy(engine: Engine) -> None:
+    """Logits over a temperature of 1e-38 would be infinite, and the first of those drawn."""
+    bias = {2: 50.0, 7: 60.0}
+    greedy = tokens_of(answer(engine, temperature=0.0, logit_bias=bias))
+    for temperature in (1e-20, 1e-38, 1e-300):
+        assert tokens_of(answer(engine, temperature=temperature, seed=1, logit_bias=bias)) == greedy
+
+
+def test_what_stands_beside_a_row_drops_none_of_its_tokens() -> None:
+    """Of a large vocabulary, float32 has the mass of the first tokens reach 1 long before the last one."""
+    size = 128_000
+    state = RowState(2, 64, 16, 0, size, torch.device("cpu"))
+    requests = []
+    for row, params in enumerate((SamplingParams(), SamplingParams(top_p=0.5))):
+        message = EngineRequest(request_id=str(row), prompt_token_ids=[1], params=params)
+        requests.append(Request.from_message(message, 64, (), 3))
+        requests[-1].held_row = row
+    admit(state, None, requests)
+    logits = 5 * torch.randn(size, generator=torch.Generator().manual_seed(0)).expand(2, -1)
+    drawn: list[Tensor] = []
+
+    class Watched(TorchOps):
+        def draw(self, logits: Tensor, *args: Any) -> Tensor:
+            drawn.append(logits)
+            return super().draw(logits, *args)
+
+    root = tree_tensors(ROOT, [0], state.device)
+    draw(logits.clone(), last_nodes(requests, torch.arange(2), root, state), state, Watched())
+    assert torch.equal(drawn[0][0], logits[0])
+    assert 0 < int(drawn[0][1].isfinite().sum()) < size // 2
 
 
 def test_typical_acceptance_takes_more(engine: Engine) -> None:

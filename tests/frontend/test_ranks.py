@@ -6,7 +6,10 @@ import asyncio
 import dataclasses
 import os
 import signal
+import tempfile
 from pathlib import Path
+
+import pytest
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
@@ -62,12 +65,16 @@ def text_alone(config: EngineConfig) -> list[int]:
     return tokens
 
 
-def test_a_rank_that_stands_still_costs_a_pause(tmp_path: Path) -> None:
+def test_a_rank_that_stands_still_costs_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "model")
     config = EngineConfig(
         model=str(tmp_path / "model"), device="cpu", dtype="float32", num_threads=1, num_blocks=40, max_num_seqs=2
     )
     shared = dataclasses.replace(config, tensor_parallel_size=2)
-    texts, restarts = asyncio.run(streamed(shared, [signal.SIGSTOP]))
-    assert texts == [text_alone(config)]
-    assert restarts == 1
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        texts, restarts = asyncio.run(streamed(shared, [signal.SIGSTOP]))
+        assert texts == [text_alone(config)]
+        assert restarts == 1
+        assert list(Path(folder).glob("manyheads-*")) == []  # two engines were killed

@@ -304,6 +304,13 @@ def test_a_row_that_pads_a_pass_has_no_more_tiles_than_others() -> None:
     assert tile_table(row_start, 300, 64, 1, 16).tolist() == [0, *(2 | tile << 16 for tile in (3, 2, 1, 0))] + [-1] * 7
 
 
+def test_what_a_table_of_tiles_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"65537 rows of up to 1 tokens are too many"):
+        tile_table(torch.zeros(65_538, dtype=torch.int32, device=DEVICE), 65_537, 1, 1, 16)
+    with pytest.raises(ValueError, match=r"1 rows of up to 131073 tokens are too many"):
+        tile_table(torch.zeros(2, dtype=torch.int32, device=DEVICE), 131_073, 131_073, 4, 16)
+
+
 def test_tiles_are_as_large_as_what_rows_usually_bring() -> None:
     assert tile_size(64, 12, 1) == 16
     assert tile_size(32, 17, 1) == 32
