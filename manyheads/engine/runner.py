@@ -190,7 +190,9 @@ class Runner:
         logits = logits[len(ended) :]
         raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
         masks = walk.masks(plan.draft.tree) if walk is not None else None
-        target, distributions = draw(logits, nodes_of(requests, trees, state, rows.depth, masks), state, self.run.ops)
+        # NOTE: not the rows' depth, which is that of the tree with which a step was recorded
+        nodes = nodes_of(requests, trees, state, plan.draft.tree.max_depth, masks)
+        target, distributions = draw(logits, nodes, state, self.run.ops)
         if recorded is not None:
             trees, values = recorded.finish(rows, plan.draft, trees, hidden, target)
         else:

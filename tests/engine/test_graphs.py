@@ -82,6 +82,8 @@ def record(served: Engine, ops: TorchOps | None = None) -> RecordedSteps:
     if ops is not None:
         runner.run = StepRun(runner.model, runner.drafter, ops, runner.state, runner.cache)
     runner.recorded = RecordedSteps(runner.run, StandIn())
+    # as on a GPU, before the next step writes to the same tensors, which may be read later
+    runner._sent = torch.clone  # type: ignore[method-assign,assignment]
     return runner.recorded
 
 

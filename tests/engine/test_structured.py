@@ -18,6 +18,8 @@ from manyheads.engine.engine import Engine
 from manyheads.errors import RequestError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineRequest, RequestDelta
+from manyheads.speculation.draft import Draft
+from manyheads.speculation.tree import Tree
 from tests.engine.test_graphs import record
 from tests.structured import EOS, SCHEMA, save_structured
 
@@ -99,12 +101,18 @@ def test_trees_write_what_one_token_a_step_writes(engine: Engine, way: str) -> N
 def test_recordings_end_steps_that_draw_in_one_pass(
     model: Path, engine: Engine, overlaps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows with grammars and log-probabilities beside others: of their steps, all but the drawing is recorded."""
+    """Rows with grammars and log-probabilities beside others, which go on alone: of their steps, all but the drawing is
+    recorded, with dummy rows behind them and for trees of any depth."""
     params = [under(GRAMMARS[name], **WAYS["sampled"]) for name in ("json", "regex")]
-    params += [under(JSON, **WAYS["log-probabilities"]), SamplingParams(max_tokens=20, temperature=0.0)]
+    params += [under(JSON, **WAYS["log-probabilities"]), SamplingParams(max_tokens=80, temperature=0.0)]
+    params += [SamplingParams(max_tokens=80, seed=2, repetition_penalty=1.3)]
     served = build(model)
     recorded = record(served)
     recorded.record_passes(64)
+    draft = served.planner.draft(8)
+    flat = Draft(Tree(((), *((rank,) for rank in range(draft.tree.num_nodes - 1)))), draft.nodes)
+    assert draft.tree.max_depth > flat.tree.max_depth
+    recorded.record_steps([(rows, flat) for rows in (1, 2, 4, 8)])
     ended: list[int] = []
     finish = recorded.finish
     monkeypatch.setattr(recorded, "finish", lambda *args: (ended.append(1), finish(*args))[1])
