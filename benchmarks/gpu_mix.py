@@ -128,7 +128,7 @@ def ready(process: subprocess.Popen[bytes], url: str) -> bool:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/health"):
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return True
         except OSError:
             time.sleep(0.5)
@@ -137,7 +137,7 @@ def ready(process: subprocess.Popen[bytes], url: str) -> bool:
 
 def metrics(url: str) -> dict[str, float]:
     """What a server of ours says of its drafts, and of what it compiled while serving."""
-    with urllib.request.urlopen(f"{url}/metrics") as reply:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
         lines = reply.read().decode().splitlines()
     wanted = ("manyheads_tokens_per_step", "manyheads_compiled_while", "manyheads_spec_decode_drafted_by")
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith(wanted))}

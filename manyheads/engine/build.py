@@ -37,7 +37,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     cache = runner.cache
     scheduler = Scheduler(
         PageManager(cache.num_pages, config.block_size, config.prefix_caching, plan.window),
-        _target(config, runner, shape.max_num_batched_tokens, progress),
+        _target(config, runner, shape.max_num_batched_tokens, shape.num_drawn, progress),
         max_num_seqs=shape.max_num_seqs,
         max_queue=config.max_queue,
         admission=Admission(config.max_wait),
@@ -75,7 +75,7 @@ def _ready(config: EngineConfig, plan: Blueprint, runner: Runner, model: str, me
     )
 
 
-def _target(config: EngineConfig, runner: Runner, max_tokens: int, progress: Progress) -> StepTarget:
+def _target(config: EngineConfig, runner: Runner, max_tokens: int, max_inflight: int, progress: Progress) -> StepTarget:
     """A planner that knows what steps cost here, and how long they may be; steps are recorded where they can be."""
     drafter, recorded = runner.drafter, runner.recorded
     min_gain = MIN_GAIN if runner.device.type == "cpu" else 1.04
@@ -91,7 +91,7 @@ def _target(config: EngineConfig, runner: Runner, max_tokens: int, progress: Pro
             drafter.offered,
             drafter.shape.scratch_tokens,
         )
-    runner.record_passes(max_tokens)
+    runner.record_passes(max_tokens, max_inflight)
     measure_costs(runner, planner, progress)
     if recorded is not None:
         progress("compiling what serves prompts")

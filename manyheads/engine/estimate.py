@@ -199,7 +199,7 @@ class Shape:
             inflight = most_inflight(rows) if self.tree_size is None else self.num_drawn
             tokens += [int(size * rows) for size in sizes if int(size * rows) <= inflight]
         logits = sum(tokens) * self.model.vocab_size * self.dtype.itemsize
-        passes = pass_keys(most, self.max_num_batched_tokens)
+        passes = pass_keys(most, self.max_num_batched_tokens, self.num_drawn)
         largest = max(*tokens, *(chunks[0] + trees[0] for chunks, trees in passes))
         count = len(tokens) + len(passes)
         return count * GRAPH_BYTES + logits + self._activations(largest) + self._propose()

@@ -71,6 +71,7 @@ class RecordPasses(msgspec.Struct, array_like=True, frozen=True, tag="record_pas
     """`Runner.record_passes`."""
 
     max_tokens: int
+    max_inflight: int
 
 
 Message = Launch | Put | Rewind | Clear | RecordSteps | RecordPasses
@@ -141,8 +142,8 @@ class Follower:
                 runner.clear()
             case RecordSteps(wanted):
                 runner.record_steps(wanted)
-            case RecordPasses(max_tokens):
-                runner.record_passes(max_tokens)
+            case RecordPasses(max_tokens, max_inflight):
+                runner.record_passes(max_tokens, max_inflight)
 
     def _plan(self, message: Launch) -> StepPlan:
         self._take(message.admitted)

@@ -135,9 +135,9 @@ class LeadingRunner(Runner):
         self._others.tell(RecordSteps(wanted))
         super().record_steps(wanted)
 
-    def record_passes(self, max_tokens: int) -> None:
-        self._others.tell(RecordPasses(max_tokens))
-        super().record_passes(max_tokens)
+    def record_passes(self, max_tokens: int, max_inflight: int) -> None:
+        self._others.tell(RecordPasses(max_tokens, max_inflight))
+        super().record_passes(max_tokens, max_inflight)
 
 
 def leading_runner(plan: Blueprint, progress: Progress) -> Runner:

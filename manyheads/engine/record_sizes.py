@@ -28,17 +28,21 @@ PassKey = tuple[tuple[int, int], tuple[int, int]]
 """A recorded forward pass: one of `CHUNKS`, and one of `TREES`."""
 
 
-def pass_keys(num_rows: int, max_tokens: int) -> list[PassKey]:
-    """The passes that so many rows may need where a step computes at most so many tokens of prompts."""
-    most = min((rows for _, rows in TREES if rows >= num_rows), default=num_rows)
-    trees = [size for size in TREES if size[1] <= most]
-    return [(size, other) for size in _up_to(CHUNKS, max_tokens) for other in trees][1:]
+def pass_keys(num_rows: int, max_tokens: int, max_inflight: int) -> list[PassKey]:
+    """The passes that so many rows may need.
+
+    Args:
+        max_tokens: of prompts that a step computes.
+        max_inflight: of trees that its rows bring together.
+    """
+    chunks, trees = _up_to(CHUNKS, max_tokens, 0), _up_to(TREES, max_inflight, num_rows)
+    return [(size, other) for size in chunks for other in trees][1:]
 
 
-def _up_to(sizes: tuple[tuple[int, int], ...], count: int) -> list[tuple[int, int]]:
-    """The sizes up to the one that holds so many tokens."""
-    smaller = [size for size in sizes if size[0] < count]
-    return [*smaller, *[size for size in sizes if size[0] >= count][:1]]
+def _up_to(sizes: tuple[tuple[int, int], ...], tokens: int, rows: int) -> tuple[tuple[int, int], ...]:
+    """The sizes up to the one that holds so many tokens of so many rows; all of them where none does."""
+    largest = fitting(sizes, tokens, rows)
+    return sizes if largest is None else sizes[: sizes.index(largest) + 1]
 
 
 def fitting(sizes: tuple[tuple[int, int], ...], tokens: int, rows: int) -> tuple[int, int] | None:

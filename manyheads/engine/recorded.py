@@ -88,9 +88,9 @@ class RecordedSteps:
         """Record steps of so many rows with these drafts."""
         self._make_steps([(self._key(num_rows, draft), draft) for num_rows, draft in wanted])
 
-    def record_passes(self, max_tokens: int) -> None:
+    def record_passes(self, max_tokens: int, max_inflight: int) -> None:
         """Record forward passes over all numbers of tokens of chunks, up to `max_tokens`, and of trees."""
-        self._make_passes(pass_keys(self.run.state.num_rows, max_tokens))
+        self._make_passes(pass_keys(self.run.state.num_rows, max_tokens, max_inflight))
         self.prompt_sizes = tuple(sorted({chunks[0] for chunks, _ in self._passes} - {0}))
 
     def padded_prompts(self, num_tokens: int) -> int:

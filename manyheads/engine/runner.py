@@ -105,10 +105,10 @@ class Runner:
         if self.recorded is not None:
             self.recorded.recorder.tell = tell
 
-    def record_passes(self, max_tokens: int) -> None:
+    def record_passes(self, max_tokens: int, max_inflight: int) -> None:
         """`RecordedSteps.record_passes`, where steps are recorded."""
         if self.recorded is not None:
-            self.recorded.record_passes(max_tokens)
+            self.recorded.record_passes(max_tokens, max_inflight)
 
     def record_steps(self, wanted: list[tuple[int, Draft]]) -> None:
         """`RecordedSteps.record_steps`, where steps are recorded."""

@@ -60,7 +60,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Those of the prompt's tokens from the second on that are known so far, if they are asked for."""
     num_scored: int = 0
-    """How many of those are known or on their way."""
+    """How many of those are known, on their way, or told by an engine that died. By this, all ranks decide alike."""
     matcher: Matcher | None = None
     """Where its text stands in its grammar, if it has one; behind `tokens`."""
     is_held: bool = False
@@ -100,6 +100,7 @@ class Request:
             adapter=adapter,
             timeout=message.timeout,
             resumes=message.resumes,
+            num_scored=len(message.prompt_token_ids) if message.output_token_ids else 0,
             # what is shared is not computed, and so says nothing of its tokens
             table=PageTable(root=salted(message.cache_salt, message.lora), may_share=params.prompt_logprobs is None),
         )

@@ -18,7 +18,7 @@ from triton import knobs
 from manyheads import SamplingParams
 from manyheads.engine.engine import Engine
 from manyheads.engine.graphs import Recorded, Recorder
-from manyheads.engine.record_sizes import ROWS, TREE_ROWS, padded_rows
+from manyheads.engine.record_sizes import CHUNKS, ROWS, TREE_ROWS, TREES, fitting, padded_rows, pass_keys
 from manyheads.engine.recorded import RecordedSteps, all_steps
 from manyheads.engine.runner import Runner
 from manyheads.engine.step_run import StepRun
@@ -26,7 +26,7 @@ from manyheads.engine.warmup import exercise
 from manyheads.kernels import compiling
 from manyheads.ops.torch import TorchOps
 from manyheads.speculation.draft import Draft
-from manyheads.speculation.planner import Planner
+from manyheads.speculation.planner import Planner, most_inflight
 from manyheads.speculation.tree import Tree
 from tests.engine.test_exactness import engine, prompts, run
 from tests.kernels import INTERPRETED
@@ -104,8 +104,18 @@ def test_memory_of_graphs_is_what_capturing_took(
     recorded._make_steps([(recorded._key(2, wide), wide)])
     assert recorder.memory_bytes == 350
     assert (2, 64, 128, 0) in recorded._steps
-    recorded.record_passes(64)
+    recorded.record_passes(64, 256)
     assert recorder.memory_bytes == runner.graph_bytes == 400
+
+
+@pytest.mark.parametrize("most", [1, 8, 16, 64, 96, 256])
+def test_a_pass_is_recorded_for_whatever_rows_may_bring(most: int) -> None:
+    keys = pass_keys(most, 1024, min(64 * most, most_inflight(most)))
+    for rows in range(1, most + 1):
+        padded = padded_rows(rows, most, TREE_ROWS)
+        for draft in Planner([[0.5, 0.3]] * 3).drafts(padded):
+            tokens = draft.num_tokens(padded)
+            assert (fitting(CHUNKS, 100, 1), fitting(TREES, tokens, padded)) in keys, (rows, draft.nodes)
 
 
 def test_what_was_run_for_its_kernels_leaves_nothing_behind(folder: Path, reference: LlamaForCausalLM) -> None:
@@ -114,7 +124,7 @@ def test_what_was_run_for_its_kernels_leaves_nothing_behind(folder: Path, refere
     wanted = run(engine(folder, 4), jobs)
     served = engine(folder, 4)
     recorded = record(served)
-    recorded.record_passes(8)
+    recorded.record_passes(8, 256)
     runner = served.runner
     assert isinstance(runner, Runner)
     exercise(runner, served.planner, 8)
@@ -170,7 +180,7 @@ def test_text_is_that_of_steps_without_graphs(folder: Path, reference: LlamaForC
     wanted = run(engine(folder, tree_size, num_blocks=24), jobs, rate=0.4)
     served = engine(folder, tree_size, num_blocks=24)
     recorded = record(served)
-    recorded.record_passes(8)
+    recorded.record_passes(8, 256)
     assert run(served, jobs, rate=0.4) == wanted
     assert len(recorded._steps) > 2
     assert len(recorded._passes) > 1
