@@ -172,7 +172,7 @@ def test_text_is_that_of_plain_decoding(
     wanted = run(engine(folder, 1, num_blocks=24), jobs, rate=0.4)
     served = serve(folder, tmp_path / "drafter", tree_size, num_blocks=24)
     if recorded:
-        record(served).record_passes(8, 256)
+        record(served).record_passes(8, 128)
     assert run(served, jobs, rate=0.4) == wanted
     stats = served.stats()
     assert stats.drafted_tokens > 0

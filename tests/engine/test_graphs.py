@@ -104,7 +104,7 @@ def test_memory_of_graphs_is_what_capturing_took(
     recorded._make_steps([(recorded._key(2, wide), wide)])
     assert recorder.memory_bytes == 350
     assert (2, 64, 128, 0) in recorded._steps
-    recorded.record_passes(64, 256)
+    recorded.record_passes(64, 128)
     assert recorder.memory_bytes == runner.graph_bytes == 400
 
 
@@ -124,7 +124,7 @@ def test_what_was_run_for_its_kernels_leaves_nothing_behind(folder: Path, refere
     wanted = run(engine(folder, 4), jobs)
     served = engine(folder, 4)
     recorded = record(served)
-    recorded.record_passes(8, 256)
+    recorded.record_passes(8, 128)
     runner = served.runner
     assert isinstance(runner, Runner)
     exercise(runner, served.planner, 8)
@@ -180,7 +180,7 @@ def test_text_is_that_of_steps_without_graphs(folder: Path, reference: LlamaForC
     wanted = run(engine(folder, tree_size, num_blocks=24), jobs, rate=0.4)
     served = engine(folder, tree_size, num_blocks=24)
     recorded = record(served)
-    recorded.record_passes(8, 256)
+    recorded.record_passes(8, 128)
     assert run(served, jobs, rate=0.4) == wanted
     assert len(recorded._steps) > 2
     assert len(recorded._passes) > 1
