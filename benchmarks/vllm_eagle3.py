@@ -1,6 +1,7 @@
 """Does vLLM's own code take the EAGLE-3 drafters that are written here, and draft the same tokens with them?
 
-    manyheads train builtin --kind eagle3 --data PROMPTS --out DRAFTER --draft-vocab 2000 --device cpu
+    manyheads train builtin --kind eagle3 --data PROMPTS --out DRAFTER --draft-vocab 2000 --passes 3 --rate 2e-3 \\
+      --max-prompt-tokens 200 --max-new-tokens 64 --rows 2 --epochs 100 --max-steps 200 --device cpu  # 500 of GPTeacher
     python benchmarks/vllm_eagle3.py VLLM DRAFTER        # VLLM: vllm_parts.py says what is in that folder
 
 1. The drafter is read as `manyheads train` wrote it, and in the three formats of `manyheads convert`; so are drafters
@@ -27,8 +28,10 @@ import argparse
 import ast
 import contextlib
 import importlib
+import itertools
 import json
 import math
+import shutil
 import tempfile
 import types
 from collections.abc import Iterator
@@ -47,6 +50,7 @@ from torch import Tensor, nn
 
 from manyheads import LLM, EngineConfig, SamplingParams
 from manyheads.batch import RowState
+from manyheads.checkpoint import read_json
 from manyheads.cli import main as manyheads
 from manyheads.engine.build import build_engine
 from manyheads.engine.runner import Runner
@@ -55,7 +59,7 @@ from manyheads.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 from manyheads.request import EngineRequest
 from manyheads.speculation.drafter import Kept
 from manyheads.speculation.eagle3.checkpoint import Eagle3Weights, read_drafter
-from manyheads.speculation.eagle3.export import FORMATS, write_drafter
+from manyheads.speculation.eagle3.export import DRAFTS, FORMATS, write_drafter
 from manyheads.speculation.medusa.checkpoint import STATISTICS
 from manyheads.speculation.tree import Tree
 
@@ -64,22 +68,27 @@ NEVER = 0
 """The padding token, which the base never says."""
 TOKENS_IN, TOKENS_OUT = 64, 48
 CHAIN = Tree(tuple((0,) * depth for depth in range(DEPTH + 1)))
-LAYERS, MODELS = "model_executor.layers.", "model_executor.models."
-FILES = (
-    *("config.utils", "envs", "logging_utils", "sequence", "utils.collection_utils", "utils.func_utils"),
-    *("utils.math_utils", "version", "ir", "ir.op", "ir.ops", "ir.ops.layernorm", "ir.tolerances", "ir.util"),
-    *("model_executor.custom_op", "model_executor.parameter", "model_executor.utils"),
-    *(LAYERS + name for name in ("activation", "layernorm", "linear", "logits_processor")),
-    *(LAYERS + name for name in ("quantization.base_config", "vocab_parallel_embedding", "rotary_embedding")),
-    *(f"{LAYERS}rotary_embedding.{name}" for name in ("base", "common", "linear_scaling_rope", "llama3_rope")),
-    f"{LAYERS}rotary_embedding.yarn_scaling_rope",
-    *(MODELS + name for name in ("interfaces", "interfaces_base", "llama", "llama_eagle3", "qwen2", "qwen3")),
-    *(MODELS + name for name in ("qwen3_eagle3", "utils")),
-    *("transformers_utils." + name for name in ("config", "config_parser_base", "configs", "configs.eagle")),
-    *("transformers_utils.configs.speculators" + name for name in ("", ".algos", ".base")),
-    *("transformers_utils.repo_utils", "transformers_utils.utils", "v1.spec_decode.eagle"),
-    *("v1.spec_decode.llm_base_proposer", "v1.spec_decode.utils", "v1.worker.gpu_model_runner"),
-)
+
+
+def below(package: str, names: str) -> list[str]:
+    return [f"{package}.{name}" for name in names.split()]
+
+
+FILES = [
+    *("envs", "ir", "sequence", "version"),
+    *below("config", "utils"),
+    *below("ir", "op ops ops.layernorm tolerances util"),
+    *below("model_executor", "custom_op parameter utils"),
+    *below("model_executor.layers", "activation layernorm linear logits_processor vocab_parallel_embedding"),
+    *below("model_executor.layers", "quantization.base_config rotary_embedding"),
+    *below("model_executor.layers.rotary_embedding", "base common linear_scaling_rope llama3_rope yarn_scaling_rope"),
+    *below("model_executor.models", "interfaces interfaces_base llama llama_eagle3 qwen2 qwen3 qwen3_eagle3 utils"),
+    *below("transformers_utils", "config config_parser_base configs configs.eagle repo_utils utils"),
+    *below("transformers_utils.configs", "speculators speculators.algos speculators.base"),
+    *below("utils", "collection_utils func_utils math_utils"),
+    *below("v1.spec_decode", "eagle llm_base_proposer utils"),
+    *below("v1.worker", "gpu_model_runner"),
+]
 
 
 class Settings(types.SimpleNamespace):
@@ -144,14 +153,13 @@ class Attention(nn.Module):
             self.cache = torch.full((needed, *self.cache.shape[1:]), torch.nan)
         self.cache[slots] = torch.stack((k, v), dim=1)
         out = []
-        bounds = metadata.query_start_loc.tolist()
-        for row, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for row, (start, stop) in enumerate(itertools.pairwise(metadata.query_start_loc.tolist())):
             known, new = int(metadata.seq_lens[row]), stop - start
             at = torch.arange(known)
             keys, values = self.cache[metadata.block_table_tensor[row, at // BLOCK] * BLOCK + at % BLOCK].unbind(1)
             mask = at <= torch.arange(known - new, known)[:, None]
-            heads = (x.transpose(0, 1)[None] for x in (q[start:stop], keys, values))
-            y = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=self.scale, enable_gqa=True)
+            query, keys, values = (x.transpose(0, 1)[None] for x in (q[start:stop], keys, values))
+            y = F.scaled_dot_product_attention(query, keys, values, mask, scale=self.scale, enable_gqa=True)
             out.append(y[0].transpose(0, 1).flatten(1))
         return torch.cat(out)
 
@@ -195,9 +203,7 @@ def variants(drafter: Eagle3Weights) -> Iterator[tuple[str, Eagle3Weights, tuple
     def changed(more: dict[str, Tensor] | None = None, **changes: Any) -> Eagle3Weights:
         dtype = drafter.tensors["fc.weight"].dtype
         tensors = {name: tensor.to(dtype) for name, tensor in (more or {}).items()}
-        return replace(
-            drafter, config=replace(drafter.config, **changes), tensors=drafter.tensors | tensors, extras=drafter.extras
-        )
+        return replace(drafter, config=replace(drafter.config, **changes), tensors=drafter.tensors | tensors)
 
     hidden, vocabulary = drafter.config.hidden_size, drafter.config.vocab_size
     assert drafter.token_map is not None
@@ -217,15 +223,15 @@ def variants(drafter: Eagle3Weights) -> Iterator[tuple[str, Eagle3Weights, tuple
     narrow = {key: tensor.contiguous() for key, tensor in narrow.items()}
     fc_norms = norms("fc_norm.0 fc_norm.1 fc_norm.2", hidden)
     head_norms = norms("midlayer.self_attn.q_norm midlayer.self_attn.k_norm", drafter.config.head_dim)
-    llama3 = Llama3Scaling(8.0, 1.0, 4.0, 64)
     yield "whole vocabulary", whole, FORMATS
     yield "own embedding", changed(embedding), FORMATS
     yield "linear scaling", changed(rope_scaling=LinearScaling(4.0)), FORMATS
-    yield "llama3 scaling, layers 1, 3, 8", changed(rope_theta=5e5, rope_scaling=llama3, layer_ids=(1, 3, 8)), FORMATS[1:]
+    llama3 = changed(rope_theta=5e5, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64), layer_ids=(1, 3, 8))
+    yield "llama3 scaling, layers 1, 3, 8", llama3, FORMATS[1:]
     yarn = YarnScaling(4.0, 64, 0.1 * math.log(4.0) + 1)
     yield "yarn scaling", changed(rope_scaling=yarn), FORMATS[1:]
     yield "yarn scaling, attention factor 1", changed(rope_scaling=replace(yarn, attention_factor=1.0)), FORMATS[1:]
-    yield "narrower than the base", changed(narrow, hidden_size=hidden // 2), FORMATS
+    yield "narrower than the base", changed(narrow, hidden_size=hidden // 2), FORMATS[1:]
     yield "fc_norm, norm_output", changed(fc_norms, fc_norm=True, norm_output=True), FORMATS[1:]
     yield "norm_before_residual", changed(norm_before_residual=True), FORMATS[2:]
     yield "norm_before_fc", changed(norms("input_norm", 3 * hidden), norm_before_fc=True), FORMATS[2:]
@@ -272,9 +278,14 @@ class Vllm:
     def config(self, folder: Path) -> Any:
         """A drafter's configuration, as SpeculativeConfig makes it."""
         config = of_vllm("transformers_utils.config", "get_config")(folder, False, config_format="hf")
-        kinds = [of_vllm("transformers_utils.configs.eagle", "EAGLEConfig")]
-        kinds.append(of_vllm("transformers_utils.configs.speculators", "SpeculatorsConfig"))
-        return config if isinstance(config, tuple(kinds)) else kinds[0](config, method="eagle3", model_type="eagle")
+        eagle = of_vllm("transformers_utils.configs.eagle", "EAGLEConfig")
+        speculators = of_vllm("transformers_utils.configs.speculators", "SpeculatorsConfig")
+        if isinstance(config, speculators):
+            found = speculators.extract_vllm_speculative_config(read_json(folder / "config.json"))
+            assert found == {"method": "eagle3", "num_speculative_tokens": DRAFTS}
+        return (
+            config if isinstance(config, (eagle, speculators)) else eagle(config, method="eagle3", model_type="eagle")
+        )
 
     def load(self, folder: Path) -> tuple[Any, dict[str, Any]]:
         """A proposer with the drafter of a folder in float32, and what vLLM made of the files."""
@@ -345,7 +356,7 @@ class Vllm:
         """[places, DEPTH], drafts behind each token of a reply from its second on; `prompt` tokens are before it."""
         lengths = list(range(prompt + 1, len(tokens)))
         known, following = torch.tensor(tokens), torch.tensor(tokens)[lengths]
-        return proposer.propose(
+        drafts: Tensor = proposer.propose(
             DEPTH,
             target_token_ids=torch.cat([known[:n] for n in lengths]),
             target_positions=torch.cat([torch.arange(n) for n in lengths]),
@@ -355,6 +366,7 @@ class Vllm:
             common_attn_metadata=Metadata.of(lengths, DEPTH),
             sampling_metadata=types.SimpleNamespace(all_greedy=True),
         )
+        return drafts
 
 
 def unset(model: nn.Module) -> None:
@@ -365,14 +377,14 @@ def unset(model: nn.Module) -> None:
 
 def places(model: Any) -> dict[str, Tensor]:
     """What vLLM's parameters hold, by the keys of the files."""
-    layer, attention = model.model.layers[0], model.model.layers[0].self_attn
-    sizes = [attention.q_size, attention.kv_size, attention.kv_size]
-    joined = {"self_attn": (attention.qkv_proj.weight.split(sizes), "qkv")}
-    joined["mlp"] = layer.mlp.gate_up_proj.weight.chunk(2), ("gate", "up")
-    found = {name: param for name, param in model.model.named_parameters() if "qkv_proj" not in name}
-    for module, (parts, names) in joined.items():
-        found |= {f"layers.0.{module}.{n}_proj.weight": part for n, part in zip(names, parts, strict=True)}
-    found.pop("layers.0.mlp.gate_up_proj.weight")
+    layer = model.model.layers[0]
+    q, kv = layer.self_attn.q_size, layer.self_attn.kv_size
+    found = dict(model.model.named_parameters())
+    for at, names, sizes in (("self_attn.qkv", "q k v", [q, kv, kv]), ("mlp.gate_up", "gate up", None)):
+        joined = found.pop(f"layers.0.{at}_proj.weight")
+        parts = joined.chunk(2) if sizes is None else joined.split(sizes)
+        module = at.split(".")[0]
+        found |= {f"layers.0.{module}.{n}_proj.weight": part for n, part in zip(names.split(), parts, strict=True)}
     found["embed_tokens.weight"] = found["embed_tokens.weight"][: model.config.vocab_size]
     found["lm_head.weight"] = model.lm_head.weight[: model.config.draft_vocab_size]
     found["d2t"] = model.draft_id_to_target_id
@@ -433,7 +445,9 @@ def main() -> None:
     parser.add_argument("vllm", type=Path, help="the folder of the unpacked wheel")
     parser.add_argument("drafter", type=Path, help="of the built-in base, with a vocabulary of its own")
     parser.add_argument("--spec-bench", type=Path, default=SPEC_BENCH)
-    parser.add_argument("--requests", type=int, default=16, help="replies for the drafter as it is; others get a quarter")
+    parser.add_argument(
+        "--requests", type=int, default=16, help="replies for the drafter as it is; others get a quarter"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_heads.json")
     args = parser.parse_args()
     vllm, model = Vllm(args.vllm), read_config(BUILTIN)
@@ -466,6 +480,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
+        shutil.copytree(args.drafter, out / "written", ignore=shutil.ignore_patterns("training"))
+        compare("trained", "as written", out / "written", args.requests)
         for form in FORMATS:
             manyheads(["convert", str(args.drafter), str(out / form), "--to", form, "--base", str(BUILTIN)])
             compare("trained", form, out / form, args.requests)

@@ -49,6 +49,7 @@ def undecorated(*_: Any, **__: Any) -> Any:
 def init_logger(name: str) -> logging.Logger:
     """Stands for vLLM's, whose loggers have more methods."""
     logger = logging.getLogger(name)
+    logger.setLevel("ERROR")
     for level in ("debug", "info", "warning"):
         setattr(logger, f"{level}_once", getattr(logger, level))
     return logger
@@ -76,7 +77,9 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "config.compilation": {"CompilationMode": types.SimpleNamespace(NONE="none")},
     "distributed": {
         "divide": divide,
-        "get_pp_group": lambda: types.SimpleNamespace(is_first_rank=True, is_last_rank=True, rank_in_group=0, world_size=1),
+        "get_pp_group": lambda: types.SimpleNamespace(
+            is_first_rank=True, is_last_rank=True, rank_in_group=0, world_size=1
+        ),
         "get_tensor_model_parallel_rank": lambda: 0,
         "get_tensor_model_parallel_world_size": lambda: 1,
         "tensor_model_parallel_all_gather": lambda tensor: tensor,
