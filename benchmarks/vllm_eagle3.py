@@ -8,9 +8,10 @@
    made of it that differ in what a format can say: vocabulary, embedding, norms, rotary embedding, layers. vLLM's
    `get_config` reads config.json, its registry names the class, whose `load_weights` reads the weights. All parameters
    are NaN before, and all keys are compared with what the parameters hold then.
-2. vLLM's `EagleProposer` drafts chains of three tokens at every place of greedy replies, each from the whole text up to
-   there, as it does behind a prompt. The hidden states are those that vLLM's own Llama gives for the layers that vLLM
-   finds in config.json. The chains are compared with those of our engine, which gets the same text as a prompt.
+2. vLLM's `EagleProposer` drafts chains of three tokens behind every token of greedy replies from the second on, each
+   time from the whole text up to there, as it does behind a prompt. The hidden states are those that vLLM's own Llama
+   gives for the layers that vLLM finds in config.json. The chains are compared with those of our engine while it writes
+   the same replies. How many are the same with layers that are one less says what a wrong reading would show as.
 
 No GPU is needed. Of vLLM run, as they are: what reads configurations, llama.py, llama_eagle3.py, qwen3_eagle3.py and
 all their layers (in `forward_native`), the weight loaders, and spec_decode/eagle.py with the kernel that advances
