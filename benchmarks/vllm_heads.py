@@ -11,14 +11,10 @@
    GPU for the same prompts, with the model and heads of commit bd074c0; heads that are not those give other counts,
    and half precision now and then another text.
 
-    pip download --no-deps vllm==0.26.0; unzip vllm-0.26.0-*.whl '*.py' -d FOLDER
-    python benchmarks/vllm_heads.py FOLDER
+    python benchmarks/vllm_heads.py VLLM        # vllm_parts.py says what is in that folder
 
 No GPU and none of vLLM's compiled parts are needed. Its files models/medusa.py, configs/medusa.py,
-vocab_parallel_embedding.py, logits_processor.py and spec_decode/medusa.py run as they are. In place of the rest stand:
-one process instead of a tensor-parallel group, `torch.nn.functional.linear` for its choice of products,
-`torch.nn.Module` for its layers that can be exchanged, and for its default
-weight loader a copy that insists on the shape.
+vocab_parallel_embedding.py, logits_processor.py and spec_decode/medusa.py run as they are.
 """
 
 from __future__ import annotations
@@ -35,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm_parts
 from common import BUILTIN, ROOT, SPEC_BENCH, machine, save, table
 from gpu import spec_bench_prompts
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads import LLM, SamplingParams
 from manyheads.checkpoint import read_json
@@ -51,86 +48,29 @@ from manyheads.train.medusa import TrainedHeads
 from manyheads.train.prompts import Answer
 
 TOKENS_IN, TOKENS_OUT = 128, 256  # gpu.py's
-PACKAGES = (
-    "model_executor",
-    "model_executor.models",
-    "model_executor.layers",
-    "model_executor.layers.quantization",
-    "model_executor.model_loader",
-    "transformers_utils",
-    "transformers_utils.configs",
-    "v1",
-    "v1.sample",
-    "v1.spec_decode",
+FILES = (
+    "envs",
+    "model_executor.custom_op",
+    "model_executor.layers.logits_processor",
+    "model_executor.layers.quantization.base_config",
+    "model_executor.layers.vocab_parallel_embedding",
+    "model_executor.models.interfaces",
+    "model_executor.models.interfaces_base",
+    "model_executor.models.medusa",
+    "model_executor.models.utils",
+    "model_executor.parameter",
+    "model_executor.utils",
+    "transformers_utils.configs.medusa",
+    "transformers_utils.utils",
+    "utils.collection_utils",
+    "utils.func_utils",
+    "v1.spec_decode.medusa",
 )
 
 
-class Layer(nn.Module):
-    """Stands for vLLM's PluggableLayer."""
-
-    @classmethod
-    def register(cls, _name: str) -> Any:
-        return lambda layer: layer
-
-
-def copy_weight(param: Tensor, weight: Tensor) -> None:
-    """Stands for vLLM's default_weight_loader."""
-    assert param.shape == weight.shape, (param.shape, weight.shape)
-    param.data.copy_(weight)
-
-
-def divide(a: int, b: int) -> int:
-    assert a % b == 0
-    return a // b
-
-
-STUBS: dict[str, dict[str, Any]] = {
-    "config": {
-        "VllmConfig": object,
-        "get_current_vllm_config": lambda: types.SimpleNamespace(model_config=None),
-    },
-    "distributed": {
-        "divide": divide,
-        "get_tensor_model_parallel_rank": lambda: 0,
-        "get_tensor_model_parallel_world_size": lambda: 1,
-        "split_tensor_along_last_dim": None,
-        "tensor_model_parallel_all_gather": lambda tensor: tensor,
-        "tensor_model_parallel_all_reduce": lambda tensor: tensor,
-        "tensor_model_parallel_gather": lambda tensor: tensor,
-    },
-    "forward_context": {"set_forward_context": None},
-    "model_executor.custom_op": {"PluggableLayer": Layer},
-    "model_executor.layers.batch_invariant": {"linear_batch_invariant": None},
-    "model_executor.layers.utils": {
-        "dispatch_unquantized_gemm": lambda: lambda _, x, weight, bias: nn.functional.linear(x, weight, bias)
-    },
-    "model_executor.model_loader": {"get_model": None},
-    "model_executor.model_loader.weight_utils": {"default_weight_loader": copy_weight},
-    "model_executor.models.interfaces": {"is_mixture_of_experts": lambda _: False},
-    "model_executor.models.utils": {"maybe_prefix": lambda prefix, name: f"{prefix}.{name}" if prefix else name},
-    "platforms": {
-        "current_platform": types.SimpleNamespace(
-            use_all_gather=lambda: True,
-            is_cpu=lambda: False,
-            is_cuda_alike=lambda: False,
-            is_pin_memory_available=lambda: False,
-            simple_compile_backend="eager",
-            use_sync_weight_loader=lambda: False,
-        )
-    },
-    "v1.sample.metadata": {"SamplingMetadata": object},
-}
-
-
 def vllm_classes(folder: Path) -> tuple[Any, Any, Any]:
-    """vLLM's MedusaConfig, Medusa and MedusaProposer from an unpacked wheel; its packages' own set-up does not run."""
-    for name in ("vllm", *(f"vllm.{name}" for name in PACKAGES)):
-        module = types.ModuleType(name)
-        module.__path__ = [str(folder / name.replace(".", "/"))]
-        sys.modules[name] = module
-    for name, members in STUBS.items():
-        module = sys.modules.setdefault(f"vllm.{name}", types.ModuleType(f"vllm.{name}"))
-        vars(module).update(members)
+    """vLLM's MedusaConfig, Medusa and MedusaProposer from an unpacked wheel."""
+    vllm_parts.install(folder, FILES, {})
     return (
         importlib.import_module("vllm.transformers_utils.configs.medusa").MedusaConfig,
         importlib.import_module("vllm.model_executor.models.medusa").Medusa,
@@ -222,8 +162,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_heads.json")
     args = parser.parse_args()
     classes = vllm_classes(args.vllm)
-    version = next(args.vllm.glob("vllm-*.dist-info"), Path("unknown")).name.removesuffix(".dist-info")
-    result: dict[str, Any] = {"machine": machine(), "vllm": version, "read": {}}
+    result: dict[str, Any] = {"machine": machine(), "vllm": vllm_parts.version(args.vllm), "read": {}}
     proposers = []
     with tempfile.TemporaryDirectory() as name:
         for title in ("shared", "own", "own, cut"):

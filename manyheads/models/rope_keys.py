@@ -116,9 +116,9 @@ class RopeKeys:
             attention_factor = self._number(parameters, "attention_factor", "yarn")
         elif len(given) == 2:
             scales = {key: self._number(given, key, "yarn") for key in given}
-            attention_factor = _magnitude(factor, scales["mscale"]) / _magnitude(factor, scales["mscale_all_dim"])
+            attention_factor = magnitude(factor, scales["mscale"]) / magnitude(factor, scales["mscale_all_dim"])
         else:
-            attention_factor = _magnitude(factor, 1.0)
+            attention_factor = magnitude(factor, 1.0)
         betas = {
             key: self._number(parameters, key, "yarn") for key in ("beta_fast", "beta_slow") if parameters.get(key)
         }
@@ -151,7 +151,7 @@ class RopeKeys:
         return self._number(parameters, "factor", kind)
 
 
-def _magnitude(factor: float, scale: float) -> float:
+def magnitude(factor: float, scale: float) -> float:
     """By how much attention grows sharper with longer texts (YaRN, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from manyheads.config import ConfigError
 from manyheads.models.config import ModelConfig
+from manyheads.models.rope import YarnScaling
+from manyheads.models.rope_keys import magnitude
 from manyheads.speculation.eagle3.checkpoint import LAYER, SPECULATORS_LAYER, Eagle3Config, Eagle3Weights
 from manyheads.speculation.eagle3.declared import FLAGS, LAYER_IDS
 from manyheads.speculation.medusa.checkpoint import STATISTICS
@@ -139,7 +141,11 @@ def _rope_scaling(config: Eagle3Config) -> dict[str, Any] | None:
         return None
     if scaling.kind == "linear":
         return {"type": "linear", "rope_type": "linear", "factor": scaling.factor}
-    return {"rope_type": scaling.kind, **asdict(scaling)}
+    said = {"rope_type": scaling.kind, **asdict(scaling)}
+    if isinstance(scaling, YarnScaling):
+        # vLLM passes over attention_factor: it multiplies what follows from the factor by this
+        said["attn_factor"] = scaling.attention_factor / magnitude(scaling.factor, 1.0)
+    return said
 
 
 def _flat(weights: Eagle3Weights, form: str, base: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from manyheads.cli import main
 from manyheads.cli.heads import EAGLE3_FORMATS
 from manyheads.config import ConfigError
 from manyheads.models.registry import read_config
-from manyheads.models.rope import LinearScaling, Llama3Scaling
+from manyheads.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 from manyheads.speculation.eagle3.checkpoint import Eagle3Weights, read_drafter
 from manyheads.speculation.eagle3.export import FORMATS, write_drafter
 from tests.eagle3 import LAYER_IDS, make_drafter
@@ -139,6 +140,18 @@ def test_vllm_finds_every_key_and_no_other(tmp_path: Path, form: str, changes: d
     assert config["hidden_act"] == "silu"
     assert config["tie_word_embeddings"] is False
     assert config.get("rope_theta") == weights.config.rope_theta
+
+
+@pytest.mark.parametrize("form", FORMATS[1:])
+@pytest.mark.parametrize("attention_factor", [0.1 * math.log(4) + 1, 1.0], ids=["YaRN's", "another"])
+def test_vllm_finds_the_attention_factor(tmp_path: Path, form: str, attention_factor: float) -> None:
+    """It does not read `attention_factor` (YaRNScalingRotaryEmbedding: yarn_get_mscale(factor) * attn_factor)."""
+    scaling = YarnScaling(4.0, 64, attention_factor)
+    weights = make_drafter(tmp_path / "first", BASE, base_name="name/base", format="specforge", rope_scaling=scaling)
+    assert convert(tmp_path / "first", tmp_path / "out", form) == 0
+    said = vllm_config(json.loads((tmp_path / "out" / "config.json").read_text()))["rope_scaling"]
+    assert (0.1 * math.log(said["factor"]) + 1) * said.get("attn_factor", 1) == pytest.approx(attention_factor)
+    assert same(weights, read_drafter(tmp_path / "out", BASE))
 
 
 def test_specforge_and_sglang_find_their_layers(tmp_path: Path) -> None:
