@@ -1,4 +1,5 @@
-"""What a device must do, chosen once for a device: by torch's operations, or by kernels where Triton knows the GPU."""
+"""What a device must do, chosen once for a device: by torch's operations, or by kernels where Triton knows the GPU or
+a C compiler the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from functools import lru_cache
 from torch import cuda  # NOTE: not `torch`, which is the module ops/torch.py in this namespace
 from torch import device as Device
 
+from manyheads.native.layers import library
 from manyheads.ops.base import Ops
+from manyheads.ops.native import NativeOps
 from manyheads.ops.torch import TorchOps
 
 
@@ -19,7 +22,8 @@ def ops_for(device: Device) -> Ops:
         from manyheads.ops.triton import TritonOps
 
         return TritonOps()
-    return TorchOps()
+    layers = library() if device.type == "cpu" else None
+    return TorchOps() if layers is None else NativeOps(layers)
 
 
 def shortfalls(device: Device) -> list[str]:

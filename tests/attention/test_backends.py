@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Group, Heads
+from manyheads.attention.native import NativeAttention
 from manyheads.attention.torch import TorchAttention
 from manyheads.kv_cache import CODES, KVCache, quantize
+from manyheads.native.layers import library
 from manyheads.speculation.tree import ROOT, Tree, grow
 from tests.kernels import INTERPRETED
 from tests.trees import medusa_tensors
@@ -21,7 +25,7 @@ torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 DIM, EPS, POSITIONS = 16, 1e-3, 600
-backend_class: type[TorchAttention] = TorchAttention
+backend_class: Callable[[KVCache, Heads], TorchAttention] = TorchAttention
 kv_dtype = torch.float32
 
 
@@ -31,9 +35,16 @@ def _kv_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(f"{__name__}.kv_dtype", CODES.get(request.param, torch.float32))
 
 
-@pytest.fixture(autouse=True, params=["torch", "triton"])
+@pytest.fixture(autouse=True, params=["torch", "native", "triton"])
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _kv_dtype: None) -> None:
     """Runs every test with each backend."""
+    if request.param == "native":
+        layers = library()
+        if layers is None:
+            pytest.skip("there is no C compiler")
+        if kv_dtype != torch.float32:
+            pytest.skip("caches in 8 bits are torch's")
+        monkeypatch.setattr(f"{__name__}.backend_class", partial(NativeAttention, layers=layers))
     if request.param == "triton":
         pytest.importorskip("triton")
         if kv_dtype == torch.float8_e4m3fn:

@@ -44,11 +44,24 @@ def test_products_are_those_of_the_widened_weight(shape: tuple[int, int], bits: 
     some, bias = weight(*shape, bits), torch.randn(shape[0])
     product = TorchOps().product(some, bias, torch.float32)
     assert isinstance(product, BlockProduct)
-    assert product.nbytes == some.nbytes + bias.nbytes
+    assert product.nbytes == some.nbytes * -(-shape[0] // 16) * 16 // shape[0] + bias.nbytes
     wide = some.dequantize(torch.float32)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 23):
         x = torch.randn(rows, shape[1])
         torch.testing.assert_close(product(x), x @ wide.T + bias, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.skipif(blocks.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_are_kept_in_half_precision_where_they_are_such_numbers(bits: int) -> None:
+    some = weight(48, 96, bits)
+    smallest = torch.tensor([2.0**-24, 2.0**-14, 65504.0])  # a subnormal number, and the ends of the others
+    half = BlockWeight(some.codes, smallest.expand(48, 3), None if bits == 8 else -smallest.expand(48, 3))
+    short, long = BlockProduct(half, None), BlockProduct(some, None)
+    assert long.nbytes - short.nbytes == 48 * 3 * 2 * (2 if bits == 4 else 1)
+    for x in torch.eye(96).split(32):
+        wanted = x @ half.dequantize(torch.float32).T
+        torch.testing.assert_close(short(x), wanted, atol=0, rtol=2e-6)
 
 
 @pytest.mark.skipif(blocks.library() is None, reason="there is no C compiler")
