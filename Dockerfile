@@ -12,6 +12,9 @@ FROM python:3.13-slim
 # PyTorch's own index has a torch for CPUs; the one that pip takes otherwise brings CUDA, some gigabytes.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
+# With a C compiler, models in float32 and GGUF files run on kernels that are made for the processor at the first start.
+RUN apt-get update && apt-get install --no-install-recommends -y gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 RUN useradd --create-home --uid 1000 manyheads
 WORKDIR /build
 COPY pyproject.toml constraints.txt README.md LICENSE ./
