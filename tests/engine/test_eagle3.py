@@ -152,6 +152,17 @@ def test_candidates_of_kernels_are_the_references(tmp_path: Path, monkeypatch: p
     assert looked_at > 10
 
 
+def test_statistics_of_the_best_candidates_alone_will_do(
+    folder: Path, reference: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    drafter(folder, tmp_path / "drafter")
+    (tmp_path / "drafter" / "tree_statistics.json").write_text('{"accuracy": [[0.5], [0.4]]}')
+    jobs = [(prompt, SamplingParams(max_tokens=12, temperature=0.0)) for prompt in prompts(3)]
+    served = serve(folder, tmp_path / "drafter", 6)
+    assert run(served, jobs) == run(engine(folder, 1), jobs)
+    assert served.stats().drafted_tokens > 0
+
+
 @pytest.mark.parametrize("tree_size", [2, 7, 24])
 @pytest.mark.parametrize("recorded", [False, True], ids=["eager", "recorded"])
 def test_text_is_that_of_plain_decoding(

@@ -28,7 +28,7 @@ from manyheads.models.rope import Rope
 from manyheads.speculation.drafter import DrafterShape, Kept
 from manyheads.speculation.eagle3.checkpoint import Eagle3Weights, read_drafter
 from manyheads.speculation.eagle3.layer import Eagle3Layer
-from manyheads.speculation.eagle3.template import Template
+from manyheads.speculation.eagle3.template import LEAST_CHILDREN, Template
 from manyheads.speculation.tree import Choice, Tree
 
 DEPTH = 6
@@ -241,7 +241,9 @@ class Eagle3Source:
                 f"{folder}: the drafter has {own[0]} K/V heads of {own[1]}, its base {base[0]} of {base[1]}; "
                 "both stand in the same pages, and have to be alike"
             )
-        self._prior = self._weights.accuracy or ACCEPTANCE
+        # two ranks at least, as many as a node that is expanded has children
+        known = self._weights.accuracy or ACCEPTANCE
+        self._prior = [[*ranks, *[0.0] * (LEAST_CHILDREN - len(ranks))] for ranks in known]
         template = Template(self._prior)
         numbers = {name: prod(shape) for name, shape in config.shapes.items() if len(shape) == 2}
         embedding = self._weights.embedding
