@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, machine, save
-from traffic import measure, model_of, texts_of
+from traffic import add_options, measure, model_of, texts_of
 
 START_SECONDS = 300.0
 """A server that is not ready after so long is given up."""
@@ -153,10 +153,8 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=3, help="tokens that vLLM drafts at a time")
     parser.add_argument("--by-chance", action="store_true")
     parser.add_argument("--vllm-path", type=Path, help="where vLLM is, if it is not installed")
-    parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"), help="lines with `turns`")
-    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[15.0, 30.0])
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
-    parser.add_argument("--hold", type=float, default=20.0, help="seconds of arrivals at each rate")
+    add_options(parser)
+    parser.set_defaults(rates=[15.0, 30.0])
     parser.add_argument("--port", type=int, default=18900, help="the first of one for each GPU")
     args = parser.parse_args()
     systems = [of_gpu.split(",") for of_gpu in args.gpus.split(";")]

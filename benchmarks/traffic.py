@@ -175,6 +175,14 @@ def show(file: Path) -> None:
     table(["system", "requests/s", "first token p50 / p99, s", "token p50 / p99, ms", "good", "tokens/s"], rows)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is sent, and for how long."""
+    parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"), help="lines with `turns`")
+    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[5.0, 15.0])
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--hold", type=float, default=20.0, help="seconds of arrivals at each rate")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,10 +190,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="of the system, in the results")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer.json")
-    parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"), help="lines with `turns`")
-    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[5.0, 15.0])
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
-    parser.add_argument("--hold", type=float, default=20.0, help="seconds of arrivals at each rate")
+    add_options(parser)
     parser.add_argument("--table", action="store_true", help="show what the file has, and measure nothing")
     args = parser.parse_args()
     if args.table:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ class Batch:
     def max_nodes(self) -> int:
         return max(row.num_nodes for row in self.rows)
 
-    def run(self, num_splits: int = 1, max_nodes: int | None = None, **buffers: Tensor) -> Tensor:
+    def run(self, num_splits: int = 1, max_nodes: int | None = None, **more: Any) -> Tensor:
+        """What the kernel makes of it; `more` are arguments of `tree_attention`."""
         return tree_attention(
             self.q,
             self.k_pages,
@@ -82,7 +84,7 @@ class Batch:
             num_splits=num_splits,
             k_scale=self.k_scale,
             v_scale=self.v_scale,
-            **buffers,
+            **more,
         )
 
     def expected(self) -> Tensor:

@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 from manyheads.attention.base import Group, Heads
 from manyheads.attention.torch import TorchAttention
 from manyheads.attention.triton import TritonAttention
-from manyheads.kernels.attention import tree_attention
 from manyheads.kv_cache import KVCache
 from manyheads.models.rope import NO_ROPE
 
@@ -83,19 +82,7 @@ ROWS = {
 def test_a_window(rows: str, window: int, num_splits: int) -> None:
     made = batch(ROWS[rows])
     wanted = expected(made, 0.25, None, window)
-    found = tree_attention(
-        made.q,
-        made.k_pages,
-        made.v_pages,
-        made.row_start,
-        made.cached_len,
-        made.page_table,
-        made.mask,
-        max_nodes=made.max_nodes,
-        num_splits=num_splits,
-        window=window,
-        positions=positions(made),
-    )
+    found = made.run(num_splits, window=window, positions=positions(made))
     assert relative_error(found, wanted) < TOLERANCE[torch.float32]
 
 
@@ -105,21 +92,7 @@ def test_a_window(rows: str, window: int, num_splits: int) -> None:
 )
 def test_scale_and_cap(scale: float | None, softcap: float | None, kv_dtype: str) -> None:
     made = batch([chain(70, 3), tree(33, 9)], kv_dtype=kv_dtype)
-    found = tree_attention(
-        made.q,
-        made.k_pages,
-        made.v_pages,
-        made.row_start,
-        made.cached_len,
-        made.page_table,
-        made.mask,
-        max_nodes=made.max_nodes,
-        num_splits=2,
-        scale=scale,
-        softcap=softcap,
-        k_scale=made.k_scale,
-        v_scale=made.v_scale,
-    )
+    found = made.run(2, scale=scale, softcap=softcap)
     if made.k_scale is not None and made.v_scale is not None:
         plain = (made.k_pages.double() * made.k_scale[..., None], made.v_pages.double() * made.v_scale[..., None])
         made = Batch(made.rows, made.q, *plain, made.row_start, made.cached_len, made.page_table, made.mask)
@@ -134,20 +107,7 @@ def test_sinks_take_their_share_of_the_weights(name: str, num_splits: int) -> No
     made = batch(ROWS[name])
     sinks = torch.tensor([8.0, -50.0, 0.0, 1.5], device=DEVICE)
     for window in (0, 5):
-        found = tree_attention(
-            made.q,
-            made.k_pages,
-            made.v_pages,
-            made.row_start,
-            made.cached_len,
-            made.page_table,
-            made.mask,
-            max_nodes=made.max_nodes,
-            num_splits=num_splits,
-            sinks=sinks,
-            window=window,
-            positions=positions(made),
-        )
+        found = made.run(num_splits, sinks=sinks, window=window, positions=positions(made))
         wanted = expected(made, 0.25, None, window or 1000, sinks)
         assert relative_error(found, wanted) < TOLERANCE[torch.float32]
         assert float(wanted[:, 0].norm()) < 0.3 * float(wanted[:, 1].norm())
