@@ -16,7 +16,10 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 
 With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
 one's own (by_chance.py); of vLLM's chains too, position by position. --random makes MODEL a folder without weights, for
-a published shape with random ones (random_model.py).
+a published shape with random ones (random_model.py). Both go with --quantization and, of manyheads, with several GPUs:
+
+    python benchmarks/gpu.py FOLDER OUT.json --random llama-3.1-70b --acceptance --quantization fp8 \\
+        --tensor-parallel-size 2
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import random_model
-import torch
-from by_chance import KINDS, ByChance, chain_rates, table_of
+from by_chance import KINDS, chain_rates, table_of
+from changes import Changes
 from common import write_json
 
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -64,8 +67,11 @@ class Manyheads:
         from manyheads.config import EngineConfig
         from manyheads.engine.build import build_engine
 
-        if args.acceptance:
-            ByChance(args.acceptance).install()
+        Changes(
+            by_chance=args.acceptance is not None,
+            acceptance=args.acceptance,
+            random_folder=str(args.model) if args.random else None,
+        ).install()
         self.temperature = 1.0 if args.acceptance else 0.0  # a row that samples passes by the sampler
         self.engine = build_engine(
             EngineConfig(
@@ -80,6 +86,7 @@ class Manyheads:
                 quantization=args.quantization,
                 kv_cache_dtype=args.kv_cache_dtype,
                 tensor_parallel_size=args.tensor_parallel_size,
+                seed=0,
             ),
             lambda line: print(f"{time.perf_counter() - args.start:6.1f} s  {line}", flush=True),
         )
@@ -252,10 +259,9 @@ def main() -> None:
         file = None if args.acceptance == "published" else Path(args.acceptance)
         args.acceptance = table_of(args.mode, file)
     if args.random:
-        if args.system != "manyheads" or args.tensor_parallel_size > 1:
-            parser.error("--random is for manyheads on one GPU")
+        if args.system != "manyheads":
+            parser.error("--random is for manyheads")
         random_model.write(args.model, args.random)
-        random_model.install(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     args.start = time.perf_counter()
     system: System = Manyheads(args) if args.system == "manyheads" else Vllm(args)
     ready = time.perf_counter() - args.start

@@ -25,7 +25,8 @@ from manyheads.engine.step import Request, StepPlan
 from manyheads.models.parallel import Ranks
 from manyheads.speculation.draft import Draft
 
-COMMAND = (sys.executable, "-m", "manyheads.engine.rank")
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "manyheads.engine.rank")
+"""What starts a rank."""
 LENGTH_BYTES = 4
 """A message is preceded by its length, in so many bytes."""
 
