@@ -20,6 +20,10 @@ a published shape with random ones (random_model.py). Both go with --quantizatio
 
     python benchmarks/gpu.py FOLDER OUT.json --random llama-3.1-70b --acceptance --quantization fp8 \\
         --tensor-parallel-size 2
+
+`memory` is rank 0's, and every rank holds as many weights. `embedding` is a part of them of which a step reads a few
+rows only, unless it is the projection to the vocabulary as well; the rest of a model without experts is read at every
+step, by all ranks at the same time, and bounds how fast it can be.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ import random_model
 from by_chance import KINDS, chain_rates, table_of
 from changes import Changes
 from common import write_json
+
+from manyheads.engine.runner import Runner
 
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -120,8 +126,10 @@ class Manyheads:
         return list(replies.values())
 
     def memory(self) -> dict[str, int]:
+        assert isinstance(self.engine.runner, Runner)
         use = self.engine.ready.memory
-        return {name: getattr(use, name) for name in ("weights", "heads", "kv_cache", "graphs", "rest")}
+        found = {name: getattr(use, name) for name in ("weights", "heads", "kv_cache", "graphs", "rest")}
+        return found | {"embedding": self.engine.runner.model.embedding.nbytes}
 
     def costs(self) -> dict[str, Any]:
         """Of rows alone, and by rows and in-flight tokens."""
@@ -267,6 +275,7 @@ def main() -> None:
     ready = time.perf_counter() - args.start
     print(f"ready after {ready:.1f} s", flush=True)
     record: dict[str, Any] = {"ready_s": ready, "system": args.system, "mode": args.mode, "memory": system.memory()}
+    record["ranks"] = args.tensor_parallel_size
     record["costs_ms"] = system.costs()
     print(record["memory"], flush=True)
     for test in args.tests:
@@ -290,15 +299,18 @@ def decoding(system: System, rounds: list[list[list[int]]], num_tokens: int) -> 
         tokens += sum(map(len, replies))
         for name, n in system.counters().items():
             counters[name] = counters.get(name, 0) + n - before.get(name, 0)
+    decoded = tokens - users * len(rounds)  # without those that prompts end with
     row = {
         "users": users,
         "rounds": len(rounds),
-        "decode_tokens_per_s": (tokens - users * len(rounds)) / (wall - prefill),
+        "decode_tokens_per_s": decoded / (wall - prefill),
         "prefill_s": prefill,
         "wall_s": wall,
         "tokens": tokens,
         "counters": counters,
     }
+    if counters.get("row_steps"):
+        row["tokens_per_row_step"] = round(decoded / counters["row_steps"], 3)
     print(row, flush=True)
     return {**row, "step_times": system.step_times()}
 
