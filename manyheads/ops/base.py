@@ -107,6 +107,8 @@ class Ops(Protocol):
 
     records: bool
     """Whether a step can be recorded once and replayed (CUDA graphs)."""
+    noise_bytes: int
+    """What `draw` takes for each number of its noise while it makes it."""
     library_bytes: int
     """What the libraries behind the operations take of the device for themselves."""
     gathers_pages: bool

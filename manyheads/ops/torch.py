@@ -28,6 +28,7 @@ class TorchOps:
     """`ops.base.Ops`, some fifty operations of torch where kernels need a few launches."""
 
     records = False
+    noise_bytes = 36  # hashes in int64, at most four at once, and what becomes of them
     library_bytes = 0
     gathers_pages = True
 

@@ -24,6 +24,7 @@ class TritonOps(TorchOps):
     """`ops.base.Ops` by the kernels of `kernels/`; what is left to torch is said in `TorchOps`."""
 
     records = True
+    noise_bytes = 0  # it is made where it is added
     library_bytes = 96 * 2**20  # cuBLAS's workspaces on two streams (32 MiB each), and scratch of split attention
     gathers_pages = False
 
