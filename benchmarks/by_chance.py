@@ -29,7 +29,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from manyheads.batch import RowState
+from manyheads.batch import Level, OpenNodes, RowState
 from manyheads.config import EngineConfig
 from manyheads.engine import recorded, runner
 from manyheads.engine.engine import Engine
@@ -98,29 +98,21 @@ class ByChance:
             self._replace_attach(kind)
         self._replace_reader(medusa, "read_heads", "medusa")
         self._replace_reader(eagle3, "read_drafter", "eagle3")
-        propose, offer = MedusaDrafter.propose, Eagle3Drafter._offer
+        propose, guess = MedusaDrafter.propose, Eagle3Drafter.guess
 
         def propose_by_chance(drafter: MedusaDrafter, *args: Any) -> tuple[Tensor, Tensor]:
             candidates, chances = propose(drafter, *args)
             return candidates, self._promised[:-1].expand_as(chances).contiguous()
 
-        def offer_by_chance(
-            drafter: Eagle3Drafter,
-            family: Tensor,
-            row: Tensor,
-            normed: Tensor,
-            parents: Tensor,
-            tokens: Tensor,
-            chances: Tensor,
-            worth: Tensor,
-        ) -> None:
-            offer(drafter, family, row, normed, parents, tokens, chances, worth)
-            at, promised = (row[:, None].expand_as(family), family), self._promised[family]
-            chances.index_put_(at, promised)
-            worth.index_put_(at, promised * parents[:, None])
+        def guess_by_chance(
+            drafter: Eagle3Drafter, level: Level, nodes: OpenNodes | None, normed: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            tokens, _ = guess(drafter, level, nodes, normed)
+            family = level.families if nodes is None else level.families[nodes.new_which]
+            return tokens, self._promised[family - 1].expand(tokens.shape).contiguous()
 
         MedusaDrafter.propose = propose_by_chance  # type: ignore[method-assign,assignment]
-        Eagle3Drafter._offer = offer_by_chance  # type: ignore[method-assign,assignment]
+        Eagle3Drafter.guess = guess_by_chance  # type: ignore[method-assign,assignment]
         recorded.draw = runner.draw = self._draw  # type: ignore[attr-defined]
 
     def _replace_attach(self, kind: Any) -> None:

@@ -41,7 +41,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in (
         (MedusaDrafter, "propose"),
         (MedusaDrafter, "attach"),
-        (Eagle3Drafter, "_offer"),
+        (Eagle3Drafter, "guess"),
         (Eagle3Drafter, "attach"),
         (by_chance.medusa, "read_heads"),
         (by_chance.eagle3, "read_drafter"),
