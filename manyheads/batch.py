@@ -16,6 +16,8 @@ from manyheads.request import MAX_BAD_TOKENS
 
 MAX_NODES = 64
 """Most nodes of a tree, so that a set of nodes is the bits of an int64."""
+MAX_PADDING = 1024
+"""Most tokens that the dummy row may bring to a pass (`engine/record_sizes.py`); attention looks up as many pages."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +197,8 @@ class RowState:
         # [rows, 1 + C]: how sure the drafter is of each, given those before it; 0 where it has not spoken
         self.chances = zeros(1 + num_candidates, dtype=torch.float32)
         self.chances[:, 0] = 1.0
-        self.page_table = zeros(-(-(max_len + MAX_NODES) // page_size))  # [rows, pages], meaningless where unused
+        longest = max(max_len + MAX_NODES, MAX_PADDING)
+        self.page_table = zeros(-(-longest // page_size))  # [rows, pages], meaningless where unused
         self.ints = zeros(4)
         self.seed, self.min_len, self.top_k, self.adapter = self.ints.unbind(1)
         # min_len: shortest sequence that a stop token may end; top_k: vocab_size is off; adapter: 0 is none;

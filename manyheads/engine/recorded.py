@@ -258,7 +258,7 @@ class RecordedSteps:
         trees: TreeRows | None = None
         if num_tokens:
             numbers = torch.zeros(3, num_tokens, dtype=torch.int64, device=device)
-            numbers[1], numbers[2] = num_chunks, torch.arange(num_tokens)
+            numbers[1] = num_chunks
             tokens, row, place = numbers.unbind()
             chunks = ChunkRows(
                 tokens=tokens,

@@ -250,7 +250,8 @@ def chunk_rows(state: RowState, chunks: list[Chunk]) -> ChunkRows:
 
 
 def chunk_numbers(chunks: Sequence[Chunk], num_tokens: int, dummy: int) -> tuple[list[list[int]], list[int]]:
-    """Tokens, rows and places of chunks, padded to `num_tokens` by a last row, and where rows begin.
+    """Tokens, rows and places of chunks, padded to `num_tokens` by a last row that stands at its beginning with all of
+    them, and where rows begin.
 
     Args:
         dummy: number of that row.
@@ -265,7 +266,7 @@ def chunk_numbers(chunks: Sequence[Chunk], num_tokens: int, dummy: int) -> tuple
         places += range(size)
     padding = num_tokens - len(tokens)
     starts = [0, *accumulate(chunk.num_inflight for chunk in chunks)]
-    return [tokens + [0] * padding, rows + [dummy] * padding, [*places, *range(padding)]], starts
+    return [tokens + [0] * padding, rows + [dummy] * padding, places + [0] * padding], starts
 
 
 def gain_sizes(num_rows: int, draft: Draft, device: torch.device) -> Tensor | None:

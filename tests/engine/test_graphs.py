@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from triton import knobs
 
 from manyheads import SamplingParams
+from manyheads.batch import MAX_PADDING
 from manyheads.engine.engine import Engine
 from manyheads.engine.graphs import Recorded, Recorder
 from manyheads.engine.record_sizes import CHUNKS, ROWS, TREE_ROWS, TREES, fitting, padded_rows, pass_keys
@@ -24,10 +25,12 @@ from manyheads.engine.runner import Runner
 from manyheads.engine.step_run import StepRun
 from manyheads.engine.warmup import exercise
 from manyheads.kernels import compiling
+from manyheads.models.registry import read_config
 from manyheads.ops.torch import TorchOps
 from manyheads.speculation.draft import Draft
 from manyheads.speculation.planner import Planner, most_inflight
 from manyheads.speculation.tree import Tree
+from tests.eagle3 import make_drafter
 from tests.engine.test_exactness import engine, prompts, run
 from tests.kernels import INTERPRETED
 
@@ -116,6 +119,27 @@ def test_a_pass_is_recorded_for_whatever_rows_may_bring(most: int) -> None:
         for draft in Planner([[0.5, 0.3]] * 3).drafts(padded):
             tokens = draft.num_tokens(padded)
             assert (fitting(CHUNKS, 100, 1), fitting(TREES, tokens, padded)) in keys, (rows, draft.nodes)
+
+
+@pytest.mark.parametrize("model", ["plain", "eagle3"])
+def test_passes_are_recorded_whatever_a_sequence_may_have(
+    folder: Path, reference: LlamaForCausalLM, tmp_path: Path, model: str
+) -> None:
+    """A pass of the largest size belongs to the dummy row as it is recorded, which then brings more than any row."""
+    most = max(CHUNKS[-1][0], TREES[-1][0])
+    assert most <= MAX_PADDING
+    settings: dict[str, Any] = {"max_model_len": 64}
+    if model == "eagle3":
+        make_drafter(tmp_path / "drafter", read_config(folder))
+        settings["heads"] = str(tmp_path / "drafter")
+    jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=9)) for prompt in prompts(6)]
+    wanted = run(engine(folder, 4, **settings), jobs)
+    served = engine(folder, 4, **settings)
+    recorded = record(served)
+    recorded._make_passes([(CHUNKS[-1], TREES[-1])])
+    recorded.record_passes(8, 128)
+    assert recorded.run.state.page_table.shape[1] * recorded.run.state.page_size >= most
+    assert run(served, jobs) == wanted
 
 
 def test_what_was_run_for_its_kernels_leaves_nothing_behind(folder: Path, reference: LlamaForCausalLM) -> None:
