@@ -21,6 +21,7 @@ from manyheads.config import EngineConfig
 from manyheads.engine.blueprint import Blueprint, Progress
 from manyheads.engine.rank_messages import Clear, Message, RecordPasses, RecordSteps, Rewind, Teller
 from manyheads.engine.readout import PendingStep
+from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Request, StepPlan
 from manyheads.models.parallel import Ranks, here
@@ -122,6 +123,7 @@ class LeadingRunner(Runner):
         self._others, self._teller = others, Teller()
         # NOTE: not sooner: NCCL's threads go on asking the store in it, and wait for minutes where it is missing
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(self, _leave, self.model.ranks, self.recorded)
 
     def launch(self, plan: StepPlan) -> PendingStep:
         self._others.tell(self._teller.launch(plan))
@@ -166,6 +168,14 @@ def leading_runner(plan: Blueprint, progress: Progress) -> Runner:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _leave(ranks: Ranks, recorded: RecordedSteps | None) -> None:
+    """Nobody uses this rank any more. NCCL ends a group only when no graph is left that it has a part in, and where
+    nobody aborts it, it waits for the others first: at the end of a process, for good."""
+    if recorded is not None:
+        recorded.forget()
+    ranks.abort()
 
 
 def _writable(process: subprocess.Popen[bytes]) -> IO[bytes]:

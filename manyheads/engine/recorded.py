@@ -93,6 +93,11 @@ class RecordedSteps:
         self._make_passes(pass_keys(self.run.state.num_rows, max_tokens, max_inflight))
         self.prompt_sizes = tuple(sorted({chunks[0] for chunks, _ in self._passes} - {0}))
 
+    def forget(self) -> None:
+        """Let go of all recordings; nothing can be run any more."""
+        self._steps.clear()
+        self._passes.clear()
+
     def padded_prompts(self, num_tokens: int) -> int:
         """What a step rounds so many tokens of chunks up to."""
         return next((size for size in self.prompt_sizes if size >= num_tokens), num_tokens)

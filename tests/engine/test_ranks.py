@@ -7,6 +7,7 @@ import os
 import queue
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -285,6 +286,33 @@ def test_a_rank_that_dies_ends_the_engine(folder: Path, reference: LlamaForCausa
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(RankFailed, match="rank 1 ended by signal 9"):
         finish(shared)
+
+
+PROGRAM = """
+import sys
+from manyheads import EngineConfig, SamplingParams
+from manyheads.engine.build import build_engine
+from manyheads.request import EngineRequest
+model, device = sys.argv[1:]
+engine = build_engine(EngineConfig(model=model, device=device, tensor_parallel_size=2, speculative=False))
+params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+engine.add_request(EngineRequest(request_id="a", prompt_token_ids=[1, 2, 3], params=params))
+tokens = []
+while engine.has_work():
+    for delta in engine.step():
+        tokens += delta.new_token_ids
+print(len(tokens))
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_program_that_used_ranks_ends(device: str, folder: Path, reference: LlamaForCausalLM) -> None:
+    """By itself: nothing waits for ranks that have ended, or for graphs that nobody lets go of."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed")
+    command = [sys.executable, "-c", PROGRAM, str(folder), device]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (done.stdout, done.returncode) == ("5\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.5])
