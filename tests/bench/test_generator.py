@@ -45,8 +45,9 @@ def test_tokens_and_chunks(tmp_path: Path) -> None:
     assert outcome.window(0)[1] < begin
     progress = [event for event in seen if event.kind == "progress"]
     assert max(event.users for event in progress) == 3
-    assert progress[-1].done == len(outcome.records)
-    assert progress[-1].tokens == 15 * len(outcome.records)
+    # a user that has not heard yet that the run is over sends one more, which is not of the load
+    assert 0 <= progress[-1].done - len(outcome.records) <= 3
+    assert progress[-1].tokens == 15 * progress[-1].done
 
 
 def test_tokens_without_usage(tmp_path: Path) -> None:
