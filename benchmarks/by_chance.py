@@ -10,7 +10,7 @@ A table is [depth][rank], each the share of nodes at a depth whose child of that
     python benchmarks/by_chance.py MODEL --heads DRAFTER --port 8000      # arguments of `manyheads serve`
 
 serves with what is published for the drafter's kind. All requests sample, since those that do not are drawn inside of
-recordings.
+recordings. With several ranks, each draws for itself, and all draw the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from manyheads.batch import RowState
+from manyheads.batch import Level, OpenNodes, RowState
 from manyheads.config import EngineConfig
 from manyheads.engine import recorded, runner
 from manyheads.engine.engine import Engine
@@ -47,6 +47,11 @@ KINDS = ("medusa", "eagle3")
 Table = list[list[float]]
 CHAIN = (0.75, 0.56, 0.42, 0.31, 0.23)
 """How often published EAGLE-3 chains hold for 1 to 5 tokens (SafeAILab/EAGLE, Llama-3.1-8B)."""
+BITS = 31
+"""Of a hash, what a candidate's rank is drawn with."""
+STRIDE, *FACTORS = (
+    number - 2**64 for number in (0x9E3779B97F4A7C15, 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)
+)  # as int64, whose products keep their lowest 64 bits
 
 
 def table_of(mode: str, file: Path | None = None) -> Table:
@@ -85,7 +90,7 @@ class ByChance:
         self.table = table
         self._promised = torch.empty(0)  # [1 + C], by column of a row's draft; the last one is what pads families
         self._children = torch.empty(0)  # [1 + C, K + 1] int64: the columns of a column's children by rank; 0 is none
-        self._weights = torch.empty(0)  # [1 + C, K + 1]: how often each of them is right, and none
+        self._bounds = torch.empty(0)  # [1 + C, K] int64: numbers below it, of 2^31, choose a rank or one before it
 
     def install(self) -> None:
         """Let drafters promise what the table says, and the target keep the promise."""
@@ -93,29 +98,21 @@ class ByChance:
             self._replace_attach(kind)
         self._replace_reader(medusa, "read_heads", "medusa")
         self._replace_reader(eagle3, "read_drafter", "eagle3")
-        propose, offer = MedusaDrafter.propose, Eagle3Drafter._offer
+        propose, guess = MedusaDrafter.propose, Eagle3Drafter.guess
 
         def propose_by_chance(drafter: MedusaDrafter, *args: Any) -> tuple[Tensor, Tensor]:
             candidates, chances = propose(drafter, *args)
             return candidates, self._promised[:-1].expand_as(chances).contiguous()
 
-        def offer_by_chance(
-            drafter: Eagle3Drafter,
-            family: Tensor,
-            row: Tensor,
-            normed: Tensor,
-            parents: Tensor,
-            tokens: Tensor,
-            chances: Tensor,
-            worth: Tensor,
-        ) -> None:
-            offer(drafter, family, row, normed, parents, tokens, chances, worth)
-            at, promised = (row[:, None].expand_as(family), family), self._promised[family]
-            chances.index_put_(at, promised)
-            worth.index_put_(at, promised * parents[:, None])
+        def guess_by_chance(
+            drafter: Eagle3Drafter, level: Level, nodes: OpenNodes | None, normed: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            tokens, _ = guess(drafter, level, nodes, normed)
+            family = level.families if nodes is None else level.families[nodes.new_which]
+            return tokens, self._promised[family - 1].expand(tokens.shape).contiguous()
 
         MedusaDrafter.propose = propose_by_chance  # type: ignore[method-assign,assignment]
-        Eagle3Drafter._offer = offer_by_chance  # type: ignore[method-assign,assignment]
+        Eagle3Drafter.guess = guess_by_chance  # type: ignore[method-assign,assignment]
         recorded.draw = runner.draw = self._draw  # type: ignore[attr-defined]
 
     def _replace_attach(self, kind: Any) -> None:
@@ -145,28 +142,39 @@ class ByChance:
         width = max(len(children) for _, children in columns)
         promised = torch.zeros(len(columns))
         at = torch.zeros(len(columns), width + 1, dtype=torch.int64)
-        weights = torch.zeros(len(columns), width + 1)
+        weights = torch.zeros(len(columns), width, dtype=torch.float64)
         for column, (depth, children) in enumerate(columns):
             rates = torch.tensor(table[min(depth, len(table) - 1)][: len(children)])
             at[column, : len(children)] = torch.tensor(children, dtype=torch.int64)
-            weights[column, : len(rates)] = rates
+            weights[column, : len(rates)] = rates.double()
             promised[at[column, : len(rates)] - 1] = rates
-        weights[:, -1] = 1 - weights.sum(dim=1)
-        self._promised, self._children, self._weights = (x.to(device) for x in (promised, at, weights))
+        bounds = (weights.cumsum(dim=1) * 2**BITS).round().to(torch.int64)
+        self._promised, self._children, self._bounds = (x.to(device) for x in (promised, at, bounds))
 
     def _draw(self, logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tensor, dict[int, Tensor]]:
         """What `sampler.draw` gives: a token for each node, here one of its candidates or any other, by chance.
 
-        Not the same one every time: what a model with experts reads depends on how many tokens there are.
+        Not the same one every time: what a model with experts reads depends on how many tokens there are. As the
+        sampler's, a draw depends on the row's seed and the position, so all ranks that share a model draw the same.
         """
         # nodes that a row did not bring stand at its root, which is written last
         column = torch.zeros_like(nodes.row)
         column[nodes.place.flatten()] = nodes.tree.column.expand_as(nodes.place).flatten()
         column.index_fill_(0, nodes.place[:, 0], 0)  # NOTE: an assignment would wait for the device
-        rank = torch.multinomial(self._weights[column], 1)
-        child = self._children[column].gather(1, rank)[:, 0]
-        other = torch.randint_like(child, logits.shape[-1])
-        return torch.where(child > 0, state.drafts[nodes.rows[nodes.row], child], other), {}
+        row = nodes.rows[nodes.row]
+        bits = hashed(state.seed[row], nodes.first[nodes.row] + nodes.depth)
+        rank = (self._bounds[column] <= (bits & (2**BITS - 1))[:, None]).sum(dim=1)
+        child = self._children[column, rank]
+        other = (bits >> BITS) % logits.shape[-1]
+        return torch.where(child > 0, state.drafts[row, child], other), {}
+
+
+def hashed(seed: Tensor, position: Tensor) -> Tensor:
+    """A number of 63 bits for each pair of int64 numbers: the finalizer of MurmurHash3 (`fmix64`) of both."""
+    bits = seed ^ (position * STRIDE)
+    for factor in FACTORS:
+        bits = (bits ^ (bits >> 33)) * factor
+    return bits ^ (bits >> 33)  # not negative: the sign is shifted to where it stands already
 
 
 def _columns(drafter: Any) -> list[tuple[int, list[int]]]:
@@ -182,9 +190,11 @@ def _columns(drafter: Any) -> list[tuple[int, list[int]]]:
 
 def build(config: EngineConfig, progress: Callable[[str], None]) -> Engine:
     """An engine that accepts by chance, for the engine process of a server."""
+    from changes import Changes
+
     from manyheads.engine.build import build_engine
 
-    ByChance().install()
+    Changes(by_chance=True).install()
     engine = build_engine(config, progress)
     add = engine.add_request
 

@@ -16,7 +16,14 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 
 With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
 one's own (by_chance.py); of vLLM's chains too, position by position. --random makes MODEL a folder without weights, for
-a published shape with random ones (random_model.py).
+a published shape with random ones (random_model.py). Both go with --quantization and, of manyheads, with several GPUs:
+
+    python benchmarks/gpu.py FOLDER OUT.json --random llama-3.1-70b --acceptance --quantization fp8 \\
+        --tensor-parallel-size 2
+
+`memory` is rank 0's, and every rank holds as many weights. `embedding` is a part of them of which a step reads a few
+rows only, unless it is the projection to the vocabulary as well; the rest of a model without experts is read at every
+step, by all ranks at the same time, and bounds how fast it can be.
 """
 
 from __future__ import annotations
@@ -29,9 +36,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import random_model
-import torch
-from by_chance import KINDS, ByChance, chain_rates, table_of
+from by_chance import KINDS, chain_rates, table_of
+from changes import Changes
 from common import write_json
+
+from manyheads.engine.runner import Runner
 
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -64,8 +73,11 @@ class Manyheads:
         from manyheads.config import EngineConfig
         from manyheads.engine.build import build_engine
 
-        if args.acceptance:
-            ByChance(args.acceptance).install()
+        Changes(
+            by_chance=args.acceptance is not None,
+            acceptance=args.acceptance,
+            random_folder=str(args.model) if args.random else None,
+        ).install()
         self.temperature = 1.0 if args.acceptance else 0.0  # a row that samples passes by the sampler
         self.engine = build_engine(
             EngineConfig(
@@ -80,6 +92,7 @@ class Manyheads:
                 quantization=args.quantization,
                 kv_cache_dtype=args.kv_cache_dtype,
                 tensor_parallel_size=args.tensor_parallel_size,
+                seed=0,
             ),
             lambda line: print(f"{time.perf_counter() - args.start:6.1f} s  {line}", flush=True),
         )
@@ -113,8 +126,10 @@ class Manyheads:
         return list(replies.values())
 
     def memory(self) -> dict[str, int]:
+        assert isinstance(self.engine.runner, Runner)
         use = self.engine.ready.memory
-        return {name: getattr(use, name) for name in ("weights", "heads", "kv_cache", "graphs", "rest")}
+        found = {name: getattr(use, name) for name in ("weights", "heads", "kv_cache", "graphs", "rest")}
+        return found | {"embedding": self.engine.runner.model.embedding.nbytes}
 
     def costs(self) -> dict[str, Any]:
         """Of rows alone, and by rows and in-flight tokens."""
@@ -252,15 +267,15 @@ def main() -> None:
         file = None if args.acceptance == "published" else Path(args.acceptance)
         args.acceptance = table_of(args.mode, file)
     if args.random:
-        if args.system != "manyheads" or args.tensor_parallel_size > 1:
-            parser.error("--random is for manyheads on one GPU")
+        if args.system != "manyheads":
+            parser.error("--random is for manyheads")
         random_model.write(args.model, args.random)
-        random_model.install(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     args.start = time.perf_counter()
     system: System = Manyheads(args) if args.system == "manyheads" else Vllm(args)
     ready = time.perf_counter() - args.start
     print(f"ready after {ready:.1f} s", flush=True)
     record: dict[str, Any] = {"ready_s": ready, "system": args.system, "mode": args.mode, "memory": system.memory()}
+    record["ranks"] = args.tensor_parallel_size
     record["costs_ms"] = system.costs()
     print(record["memory"], flush=True)
     for test in args.tests:
@@ -284,15 +299,18 @@ def decoding(system: System, rounds: list[list[list[int]]], num_tokens: int) -> 
         tokens += sum(map(len, replies))
         for name, n in system.counters().items():
             counters[name] = counters.get(name, 0) + n - before.get(name, 0)
+    decoded = tokens - users * len(rounds)  # without those that prompts end with
     row = {
         "users": users,
         "rounds": len(rounds),
-        "decode_tokens_per_s": (tokens - users * len(rounds)) / (wall - prefill),
+        "decode_tokens_per_s": decoded / (wall - prefill),
         "prefill_s": prefill,
         "wall_s": wall,
         "tokens": tokens,
         "counters": counters,
     }
+    if counters.get("row_steps"):
+        row["tokens_per_row_step"] = round(decoded / counters["row_steps"], 3)
     print(row, flush=True)
     return {**row, "step_times": system.step_times()}
 

@@ -12,7 +12,6 @@ so that their times add up to more than the step's.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -29,7 +28,7 @@ from manyheads.engine.engine import Engine
 from manyheads.engine.graphs import Recorder
 from manyheads.engine.runner import Runner
 from manyheads.engine.state import admit
-from manyheads.engine.step import Chunk, Request, StepPlan
+from manyheads.engine.step import Chunk, StepPlan
 from manyheads.engine.warmup import _dummy
 from manyheads.models.linear import Linear
 
@@ -44,7 +43,7 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     assert isinstance(runner, Runner)
     recorded = runner.recorded
     assert recorded is not None
-    requests = rows_of(runner, [CONTEXT] * rows)
+    requests = [_dummy(runner, i, CONTEXT) for i in range(rows)]
     admit(runner.state, runner.drafter, requests)
     plan = StepPlan(chunks=[], decoding=requests, draft=engine.planner.draft(nodes))
 
@@ -73,16 +72,6 @@ def profile(engine: Engine, rows: int, nodes: float) -> dict[str, Any]:
     return {"step_ms": step * 1e3, "graphs_ms": graphs_ms, "kernels": kernels_of(profiler, REPLAYS)}
 
 
-def rows_of(runner: Runner, lengths: list[int]) -> list[Request]:
-    """Rows with so many tokens, and with pages of their own as far as they go: all on one, rows would read their caches
-    from the GPU's."""
-    requests = [_dummy(runner, i, length) for i, length in enumerate(lengths)]
-    pages = itertools.cycle(range(1, runner.cache.data.shape[2]))
-    for request in requests:
-        request.table.pages = [next(pages) for _ in request.table.pages]
-    return requests
-
-
 def kernels_of(profiler: Any, repeats: int) -> dict[str, Any]:
     """Calls and microseconds of the kernels that take longest, by name."""
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
@@ -100,7 +89,8 @@ def profile_mixed(engine: Engine, rows: int, nodes: float, prompt_tokens: int) -
     runner = engine.runner
     assert isinstance(runner, Runner)
     count = max(1, prompt_tokens // PROMPT)
-    requests = rows_of(runner, [CONTEXT] * rows + [prompt_tokens // count] * count)
+    lengths = [CONTEXT] * rows + [prompt_tokens // count] * count
+    requests = [_dummy(runner, i, length) for i, length in enumerate(lengths)]
     decoding, prompts = requests[:rows], requests[rows:]
     for prompt in prompts:
         prompt.cached_len = 0

@@ -39,6 +39,8 @@ MOST_PROMPTS = 2048
 """Tokens of prompts in a step."""
 WANTED = (32, 1024)
 """So many tokens of prompts wait, at least and at most, where there are some."""
+CONTEXT = 450
+"""Cached tokens of a row."""
 UNCOUNTED = 500
 """Steps at the beginning that are not counted: much is new in them."""
 
@@ -49,7 +51,7 @@ def costs() -> CostTable:
     plain = {n: 4.5e-3 + 35e-6 * n for n in rows}
     trees = {n: {int(n * size): plain[n] + 20e-6 * n * (size - 1) for size in SIZES} for n in rows}
     prompts = {tokens: 4.4e-3 + 16.5e-6 * tokens for tokens in (4, 16, 64, 128, 256, 512, 1024)}
-    return CostTable(plain, trees, dict.fromkeys(rows, 0.25e-3), prompts)
+    return CostTable(plain, trees, dict.fromkeys(rows, 0.25e-3), prompts, context=192, cached=0.14e-6)
 
 
 def medusa() -> Planner:
@@ -94,7 +96,7 @@ def steps(planner: Planner, most: int, with_prompts: bool, count: int) -> Iterat
         adapters = [0] * rows
         wanted = chance.randint(*WANTED) if with_prompts else 0
         start = time.thread_time()
-        planner.rows_are(adapters)
+        planner.rows_are(adapters, rows * CONTEXT)
         prompts = target.prompt_tokens(rows, wanted) if wanted else 0
         draft = planner.choose(rows, prompts)
         took = time.thread_time() - start

@@ -1,16 +1,19 @@
 """Models of random weights that no file holds: what their steps cost follows from their shape alone.
 
     python benchmarks/gpu.py FOLDER OUT.json --random qwen3-30b-a3b --acceptance
+    python benchmarks/gpu.py FOLDER OUT.json --random llama-3.1-70b --acceptance --quantization fp8 \\
+        --tensor-parallel-size 2
 
 The folder gets config.json and the built-in model's tokenizer, for prompts. Weights are made on the device as the
-loader asks for them, a layer at a time: 60 GB take seconds, and no disk. Medusa heads are random as well, so that
-candidates have to be accepted by chance (by_chance.py). Text is noise, of which each token has experts of its own.
+loader asks for them, a tensor at a time: 60 GB take seconds, and no disk; of what the loader rounds or shares with
+other ranks, no more than a tensor is there in full. Each rank makes all of them, the same ones, and keeps its part.
+Medusa heads are random as well, so that candidates have to be accepted by chance (by_chance.py). Text is noise, of
+which each token has experts of its own.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +32,30 @@ from manyheads.speculation.medusa.checkpoint import HeadWeights
 DEVIATION = 0.02
 """Of the weights, as of initial ones."""
 HEADS = 3
+LLAMA_3_1: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": LLAMA_3_1
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-3.1-70b": LLAMA_3_1
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "qwen3-30b-a3b": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -82,38 +108,41 @@ def write(folder: Path, shape: str) -> None:
     (folder / "heads" / "config.json").write_text(json.dumps({"model_type": "medusa"}))
 
 
-def install(folder: Path, device: torch.device) -> None:
-    """Let what this process loads from the folder be random; of other folders, nothing can be loaded any more."""
+def install(folder: Path) -> None:
+    """Let what this process loads from the folder be random; of other folders, nothing can be loaded any more.
+
+    It is made on the current GPU, which a rank chooses before it loads anything; or on the CPU.
+    """
     config = read_config(folder)
     vars(loader)["tensor_files"] = lambda folder: [folder]
-    vars(loader)["read_tensors"] = lambda path, widen: tensors(config, device)
-    vars(drafter)["read_heads"] = lambda folder, model: heads(config, device)
+    vars(loader)["read_tensors"] = lambda path, widen: tensors(config)
+    vars(drafter)["read_heads"] = lambda folder, model: heads(config)
 
 
-def tensors(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Every (key, tensor) of a model; those of a layer are made at once."""
-    declared = parameters(config)
-    by_layer: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in declared.shapes.items():
-        part = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
-        by_layer.setdefault(part, {})[name] = shape
-    for shapes in by_layer.values():
-        made = _random(sum(map(math.prod, shapes.values())), config.dtype, device)
-        pieces = torch.split(made, [math.prod(shape) for shape in shapes.values()])
-        for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
-            yield name, piece.fill_(1.0) if "norm" in name else piece.view(shape)
+def tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every (key, tensor) of a model, the same ones every time."""
+    made = _Random(config.dtype, 0)
+    for name, shape in parameters(config).shapes.items():
+        # NOTE: each in memory of its own, since the loader keeps some as they are, and only parts of others
+        yield name, torch.ones(shape, dtype=made.dtype, device=made.device) if "norm" in name else made(*shape)
 
 
-def heads(config: ModelConfig, device: torch.device) -> HeadWeights:
-    """Medusa heads, each with a projection of its own."""
+def heads(config: ModelConfig) -> HeadWeights:
+    """Medusa heads, each with a projection of its own; on the host, as those of a file."""
+    made = _Random(config.dtype, 1)
     size, vocabulary = config.hidden_size, config.vocab_size
-    blocks = [
-        [(_random(size * size, config.dtype, device).view(size, size), _random(size, config.dtype, device))]
-        for _ in range(HEADS)
-    ]
-    projections = [_random(vocabulary * size, config.dtype, device).view(vocabulary, size) for _ in range(HEADS)]
+    blocks = [[(made(size, size).cpu(), made(size).cpu())] for _ in range(HEADS)]
+    projections = [made(vocabulary, size).cpu() for _ in range(HEADS)]
     return HeadWeights(blocks, projections, None, "random", None)
 
 
-def _random(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(count, dtype=dtype, device=device).normal_(0, DEVIATION)
+class _Random:
+    """Makes tensors."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self.dtype, self.device = dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        made = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return made.normal_(0, DEVIATION, generator=self._generator)

@@ -111,6 +111,54 @@ class Outcome:
     last: Tensor  # [R] int64, among the tokens of the step
 
 
+@dataclass(frozen=True, eq=False)
+class Level:
+    """The M nodes at one depth of a drafter's template that have children.
+
+    A node's column is 0 for the root, and 1 + its candidate for the others.
+    """
+
+    depth: int
+    columns: Tensor  # [M] int64
+    parents: Tensor  # [M] int64, the columns of their parents; the root is its own
+    families: Tensor  # [M, K] int64, the columns of their children by rank; C + 1 pads
+
+
+@dataclass(eq=False)
+class Guesses:
+    """What a drafter that goes on from its own guesses has guessed for R rows: of every node, by its column.
+
+    Nodes that it goes on from are opened, depth by depth. An opened node has a place, by number, among those of its row
+    (at most I), and its K/V stands so far behind the row's text. The last column is for what pads families.
+    """
+
+    cached_len: Tensor  # [R] int64
+    tokens: Tensor  # [R, C + 2] int64
+    chances: Tensor  # [R, C + 2] float32, that a node holds if its parent does; 0 is no guess
+    worth: Tensor  # [R, C + 2] float32, that all on the way to it hold; the root's is 0 where a row declines trees
+    above: Tensor  # [R, C + 2] int64, of what was opened: bit j is the node at place j, if that is this one or above it
+    feature: Tensor  # [R, C + 2] int64, where its feature stands: those of roots first, then by the order of opening
+    opened: Tensor  # [5, R, I] int64, by place, what `OpenNodes` says of each: slots first, which are known before
+    row_start: Tensor  # [R + 1] int32, how many nodes the rows before have opened
+    num_opened: int = 0
+    """Of all rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenNodes:
+    """The N nodes that R rows have opened, row after row, as the next pass computes them; n of them are new."""
+
+    row_start: Tensor  # [R + 1] int32, where the rows' nodes begin
+    slots: Tensor  # [N] int64, cache slots
+    tokens: Tensor  # [N] int64
+    source: Tensor  # [N] int64, where the parents' features stand
+    position: Tensor  # [N] int64
+    bits: Tensor  # [N] int64, bit j: the row's node j is this one or above it
+    new_row: Tensor  # [n] int64, the rows of the new ones,
+    new_which: Tensor  # [n] int64, which of their level's nodes they are,
+    new_at: Tensor  # [n] int64, and which of the N
+
+
 class RowState:
     """What a device keeps of each row from step to step, so that it can go on without the host.
 
@@ -201,3 +249,8 @@ class RowState:
     def forget_candidates(self, index: Tensor) -> None:
         """The rows move on without new candidates."""
         self.chances[:, 1:].index_fill_(0, index, 0.0)  # an assignment would copy a host's number, which no graph holds
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Tensors one behind the other; one alone as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

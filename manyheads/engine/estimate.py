@@ -169,12 +169,12 @@ class Shape:
 
         Logits as computed and in float32, over the temperature, sorted with their order (int64), softmax, cumulated,
         masks: 36 bytes for each beside the logits as computed; 16 more kept for log-probabilities, of up to four times
-        as many nodes as drew. Or, when that is done, the noise: hashes in int64 (36 bytes each, at most four at once)
-        for every row and depth. And one row's penalties.
+        as many nodes as drew. Or, when that is done, the noise for every row and depth, where it is made before it is
+        added. And one row's penalties.
         """
         logits, vocab = self._logits(), self.model.vocab_size
         depths = 1 + (self.drafter.max_depth if self.drafter else 0)
-        noise = 36 * self.max_num_seqs * depths * vocab
+        noise = self.ops.noise_bytes * self.max_num_seqs * depths * vocab
         penalties = 32 * (MAX_NODES if self.drafter else 1) * vocab
         return max((36 + self.dtype.itemsize) * logits, 16 * logits + noise) + 16 * logits + penalties
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from functools import partial
 from importlib.metadata import version
@@ -22,12 +23,15 @@ from manyheads.engine.rank_messages import Clear, Message, RecordPasses, RecordS
 from manyheads.engine.readout import PendingStep
 from manyheads.engine.runner import Runner
 from manyheads.engine.step import Request, StepPlan
-from manyheads.models.parallel import Ranks
+from manyheads.models.parallel import Ranks, here
 from manyheads.speculation.draft import Draft
 
-COMMAND = (sys.executable, "-m", "manyheads.engine.rank")
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "manyheads.engine.rank")
+"""What starts a rank."""
 LENGTH_BYTES = 4
 """A message is preceded by its length, in so many bytes."""
+ARRIVALS_SECONDS = 0.01
+"""So often rank 0 looks who has come."""
 
 
 class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,10 +64,15 @@ class Others:
         for rank, process in enumerate(self._processes, 1):
             threading.Thread(target=_watch, args=(weakref.ref(self), rank, process), daemon=True).start()
             first = RankLaunch(config=config, rank=rank, folder=str(folder), version=version("manyheads"))
-            self._send(self._pipes[rank - 1], msgspec.msgpack.encode(first))
+            with self.blamed():
+                self._send(self._pipes[rank - 1], msgspec.msgpack.encode(first))
 
     def join(self, folder: Path, plan: Blueprint) -> Ranks:
-        """Meet them. Raises RankFailed."""
+        """Meet them. Raises RankFailed, also where one of them has ended before it came."""
+        while not all(here(folder, rank).exists() for rank in range(1, len(self._processes) + 1)):
+            if self.failure is not None:
+                raise RankFailed(self.failure)
+            time.sleep(ARRIVALS_SECONDS)
         with self.blamed():
             ranks = Ranks.join(0, len(self._processes) + 1, folder, plan.shape.device, plan.row_bytes)
         self._ranks = ranks

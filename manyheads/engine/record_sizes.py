@@ -21,6 +21,8 @@ TREES = (
     (256, 256),
     (384, 256),
     (512, 256),
+    (768, 256),
+    (1024, 256),
 )
 """Tokens of trees beside them, and the most rows."""
 

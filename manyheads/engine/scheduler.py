@@ -108,9 +108,9 @@ class Scheduler:
             raise StepsUnread
         for request in self.running:
             self.pages.drop(request.table, request.cached_len)
-        adapters = [request.adapter for request in self.running if request.decoding]
-        self.planner.rows_are(adapters)
-        num_decoding = len(adapters)
+        rows = [request for request in self.running if request.decoding]
+        self.planner.rows_are([request.adapter for request in rows], sum(request.cached_len for request in rows))
+        num_decoding = len(rows)
         has_prompts = self.waiting or num_decoding < len(self.running)  # most steps have none
         budget = self.target.most_prompt_tokens(num_decoding) if has_prompts else 0
         kept_pages = self._make_room(budget)

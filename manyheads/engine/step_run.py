@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.attention.base import Group
-from manyheads.batch import InFlight, RowState, Trees, TreeTensors
+from manyheads.batch import InFlight, RowState, Trees, TreeTensors, joined
 from manyheads.engine.step import Chunk
 from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
@@ -110,9 +110,9 @@ class StepRun:
             inflight.append(trees.inflight)
             groups.append(self._group(trees.inflight, start, trees.max_tokens, trees.max_cached_len))
         if self.model.adapters is not None:
-            self.model.adapters.plan(_joined([self._adapters(x) for x in inflight]))
-        tokens = _joined([x.tokens for x in inflight])
-        self.attention.plan(groups, _joined([x.position for x in inflight]), _joined([x.slots for x in inflight]))
+            self.model.adapters.plan(joined([self._adapters(x) for x in inflight]))
+        tokens = joined([x.tokens for x in inflight])
+        self.attention.plan(groups, joined([x.position for x in inflight]), joined([x.slots for x in inflight]))
         if not self.base_layers:
             return Hidden(self.model.forward(tokens, self.attention))
         model = self.model
@@ -275,7 +275,3 @@ def gain_sizes(num_rows: int, draft: Draft, device: torch.device) -> Tensor | No
         return None
     sizes = [min(int(size * num_rows), num_rows * num_nodes) for size in SIZES]
     return torch.tensor(sizes).to(device, non_blocking=True)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -10,7 +10,7 @@ import torch
 
 from manyheads.batch import MAX_NODES
 from manyheads.config import ConfigError
-from manyheads.engine.page_manager import DUMMY_PAGE, PageTable
+from manyheads.engine.page_manager import PageTable
 from manyheads.engine.record_sizes import TREE_ROWS, padded_rows
 from manyheads.engine.recorded import all_steps
 from manyheads.engine.runner import Runner
@@ -21,7 +21,9 @@ from manyheads.speculation.draft import NO_DRAFT, Draft
 from manyheads.speculation.planner import Planner
 
 CONTEXT = 192
-"""Cached tokens of each row while measuring."""
+"""Cached tokens of each row while measuring;"""
+LONG, LONG_ROWS = 2048, 4
+"""and so many, of so many rows, for what reading a cache takes."""
 BURST = 4
 """Steps launched before the first is read, on a device that works beside the host: the engine does not wait either."""
 SIZES = (1.25, 2, 3, 4, 8, 16, 32, 64)
@@ -52,12 +54,13 @@ ENOUGH_ROWS = 4
 def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], None]) -> None:
     """Time steps over a grid of rows and drafts, and let the planner choose by what they took.
 
-    All rows read and write the dummy page. `read` ends with results on the host, so a host clock times the device too.
-    The shortest of a few times counts.
+    Each row has pages of its own, which nobody else has yet, as far as there are enough: a page that all of them read
+    comes from a device's cache. `read` ends with results on the host, so a host clock times the device too. The
+    shortest of a few times counts.
     """
-    costs = CostTable()
     state, padded, padded_prompts = runner.state, None, None
     context = min(CONTEXT, state.max_len // 2)
+    costs = CostTable(context=context)
     patience = MAX_SECONDS
     if runner.recorded is not None:
         progress("capturing steps")
@@ -81,7 +84,8 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
         patience = max(0.0, patience - (time.perf_counter() - began))
         costs.plain[num_rows] = plain
         costs.trees[num_rows], costs.passes[num_rows] = _apart(drafts, seconds, num_rows)
-    progress("measuring prompts")
+    progress("measuring caches and prompts")
+    costs.cached = _time_cached(runner, context, least)
     costs.prompts = _time_prompts(runner, MIN_TURNS if planner.chooses else 2)
     runner.clear()
     planner.measured(costs, padded, padded_prompts)
@@ -117,6 +121,22 @@ def exercise(runner: Runner, planner: Planner, max_tokens: int) -> None:
                 runner.rewind([*requests, prompt])
                 runner.launch(plan).read()
     runner.clear()
+
+
+def _time_cached(runner: Runner, context: int, least: float) -> float:
+    """Seconds for a cached token: how much longer steps of a few roots take behind long texts than behind `context`
+    tokens. 0 where texts cannot become much longer."""
+    state, seconds = runner.state, []
+    rows = min(LONG_ROWS, state.num_rows)
+    room = (runner.cache.num_pages - 1) * state.page_size // rows
+    long = min(LONG, state.max_len - MAX_NODES - 1, room - MAX_NODES)
+    if long < 2 * context:
+        return 0.0
+    for length in (context, long):
+        requests = [_dummy(runner, i, length) for i in range(rows)]
+        runner.put(requests)
+        seconds += _time(runner, [StepPlan(chunks=[], decoding=requests, draft=NO_DRAFT)], 0.0, least)
+    return max(0.0, seconds[1] - seconds[0]) / (rows * (long - context))
 
 
 def _time_prompts(runner: Runner, turns: int) -> dict[int, float]:
@@ -197,8 +217,10 @@ def _enough(kinds: list[list[float]], elapsed: float, patience: float, least: fl
 
 
 def _dummy(runner: Runner, row: int, context: int, params: SamplingParams = GREEDY) -> Request:
-    """A row of the dummy page. Where there are adapters, rows have them in turn, as most of traffic will."""
-    pages = [DUMMY_PAGE] * (-(-(context + MAX_NODES) // runner.state.page_size))
+    """A row with pages of its own, as far as there are enough. Where there are adapters, rows have them in turn, as
+    most of traffic will."""
+    count, usable = -(-(context + MAX_NODES) // runner.state.page_size), runner.cache.num_pages - 1
+    pages = [1 + (row * count + i) % usable for i in range(count)]
     adapters = runner.model.adapters
     return Request(
         request_id=f"warm-up {row}",

@@ -66,7 +66,7 @@ def propose(state: RowState, index: Tensor, candidates: Tensor, chances: Tensor)
 
     Args:
         index: [R] int64, contiguous.
-        candidates, chances: [R, C] int64 and float32, contiguous.
+        candidates, chances: [R, C] int64 and float32, the last dimension contiguous.
     """
     count = candidates.shape[1]
     _propose_kernel[(index.shape[0],)](
@@ -78,6 +78,8 @@ def propose(state: RowState, index: Tensor, candidates: Tensor, chances: Tensor)
         state.chances,
         count,
         state.num_rows,
+        candidates.stride(0),
+        chances.stride(0),
         state.speculative.stride(0),
         state.drafts.stride(0),
         state.chances.stride(0),
@@ -163,7 +165,10 @@ def _settle_kernel(
         tl.store(drafts + slot_row * stride_drafts, tl.maximum(newest, 0))
 
 
-@triton.jit(do_not_specialize=["dummy"])
+@triton.jit(
+    do_not_specialize=["dummy", "stride_candidates", "stride_given"],
+    do_not_specialize_on_alignment=["candidates", "chances"],
+)
 def _propose_kernel(
     index,
     candidates,
@@ -173,6 +178,8 @@ def _propose_kernel(
     state_chances,
     count,
     dummy,
+    stride_candidates,
+    stride_given,
     stride_speculative,
     stride_drafts,
     stride_chances,
@@ -185,8 +192,8 @@ def _propose_kernel(
     at = tl.arange(0, BLOCK)
     inside = at < count
     slot_row = tl.load(index + row)
-    candidate = tl.load(candidates + row * count + at, mask=inside, other=0)
-    chance = tl.load(chances + row * count + at, mask=inside, other=0.0)
+    candidate = tl.load(candidates + row * stride_candidates + at, mask=inside, other=0)
+    chance = tl.load(chances + row * stride_given + at, mask=inside, other=0.0)
     allowed = tl.load(speculative + slot_row * stride_speculative)
     inside &= slot_row != dummy
     tl.store(drafts + slot_row * stride_drafts + 1 + at, candidate, mask=inside)

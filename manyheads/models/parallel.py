@@ -32,6 +32,11 @@ PATIENCE = timedelta(days=1)
 find; meanwhile they may be idle for any time."""
 
 
+def here(folder: Path, rank: int) -> Path:
+    """The file that says that a rank has come to join. Who waits in a group for one that never comes waits for good."""
+    return folder / f"rank-{rank}"
+
+
 @dataclass(frozen=True, eq=False)
 class Ranks:
     """The ranks that share a model, as one of them sees them; one alone shares with nobody."""
@@ -52,6 +57,7 @@ class Ranks:
             device: of this rank.
             row_bytes: of the widest rows that are to be summed fast.
         """
+        here(folder, rank).touch()
         # NOTE: groups of our own, since torch's default group is one for a whole process
         torch_groups: Any = distributed
         store = torch_groups.FileStore(str(folder / "ranks"), size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Heads
-from manyheads.batch import Outcome, RowState, Trees, TreeTensors
+from manyheads.batch import Guesses, Level, OpenNodes, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
 from manyheads.ops.adapters import Adapters
 from manyheads.quantization.base import CodedScheme, Weight
@@ -107,6 +107,8 @@ class Ops(Protocol):
 
     records: bool
     """Whether a step can be recorded once and replayed (CUDA graphs)."""
+    noise_bytes: int
+    """What `draw` takes for each number of its noise while it makes it."""
     library_bytes: int
     """What the libraries behind the operations take of the device for themselves."""
     gathers_pages: bool
@@ -262,5 +264,42 @@ class Ops(Protocol):
                 what the target drew at its parent.
         """
 
+    def begin_guesses(self, state: RowState, index: Tensor, num_candidates: int, most: int) -> Guesses:
+        """Room for what a drafter that goes on from its own guesses will guess; nothing is guessed yet.
+
+        Args:
+            index: [R] int64, slots of the row state.
+            num_candidates: C.
+            most: I, nodes that a row may open.
+        """
+
+    def open_nodes(self, guesses: Guesses, level: Level, count: int) -> OpenNodes:
+        """Open the nodes of a level that are worth most, `count` in all rows; of equals the first, in the first row.
+
+        Args:
+            level: below the one whose nodes' children were offered last.
+            count: at most R · M.
+        """
+
+    def offer_children(
+        self,
+        guesses: Guesses,
+        level: Level,
+        nodes: OpenNodes | None,
+        tokens: Tensor,
+        chances: Tensor,
+        token_map: Tensor | None,
+    ) -> None:
+        """Write down what may follow n nodes of a level.
+
+        Args:
+            nodes: whose new ones are meant; None for the roots of all rows.
+            tokens, chances: [n, K] int64 and float32, by rank.
+            token_map: [draft vocabulary] int64, what the tokens are in the base's; None where they are the same.
+        """
+
     def propose(self, state: RowState, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
-        """Set the candidates of rows, [R, C] int64, and their chances, [R, C] float32; the dummy row's mean nothing."""
+        """Set the candidates of rows, [R, C] int64, and their chances, [R, C] float32; the dummy row's mean nothing.
+
+        Their last dimension is contiguous.
+        """

@@ -12,7 +12,7 @@ from manyheads.attention.base import Heads
 from manyheads.attention.torch import TorchAttention, rms_norm
 from manyheads.batch import InFlight, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
-from manyheads.ops import blocks, experts, integer, products
+from manyheads.ops import blocks, experts, guesses, integer, products
 from manyheads.ops.adapters import Adapters, TorchAdapters
 from manyheads.ops.base import GroupedProduct, Product
 from manyheads.ops.experts import LoopedProduct
@@ -28,6 +28,7 @@ class TorchOps:
     """`ops.base.Ops`, some fifty operations of torch where kernels need a few launches."""
 
     records = False
+    noise_bytes = 36  # hashes in int64, at most four at once, and what becomes of them
     library_bytes = 0
     gathers_pages = True
 
@@ -214,6 +215,10 @@ class TorchOps:
             source = trees.row_slots.gather(1, places)[moved]
             destination = trees.row_slots[:, : depth.numel()][moved]
             cache.move(source, destination)
+
+    begin_guesses = staticmethod(guesses.begin_guesses)
+    open_nodes = staticmethod(guesses.open_nodes)
+    offer_children = staticmethod(guesses.offer_children)
 
     def propose(self, state: RowState, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
         state.drafts[index, 1:] = candidates

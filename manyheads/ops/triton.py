@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyheads.attention.triton import TritonAttention
 from manyheads.batch import Outcome, RowState, Trees
-from manyheads.kernels import compact, compiling, fused, settle, topk, trees
+from manyheads.kernels import compact, compiling, fused, guesses, settle, topk, trees
 from manyheads.kv_cache import KVCache
 from manyheads.ops import kernel_experts, kernel_products
 from manyheads.ops.adapters import Adapters
@@ -24,6 +24,7 @@ class TritonOps(TorchOps):
     """`ops.base.Ops` by the kernels of `kernels/`; what is left to torch is said in `TorchOps`."""
 
     records = True
+    noise_bytes = 0  # it is made where it is added
     library_bytes = 96 * 2**20  # cuBLAS's workspaces on two streams (32 MiB each), and scratch of split attention
     gathers_pages = False
 
@@ -41,6 +42,9 @@ class TritonOps(TorchOps):
     best = staticmethod(topk.topk)
     draw = staticmethod(topk.draw)
     expand = staticmethod(trees.expand)
+    begin_guesses = staticmethod(guesses.begin_guesses)
+    open_nodes = staticmethod(guesses.open_nodes)
+    offer_children = staticmethod(guesses.offer_children)
     propose = staticmethod(settle.propose)
     route = staticmethod(kernel_experts.route)
     watch = staticmethod(compiling.watch)

@@ -31,6 +31,8 @@ PAST_BELIEF = 2.0
 """Where one guess was so many times too high or too low, the others say little."""
 HALVED_STEPS = 128
 """In so many steps, what was seen may have become half as dear."""
+LEAST_SHARE = 0.25
+"""Of what a step was measured to take, rows whose caches are shorter leave at least this share."""
 
 
 @dataclass
@@ -45,6 +47,10 @@ class CostTable:
     """rows → seconds of a pass of a drafter that runs some for each depth; 0 where it runs none."""
     prompts: dict[int, float] = field(default_factory=dict)
     """tokens of a prompt → seconds of a step that computes nothing else."""
+    context: int = 0
+    """Cached tokens that each row had in all of these,"""
+    cached: float = 0.0
+    """and seconds for each that a row has beyond, which a step reads."""
 
     def plain_cost(self, rows: int) -> float:
         """Without speculation."""
@@ -160,7 +166,8 @@ class RunningCosts:
     A step takes the guess × the machine's pace × the ratio of its kind. The pace is what all kinds have in common:
     other work on the machine, its clock, the number of threads. It follows the steps that run, and what is known of
     other kinds keeps its proportion to them. The ratio is what a kind turned out to take beside the others: the guess
-    was wrong, or the rows' caches have become long, which is the dearer the more nodes look at them.
+    was wrong, or nodes that look at long caches cost more than reading these. That is part of the guess, since it
+    decides how many nodes pay: under load a row's cache takes as long to read as a few nodes take to compute.
 
     Where prompts are computed beside the rows, it takes that and what so many more tokens cost, times what such steps
     turned out to take.
@@ -180,6 +187,8 @@ class RunningCosts:
         self.guess = guess
         self.padded = padded or (lambda rows: rows)
         self.padded_prompts = padded_prompts or (lambda tokens: tokens)
+        self.context: float = guess.context
+        """Cached tokens of each row of the steps to come, on average."""
         self._pace = 1.0
         self._steps = 0
         self._seen: dict[int, dict[Kind, _Seen]] = {}  # by rows
@@ -276,7 +285,9 @@ class RunningCosts:
             plain, nodes = kind.is_plain, int(kind.nodes * padded)
             guess = self.guess.plain_cost(rows) if plain else self.guess.tree_cost(padded, nodes, kind.passes)
             self._guessed[rows, kind] = guess
-        return self._guessed[rows, kind] * self._pace
+        guess = self._guessed[rows, kind]
+        longer = rows * (self.context - self.guess.context) * self.guess.cached
+        return max(guess + longer, LEAST_SHARE * guess) * self._pace
 
     def _ratio(self, rows: int, kind: Kind) -> float:
         """Of a kind: its own, else what those that were seen make likely."""

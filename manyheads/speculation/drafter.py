@@ -137,8 +137,8 @@ class Drafter(Protocol):
         """Candidates for the next trees of rows, which are `depth` deep at most and have `nodes` nodes on average.
 
         Returns:
-            [R, C] int64, and [R, C] float32, both contiguous: the chance of each, given that its parent holds; 0 is no
-            guess.
+            [R, C] int64, and [R, C] float32, the chance of each, given that its parent holds; 0 is no guess. The last
+            dimension of both is contiguous.
         """
 
     def memory_bytes(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from math import ceil
 
 from manyheads.batch import MAX_NODES
 from manyheads.speculation.costs import REACHES, Acceptance, CostTable, Kind, RunningCosts
@@ -33,10 +34,15 @@ SUREST = 1.1
 surest: 1.09 to 1.12 times at 32 to 128 rows (benchmarks/results/gpu)."""
 
 
+DEEPER = 1
+"""Where depth costs passes, trees are at most so much deeper than a row has nodes on average: it is the sure rows'
+chains that are longer."""
+
+
 def most_inflight(rows: int) -> int:
-    """In-flight tokens that so many rows may bring together: four each up to twice MAX_INFLIGHT, where what a row's
-    cache costs to read is worth a few sure guesses, and two each in any case."""
-    return max(MAX_INFLIGHT, min(4 * rows, 2 * MAX_INFLIGHT), 2 * rows)
+    """In-flight tokens that so many rows may bring together: four each where there are many, as long as reading a row's
+    cache takes as long as computing a few sure guesses."""
+    return max(MAX_INFLIGHT, 4 * rows)
 
 
 class Planner:
@@ -101,9 +107,12 @@ class Planner:
         """Whether there is anything to choose."""
         return self.tree_size is None and self.acceptance.num_depths > 0
 
-    def rows_are(self, adapters: Sequence[int]) -> None:
-        """The decoding rows of the next steps have these adapters (`Request.adapter`)."""
+    def rows_are(self, adapters: Sequence[int], num_cached: int) -> None:
+        """The decoding rows of the next steps have these adapters (`Request.adapter`), and so many cached tokens in
+        all."""
         self._gains.rows_are(adapters)
+        if adapters and self.costs is not None:
+            self.costs.context = num_cached / len(adapters)
 
     def choose(self, rows: int, prompt_tokens: int = 0) -> Draft:
         """What `rows` decoding rows are to bring beside `prompt_tokens` of prompts; NO_DRAFT when nothing pays.
@@ -168,8 +177,8 @@ class Planner:
         by_tokens = {int(rows * size): size for size in sizes}
         if not self.passes_per_depth:
             return [self.draft(size) for size in by_tokens.values()]
-        deepest = self._grown.max_depth
-        drafts = (self.draft(size, depth) for size in by_tokens.values() for depth in range(1, deepest + 1))
+        depths = {size: min(self._grown.max_depth, ceil(size) + DEEPER) for size in by_tokens.values()}
+        drafts = (self.draft(size, depth) for size, deepest in depths.items() for depth in range(1, deepest + 1))
         return list(dict.fromkeys(draft for draft in drafts if draft.propose))
 
     def draft(self, nodes: float, depth: int | None = None) -> Draft:

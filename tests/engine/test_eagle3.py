@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from manyheads.attention.base import Group
+from manyheads.batch import Guesses, Level, OpenNodes
 from manyheads.config import ConfigError
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
@@ -225,13 +226,14 @@ def test_a_pass_looks_at_the_likeliest_nodes_of_all_rows(
     served = serve(folder, tmp_path / "drafter", 2, prefix_caching=False, num_blocks=80)
     guesses = runner_of(served).drafter
     assert isinstance(guesses, Eagle3Drafter)
-    expand, sizes = guesses._expand, []
+    ops, sizes = guesses.layer.ops, list[tuple[int, int]]()
+    open_nodes = ops.open_nodes
 
-    def expanding(state: Any, index: Tensor, opened: Any, features: Tensor, tokens: Tensor, num_new: int) -> Any:
-        sizes.append((len(index), num_new))
-        return expand(state, index, opened, features, tokens, num_new)
+    def opening(guesses: Guesses, level: Level, count: int) -> OpenNodes:
+        sizes.append((len(guesses.cached_len), count))
+        return open_nodes(guesses, level, count)
 
-    monkeypatch.setattr(guesses, "_expand", expanding)
+    monkeypatch.setattr(ops, "open_nodes", opening)
     run(served, [(prompt, SamplingParams(temperature=0.0, max_tokens=9)) for prompt in prompts(4)])
     assert sizes
     assert all(new <= rows for rows, new in sizes)  # trees of two nodes have one beside the root

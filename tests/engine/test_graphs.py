@@ -119,7 +119,7 @@ def test_a_pass_is_recorded_for_whatever_rows_may_bring(most: int) -> None:
 
 
 def test_what_was_run_for_its_kernels_leaves_nothing_behind(folder: Path, reference: LlamaForCausalLM) -> None:
-    """Before an engine is ready, steps of all kinds run over the dummy page; texts are as without."""
+    """Before an engine is ready, steps of all kinds run over pages that nobody has yet; texts are as without."""
     jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=9)) for prompt in prompts(6)]
     wanted = run(engine(folder, 4), jobs)
     served = engine(folder, 4)

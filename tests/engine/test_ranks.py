@@ -7,6 +7,7 @@ import os
 import queue
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,6 +285,18 @@ def test_a_rank_that_dies_ends_the_engine(folder: Path, reference: LlamaForCausa
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(RankFailed, match="rank 1 ended by signal 9"):
         finish(shared)
+
+
+@pytest.mark.parametrize("patience", [0.0, 0.5])
+def test_a_rank_that_never_comes_is_not_waited_for(
+    patience: float, folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is seen before anybody waits for it in a group."""
+    monkeypatch.setattr(
+        ranks, "COMMAND", (sys.executable, "-c", f"import sys, time; time.sleep({patience}); sys.exit(3)")
+    )
+    with pytest.raises(RankFailed, match="rank 1 ended with status 3"):
+        engine(folder, 2, speculative=False)
 
 
 def test_a_rank_of_another_version_is_refused(folder: Path, reference: LlamaForCausalLM) -> None:

@@ -27,24 +27,25 @@ def little_patience() -> None:
 
 
 class Clock:
-    """Steps take 1 ms and 0.1 ms a token, and so much for each pass of the drafter; each of the disturbed ones takes
-    longer than the one before."""
+    """Steps take 1 ms and 0.1 ms a token, and so much for each pass of the drafter and for each cached token; each of
+    the disturbed ones takes longer than the one before."""
 
-    def __init__(self, disturbed: int, seconds: float = 1e-3, one_pass: float = 0.0) -> None:
-        self.now, self.seconds, self.one_pass = 0.0, seconds, one_pass
+    def __init__(self, disturbed: int, seconds: float = 1e-3, one_pass: float = 0.0, cached: float = 0.0) -> None:
+        self.now, self.seconds, self.one_pass, self.cached = 0.0, seconds, one_pass, cached
         self.delays = itertools.chain((0.002 * (n + 1) for n in range(disturbed)), itertools.repeat(0.0))
 
     def launch(self, plan: StepPlan) -> Any:
         tokens = plan.num_inflight
-        self.now += self.seconds + 1e-4 * tokens + self.one_pass * plan.draft.passes + next(self.delays)
+        cached = self.cached * sum(request.cached_len for request in plan.decoding)
+        self.now += self.seconds + 1e-4 * tokens + self.one_pass * plan.draft.passes + cached + next(self.delays)
         return SimpleNamespace(read=lambda: StepResult(rows=[], hits=[], trials=[]))
 
 
-def fake_runner(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
+def fake_runner(clock: Clock, monkeypatch: pytest.MonkeyPatch, max_len: int = 1024) -> Any:
     """What takes as long as the clock says."""
     monkeypatch.setattr(warmup.time, "perf_counter", lambda: clock.now)
     device = torch.device("cpu")
-    state = RowState(4, 1024, 16, 40, 100, device)
+    state = RowState(4, max_len, 16, 40, 100, device)
 
     def put(requests: list[Request]) -> None:
         admit(state, None, requests)
@@ -57,6 +58,7 @@ def fake_runner(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
         device=device,
         model=SimpleNamespace(adapters=None),
         state=state,
+        cache=SimpleNamespace(num_pages=1 + 4 * max_len // 16),
         put=put,
         rewind=partial(rewind, state),
         clear=partial(clear, state),
@@ -92,7 +94,7 @@ def test_slow_steps_are_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "PROMPTS", ())
     costs = measure(clock, monkeypatch)
     assert costs.plain[4] == pytest.approx(0.5 + 4e-4)
-    kinds = sum(1 + len(trees) for trees in costs.trees.values())
+    kinds = sum(1 + len(trees) for trees in costs.trees.values()) + 2  # and behind a short text and a long one
     assert clock.now == pytest.approx(2 * 0.5 * kinds, rel=0.05)
 
 
@@ -101,6 +103,22 @@ def test_prompts_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(costs.prompts) == 512  # rows have room for no longer prompt
     assert costs.prompts == {n: pytest.approx(1e-3 + 1e-4 * n) for n in costs.prompts}
     assert costs.prompt_cost(30, 700) == pytest.approx(1e-4 * 700)
+
+
+@pytest.mark.parametrize("max_len", [256, 1024, 4096])
+def test_what_caches_take_to_read_is_measured(max_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where texts can be much longer than those that steps are measured with."""
+    runner, planner = fake_runner(Clock(0, cached=1e-6), monkeypatch, max_len), Planner(DEFAULT_ACCEPTANCE)
+    warmup.measure_costs(runner, planner, lambda text: None)
+    assert planner.costs is not None
+    costs = planner.costs.guess
+    assert costs.context == min(warmup.CONTEXT, max_len // 2)
+    assert costs.cached == pytest.approx(0.0 if max_len == 256 else 1e-6, rel=1e-3)
+    if max_len == 4096:
+        planner.rows_are([0] * 4, 4 * 3000)
+        draft = planner.best(4)
+        tokens = draft.num_tokens(4)
+        assert planner.costs.seconds(4, draft.kind) == pytest.approx(1e-3 + 1e-4 * tokens + 1e-6 * 4 * 3000)
 
 
 @pytest.mark.parametrize("size", [None, 1, 5])

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from manyheads.kernels import experts, routing
+from manyheads.kernels import experts, guesses, routing
 from manyheads.kernels.attention import _attend_kernel
 from manyheads.kernels.exchange import ROWS, _sum_kernel
 
@@ -90,11 +90,35 @@ def compile_attention(capability: int) -> int:
     return compiled(_attend_kernel, kinds, constants, capability, num_stages=3)
 
 
+def compile_guesses(block: int, warps: int, capability: int) -> int:
+    """What stands between the passes of a drafter, of so many values that a program holds."""
+    kinds = dict.fromkeys(("tokens", "above", "feature", "opened", "cached_len", "columns", "parents"), "*i64")
+    kinds |= dict.fromkeys(("new_row", "new_which", "new_at", "families", "given_tokens", "token_map"), "*i64")
+    kinds |= dict.fromkeys(("index", "page_table", "row_cached"), "*i64")
+    kinds |= dict.fromkeys(("chances", "worth", "given_chances", "speculative"), "*fp32")
+    kinds |= dict.fromkeys(("row_start", "start_before"), "*i32")
+    kernels = {
+        guesses._begin_kernel: {"PAGE_SIZE": 16, "COLUMNS": 128},
+        guesses._open_kernel: {"BLOCK": block},
+        guesses._offer_kernel: {"ROOTS": False, "MAPPED": True},
+    }
+    size = 0
+    for kernel, constants in kernels.items():
+        names: list[str] = kernel.arg_names
+        known = {name: "*i64" if name.startswith("out_") else "i32" for name in names if not name.isupper()} | kinds
+        known = {name: kind for name, kind in known.items() if name in names}
+        launch = {"num_warps": warps if kernel is guesses._open_kernel else 1}
+        size += compiled(kernel, known, {"NODES": 64, **constants}, capability, **launch)
+    return size
+
+
 if __name__ == "__main__":
     for sums in (("fp16", 1, HOPPER), ("bf16", 4, HOPPER), ("fp32", 1, AMPERE)):
         print(*sums, compile_sum(*sums))
     print("sinks", compile_attention(HOPPER))
     print("routing", compile_routing(128, 8))
+    for blocks in ((128, 1, HOPPER), (8192, 16, HOPPER), (1024, 4, AMPERE)):
+        print("guesses", *blocks, compile_guesses(*blocks))
     for form in (("bf16", 16, False, HOPPER), ("bf16", 128, True, AMPERE), ("int8", 16, True, HOPPER),
                  ("fp8", 64, False, HOPPER), ("int4", 16, False, HOPPER)):  # fmt: skip
         print(*form, compile_experts(*form))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyheads.batch import MAX_NODES
-from manyheads.speculation.costs import REACHES, CostTable
+from manyheads.speculation.costs import LEAST_SHARE, PLAIN, REACHES, CostTable, RunningCosts
 from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.gains import WINDOW
@@ -43,6 +43,28 @@ def test_trees_shrink_as_the_load_grows() -> None:
     sizes = [planner(1.0, 0.01, rows).choose(rows).nodes for rows in (1, 4, 16, 256)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[1] > sizes[2] > sizes[3] == 1
+
+
+def test_longer_texts_are_worth_more_nodes() -> None:
+    """What reading a row's cache takes is spread over what the row gains."""
+
+    def nodes(context: int, prompt_tokens: int) -> float:
+        made, costs = Planner(DEFAULT_ACCEPTANCE), table(0.2, 0.01, 16)
+        costs.prompts, costs.context, costs.cached = {1: 1.01, 1000: 11.0}, 100, 1e-4
+        made.measured(costs)
+        made.rows_are([0] * 16, 16 * context)
+        return made.choose(16, prompt_tokens).nodes
+
+    for prompt_tokens in (0, 500):
+        by_context = [nodes(context, prompt_tokens) for context in (0, 100, 1000, 4000)]
+        assert by_context == sorted(by_context)
+        assert by_context[0] < by_context[2] < by_context[3]
+
+
+def test_rows_whose_caches_are_shorter_still_take_time() -> None:
+    costs = RunningCosts(CostTable(plain={1: 1.0, 8: 1.0}, context=1000, cached=1.0))
+    costs.context = 0
+    assert costs.seconds(8, PLAIN) == pytest.approx(LEAST_SHARE)
 
 
 def test_heads_that_cost_more_than_they_bring_are_left_alone() -> None:
@@ -236,7 +258,7 @@ def test_what_comes_of_drafts_is_measured_for_each_adapter() -> None:
 
     def choice(adapters: list[int]) -> tuple[bool, float]:
         """Whether trees are brought, and what the draft above promises."""
-        made.rows_are(adapters)
+        made.rows_are(adapters, 0)
         return made.choose(1).propose, pytest.approx(expected(made, draft.nodes), rel=0.01)
 
     assert choice([0]) == (True, 4.0)
@@ -244,7 +266,7 @@ def test_what_comes_of_drafts_is_measured_for_each_adapter() -> None:
     assert choice([0, 2, 0]) == (True, 3.0)
     assert choice([0]) == (True, 4.0)
     assert choice([1])[0]  # of another one nothing is known: what the drafter expects holds
-    made.rows_are([2])
+    made.rows_are([2], 0)
     for _ in range(5000):
         made.observe_plain()
     assert expected(made, draft.nodes) > 1.5, "it is tried again"

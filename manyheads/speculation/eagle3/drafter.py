@@ -10,7 +10,7 @@ before gave for their parents. Their K/V stands behind the row's text until the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, prod
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import Group, Heads
-from manyheads.batch import RowState
+from manyheads.batch import Guesses, Level, OpenNodes, RowState, joined
 from manyheads.config import ConfigError
 from manyheads.kv_cache import KVCache
 from manyheads.models.config import ModelConfig
@@ -43,19 +43,6 @@ WIDER = 1.5
 rows take more than others."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Nodes:
-    """N nodes of rows that are expanded, row after row, each after its parent."""
-
-    row: Tensor  # [N] int64, of the K rows
-    candidate: Tensor  # [N] int64
-    parent: Tensor  # [N] int64, where the parent's feature stands among those that were computed
-
-    def __add__(self, other: _Nodes) -> _Nodes:
-        pairs = ((self.row, other.row), (self.candidate, other.candidate), (self.parent, other.parent))
-        return _Nodes(*(torch.cat(pair) for pair in pairs))
-
-
 class Eagle3Drafter:
     """One decoder layer, and a candidate for each node of a template."""
 
@@ -69,13 +56,9 @@ class Eagle3Drafter:
         self._prior = [list(ranks) for ranks in prior[: self._template.max_depth]]
         self._cache_layer = model.config.num_layers
         device = model.device
-        # by depth, the nodes that have children, and these; the root first
-        inner = [[-1], *(self._template.inner(depth) for depth in range(1, self._template.max_depth))]
-        self._inner = [torch.tensor(candidates, device=device) for candidates in inner]
-        self._families = [self._template.families(candidates, device) for candidates in inner]
-        self._ancestors = self._template.ancestors(device)
-        self._node_depth = torch.tensor([len(choice) for choice in self._template.choices], device=device)
-        self._seen: Tensor | None = None  # what `observe` made of the rows' last tokens, for `propose` behind it
+        self._levels = [self._template.level(depth, device) for depth in range(self._template.max_depth)]
+        # what `observe` made of the rows' last tokens, for `propose` behind it: features, and what a pass says of them
+        self._seen: tuple[Tensor, Tensor] | None = None
 
     @property
     def offered(self) -> frozenset[Choice]:
@@ -121,108 +104,84 @@ class Eagle3Drafter:
             for chain, start, stop in zip(chains, starts, starts[1:], strict=False)
         ]
         position, slots, following, states = (
-            torch.cat([getattr(chain, name) for chain in chains])
-            for name in ("position", "slots", "following", "states")
+            joined([getattr(chain, name) for chain in chains]) for name in ("position", "slots", "following", "states")
         )
         self._attention.plan(groups, position, slots)
         out, normed = self.layer(self.layer.features(states), following, self._cache_layer, self._attention)
         assert kept.last is not None
-        self._seen = torch.stack((out[kept.last], normed[kept.last]))
+        self._seen = out[kept.last], normed[kept.last]
 
     def propose(self, state: RowState, kept: Kept, depth: int, nodes: float) -> tuple[Tensor, Tensor]:
         assert self._seen is not None
-        features, normed = self._seen.unbind()
-        rows, count, device = kept.index.shape[0], self.shape.num_candidates, features.device
-        # the last column is for what pads families
-        tokens = torch.zeros(rows, count + 1, dtype=torch.int64, device=device)
-        chances = torch.zeros(rows, count + 1, device=device)
-        worth = torch.zeros(rows, count + 1, device=device)  # that all on the way to a candidate hold
-        order = torch.arange(rows, device=device)
-        self._offer(
-            self._families[0].expand(rows, -1), order, normed, state.speculative[kept.index], tokens, chances, worth
-        )
-        place = torch.zeros(rows, count, dtype=torch.int64, device=device)  # of a node's feature
-        opened: _Nodes | None = None
-        widths = self._template.widths(WIDER * nodes)
-        for below, width in zip(range(1, depth), widths, strict=False):
-            inner, most = self._inner[below], ceil(rows * width)
-            if most == 0:
-                break
-            found = worth[:, inner].flatten().topk(min(most, rows * len(inner)), sorted=False).indices.sort().values
-            row, which = found // len(inner), found % len(inner)
-            candidate = inner[which]
-            above = self._ancestors[candidate, below - 2] if below > 1 else candidate
-            parent = row if below == 1 else place[row, above]
-            place[row, candidate] = features.shape[0] + torch.arange(len(found), device=device)
-            new = _Nodes(row, candidate, parent)
-            opened = new if opened is None else opened + new
-            out, normed = self._expand(state, kept.index, opened, features, tokens, len(found))
-            features = torch.cat((features, out))
-            self._offer(self._families[below][which], row, normed, worth[row, candidate], tokens, chances, worth)
-        return tokens[:, :-1].contiguous(), chances[:, :-1].contiguous()
+        seen, normed = self._seen
+        ops, rows = self.layer.ops, kept.index.shape[0]
+        counts = self._counts(rows, depth, nodes)
+        most = self.shape.scratch_tokens if counts else 0
+        guesses = ops.begin_guesses(state, kept.index, self.shape.num_candidates, most)
+        self._offer(guesses, self._levels[0], None, normed)
+        if counts:
+            self._go_on(state, kept.index, guesses, counts, seen)
+        return guesses.tokens[:, 1:-1], guesses.chances[:, 1:-1]
 
-    def _offer(
-        self,
-        family: Tensor,
-        row: Tensor,
-        normed: Tensor,
-        parents: Tensor,
-        tokens: Tensor,
-        chances: Tensor,
-        worth: Tensor,
-    ) -> None:
-        """Write down the children of N nodes.
+    def _go_on(self, state: RowState, index: Tensor, guesses: Guesses, counts: list[int], seen: Tensor) -> None:
+        """Passes, each over the nodes that were opened before and so many more.
 
         Args:
-            family: [N, K] int64, their candidates by rank.
-            row: [N] int64.
-            normed: [N, hidden], what a pass says of the nodes.
-            parents: [N], worth of the nodes.
-            tokens, chances, worth: [rows, C + 1], written to.
+            seen: [R, hidden], the roots' features.
         """
-        best, chance = self.layer.best(normed, family.shape[1])
-        at = (row[:, None].expand_as(family), family)
-        tokens.index_put_(at, best)
-        chances.index_put_(at, chance)
-        worth.index_put_(at, chance * parents[:, None])
+        ops, rows, page_table = self.layer.ops, len(seen), state.page_table[index]
+        # of roots, then of each pass's new nodes
+        features = seen.new_empty(rows + sum(counts), seen.shape[1])
+        features[:rows] = seen
+        for level, count in zip(self._levels[1:], counts, strict=False):
+            known = rows + guesses.num_opened
+            opened = ops.open_nodes(guesses, level, count)
+            out, normed = self._pass(state, guesses, opened, features[:known], page_table)
+            torch.index_select(out, 0, opened.new_at, out=features[known : known + count])
+            self._offer(guesses, level, opened, normed[opened.new_at])
 
-    def _expand(
-        self, state: RowState, index: Tensor, opened: _Nodes, features: Tensor, tokens: Tensor, num_new: int
+    def _counts(self, rows: int, depth: int, nodes: float) -> list[int]:
+        """How many nodes of all rows each pass opens, up to the first that opens none."""
+        widths = self._template.widths(WIDER * nodes)[: depth - 1]
+        levels = self._levels[1:]
+        counts = [
+            min(ceil(rows * width), rows * len(level.columns)) for width, level in zip(widths, levels, strict=False)
+        ]
+        return counts[: counts.index(0)] if 0 in counts else counts
+
+    def _pass(
+        self, state: RowState, guesses: Guesses, opened: OpenNodes, features: Tensor, page_table: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A pass over all nodes that were opened; what it says of the last `num_new` of them.
+        """A pass over all nodes that were opened.
 
         Those of earlier passes are computed again: so all that a node looks at stands beside it in the pass.
         """
-        rows, count = index.shape[0], self.shape.num_candidates
-        order = (opened.row * count + opened.candidate).argsort()
-        row, candidate = opened.row[order], opened.candidate[order]
-        starts = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
-        place = torch.arange(len(row), device=row.device) - starts[row]  # among the row's
-        place_of = torch.zeros(rows, count, dtype=torch.int64, device=row.device)
-        place_of[row, candidate] = place
-        bits = torch.ones_like(place) << place
-        for ancestor in self._ancestors[candidate].unbind(1):
-            bits |= torch.ones_like(place) << place_of[row, ancestor]
-        slot_row = index[row]
-        cached_len = state.cached_len[slot_row]
+        count = len(opened.tokens)
         group = Group(
             start=0,
-            stop=len(row),
-            row_start=starts.to(torch.int32),
-            bits=bits,
-            cached_len=state.cached_len[index],
-            page_table=state.page_table[index],
-            max_tokens=min(len(row), self.shape.scratch_tokens),
+            stop=count,
+            row_start=opened.row_start,
+            bits=opened.bits,
+            cached_len=guesses.cached_len,
+            page_table=page_table,
+            max_tokens=min(count, self.shape.scratch_tokens),
             max_cached_len=state.max_len,
         )
-        self._attention.plan(
-            [group], cached_len + self._node_depth[candidate] - 1, state.slots(slot_row, cached_len + place)
-        )
-        out, normed = self.layer(
-            features[opened.parent[order]], tokens[row, candidate], self._cache_layer, self._attention
-        )
-        back = torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=order.device))[-num_new:]
-        return out[back], normed[back]
+        self._attention.plan([group], opened.position, opened.slots)
+        return self.layer(features[opened.source], opened.tokens, self._cache_layer, self._attention)
+
+    def _offer(self, guesses: Guesses, level: Level, nodes: OpenNodes | None, normed: Tensor) -> None:
+        tokens, chances = self.guess(level, nodes, normed)
+        self.layer.ops.offer_children(guesses, level, nodes, tokens, chances, self.layer.token_map)
+
+    def guess(self, level: Level, nodes: OpenNodes | None, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The best tokens behind n nodes and their chances, [n, K] int64 (of the draft vocabulary) and float32.
+
+        Args:
+            nodes: whose new ones are meant; None for the roots of all rows.
+            normed: [n, hidden], what a pass says of them.
+        """
+        return self.layer.best(normed, level.families.shape[1])
 
     def memory_bytes(self) -> int:
         return self.layer.memory_bytes()

@@ -103,7 +103,7 @@ class Eagle3Layer:
         """One pass.
 
         Args:
-            features: [T, hidden], of places in texts.
+            features: [T, hidden], of places in texts; overwritten.
             tokens: [T] int64, those that follow them.
             layer: of the cache.
             attention: planned for these tokens.
@@ -115,7 +115,7 @@ class Eagle3Layer:
         embedded = ops.rms_norm(self.ranks.embed(tokens, self.embedding), self._token_norm, eps)
         normed = ops.rms_norm(features, self._feature_norm, eps)
         x = torch.cat((embedded, normed), dim=-1)
-        residual = normed.clone() if self.config.norm_before_residual else features.clone()
+        residual = normed if self.config.norm_before_residual else features
         y = self.o(attention(layer, self.qkv(x), self._q_norm, self._k_norm))
         rows = ops.add_rms_norm(y, residual, self._post_norm, eps, self.gate_up.takes(residual))
         y = self.down(ops.silu_mul(self.gate_up(rows), self.down.takes(residual)))
@@ -123,10 +123,9 @@ class Eagle3Layer:
         return (out if self.config.norm_output else residual), out
 
     def best(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens that come next, best first, and their chances: [N, count] int64 (of the base's
-        vocabulary) and float32."""
-        tokens, chances = self.ops.best(self.lm_head(normed), count)
-        return (tokens if self.token_map is None else self.token_map[tokens]), chances
+        """The likeliest tokens that come next, best first, and their chances: [N, count] int64 (of the draft
+        vocabulary, which `token_map` takes to the base's) and float32."""
+        return self.ops.best(self.lm_head(normed), count)
 
     def memory_bytes(self) -> int:
         """Bytes of the drafter's own weights."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.batch import MAX_NODES
+from manyheads.batch import MAX_NODES, Level
 from manyheads.speculation.costs import LEAST_RATE
 from manyheads.speculation.tree import Choice, grow
 
@@ -64,20 +65,21 @@ class Template:
         )
         return [fewer[depth] + part * (more[depth] - fewer[depth]) for depth in range(1, self.max_depth)]
 
-    def inner(self, depth: int) -> list[int]:
-        """The candidates at a depth that have children."""
-        return [self.index[parent] for parent in sorted(self.children) if len(parent) == depth]
+    def level(self, depth: int, device: torch.device) -> Level:
+        """The nodes at a depth that have children; at 0 the root."""
+        parents = [choice for choice in sorted(self.children) if len(choice) == depth]
+        families = [[1 + c for c in self.children[parent]] for parent in parents]
+        width, pad = max(map(len, families)), 1 + self.num_candidates
 
-    def ancestors(self, device: torch.device) -> Tensor:
-        """[C, D] int64, the candidates on the way to each one, itself at its own depth and below."""
-        rows = []
-        for choice in self.choices:
-            path = [self.index[choice[: depth + 1]] for depth in range(len(choice))]
-            rows.append(path + path[-1:] * (self.max_depth - len(path)))
-        return torch.tensor(rows, device=device)
+        def tensor(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
 
-    def families(self, parents: list[int], device: torch.device) -> Tensor:
-        """[len(parents), K] int64, the children of candidates (-1 is the root) by rank; C pads."""
-        found = [self.children[self.choices[parent] if parent >= 0 else ()] for parent in parents]
-        width = max(len(family) for family in found)
-        return torch.tensor([family + [self.num_candidates] * (width - len(family)) for family in found], device=device)
+        return Level(
+            depth=depth,
+            columns=tensor([self._column(choice) for choice in parents]),
+            parents=tensor([self._column(choice[:-1]) for choice in parents]),
+            families=tensor([family + [pad] * (width - len(family)) for family in families]),
+        )
+
+    def _column(self, choice: Choice) -> int:
+        return 1 + self.index[choice] if choice else 0

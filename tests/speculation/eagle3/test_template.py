@@ -24,5 +24,5 @@ def test_widths_grow_with_the_tree_up_to_all_that_have_children() -> None:
     for depth in range(2):
         by_size = [template.widths(nodes)[depth] for nodes in sizes]
         assert by_size == sorted(by_size)
-        assert by_size[-1] == len(template.inner(depth + 1))
+        assert by_size[-1] == sum(len(parent) == depth + 1 for parent in template.children)
     assert template.widths(100.0) == template.widths(template.num_candidates + 1)
