@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 import tests.kernels  # noqa: F401 (before any kernel is imported it must be clear whether Triton's interpreter runs it)
 
@@ -15,6 +16,12 @@ import tests.kernels  # noqa: F401 (before any kernel is imported it must be cle
 settings.register_profile("same", derandomize=True)
 settings.register_profile("random", derandomize=False)
 settings.load_profile("same")
+
+
+def pytest_sessionstart() -> None:
+    """The same examples are the same beside other tests: else they hold constants of whatever modules these import."""
+    if settings.default is not None and settings.default.derandomize:
+        providers.is_local_module_file = lambda path: False
 
 
 @pytest.fixture(autouse=True)

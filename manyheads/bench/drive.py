@@ -18,7 +18,7 @@ import msgspec
 from manyheads.bench.plan import GRACE, BenchError, Event, Question, Run, Use
 from manyheads.bench.record import Record
 from manyheads.bench.recorder import read_records, read_uses
-from manyheads.interrupt import on_interrupt
+from manyheads.interrupt import between_steps, on_interrupt
 
 Listen = Callable[[Event], None]
 GENERATOR = ("-m", "manyheads.bench.generator")
@@ -77,8 +77,9 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
     trouble, last = "", 0.0
     deadline = time.perf_counter() + run.ready_within + PATIENCE
     with tempfile.TemporaryFile("w+") as log:
-        # NOTE: a session of its own, or the terminal's Ctrl-C would also end the generator's workers
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True)
+        with between_steps() as check:  # a Ctrl-C while it is started would leave it behind
+            # NOTE: a session of its own, or the terminal's Ctrl-C would also end the generator's workers
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True)
 
         def interrupt() -> None:
             nonlocal deadline
@@ -90,6 +91,7 @@ def drive(run: Run, folder: Path, api_key: str | None, listen: Listen = lambda e
             return deadline
 
         try:
+            check()
             with on_interrupt(interrupt):
                 for event in _events(process, until):
                     last = event.at

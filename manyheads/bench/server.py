@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from manyheads.bench.plan import BenchError, BenchInputError
+from manyheads.interrupt import between_steps
 
 _READY = re.compile(r"manyheads serves .* at (http://\S+)")
 
@@ -46,9 +47,11 @@ def started(model: str, options: Sequence[str], ready_seconds: float = 600.0) ->
     """
     command = [sys.executable, "-m", "manyheads", "serve", model, "--host", "127.0.0.1", "--port", "0", *options]
     with tempfile.TemporaryFile("w+") as log:
-        # NOTE: a session of its own, for the terminal's Ctrl-C is to end the load and not the server
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        with between_steps() as check:  # a Ctrl-C while it is started would leave it behind
+            # NOTE: a session of its own, for the terminal's Ctrl-C is to end the load and not the server
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
+            check()
             yield _wait_ready(process, log, ready_seconds), process.pid
         finally:
             process.terminate()

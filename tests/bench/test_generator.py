@@ -22,7 +22,7 @@ def run(folder: Path, url: str, stages: list[Stage], seen: list[Event] | None = 
     write_questions(
         [Question({"prompt": "x", "max_tokens": 5}, at) for at in more.pop("at", [None])], folder / "questions.jsonl"
     )
-    given: dict[str, Any] = {"kind": "users", "path": "/v1/completions", "timeout": 0.5, "drain": 5.0} | more
+    given: dict[str, Any] = {"kind": "users", "path": "/v1/completions", "timeout": 30.0, "drain": 5.0} | more
     files = {"questions": str(folder / "questions.jsonl"), "records": str(folder / "records.jsonl")}
     return drive(Run(url=url, stages=stages, **files | given), folder, None, (seen if seen is not None else []).append)
 
@@ -45,8 +45,9 @@ def test_tokens_and_chunks(tmp_path: Path) -> None:
     assert outcome.window(0)[1] < begin
     progress = [event for event in seen if event.kind == "progress"]
     assert max(event.users for event in progress) == 3
-    assert progress[-1].done == len(outcome.records)
-    assert progress[-1].tokens == 15 * len(outcome.records)
+    # a user that has not heard yet that the run is over sends one more, which is not of the load
+    assert 0 <= progress[-1].done - len(outcome.records) <= 3
+    assert progress[-1].tokens == 15 * progress[-1].done
 
 
 def test_tokens_without_usage(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_failures_by_reason(tmp_path: Path) -> None:
     expected = [None, None, *BROKEN.values()]
     with running(Script(breaks=("", "stop", *BROKEN))) as url:
         at = [i * 0.1 for i in range(len(expected))]
-        outcome = run(tmp_path, url, [Stage(1.0, at[-1] + 0.5)], kind="trace", at=at)
+        outcome = run(tmp_path, url, [Stage(1.0, at[-1] + 0.5)], kind="trace", at=at, timeout=1.0)
     records = sorted(outcome.records, key=lambda r: r.sent)
     assert [r.reason for r in records] == expected
     assert (records[1].tokens, records[1].counted_by) == (3, "chunks")

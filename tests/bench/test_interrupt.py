@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from manyheads.bench import result
+from manyheads.bench import drive, result, server
+from manyheads.bench.plan import Run
 from tests.bench.mock import Script, running
 
 
@@ -43,7 +46,7 @@ def end(process: subprocess.Popen[str], number: int) -> tuple[int, str, str]:
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "0")])
 def test_what_was_measured_is_kept(tmp_path: Path, number: int, workers: str) -> None:
     """The first load is whole, the second is cut, the third never came; answers under way are no failures."""
-    argv = ["users", "--users", "2,4,6", "--hold", "4", "--settle", "0", "--no-limit", "--output-tokens", "5"]
+    argv = ["users", "--users", "2,4,6", "--hold", "3", "--settle", "0", "--no-limit", "--output-tokens", "5"]
     with running(Script(ttft=0.2, gap=0.05)) as url:
         process = start(*argv, "--workers", workers, "--url", url, "-o", str(tmp_path))
         wait_for(process, "users: 4")
@@ -111,7 +114,41 @@ def test_before_anything_was_measured(tmp_path: Path) -> None:
     """The server that it started is ended, too; there is nothing to report."""
     process = start("users", "-o", str(tmp_path / "report"))
     wait_for(process, "starting a server")
-    time.sleep(2)
+    deadline = time.monotonic() + 60
+    while not psutil.Process(process.pid).children():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     status, _, err = end(process, signal.SIGINT)
     assert (status, err) == (130, "")
     assert not (tmp_path / "report").exists()
+
+
+def start_server(folder: Path) -> None:
+    with server.started("builtin", []):
+        pytest.fail("it goes on")
+
+
+def start_generator(folder: Path) -> None:
+    drive.drive(Run("http://127.0.0.1:1", "/v1/completions", "users", [], "", ""), folder, None)
+
+
+@pytest.mark.parametrize("begin", [start_server, start_generator])
+def test_while_a_process_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: Callable[[Path], None]
+) -> None:
+    """It is there already, and whoever starts it does not know it yet."""
+    made: list[subprocess.Popen[bytes]] = []
+
+    def popen(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        made.append(plain([sys.executable, "-c", "import time; time.sleep(600)"], **settings))
+        signal.raise_signal(signal.SIGINT)
+        return made[-1]
+
+    plain = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path)
+    (process,) = made
+    ended = process.poll() is not None
+    process.kill()
+    assert ended

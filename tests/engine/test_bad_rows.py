@@ -78,10 +78,21 @@ def tokens(deltas: list[RequestDelta]) -> list[int]:
     return [token for delta in deltas for token in delta.new_token_ids]
 
 
-@pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "int8"}, {"quantization": "int8"}], ids=str)
+@pytest.fixture(scope="module", params=[{}, {"kv_cache_dtype": "int8"}, {"quantization": "int8"}], ids=str)
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, settings: dict[str, Any], overlaps: bool) -> dict[str, list[RequestDelta]]:
+    """What the good jobs say without a bad one beside them."""
+    return run(engine(tiny, **settings), good_jobs())
+
+
 @pytest.mark.parametrize(("place", "poison"), [(0, float("nan")), (9, float("inf")), (23, float("nan"))])
-def test_others_never_notice(tiny: Path, place: int, poison: float, settings: dict[str, Any], overlaps: bool) -> None:
-    alone = run(engine(tiny, **settings), good_jobs())
+def test_others_never_notice(
+    tiny: Path, alone: dict[str, list[RequestDelta]], settings: dict[str, Any], place: int, poison: float
+) -> None:
     prompt = [GOOD[k % len(GOOD)] for k in range(24)]
     prompt[place] = POISON
     served = engine(tiny, poison, **settings)

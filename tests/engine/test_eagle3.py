@@ -164,28 +164,35 @@ def test_statistics_of_the_best_candidates_alone_will_do(
     assert served.stats().drafted_tokens > 0
 
 
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.0, "speculative": False},
+]
+JOBS = [
+    (prompt, SamplingParams(max_tokens=10 + i, seed=i, **KINDS[i % len(KINDS)]))
+    for i, prompt in enumerate(prompts(16, shared=9))
+]
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, reference: LlamaForCausalLM) -> list[list[int]]:
+    """What plain decoding says to JOBS."""
+    return run(engine(folder, 1, num_blocks=24), JOBS, rate=0.4)
+
+
 @pytest.mark.parametrize("tree_size", [2, 7, 24])
 @pytest.mark.parametrize("recorded", [False, True], ids=["eager", "recorded"])
 def test_text_is_that_of_plain_decoding(
-    folder: Path, reference: LlamaForCausalLM, tmp_path: Path, tree_size: int, recorded: bool
+    folder: Path, plain: list[list[int]], tmp_path: Path, tree_size: int, recorded: bool
 ) -> None:
     """Greedy and sampled, in few pages, with prefixes that are shared and rows that are set back."""
     drafter(folder, tmp_path / "drafter")
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0.0},
-        {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 0.0, "logprobs": 2},
-        {"temperature": 0.0, "speculative": False},
-    ]
-    jobs = [
-        (prompt, SamplingParams(max_tokens=10 + i, seed=i, **kinds[i % len(kinds)]))
-        for i, prompt in enumerate(prompts(16, shared=9))
-    ]
-    wanted = run(engine(folder, 1, num_blocks=24), jobs, rate=0.4)
     served = serve(folder, tmp_path / "drafter", tree_size, num_blocks=24)
     if recorded:
         record(served).record_passes(8, 128)
-    assert run(served, jobs, rate=0.4) == wanted
+    assert run(served, JOBS, rate=0.4) == plain
     stats = served.stats()
     assert stats.drafted_tokens > 0
     assert stats.preemptions > 0

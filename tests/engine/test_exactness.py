@@ -54,22 +54,26 @@ def prompts(count: int, shared: int = 0) -> list[list[int]]:
     return [common + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))] for _ in range(count)]
 
 
+GREEDY = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(24, shared=9))]
+
+
+@pytest.fixture(scope="module")
+def texts(reference: LlamaForCausalLM) -> list[list[int]]:
+    """What the model itself says to GREEDY."""
+    found = []
+    for prompt, params in GREEDY:
+        ids, count = torch.tensor([prompt]), params.max_tokens
+        out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
 @pytest.mark.parametrize("tree_size", TREES)
-def test_greedy_text_is_the_models(
-    folder: Path, reference: LlamaForCausalLM, tree_size: int | None, overlaps: bool
-) -> None:
+def test_greedy_text_is_the_models(folder: Path, texts: list[list[int]], tree_size: int | None, overlaps: bool) -> None:
     """Random arrivals, chunks of 8 tokens, a shared prefix, and pages for a fraction of what is asked."""
-    asked = prompts(24, shared=9)
     served = engine(folder, tree_size)
     assert served.runner.overlaps == overlaps
-    jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(asked)]
-    got = run(served, jobs, rate=0.3)
-    for (prompt, params), tokens in zip(jobs, got, strict=True):
-        ids = torch.tensor([prompt])
-        out = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=params.max_tokens
-        )
-        assert tokens == out[0, len(prompt) :].tolist()
+    assert run(served, GREEDY, rate=0.3) == texts
     stats = served.stats()
     assert stats.preemptions > 0
     assert stats.prefix_hits > 0

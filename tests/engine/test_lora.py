@@ -80,16 +80,21 @@ def greedy(model: LlamaForCausalLM, request: EngineRequest) -> list[int]:
     return out[0, ids.shape[1] :].tolist()
 
 
+@pytest.fixture(scope="module")
+def of_models(models: dict[str, LlamaForCausalLM]) -> tuple[list[list[int]], list[list[int]]]:
+    """Texts of 16 jobs, of the models that they ask for and of the base."""
+    asked = jobs(16)
+    return [greedy(models[request.lora], request) for request in asked], [greedy(models[""], r) for r in asked]
+
+
 @pytest.mark.parametrize("tree_size", [1, 16, None])
 def test_texts_are_those_of_merged_models(
-    folder: Path, models: dict[str, LlamaForCausalLM], tree_size: int | None, overlaps: bool
+    folder: Path, of_models: tuple[list[list[int]], list[list[int]]], tree_size: int | None, overlaps: bool
 ) -> None:
     """Side by side with the base's own, in chunks of 7, with pages for a fraction of what is asked."""
     served, asked = serve(folder, tree_size, max_num_batched_tokens=7), jobs(16)
-    texts = run(served, asked)
-    wanted = [greedy(models[request.lora], request) for request in asked]
+    texts, (wanted, of_base) = run(served, asked), of_models
     assert texts == wanted
-    of_base = [greedy(models[""], request) for request in asked]
     same = [text == base for text, base, request in zip(texts, of_base, asked, strict=True) if request.lora]
     assert not any(same), "an adapter does nothing"
     stats = served.stats()

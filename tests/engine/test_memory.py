@@ -298,7 +298,7 @@ def test_scratch_is_enough(monkeypatch: pytest.MonkeyPatch, params: dict[str, An
         )
     )
     for i in range(8):
-        engine.add_request(request(str(i), 100 + i, max_tokens=32, **params))
+        engine.add_request(request(str(i), 100 + i, max_tokens=16, **params))
     with Live() as live:
         finish(engine)
     assert share < live.most / shapes[0].parts().scratch < 1

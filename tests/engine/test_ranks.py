@@ -160,12 +160,12 @@ def test_text_is_that_of_one_rank(
     else:
         make_drafter(tmp_path / "drafter", read_config(folder), draft_vocab=11)
         settings["heads"] = str(tmp_path / "drafter")
-    alone, shared = engine(folder, 1, **settings), engine(folder, size, **settings)
+    alone, shared = (engine(folder, each, num_blocks=24, **settings) for each in (1, size))
     assert isinstance(shared.runner, LeadingRunner)
-    count = 10 if size == 2 else 5
+    count = 6 if size == 2 else 5
     assert texts(shared, count) == texts(alone, count)
     stats = shared.stats()
-    assert stats.preemptions > 0 or size > 2
+    assert stats.preemptions > 0
     assert stats.prefix_hits > 0
     assert drafter == "none" or stats.accepted_tokens > 0
     check_ranks(shared, threads[0], size)

@@ -36,8 +36,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(folder: Path, tree_size: int) -> Engine:
+    """Every request finds an empty cache, as the first of an engine does."""
     settings = {"seed": 0, "max_num_batched_tokens": 16, "block_size": 4, "num_blocks": 80, "num_threads": 1}
-    return build_engine(EngineConfig(model=str(folder), dtype="float32", tree_size=tree_size, **settings))
+    settings |= {"tree_size": tree_size, "prefix_caching": False}
+    return build_engine(EngineConfig(model=str(folder), dtype="float32", **settings))
 
 
 def run(served: Engine, **fields: object) -> list[RequestDelta]:
@@ -49,16 +51,20 @@ def run(served: Engine, **fields: object) -> list[RequestDelta]:
     return deltas
 
 
-@pytest.mark.parametrize("tree_size", [1, 8])
+@pytest.fixture(scope="module", params=[1, 8], ids=["no trees", "trees"])
+def pair(tiny: Path, overlaps: bool, request: pytest.FixtureRequest) -> tuple[Engine, Engine]:
+    """Of the same settings."""
+    return engine(tiny, request.param), engine(tiny, request.param)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_it_goes_on_as_if_nothing_had_happened(tiny: Path, case: str, tree_size: int, overlaps: bool) -> None:
-    params = CASES[case]
-    whole = run(engine(tiny, tree_size), params=params)
+def test_it_goes_on_as_if_nothing_had_happened(pair: tuple[Engine, Engine], case: str) -> None:
+    params, (first, second) = CASES[case], pair
+    whole = run(first, params=params)
     tokens = [token for delta in whole for token in delta.new_token_ids]
     logprobs = [entry for delta in whole for entry in delta.logprobs or ()]
     for cut in sorted({1, 2, 7, len(tokens) // 2, len(tokens) - 1}):
-        served = engine(tiny, tree_size)
-        rest = run(served, params=params, output_token_ids=tokens[:cut], num_steps=cut, resumes=True)
+        rest = run(second, params=params, output_token_ids=tokens[:cut], num_steps=cut, resumes=True)
         assert [token for delta in rest for token in delta.new_token_ids] == tokens[cut:]
         assert (rest[-1].finish_reason, rest[-1].stop_token_id) == (whole[-1].finish_reason, whole[-1].stop_token_id)
         assert cut < rest[-1].num_steps <= len(tokens)
@@ -67,7 +73,7 @@ def test_it_goes_on_as_if_nothing_had_happened(tiny: Path, case: str, tree_size:
         for entry, other in zip(again, logprobs[cut:], strict=True):
             assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert entry.rank == other.rank
-        assert served.stats().prompt_tokens == 0  # the prompt was counted by the engine that began with it
+        assert second.stats().prompt_tokens == 0  # the prompt was counted by the engine that began with it
 
 
 @pytest.mark.parametrize("output", [[1, 99], [-1], list(range(10))])

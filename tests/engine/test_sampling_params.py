@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,13 @@ def tokens_of(deltas: list[RequestDelta]) -> list[int]:
     return [token for delta in deltas for token in delta.new_token_ids]
 
 
-@torch.inference_mode()
 def raw_logits(reference: LlamaForCausalLM, tokens: list[int]) -> Tensor:
+    return logits_after(reference, tuple(tokens))
+
+
+@functools.cache  # each engine is asked for the same texts
+@torch.inference_mode()
+def logits_after(reference: LlamaForCausalLM, tokens: tuple[int, ...]) -> Tensor:
     logits: Tensor = reference(torch.tensor([tokens])).logits[0, -1].float()
     return logits
 

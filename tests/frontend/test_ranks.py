@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,9 +68,9 @@ def text_alone(config: EngineConfig) -> list[int]:
 
 def test_a_rank_that_stands_still_costs_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "model")
-    config = EngineConfig(
-        model=str(tmp_path / "model"), device="cpu", dtype="float32", num_threads=1, num_blocks=40, max_num_seqs=2
-    )
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_threads": 1, "num_blocks": 40}
+    # with a tree of a given size, engines start without measuring which one pays
+    config = EngineConfig(model=str(tmp_path / "model"), max_num_seqs=2, tree_size=4, **settings)
     shared = dataclasses.replace(config, tensor_parallel_size=2)
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setenv("TMPDIR", folder)

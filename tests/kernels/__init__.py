@@ -1,6 +1,8 @@
 """Without a GPU the kernels run in Triton's interpreter, which it decides on when they are imported."""
 
 import importlib.util
+import inspect
+import math
 import os
 from typing import Any
 
@@ -48,5 +50,48 @@ def _mend_interpreter() -> None:
     interpreter._convert_float = converted
 
 
+def _hasten_interpreter() -> None:
+    """Half of the interpreter's time goes into what comes out the same every time.
+
+    At every launch, and at every call of a function of a kernel, it looks through all that a module has for what it has
+    to replace; whenever it asks for numpy's type, it makes a table of them all; and it wraps each number of each
+    tensor's shape.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    names: dict[Any, list[str]] = {}  # of a module's builtins, by module
+    types: dict[str, Any] = {}  # numpy's, by the name of Triton's
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}  # as Triton has them, and the number of elements
+    find_type = interpreter._get_np_dtype
+
+    def patch(module: Any, builder: Any, scope: Any) -> None:
+        if module not in names:  # which the first launch is the first to ask: nothing has been replaced yet
+            names[module] = [name for name, member in inspect.getmembers(module) if tl.core.is_builtin(member)]
+        if not tl.core.is_builtin(getattr(module, names[module][0])):
+            return  # a launch is under way, which has replaced all of them
+        for name in names[module]:
+            if tl.core.is_builtin(member := getattr(module, name)):
+                interpreter._patch_attr(module, name, member, builder, scope)
+
+    def np_dtype(kind: Any) -> Any:
+        scalar = kind.scalar
+        if scalar.name not in types:
+            types[scalar.name] = find_type(scalar)
+        return types[scalar.name]
+
+    def make(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            shapes[key] = tl.tuple([tl.constexpr(size) for size in key]), tl.constexpr(math.prod(key))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    interpreter._patch_builtin = patch
+    interpreter._get_np_dtype = np_dtype
+    tl.tensor.__init__ = make
+
+
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
     _mend_interpreter()
+    _hasten_interpreter()

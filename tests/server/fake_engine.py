@@ -39,7 +39,7 @@ class FakeEngine:
     Beside FAKE_ENGINE_PID_FOLDER, a file `hold` keeps it from starting, and a file `pause` from saying anything, or
     anything more than so many steps of a request as it says.
     What stands last in the prompt as `SAY[[…]]` is the reply; a grammar of calls makes it a call with no arguments,
-    two if it allows several. An adapter says its name.
+    two if it allows several, and other grammars change nothing. An adapter says its name.
     """
 
     config: EngineConfig
@@ -90,8 +90,9 @@ class FakeEngine:
         self.counts["prompt"] += len(message.prompt_token_ids)
 
     def _reply(self, message: EngineRequest) -> list[int]:
-        if message.params.grammar is not None:
-            *several, schema = message.params.grammar.value.split("%json ")
+        grammar = message.params.grammar
+        if grammar is not None and '"arguments0"' in grammar.value:
+            *several, schema = grammar.value.split("%json ")
             found = json.loads(schema)
             call = found.get("anyOf", [found])[0]["properties"]
             key = next(name for name in call if name != "name")
