@@ -3,7 +3,8 @@
 Each part is what is alive at the dearest moment, in bytes. Beside the weights it is
 
     scratch    activations of the largest step, then its logits and what the sampler makes of them
-    graphs     logits of every captured step, activations once (they share a pool), CUDA's own
+    graphs     logits of every captured step and its hidden states, those of every captured pass, activations once
+               (they share a pool), CUDA's own
     state      rows, page tables, penalties' counts, rotary embeddings
 
 and the K/V cache gets what is left.
@@ -29,7 +30,7 @@ from manyheads.ops.base import Ops
 from manyheads.quantization.base import Scheme
 from manyheads.quantization.schemes import find
 from manyheads.sizes import format_size
-from manyheads.speculation.draft import SIZES
+from manyheads.speculation.draft import SIZES, deepest
 from manyheads.speculation.drafter import DrafterShape
 from manyheads.speculation.planner import most_inflight
 
@@ -187,22 +188,28 @@ class Shape:
         return rows * logits + self.max_num_seqs * drafter.token_scratch * self.max_model_len
 
     def _graphs(self) -> int:
-        """Captured at start-up for all sizes of trees, else for the one that is used and for roots."""
+        """Captured at start-up for all sizes of trees, of all depths where these cost passes, else for the one that is
+        used and for roots. What a graph returns is kept: hidden states, those that a drafter reads, and a step's
+        logits."""
         if not self.ops.records:
             return 0
-        most = self.max_num_seqs
+        model, drafter, most = self.model, self.drafter or NO_DRAFTER, self.max_num_seqs
         sizes: Sequence[float] = SIZES[1:]
         if self.drafter is None or self.tree_size is not None:
             sizes = [self.tree_size] if self.drafter and self.tree_size and self.tree_size > 1 else []
+        elif drafter.nodes_within:
+            by_depth = enumerate(drafter.nodes_within, 1)
+            sizes = [n for depth, there in by_depth for n in {min(s, there) for s in sizes if depth <= deepest(s)}]
         tokens = list({padded_rows(count, most, ROWS) for count in range(1, most + 1)})
         for rows in {padded_rows(count, most, TREE_ROWS) for count in range(1, most + 1)}:
             inflight = most_inflight(rows) if self.tree_size is None else self.num_drawn
             tokens += [int(size * rows) for size in sizes if int(size * rows) <= inflight]
-        logits = sum(tokens) * self.model.vocab_size * self.dtype.itemsize
-        passes = pass_keys(most, self.max_num_batched_tokens, self.num_drawn)
-        largest = max(*tokens, *(chunks[0] + trees[0] for chunks, trees in passes))
+        keys = pass_keys(most, self.max_num_batched_tokens, self.num_drawn)
+        passes = [chunks[0] + trees[0] for chunks, trees in keys]
+        hidden = (1 + len(drafter.base_layers)) * model.hidden_size
+        kept = (sum(tokens) * (model.vocab_size + hidden) + sum(passes) * hidden) * self.dtype.itemsize
         count = len(tokens) + len(passes)
-        return count * GRAPH_BYTES + logits + self._activations(largest) + self._propose()
+        return count * GRAPH_BYTES + kept + self._activations(max(*tokens, *passes)) + self._propose()
 
     def pages_within(self, limit: Limit, parts: Parts) -> int:
         """Pages of K/V that there is room for; not positive where there is none."""

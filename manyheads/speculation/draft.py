@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 from manyheads.speculation.costs import Kind
 from manyheads.speculation.tree import ROOT, Tree
 
 SIZES = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Nodes a row, on average over a step's rows, that are considered."""
+DEEPER = 1
+"""Where depth costs passes, trees are at most so much deeper than a row has nodes on average: it is the sure rows'
+chains that are longer."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,8 @@ class Draft:
 
 
 NO_DRAFT = Draft(ROOT, 1)
+
+
+def deepest(nodes: float) -> int:
+    """How deep trees of so many nodes a row on average are at most, where depth costs passes."""
+    return ceil(nodes) + DEEPER

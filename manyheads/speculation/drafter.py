@@ -83,6 +83,8 @@ class DrafterShape:
     (`Kept.chains`)."""
     scratch_tokens: int = 0
     """Tokens of a row, behind its text, of which it keeps K/V while it guesses."""
+    nodes_within: tuple[int, ...] = ()
+    """By depth, where each costs passes: nodes of its deepest tree that are no deeper, the root included."""
     row_state: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     """Shape and type of what it keeps for each row beside its candidates (`RowState.drafter`), by name."""
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from math import ceil
 
 from manyheads.batch import MAX_NODES
 from manyheads.speculation.costs import REACHES, Acceptance, CostTable, Kind, RunningCosts
-from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft
+from manyheads.speculation.draft import NO_DRAFT, SIZES, Draft, deepest
 from manyheads.speculation.gains import TINY, Gains, size_at
 from manyheads.speculation.tree import ROOT, Choice, Tree, grow
 from manyheads.speculation.trials import Trials
@@ -32,11 +31,6 @@ REVIEW_SOON, NEWS = 4, 0.05
 SUREST = 1.1
 """Times as much as where all rows have the same tree is gained where a step's nodes go to the rows whose guesses are
 surest: 1.09 to 1.12 times at 32 to 128 rows (benchmarks/results/gpu)."""
-
-
-DEEPER = 1
-"""Where depth costs passes, trees are at most so much deeper than a row has nodes on average: it is the sure rows'
-chains that are longer."""
 
 
 def most_inflight(rows: int) -> int:
@@ -177,8 +171,8 @@ class Planner:
         by_tokens = {int(rows * size): size for size in sizes}
         if not self.passes_per_depth:
             return [self.draft(size) for size in by_tokens.values()]
-        depths = {size: min(self._grown.max_depth, ceil(size) + DEEPER) for size in by_tokens.values()}
-        drafts = (self.draft(size, depth) for size, deepest in depths.items() for depth in range(1, deepest + 1))
+        depths = {size: min(self._grown.max_depth, deepest(size)) for size in by_tokens.values()}
+        drafts = (self.draft(size, depth) for size, deep in depths.items() for depth in range(1, deep + 1))
         return list(dict.fromkeys(draft for draft in drafts if draft.propose))
 
     def draft(self, nodes: float, depth: int | None = None) -> Draft:

@@ -23,8 +23,10 @@ from manyheads.engine import memory
 from manyheads.engine.blueprint import _kv_dtype
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
-from manyheads.engine.estimate import Shape
+from manyheads.engine.estimate import GRAPH_BYTES, Shape
 from manyheads.engine.memory import Limit, base_bytes
+from manyheads.engine.record_sizes import pass_keys
+from manyheads.engine.recorded import all_steps
 from manyheads.engine.runner import Runner
 from manyheads.kv_cache import CODES
 from manyheads.models.loader import load_model
@@ -34,7 +36,10 @@ from manyheads.models.size import weights_bytes
 from manyheads.ops import ops_for
 from manyheads.quantization.schemes import SCHEMES
 from manyheads.request import EngineRequest
-from manyheads.speculation.drafter import DrafterShape
+from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE, DrafterShape
+from manyheads.speculation.eagle3.drafter import ACCEPTANCE
+from manyheads.speculation.eagle3.template import Template
+from manyheads.speculation.planner import Planner
 from tests.tiny import model_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -94,7 +99,7 @@ def test_in_half_precision_it_does_not() -> None:
     with pytest.raises(ConfigError) as refused:
         half.require(FIFTEEN, half.parts(), 2)
     text = str(refused.value)
-    needed = r"a memory of 15\.0 GiB is too little: 19\.\d GiB are needed \(weights 12\.6 GiB, heads 1\.4 GiB,"
+    needed = r"a memory of 15\.0 GiB is too little: 20\.\d GiB are needed \(weights 12\.6 GiB, heads 1\.4 GiB,"
     assert re.match(needed, text)
     assert "the process itself 512 MiB, one page of K/V 16 MiB)" in text
     assert "max_num_seqs=8 instead of 256 saves 3." in text
@@ -120,6 +125,34 @@ def test_what_grows_with_what() -> None:
     on_cpu = replace(T4, device=CPU, ops=ops_for(CPU))
     assert on_cpu.parts().graphs == 0
     assert on_cpu.page_bytes < on_cpu.page_cost < on_cpu.page_bytes * 1.1
+
+
+@pytest.mark.parametrize("most", [1, 8, 256])
+@pytest.mark.parametrize("kind", ["medusa", "eagle3"])
+def test_all_that_recordings_return_is_counted(kind: str, most: int) -> None:
+    """Of steps, at every depth where these cost passes, logits and hidden states; of passes, hidden states."""
+    if kind == "medusa":
+        planner, drafter = Planner(DEFAULT_ACCEPTANCE), HEADS
+    else:
+        template = Template(ACCEPTANCE)
+        planner = Planner(ACCEPTANCE, passes_per_depth=1, offered=frozenset(template.choices))
+        drafter = DrafterShape(
+            max_depth=template.max_depth,
+            num_candidates=template.num_candidates,
+            base_layers=(2, 16, 29),
+            scratch_tokens=template.num_inner,
+            nodes_within=template.nodes_within,
+        )
+    shape = replace(T4, max_num_seqs=most, drafter=drafter)
+    hidden = (1 + len(drafter.base_layers)) * 4096
+    steps = {
+        (rows, draft.tree.num_nodes, draft.num_tokens(rows), draft.passes) for rows, draft in all_steps(planner, most)
+    }
+    passes = pass_keys(most, shape.max_num_batched_tokens, shape.num_drawn)
+    kept = sum(tokens for _, _, tokens, _ in steps) * 2 * (32000 + hidden)
+    kept += sum(chunks[0] + trees[0] for chunks, trees in passes) * 2 * hidden
+    kept += GRAPH_BYTES * (len(steps) + len(passes))
+    assert kept < shape.parts().graphs < 1.15 * kept + GIB
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -217,6 +217,7 @@ class Eagle3Source:
             kv_layers=1,
             base_layers=config.feature_layers(model.num_layers),
             scratch_tokens=template.num_inner,
+            nodes_within=template.nodes_within,
         )
 
     def build(self, model: Llama, dtype: torch.dtype, device: torch.device, quantization: str | None) -> Eagle3Drafter:

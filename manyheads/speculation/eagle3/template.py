@@ -56,6 +56,11 @@ class Template:
         """Nodes that have children, the root left out: so many a row may be expanded."""
         return len(self.children) - 1
 
+    @property
+    def nodes_within(self) -> tuple[int, ...]:
+        """By depth: nodes that are no deeper, the root included."""
+        return tuple(1 + sum(len(c) <= depth for c in self.choices) for depth in range(1, self.max_depth + 1))
+
     def _widths(self, nodes: float) -> list[float]:
         """By depth, the root left out: how many nodes have children in the tree of so many nodes that is best by the
         prior. Between two numbers of nodes, it is in proportion."""
