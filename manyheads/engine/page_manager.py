@@ -147,6 +147,10 @@ class PageManager:
             self._release(table.pages.pop())
         table.num_synced = min(table.num_synced, keep)
 
+    def num_seen(self, cached_len: int) -> int:
+        """Of so many cached tokens, those that some layer looks at."""
+        return cached_len if self.window is None else min(cached_len, self.window)
+
     def drop(self, table: PageTable, cached_len: int) -> None:
         """Give back the pages behind the window of the token at this position; known ones stay in the prefix cache.
 

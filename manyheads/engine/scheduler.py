@@ -109,7 +109,7 @@ class Scheduler:
         for request in self.running:
             self.pages.drop(request.table, request.cached_len)
         rows = [request for request in self.running if request.decoding]
-        self.planner.rows_are([request.adapter for request in rows], sum(request.cached_len for request in rows))
+        self.planner.rows_are([r.adapter for r in rows], sum(self.pages.num_seen(r.cached_len) for r in rows))
         num_decoding = len(rows)
         has_prompts = self.waiting or num_decoding < len(self.running)  # most steps have none
         budget = self.target.most_prompt_tokens(num_decoding) if has_prompts else 0

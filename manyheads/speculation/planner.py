@@ -102,8 +102,8 @@ class Planner:
         return self.tree_size is None and self.acceptance.num_depths > 0
 
     def rows_are(self, adapters: Sequence[int], num_cached: int) -> None:
-        """The decoding rows of the next steps have these adapters (`Request.adapter`), and so many cached tokens in
-        all."""
+        """The decoding rows of the next steps have these adapters (`Request.adapter`), and look at so many cached
+        tokens in all."""
         self._gains.rows_are(adapters)
         if adapters and self.costs is not None:
             self.costs.context = num_cached / len(adapters)

@@ -114,6 +114,16 @@ def test_preemption_keeps_the_text(overlaps: bool) -> None:
     assert [len(sent.output) for sent in world.sent.values()] == [12] * 4
 
 
+@pytest.mark.parametrize(("window", "most"), [(None, 100), (6, 6)])
+def test_the_planner_is_told_what_rows_look_at(window: int | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, told = World(Setup(page_size=16)), list[int]()
+    world.scheduler.pages.window = window
+    monkeypatch.setattr(world.scheduler.planner, "rows_are", lambda adapters, num_cached: told.append(num_cached))
+    world.add([1] * 4, max_tokens=6, ignore_eos=True)
+    world.run()
+    assert told == [0, *(min(cached, most) for cached in range(4, 9))]
+
+
 @pytest.mark.parametrize(("pages", "trees"), [(36, {32, 16}), (20, {16, 8}), (12, {8, 1}), (8, {1})])
 def test_trees_shrink_before_anyone_is_preempted(pages: int, trees: set[int], overlaps: bool) -> None:
     world = World(Setup(overlaps=overlaps, pages=pages, page_size=2, max_len=8, sizes=[8], skill=0))
