@@ -163,8 +163,12 @@ def leading_runner(plan: Blueprint, progress: Progress) -> Runner:
         progress(f"starting {plan.config.tensor_parallel_size} ranks")
         others = Others(plan.config, folder)
         ranks = others.join(folder, plan)
-        with others.blamed():
-            return plan.runner(progress, partial(LeadingRunner, others, folder), ranks)
+        try:
+            with others.blamed():
+                return plan.runner(progress, partial(LeadingRunner, others, folder), ranks)
+        except BaseException:
+            _leave(ranks, None)
+            raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

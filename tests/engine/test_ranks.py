@@ -20,8 +20,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
-from manyheads.config import ConfigError
-from manyheads.engine import ranks
+from manyheads.config import CheckpointError, ConfigError
+from manyheads.engine import blueprint, ranks
 from manyheads.engine.blueprint import Blueprint
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
@@ -286,6 +286,22 @@ def test_a_rank_that_dies_ends_the_engine(folder: Path, reference: LlamaForCausa
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(RankFailed, match="rank 1 ended by signal 9"):
         finish(shared)
+
+
+def test_a_start_that_fails_leaves_the_ranks(
+    folder: Path, reference: LlamaForCausalLM, threads: list[ThreadRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have met already, and the process would wait for them at its end."""
+
+    def load(*args: Any) -> None:
+        raise CheckpointError("no weights")
+
+    left: list[Ranks] = []
+    monkeypatch.setattr(blueprint, "load_model", load)
+    monkeypatch.setattr(ranks, "_leave", lambda ranks, recorded: left.append(ranks))
+    with pytest.raises(CheckpointError, match="no weights"):
+        engine(folder, 2, speculative=False)
+    assert [(each.rank, each.size) for each in left] == [(0, 2)]
 
 
 PROGRAM = """
