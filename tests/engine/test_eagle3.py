@@ -105,7 +105,7 @@ def test_candidates_are_the_references(
                 looked_at += 1
                 deep += count > 1
     assert looked_at > 50
-    assert deep > 25  # nodes below the root were expanded
+    assert deep > 25  # nodes below the root were opened
 
 
 def test_no_row_of_a_recorded_step_is_shorter_than_nothing(

@@ -200,7 +200,7 @@ class Eagle3Source:
                 f"{folder}: the drafter has {own[0]} K/V heads of {own[1]}, its base {base[0]} of {base[1]}; "
                 "both stand in the same pages, and have to be alike"
             )
-        # two ranks at least, as many as a node that is expanded has children
+        # two ranks at least, as many as a node that is opened has children
         known = self._weights.accuracy or ACCEPTANCE
         self._prior = [[*ranks, *[0.0] * (LEAST_CHILDREN - len(ranks))] for ranks in known]
         template = Template(self._prior)

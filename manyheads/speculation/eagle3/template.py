@@ -18,7 +18,7 @@ from manyheads.speculation.costs import LEAST_RATE
 from manyheads.speculation.tree import Choice, grow
 
 LEAST_CHILDREN = 2
-"""What is expanded has so many children at least: that they differ says that it was."""
+"""What is opened has so many children at least: that they differ says that it was."""
 
 
 class Template:
@@ -53,7 +53,7 @@ class Template:
 
     @property
     def num_inner(self) -> int:
-        """Nodes that have children, the root left out: so many a row may be expanded."""
+        """Nodes that have children, the root left out: so many a row may open."""
         return len(self.children) - 1
 
     @property
