@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Heads
-from manyheads.batch import Guesses, Level, OpenNodes, Outcome, RowState, Trees, TreeTensors
+from manyheads.batch import Gained, Guesses, Level, OpenNodes, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
 from manyheads.ops.adapters import Adapters
 from manyheads.quantization.base import CodedScheme, Weight
@@ -260,6 +260,14 @@ class Ops(Protocol):
             target: [T] int64, the token that the target model continues each token with.
             accepted: [R, n] bool, for rows with a lossy rule (`speculation/verify.py`); None accepts a node that holds
                 what the target drew at its parent.
+        """
+
+    def pack(self, state: RowState, trees: Trees, outcome: Outcome, size: int) -> Gained:
+        """What rows keep of a step, for those who read more of it than its end.
+
+        Args:
+            trees, outcome: of the step, which was settled last.
+            size: T, no fewer than the rows gained in all.
         """
 
     def begin_guesses(self, state: RowState, index: Tensor, num_candidates: int, most: int) -> Guesses:

@@ -45,6 +45,7 @@ class TritonOps(TorchOps):
     open_nodes = staticmethod(guesses.open_nodes)
     offer_children = staticmethod(guesses.offer_children)
     propose = staticmethod(settle.propose)
+    pack = staticmethod(settle.pack)
     route = staticmethod(kernel_experts.route)
     watch = staticmethod(compiling.watch)
 
