@@ -153,6 +153,26 @@ class Ops(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm of [T, D], its statistics in float32 (Zhang and Sennrich 2019)."""
 
+    def norm_pairs(
+        self,
+        first: Tensor,
+        first_at: Tensor | None,
+        first_weight: Tensor,
+        second: Tensor,
+        second_at: Tensor | None,
+        second_weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """RMSNorm of rows of two tensors, side by side.
+
+        Args:
+            first, second: [rows, D] each.
+            first_at, second_at: [T] int64, which rows; None for all, in order.
+
+        Returns:
+            [T, 2 · D], and [T, D], the second one's rows as they are, which may be that tensor itself.
+        """
+
     def add_rms_norm(
         self,
         x: Tensor,

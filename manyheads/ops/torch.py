@@ -74,6 +74,21 @@ class TorchOps:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)
 
+    def norm_pairs(
+        self,
+        first: Tensor,
+        first_at: Tensor | None,
+        first_weight: Tensor,
+        second: Tensor,
+        second_at: Tensor | None,
+        second_weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        first = first if first_at is None else F.embedding(first_at, first)
+        second = second if second_at is None else F.embedding(second_at, second)
+        normed = self.rms_norm(first, first_weight, eps), self.rms_norm(second, second_weight, eps)
+        return torch.cat(normed, dim=-1), second
+
     def add_rms_norm(
         self,
         x: Tensor,

@@ -29,6 +29,7 @@ class TritonOps(TorchOps):
 
     attention = staticmethod(TritonAttention)  # type: ignore[assignment]
     rms_norm = staticmethod(fused.rms_norm)
+    norm_pairs = staticmethod(fused.norm_pairs)
     add_rms_norm = staticmethod(fused.add_rms_norm)  # type: ignore[assignment]
     layer_norm = staticmethod(fused.layer_norm)
     add_layer_norm = staticmethod(fused.add_layer_norm)  # type: ignore[assignment]
