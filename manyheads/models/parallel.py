@@ -37,6 +37,10 @@ def here(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}"
 
 
+ARRIVAL = timedelta(minutes=2)
+"""How long ranks that have come wait until they have found each other: one may die just then."""
+
+
 @dataclass(frozen=True, eq=False)
 class Ranks:
     """The ranks that share a model, as one of them sees them; one alone shares with nobody."""
@@ -67,9 +71,11 @@ class Ranks:
         else:
             gloo = torch_groups.ProcessGroupGloo
             options = gloo._Options()
-            options._timeout = PATIENCE
+            options._timeout = ARRIVAL
             options._devices = [gloo.create_device(hostname="127.0.0.1")]
-            joined = cls(rank, size, gloo(store, rank, size, options))
+            group = gloo(store, rank, size, options)
+            group._set_default_timeout(PATIENCE)
+            joined = cls(rank, size, group)
         joined.least(0)  # all are there, and have found each other
         return joined
 
