@@ -16,7 +16,7 @@ from manyheads.engine.compiler import Compiler
 from manyheads.engine.estimate import Parts, Shape
 from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limit
 from manyheads.engine.runner import Runner
-from manyheads.engine.threads import Threads
+from manyheads.engine.threads import Threads, given_threads
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.kv_cache import CODES
 from manyheads.models.adapters import attach, count_numbers
@@ -161,9 +161,9 @@ def _threads(config: EngineConfig, device: torch.device) -> Threads | None:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     elif config.tensor_parallel_size > 1:  # a rank cannot tell what the others are at
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel_size))
-    elif device.type == "cpu" and torch.get_num_threads() > 1:
-        return Threads(torch.get_num_threads())
+        torch.set_num_threads(max(1, given_threads() // config.tensor_parallel_size))
+    elif device.type == "cpu" and given_threads() > 1:
+        return Threads(given_threads())
     return None
 
 

@@ -74,8 +74,8 @@ class Threads:
         self._others = others or OtherProcesses()
         self._load = self._load_before = 0.0
         self._choices: dict[int, _Choice] = {}  # by magnitude of tokens
-        self._blocking = _Blocking()
-        weakref.finalize(self, self._blocking.end)
+        weakref.finalize(self, _BLOCKING.end)
+        weakref.finalize(self, _COUNT.give_back)
         self.is_trial = False
         """Whether the last step tried a setting that is not the one in use."""
         self._apply(Setting(most))
@@ -153,9 +153,45 @@ class Threads:
         choice.with_used, choice.with_tried = [], []
 
     def _apply(self, setting: Setting) -> None:
-        self._blocking.set(setting.threads > 1 and not setting.spins)
-        if torch.get_num_threads() != setting.threads:
-            torch.set_num_threads(setting.threads)
+        _BLOCKING.set(setting.threads > 1 and not setting.spins)
+        _COUNT.set(setting.threads)
+
+
+class _Count:
+    """torch's number of threads, which every engine of the process sets for its steps."""
+
+    def __init__(self) -> None:
+        self._given = self._set = 0
+
+    @property
+    def given(self) -> int:
+        """The number that there was before an engine set another, or that somebody else has set since."""
+        self._look()
+        return self._given
+
+    def set(self, count: int) -> None:
+        """Compute with so many from now on."""
+        self._look()
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+        self._set = count
+
+    def give_back(self) -> None:
+        """Leave torch as it was; an engine that is still there sets its number again."""
+        self.set(self.given)
+        self._set = 0
+
+    def _look(self) -> None:
+        if torch.get_num_threads() != self._set:
+            self._given = torch.get_num_threads()
+
+
+_COUNT = _Count()
+
+
+def given_threads() -> int:
+    """How many threads an engine may compute with: torch's own number, whatever engines before this one have set."""
+    return _COUNT.given
 
 
 class OtherProcesses:
@@ -192,7 +228,7 @@ class _Blocking:
 
     Its library spins for milliseconds; but only for microseconds while it manages more threads than there are cores
     (GOMP_SPINCOUNT in the manual of GNU libgomp). So a thread that does nothing keeps a team of its own, a thread more
-    than there are cores.
+    than there are cores. That holds for all engines of the process: each sets it for its steps.
     """
 
     def __init__(self) -> None:
@@ -217,6 +253,9 @@ class _Blocking:
             self._over.set()
             self._thread.join()
             self._thread = None
+
+
+_BLOCKING = _Blocking()
 
 
 def _keep_team(ready: threading.Event, over: threading.Event) -> None:

@@ -23,7 +23,8 @@ Cost = Callable[[Setting, int], float]
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "_COUNT", module._Count())  # engines of other tests may be there yet
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -142,12 +143,15 @@ def test_torch_computes_with_what_was_chosen(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nothing_is_left_behind() -> None:
-    before = threading.active_count()
+    module._BLOCKING.end()  # of engines of other tests
+    before, given = threading.active_count(), torch.get_num_threads()
     made = Threads(2)
     assert threading.active_count() == before + 1  # it keeps threads from spinning
     assert torch.get_num_threads() == 2
+    made._apply(Setting(1))
     del made
     assert threading.active_count() == before
+    assert torch.get_num_threads() == given
 
 
 def test_others_are_those_that_are_not_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,3 +218,26 @@ def test_steps_of_trials_say_nothing_of_costs(folder: Path, reference: LlamaForC
         engine.step()
     assert any(trials)
     assert len(costs) == trials.count(False)
+
+
+def test_an_engine_has_the_threads_that_there_are(folder: Path, reference: LlamaForCausalLM) -> None:
+    """Whatever an engine before it computes with just now; but what somebody else has set holds."""
+    torch.set_num_threads(4)
+    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_blocks=40, block_size=4)
+
+    def built() -> Threads:
+        made = build_engine(config).runner.threads
+        assert made is not None
+        return made
+
+    def most(threads: Threads) -> int:
+        return threads._settings[-1].threads
+
+    first = built()
+    assert most(first) == 4
+    first._apply(Setting(1))
+    second = built()
+    assert most(second) == 4
+    second._apply(Setting(2))
+    torch.set_num_threads(3)
+    assert most(built()) == 3
