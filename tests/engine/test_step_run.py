@@ -78,7 +78,7 @@ def test_known_tokens_are_placed_one_after_the_other(n: int, cached: int) -> Non
 
 
 def test_chunks_of_several_rows_and_what_pads_them() -> None:
-    """The tokens that are left over are the dummy row's, and its slots those of the dummy page."""
+    """The tokens that are left over are the dummy row's, at its beginning, and their slot is the dummy page's first."""
     case = Case(ROOT, [3, 0, 5], 0.0, 4, 0, 1)
     state = case.state()
     state.cached_len[:4] = torch.tensor([6, 0, 0, 1])
@@ -87,11 +87,11 @@ def test_chunks_of_several_rows_and_what_pads_them() -> None:
     assert inflight.tokens.tolist() == [8, 9, 10, 26, 27, 0, 0, 0, 0]
     assert inflight.index.tolist() == [3, 0, 5, 5]
     assert inflight.row_start.tolist() == [0, 3, 5, 5, 9]
-    assert inflight.position.tolist() == [1, 2, 3, 6, 7, 0, 1, 2, 3]
+    assert inflight.position.tolist() == [1, 2, 3, 6, 7, 0, 0, 0, 0]
     assert inflight.slots.tolist() == [
         *(case.slot(state, 0, i) for i in range(3)),
         *(case.slot(state, 1, i) for i in range(2)),
-        *range(4),
+        *[0] * 4,
     ]
     assert inflight.bits.tolist() == [0] * 9
 
