@@ -21,7 +21,7 @@ import torch
 from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
 from manyheads.engine.memory import Limit
-from manyheads.engine.record_sizes import ROWS, TREE_ROWS, padded_rows, pass_keys
+from manyheads.engine.record_sizes import ROWS, TREE_ROWS, all_rows, pass_keys
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.config import ModelConfig
 from manyheads.models.rope import POSITION_MARGIN
@@ -200,8 +200,8 @@ class Shape:
         elif drafter.nodes_within:
             by_depth = enumerate(drafter.nodes_within, 1)
             sizes = [n for depth, there in by_depth for n in {min(s, there) for s in sizes if depth <= deepest(s)}]
-        tokens = list({padded_rows(count, most, ROWS) for count in range(1, most + 1)})
-        for rows in {padded_rows(count, most, TREE_ROWS) for count in range(1, most + 1)}:
+        tokens = all_rows(most, ROWS)
+        for rows in all_rows(most, TREE_ROWS):
             inflight = most_inflight(rows) if self.tree_size is None else self.num_drawn
             tokens += [int(size * rows) for size in sizes if int(size * rows) <= inflight]
         keys = pass_keys(most, self.max_num_batched_tokens, self.num_drawn)

@@ -52,6 +52,11 @@ def fitting(sizes: tuple[tuple[int, int], ...], tokens: int, rows: int) -> tuple
     return next((size for size in sizes if size[0] >= tokens and size[1] >= rows), None)
 
 
+def all_rows(most: int, sizes: tuple[int, ...]) -> list[int]:
+    """What numbers of rows up to `most` are padded to, the largest first."""
+    return sorted({padded_rows(count, most, sizes) for count in range(1, most + 1)}, reverse=True)
+
+
 def padded_rows(count: int, most: int, sizes: tuple[int, ...]) -> int:
     """The number of rows of the recording that serves `count` rows where at most `most` run."""
     return min(next((rows for rows in sizes if rows >= count), -(-count // 64) * 64), most)

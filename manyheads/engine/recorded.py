@@ -21,7 +21,17 @@ from torch import Tensor
 
 from manyheads.batch import MAX_NODES, InFlight, Trees, TreeTensors
 from manyheads.engine.graphs import Recorded, Recorder
-from manyheads.engine.record_sizes import CHUNKS, ROWS, TREE_ROWS, TREES, PassKey, fitting, padded_rows, pass_keys
+from manyheads.engine.record_sizes import (
+    CHUNKS,
+    ROWS,
+    TREE_ROWS,
+    TREES,
+    PassKey,
+    all_rows,
+    fitting,
+    padded_rows,
+    pass_keys,
+)
 from manyheads.engine.sampler import draw, edits_logits, nodes_of
 from manyheads.engine.step import Chunk, Request
 from manyheads.engine.step_run import (
@@ -292,8 +302,8 @@ class RecordedSteps:
 
 def all_steps(planner: Planner, most: int) -> list[tuple[int, Draft]]:
     """All numbers of rows, up to `most`, and all drafts that the planner may choose for them; the largest first."""
-    wanted = [(rows, NO_DRAFT) for rows in sorted({min(rows, most) for rows in ROWS}, reverse=True)]
-    for rows in sorted({min(rows, most) for rows in TREE_ROWS}, reverse=True):
+    wanted = [(rows, NO_DRAFT) for rows in all_rows(most, ROWS)]
+    for rows in all_rows(most, TREE_ROWS):
         wanted += [(rows, draft) for draft in planner.drafts(rows)]
     return wanted
 

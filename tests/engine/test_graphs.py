@@ -111,6 +111,16 @@ def test_memory_of_graphs_is_what_capturing_took(
     assert recorder.memory_bytes == runner.graph_bytes == 400
 
 
+@pytest.mark.parametrize("most", [1, 5, 64, 256, 257, 500])
+def test_a_step_is_recorded_for_any_number_of_rows(most: int) -> None:
+    planner = Planner([[0.5, 0.3]] * 3)
+    wanted = {(rows, draft.nodes) for rows, draft in all_steps(planner, most)}
+    for rows in range(1, most + 1):
+        assert (padded_rows(rows, most, ROWS), 1) in wanted
+        padded = padded_rows(rows, most, TREE_ROWS)
+        assert {(padded, draft.nodes) for draft in planner.drafts(padded)} <= wanted
+
+
 @pytest.mark.parametrize("most", [1, 8, 16, 64, 96, 256])
 def test_a_pass_is_recorded_for_whatever_rows_may_bring(most: int) -> None:
     keys = pass_keys(most, 1024, min(64 * most, most_inflight(most)))
