@@ -159,19 +159,16 @@ def leading_runner(plan: Blueprint, progress: Progress) -> Runner:
         RankFailed: another rank has ended.
     """
     folder = Path(tempfile.mkdtemp(prefix="manyheads-ranks-"))
-    try:
+    with contextlib.ExitStack() as failed:
+        failed.callback(shutil.rmtree, folder, ignore_errors=True)
         progress(f"starting {plan.config.tensor_parallel_size} ranks")
         others = Others(plan.config, folder)
         ranks = others.join(folder, plan)
-        try:
-            with others.blamed():
-                return plan.runner(progress, partial(LeadingRunner, others, folder), ranks)
-        except BaseException:
-            _leave(ranks, None)
-            raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        failed.callback(_leave, ranks, None)
+        with others.blamed():
+            runner = plan.runner(progress, partial(LeadingRunner, others, folder), ranks)
+        failed.pop_all()  # the runner does all that when it goes
+        return runner
 
 
 def _leave(ranks: Ranks, recorded: RecordedSteps | None) -> None:

@@ -103,8 +103,10 @@ def exercise(runner: Runner, planner: Planner, max_tokens: int) -> None:
     state = runner.state
     context = min(CONTEXT, state.max_len // 2)
     length = min(state.max_len - 1, max_tokens)
-    counts = [n for n in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256) if n < state.num_rows]
-    counts += [state.num_rows - 1] if state.num_rows - 1 > counts[-1] == 256 else []
+    most = state.num_rows - 1  # beside the prompt's
+    counts = [n for n in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= most]
+    if most > 256:
+        counts.append(most)
     for count in counts:
         for params in SAMPLINGS if count == min(2, counts[-1]) else SAMPLINGS[:1]:
             requests = [_dummy(runner, i, context, params) for i in range(count)]

@@ -30,15 +30,13 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(days=1)
 """How long a rank waits for the others. A rank that has died ends them, and one that hangs is the supervisor's to
 find; meanwhile they may be idle for any time."""
+ARRIVAL = timedelta(minutes=2)
+"""How long ranks that have come wait until they have found each other: one may die just then."""
 
 
 def here(folder: Path, rank: int) -> Path:
     """The file that says that a rank has come to join. Who waits in a group for one that never comes waits for good."""
     return folder / f"rank-{rank}"
-
-
-ARRIVAL = timedelta(minutes=2)
-"""How long ranks that have come wait until they have found each other: one may die just then."""
 
 
 @dataclass(frozen=True, eq=False)
