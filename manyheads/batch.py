@@ -115,6 +115,17 @@ class Outcome:
 
 
 @dataclass(frozen=True, eq=False)
+class Gained:
+    """The tokens that R rows computed in a step and keep, one behind the other; a dummy row behind them pads them."""
+
+    inflight: InFlight
+    """Of R + 1 rows. NOTE: tokens are those that follow, which the target drew."""
+    cached_len: Tensor  # [R + 1] int64, before the step
+    place: Tensor  # [T] int64, where they stand among the tokens of the step
+    last: Tensor  # [R] int64, where each row's last one stands among these
+
+
+@dataclass(frozen=True, eq=False)
 class Level:
     """The M nodes at one depth of a drafter's template that have children.
 

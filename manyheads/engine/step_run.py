@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.attention.base import Group
-from manyheads.batch import InFlight, RowState, Trees, TreeTensors, joined
+from manyheads.batch import InFlight, Outcome, RowState, Trees, TreeTensors, joined
 from manyheads.engine.step import Chunk
 from manyheads.kv_cache import KVCache
 from manyheads.models.llama import Llama
@@ -144,7 +143,7 @@ class StepRun:
         gained, tokens = outcome.values[:, :1], outcome.values[:, 3 : 3 + width]
         kept = Kept(decoding.index, hidden.last[outcome.last], tokens, gained)
         if hidden.states is not None:
-            kept = self._with_chain(kept, trees, outcome.values[:, 3 + width : 3 + 2 * width], hidden.states)
+            kept = self._with_chain(kept, trees, outcome, hidden.states)
         self.propose(kept, decoding.depth, decoding.nodes)
         return outcome.values
 
@@ -176,45 +175,29 @@ class StepRun:
         row = torch.searchsorted(inflight.row_start[1:], place, right=True)
         return self.state.adapter[inflight.index[row]]
 
-    def _with_chain(self, kept: Kept, trees: Trees, path: Tensor, states: Tensor) -> Kept:
-        """What a step kept of trees, with the tokens themselves, packed: as many as there may be; a dummy row's pad
-        them.
+    def _with_chain(self, kept: Kept, trees: Trees, outcome: Outcome, states: Tensor) -> Kept:
+        """What a step kept of trees, with the tokens themselves, packed: as many as there may be.
 
         Args:
-            path: [R, W] int64, the nodes that drew the tokens.
             states: [T, k, hidden], of all tokens of the trees.
         """
-        state, gained, index = self.state, kept.gained[:, 0], kept.index
-        rows, width = path.shape
-        ends = gained.cumsum(0)
+        state, (rows, width) = self.state, kept.tokens.shape
         # a CPU knows how many there are; a GPU is not asked
-        size = int(ends[-1]) if state.device.type == "cpu" else min(rows * width, states.shape[0])
-        at = torch.arange(size, device=state.device)
-        row = torch.searchsorted(ends, at, right=True)
-        is_real, row = row < rows, row.clamp(max=rows - 1)
-        place = (at - ends[row] + gained[row]).clamp(0, width - 1)
-        node = torch.where(is_real, path[row, place], 0)
-        first = (state.cached_len[index] - gained).clamp(min=0)  # the dummy row gains tokens and stays where it is
-        position = first[row] + place
-        one = torch.ones_like(at)
+        size = int(kept.gained.sum()) if state.device.type == "cpu" else min(rows * width, states.shape[0])
+        gained = self.ops.pack(state, trees, outcome, size)
+        inflight = gained.inflight
         group = Group(
             start=0,
             stop=size,
-            row_start=torch.cat((ends.new_zeros(1), ends, ends.new_full((1,), size))).to(torch.int32),
-            bits=torch.where(is_real, (one << (place + 1)) - 1, 1),
-            cached_len=F.pad(first, (0, 1)),
-            page_table=state.page_table[F.pad(index, (0, 1), value=state.num_rows)],
+            row_start=inflight.row_start,
+            bits=inflight.bits,
+            cached_len=gained.cached_len,
+            page_table=state.page_table[inflight.index],
             max_tokens=width,
             max_cached_len=state.max_len,
         )
-        chain = Chain(
-            group=group,
-            states=states[trees.place[row, node]],
-            following=torch.where(is_real, kept.tokens[row, place].clamp(min=0), 0),
-            position=position,
-            slots=torch.where(is_real, state.slots(index[row], position), 0),
-        )
-        return replace(kept, chains=(chain,), last=ends - 1)
+        chain = Chain(group, states[gained.place], inflight.tokens, inflight.position, inflight.slots)
+        return replace(kept, chains=(chain,), last=gained.last)
 
     def _group(
         self, inflight: InFlight, start: int, max_tokens: int, max_cached_len: int, is_chain: bool = False

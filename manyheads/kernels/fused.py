@@ -38,6 +38,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     return out
 
 
+def norm_pairs(
+    first: Tensor,
+    first_at: Tensor | None,
+    first_weight: Tensor,
+    second: Tensor,
+    second_at: Tensor | None,
+    second_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """As `Ops.norm_pairs`, D up to 16384."""
+    rows, dim = len(second) if second_at is None else len(second_at), second.shape[1]
+    out, taken = second.new_empty(rows, 2 * dim), second if second_at is None else second.new_empty(rows, dim)
+    block = triton.next_power_of_2(dim)
+    _norm_pairs_kernel[(rows, 2)](
+        first,
+        second if first_at is None else first_at,  # an index that is not there is never read
+        first_weight,
+        second,
+        second if second_at is None else second_at,
+        second_weight,
+        out,
+        taken,
+        eps,
+        dim,
+        BLOCK=block,
+        FIRST_AT=first_at is not None,
+        SECOND_AT=second_at is not None,
+        num_warps=_warps(block),
+        **dependent(out.device),
+    )
+    return out, taken
+
+
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -336,6 +369,48 @@ def _norm_kernel(
         normed += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     out = normed.to(x.dtype)
     store_row(out, out_ptr, scale_ptr, sums_ptr, index, dim, QUANTIZE, FP8, SUMS, BLOCK)
+
+
+@triton.jit(do_not_specialize_on_alignment=["first_at_ptr", "second_at_ptr"])
+def _norm_pairs_kernel(
+    first_ptr,
+    first_at_ptr,
+    first_weight_ptr,
+    second_ptr,
+    second_at_ptr,
+    second_weight_ptr,
+    out_ptr,
+    taken_ptr,
+    eps,
+    dim,
+    BLOCK: tl.constexpr,
+    FIRST_AT: tl.constexpr,
+    SECOND_AT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: a row of one of the two."""
+    begin(DEPENDENT)
+    index = tl.program_id(0).to(tl.int64)
+    side = tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    at = index
+    if side == 0:
+        if FIRST_AT:
+            at = tl.load(first_at_ptr + index)
+        x = tl.load(first_ptr + at * dim + column, mask=inside, other=0.0)
+        weight = tl.load(first_weight_ptr + column, mask=inside, other=0.0)
+    else:
+        if SECOND_AT:
+            at = tl.load(second_at_ptr + index)
+        x = tl.load(second_ptr + at * dim + column, mask=inside, other=0.0)
+        weight = tl.load(second_weight_ptr + column, mask=inside, other=0.0)
+        if SECOND_AT:
+            tl.store(taken_ptr + index * dim + column, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
+    normed = wide * scale * weight.to(tl.float32)
+    tl.store(out_ptr + (index * 2 + side) * dim + column, normed.to(x.dtype), mask=inside)
 
 
 @triton.jit

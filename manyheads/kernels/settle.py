@@ -1,4 +1,5 @@
-"""After the target has spoken: what each row keeps and reports, and its candidates for the next step, a kernel each."""
+"""After the target has spoken: what each row keeps and reports, its new tokens one behind the other, and its candidates
+for the next step, a kernel each."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.batch import Outcome, RowState, Trees
+from manyheads.batch import Gained, InFlight, Outcome, RowState, Trees
 from manyheads.kernels.compact import compact
 from manyheads.kernels.dependent import begin, dependent
 from manyheads.kv_cache import KVCache
+
+_CHUNK = 1024
+"""Rows, or tokens that pad, that a program looks at at once."""
 
 
 def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> Outcome:
@@ -59,6 +63,59 @@ def settle(state: RowState, cache: KVCache, trees: Trees, target: Tensor) -> Out
     if num_nodes > 1:
         compact(cache, trees.row_slots, places, accepted)
     return Outcome(values, last)
+
+
+def pack(state: RowState, trees: Trees, outcome: Outcome, size: int) -> Gained:
+    """As `Ops.pack`.
+
+    Args:
+        outcome: its values contiguous.
+    """
+    index, width = trees.inflight.index, trees.tree.max_depth + 1
+    rows = index.shape[0]
+
+    def longs(number: int) -> Tensor:
+        return torch.empty(number, dtype=torch.int64, device=index.device)
+
+    inflight = InFlight(
+        index=longs(rows + 1),
+        row_start=torch.empty(rows + 2, dtype=torch.int32, device=index.device),
+        tokens=longs(size),
+        position=longs(size),
+        slots=longs(size),
+        bits=longs(size),
+    )
+    gained = Gained(inflight, cached_len=longs(rows + 1), place=longs(size), last=longs(rows))
+    _pack_kernel[(rows + 1,)](
+        index,
+        state.cached_len,
+        state.page_table,
+        trees.inflight.row_start,
+        trees.offset,
+        outcome.values,
+        inflight.index,
+        inflight.row_start,
+        inflight.tokens,
+        inflight.position,
+        inflight.slots,
+        inflight.bits,
+        gained.cached_len,
+        gained.place,
+        gained.last,
+        rows,
+        width,
+        size,
+        state.num_rows,
+        outcome.values.stride(0),
+        trees.offset.stride(0),
+        state.page_table.stride(0),
+        PAGE_SIZE=state.page_size,
+        BLOCK_WIDTH=triton.next_power_of_2(width),
+        CHUNK=_CHUNK,
+        num_warps=4,
+        **dependent(index.device),
+    )
+    return gained
 
 
 def propose(state: RowState, index: Tensor, candidates: Tensor, chances: Tensor) -> None:
@@ -163,6 +220,82 @@ def _settle_kernel(
     if slot_row != dummy:
         tl.store(cached_len + slot_row, tl.load(cached_len + slot_row) + accepted)
         tl.store(drafts + slot_row * stride_drafts, tl.maximum(newest, 0))
+
+
+@triton.jit(do_not_specialize=["num_rows", "width", "size", "dummy", "stride_report", "stride_offsets", "stride_table"])
+def _pack_kernel(
+    index,
+    cached_len,
+    page_table,
+    tree_start,
+    offsets,
+    report,
+    out_index,
+    row_start,
+    tokens,
+    positions,
+    slots,
+    bits,
+    lengths,
+    places,
+    last,
+    num_rows,
+    width,
+    size,
+    dummy,
+    stride_report,
+    stride_offsets,
+    stride_table,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: a row; behind the rows, what pads them."""
+    begin(DEPENDENT)
+    row = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    nothing = tl.zeros((CHUNK,), tl.int64)
+    # how many the rows before gained
+    before = nothing
+    for start in range(0, row, CHUNK):
+        other = start + lane
+        before += tl.load(report + other.to(tl.int64) * stride_report, mask=other < row, other=0)
+    begins = tl.sum(before, 0)
+    tl.store(row_start + row, begins.to(tl.int32))
+    if row == num_rows:
+        tl.store(row_start + num_rows + 1, size)
+        tl.store(out_index + row, dummy)
+        tl.store(lengths + row, 0)
+        for start in range(begins.to(tl.int32), size, CHUNK):
+            at = start + lane
+            tl.store(tokens + at, nothing, mask=at < size)
+            tl.store(positions + at, nothing, mask=at < size)
+            tl.store(slots + at, nothing, mask=at < size)
+            tl.store(bits + at, nothing + 1, mask=at < size)
+            tl.store(places + at, nothing, mask=at < size)
+        return
+
+    slot_row = tl.load(index + row)
+    report += row.to(tl.int64) * stride_report
+    gained = tl.load(report)
+    first = tl.maximum(tl.load(cached_len + slot_row) - gained, 0)  # the dummy row gains tokens and stays where it is
+    tl.store(out_index + row, slot_row)
+    tl.store(lengths + row, first)
+    tl.store(last + row, begins + gained - 1)
+    depth = tl.arange(0, BLOCK_WIDTH)
+    kept = depth < gained
+    node = tl.load(report + 3 + width + depth, mask=kept, other=0)
+    offset = tl.load(offsets + row.to(tl.int64) * stride_offsets + node, mask=kept, other=0)
+    following = tl.load(report + 3 + depth, mask=kept, other=0)
+    position = first + depth
+    page = tl.load(page_table + slot_row * stride_table + position // PAGE_SIZE, mask=kept, other=0)
+    at = begins + depth
+    tl.store(tokens + at, tl.maximum(following, 0), mask=kept)
+    tl.store(positions + at, position, mask=kept)
+    tl.store(slots + at, page * PAGE_SIZE + position % PAGE_SIZE, mask=kept)
+    tl.store(bits + at, (tl.full((BLOCK_WIDTH,), 2, tl.int64) << depth) - 1, mask=kept)
+    tl.store(places + at, tl.load(tree_start + row) + offset, mask=kept)
 
 
 @triton.jit(

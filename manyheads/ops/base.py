@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Heads
-from manyheads.batch import Guesses, Level, OpenNodes, Outcome, RowState, Trees, TreeTensors
+from manyheads.batch import Gained, Guesses, Level, OpenNodes, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
 from manyheads.ops.adapters import Adapters
 from manyheads.quantization.base import CodedScheme, Weight
@@ -155,6 +155,26 @@ class Ops(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm of [T, D], its statistics in float32 (Zhang and Sennrich 2019)."""
 
+    def norm_pairs(
+        self,
+        first: Tensor,
+        first_at: Tensor | None,
+        first_weight: Tensor,
+        second: Tensor,
+        second_at: Tensor | None,
+        second_weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """RMSNorm of rows of two tensors, side by side.
+
+        Args:
+            first, second: [rows, D] each.
+            first_at, second_at: [T] int64, which rows; None for all, in order.
+
+        Returns:
+            [T, 2 · D], and [T, D], the second one's rows as they are, which may be that tensor itself.
+        """
+
     def add_rms_norm(
         self,
         x: Tensor,
@@ -262,6 +282,14 @@ class Ops(Protocol):
             target: [T] int64, the token that the target model continues each token with.
             accepted: [R, n] bool, for rows with a lossy rule (`speculation/verify.py`); None accepts a node that holds
                 what the target drew at its parent.
+        """
+
+    def pack(self, state: RowState, trees: Trees, outcome: Outcome, size: int) -> Gained:
+        """What rows keep of a step, for those who read more of it than its end.
+
+        Args:
+            trees, outcome: of the step, which was settled last.
+            size: T, no fewer than the rows gained in all.
         """
 
     def begin_guesses(self, state: RowState, index: Tensor, num_candidates: int, most: int) -> Guesses:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manyheads.attention.base import Heads
 from manyheads.attention.torch import TorchAttention, rms_norm
-from manyheads.batch import InFlight, Outcome, RowState, Trees, TreeTensors
+from manyheads.batch import Gained, InFlight, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
 from manyheads.ops import blocks, experts, guesses, integer, products
 from manyheads.ops.adapters import Adapters, TorchAdapters
@@ -74,6 +74,21 @@ class TorchOps:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)
+
+    def norm_pairs(
+        self,
+        first: Tensor,
+        first_at: Tensor | None,
+        first_weight: Tensor,
+        second: Tensor,
+        second_at: Tensor | None,
+        second_weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        first = first if first_at is None else F.embedding(first_at, first)
+        second = second if second_at is None else F.embedding(second_at, second)
+        normed = self.rms_norm(first, first_weight, eps), self.rms_norm(second, second_weight, eps)
+        return torch.cat(normed, dim=-1), second
 
     def add_rms_norm(
         self,
@@ -215,6 +230,31 @@ class TorchOps:
             source = trees.row_slots.gather(1, places)[moved]
             destination = trees.row_slots[:, : depth.numel()][moved]
             cache.move(source, destination)
+
+    def pack(self, state: RowState, trees: Trees, outcome: Outcome, size: int) -> Gained:
+        index, width = trees.inflight.index, trees.tree.max_depth + 1
+        rows = index.shape[0]
+        gained, path = outcome.values[:, 0], outcome.values[:, 3 + width : 3 + 2 * width]
+        ends = gained.cumsum(0)
+        at = torch.arange(size, device=index.device)
+        row = torch.searchsorted(ends, at, right=True)
+        is_real, row = row < rows, row.clamp(max=rows - 1)
+        depth = (at - ends[row] + gained[row]).clamp(max=width - 1)
+        first = (state.cached_len[index] - gained).clamp(min=0)  # the dummy row gains tokens and stays where it is
+        position = first[row] + depth
+        following = outcome.values[row, 3 + depth].clamp(min=0)
+        place = trees.place[row, torch.where(is_real, path[row, depth], 0)]
+        numbers = torch.stack((following, position, state.slots(index[row], position), place))
+        following, position, slots, place = torch.where(is_real, numbers, 0).unbind()
+        inflight = InFlight(
+            index=F.pad(index, (0, 1), value=state.num_rows),
+            row_start=torch.cat((ends.new_zeros(1), ends, ends.new_full((1,), size))).to(torch.int32),
+            tokens=following,
+            position=position,
+            slots=slots,
+            bits=torch.where(is_real, (2 << depth) - 1, 1),
+        )
+        return Gained(inflight, F.pad(first, (0, 1)), place, ends - 1)
 
     begin_guesses = staticmethod(guesses.begin_guesses)
     open_nodes = staticmethod(guesses.open_nodes)

@@ -30,6 +30,7 @@ class TritonOps(TorchOps):
 
     attention = staticmethod(TritonAttention)  # type: ignore[assignment]
     rms_norm = staticmethod(fused.rms_norm)
+    norm_pairs = staticmethod(fused.norm_pairs)
     add_rms_norm = staticmethod(fused.add_rms_norm)  # type: ignore[assignment]
     layer_norm = staticmethod(fused.layer_norm)
     add_layer_norm = staticmethod(fused.add_layer_norm)  # type: ignore[assignment]
@@ -46,6 +47,7 @@ class TritonOps(TorchOps):
     open_nodes = staticmethod(guesses.open_nodes)
     offer_children = staticmethod(guesses.offer_children)
     propose = staticmethod(settle.propose)
+    pack = staticmethod(settle.pack)
     route = staticmethod(kernel_experts.route)
     watch = staticmethod(compiling.watch)
 

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from manyheads.kernels import experts, guesses, routing
+from manyheads.kernels import experts, fused, guesses, routing, settle
 from manyheads.kernels.attention import _attend_kernel
 from manyheads.kernels.exchange import ROWS, _sum_kernel
 
@@ -112,10 +112,29 @@ def compile_guesses(block: int, warps: int, capability: int) -> int:
     return size
 
 
+def compile_norm_pairs(capability: int) -> int:
+    """Norms of rows of two tensors."""
+    names: list[str] = fused._norm_pairs_kernel.arg_names
+    kinds = {name: "*i64" if "_at_" in name else "*bf16" for name in names if name.endswith("_ptr")}
+    constants = {"BLOCK": 4096, "FIRST_AT": True, "SECOND_AT": True}
+    return compiled(fused._norm_pairs_kernel, kinds | {"eps": "fp32", "dim": "i32"}, constants, capability)
+
+
+def compile_pack(capability: int) -> int:
+    """What a step kept, one behind the other."""
+    kinds = {name: "*i64" for name in settle._pack_kernel.arg_names if not name.isupper()}
+    kinds |= dict.fromkeys(("tree_start", "row_start"), "*i32")
+    numbers = ("num_rows", "width", "size", "dummy", "stride_report", "stride_offsets", "stride_table")
+    constants = {"PAGE_SIZE": 16, "BLOCK_WIDTH": 8, "CHUNK": 1024}
+    return compiled(settle._pack_kernel, kinds | dict.fromkeys(numbers, "i32"), constants, capability)
+
+
 if __name__ == "__main__":
     for sums in (("fp16", 1, HOPPER), ("bf16", 4, HOPPER), ("fp32", 1, AMPERE)):
         print(*sums, compile_sum(*sums))
     print("sinks", compile_attention(HOPPER))
+    print("pack", compile_pack(HOPPER))
+    print("norm pairs", compile_norm_pairs(HOPPER))
     print("routing", compile_routing(128, 8))
     for blocks in ((128, 1, HOPPER), (8192, 16, HOPPER), (1024, 4, AMPERE)):
         print("guesses", *blocks, compile_guesses(*blocks))

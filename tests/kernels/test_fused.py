@@ -19,6 +19,7 @@ from manyheads.kernels.fused import (
     gelu_mul,
     head_input,
     layer_norm,
+    norm_pairs,
     rms_norm,
     rope_store,
     silu_mul,
@@ -58,6 +59,23 @@ def test_rms_norm(dim: int, dtype: torch.dtype) -> None:
     assert rms_norm(x, weight, EPS, out) is out
     assert torch.equal(rms_norm(x, weight, EPS), out)
     assert relative_error(out, norm(x, weight)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dim", [1, 96, 5000])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_norms_of_two_rows_side_by_side(dim: int, dtype: torch.dtype) -> None:
+    first, second = randn(6, dim, dtype=dtype), randn(9, dim, dtype=dtype, seed=1) * 3
+    weights = randn(dim, dtype=dtype, seed=2), randn(dim, dtype=dtype, seed=3)
+    some, others = (torch.tensor(rows, device=DEVICE) for rows in ([5, 0, 5, 2], [1, 8, 0, 0]))
+    for at, beside in ((some, others), (None, others[:1].expand(6).contiguous()), (some[[0] * 9], None)):
+        x, y = (rows if which is None else rows[which] for rows, which in ((first, at), (second, beside)))
+        out, taken = norm_pairs(first, at, weights[0], second, beside, weights[1], EPS)
+        assert torch.equal(taken, y)
+        assert relative_error(out[:, :dim], norm(x, weights[0])) < TOLERANCE[dtype]
+        assert relative_error(out[:, dim:], norm(y, weights[1])) < TOLERANCE[dtype]
+        wanted, rows = TorchOps().norm_pairs(first, at, weights[0], second, beside, weights[1], EPS)
+        assert torch.equal(rows, y)
+        assert relative_error(out, wanted) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", ROUNDED[1:])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyheads.batch import Outcome, RowState, Trees, TreeTensors
+from manyheads.batch import Gained, Outcome, RowState, Trees, TreeTensors
 from manyheads.kv_cache import KVCache
 from manyheads.ops.torch import TorchOps
 from manyheads.speculation.tree import ROOT, Choice, Tree
@@ -17,7 +17,7 @@ from tests.trees import medusa_tensors
 
 pytest.importorskip("triton")
 
-from manyheads.kernels.settle import propose, settle
+from manyheads.kernels.settle import pack, propose, settle
 from manyheads.kernels.trees import expand
 
 CPU = torch.device("cpu")
@@ -122,6 +122,15 @@ def check_outcome(found: Outcome, wanted: Outcome) -> None:
         assert torch.equal(new.cpu(), old), name
 
 
+def check_gained(found: Gained, wanted: Gained) -> None:
+    for name in ("index", "row_start", "tokens", "position", "slots", "bits"):
+        old, new = getattr(wanted.inflight, name), getattr(found.inflight, name)
+        assert new.dtype == old.dtype
+        assert torch.equal(new.cpu(), old), name
+    for name in ("cached_len", "place", "last"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
+
+
 @pytest.mark.parametrize("seed", range(15))
 def test_steps(seed: int) -> None:
     """Three steps of the same rows, with other trees: what is brought, what is kept, and what is proposed next."""
@@ -144,8 +153,12 @@ def test_steps(seed: int) -> None:
 
         target = rows.ints(0, VOCAB, num_tokens)
         old = OPS.settle(rows.reference, rows.reference_cache, wanted, target)
-        check_outcome(settle(rows.state, rows.cache, found, target.to(DEVICE)), old)
+        new = settle(rows.state, rows.cache, found, target.to(DEVICE))
+        check_outcome(new, old)
         rows.check_state()
+
+        size = int(old.values[:, 0].sum()) + draw(0, 2) * draw(0, 1500)
+        check_gained(pack(rows.state, found, new, size), OPS.pack(rows.reference, wanted, old, size))
 
         shape = (index.numel(), HEADS * RANKS)
         candidates, chances = rows.ints(0, VOCAB, *shape), rows.chances(*shape)
@@ -242,17 +255,18 @@ class TestOnGpu:
         chances = torch.zeros(num_rows, HEADS * RANKS, device=DEVICE)
         sizes = torch.tensor([num_rows, num_tokens], device=DEVICE)
 
-        def step() -> tuple[Trees, Outcome]:
+        def step() -> tuple[Trees, Outcome, Gained]:
             trees = expand(rows.state, index, tree, num_tokens, sizes)
             outcome = settle(rows.state, rows.cache, trees, target)
+            gained = pack(rows.state, trees, outcome, num_tokens)
             propose(rows.state, index, candidates, chances)
-            return trees, outcome
+            return trees, outcome, gained
 
         step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            trees, outcome = step()
+            trees, outcome, gained = step()
         on_cpu = TreeTensors(*(getattr(tree, name).cpu() for name in ("parent", "depth", "column", "bits", "path")))
         for _ in range(3):
             some = rows.some(num_rows - num_rows // 4, num_rows // 4)
@@ -263,6 +277,8 @@ class TestOnGpu:
             graph.replay()
             wanted = OPS.expand(rows.reference, some, on_cpu, num_tokens, sizes.cpu())
             check_trees(trees, wanted)
-            check_outcome(outcome, OPS.settle(rows.reference, rows.reference_cache, wanted, target.cpu()))
+            old = OPS.settle(rows.reference, rows.reference_cache, wanted, target.cpu())
+            check_outcome(outcome, old)
+            check_gained(gained, OPS.pack(rows.reference, wanted, old, num_tokens))
             OPS.propose(rows.reference, some, candidates.cpu(), chances.cpu())
             rows.check_state()

@@ -128,6 +128,42 @@ def test_a_row_moves_on_by_what_was_accepted(case: Case) -> None:
         assert torch.equal(state.drafts[row], before.drafts[row])
 
 
+@settings(max_examples=80, deadline=None)
+@given(cases(), st.integers(0, 5))
+def test_what_rows_gained_is_packed(case: Case, more: int) -> None:
+    """Each row's tokens behind the prefix that it had, and behind all rows some that mean nothing."""
+    state, before = case.state(), case.state()
+    trees = case.expand(state)
+    ends = some_ends(case, trees)
+    target = torch.randint(-1, 50, (case.num_tokens,), generator=torch.Generator().manual_seed(case.seed + 2))
+    outcome = OPS.settle(state, case.cache(state), trees, target, accepting(trees, ends))
+    total = int(outcome.values[:, 0].sum())
+    gained = OPS.pack(state, trees, outcome, total + more)
+    inflight, at = gained.inflight, 0
+    assert inflight.index.tolist() == [*case.index, ROWS]
+    for r, (row, path) in enumerate(zip(case.index, paths(case, ends), strict=True)):
+        cached = int(before.cached_len[row])
+        assert inflight.row_start[r] == at
+        assert gained.cached_len[r] == cached
+        for depth, choice in enumerate(path):
+            place = int(trees.inflight.row_start[r]) + brought(case, trees)[r].index(choice)
+            following = path[depth + 1] if depth + 1 < len(path) else None
+            token = int(target[place]) if following is None else case.token(before, r, following)
+            assert gained.place[at] == place
+            assert inflight.tokens[at] == max(token, 0)
+            assert inflight.position[at] == cached + depth
+            assert inflight.slots[at] == case.slot(before, r, depth)
+            assert inflight.bits[at] == 2 ** (depth + 1) - 1
+            at += 1
+        assert gained.last[r] == at - 1
+    assert at == total
+    assert inflight.row_start[-2:].tolist() == [total, total + more]
+    assert gained.cached_len[-1] == 0
+    for name, value in (("tokens", 0), ("position", 0), ("slots", 0), ("bits", 1)):
+        assert getattr(inflight, name)[total:].tolist() == [value] * more
+    assert gained.place[total:].tolist() == [0] * more
+
+
 CROSSING = Tree(((), (0,), (1,), (1, 0), (0, 0), (1, 0, 0)))
 
 

@@ -107,9 +107,9 @@ class Eagle3Drafter:
             joined([getattr(chain, name) for chain in chains]) for name in ("position", "slots", "following", "states")
         )
         self._attention.plan(groups, position, slots)
-        out, normed = self.layer(self.layer.features(states), following, self._cache_layer, self._attention)
         assert kept.last is not None
-        self._seen = out[kept.last], normed[kept.last]
+        features = self.layer.features(states)
+        self._seen = self.layer(features, None, following, self._cache_layer, self._attention, kept.last)
 
     def propose(self, state: RowState, kept: Kept, depth: int, nodes: float) -> tuple[Tensor, Tensor]:
         assert self._seen is not None
@@ -136,9 +136,8 @@ class Eagle3Drafter:
         for level, count in zip(self._levels[1:], counts, strict=False):
             known = rows + guesses.num_opened
             opened = ops.open_nodes(guesses, level, count)
-            out, normed = self._pass(state, guesses, opened, features[:known], page_table)
-            torch.index_select(out, 0, opened.new_at, out=features[known : known + count])
-            self._offer(guesses, level, opened, normed[opened.new_at])
+            normed = self._pass(state, guesses, opened, features, known, page_table)
+            self._offer(guesses, level, opened, normed)
 
     def _counts(self, rows: int, depth: int, nodes: float) -> list[int]:
         """How many nodes of all rows each pass opens, up to the first that opens none."""
@@ -150,11 +149,11 @@ class Eagle3Drafter:
         return counts[: counts.index(0)] if 0 in counts else counts
 
     def _pass(
-        self, state: RowState, guesses: Guesses, opened: OpenNodes, features: Tensor, page_table: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """A pass over all nodes that were opened.
+        self, state: RowState, guesses: Guesses, opened: OpenNodes, features: Tensor, known: int, page_table: Tensor
+    ) -> Tensor:
+        """A pass over all nodes that were opened; what it says of the new ones, whose features go behind those known.
 
-        Those of earlier passes are computed again: so all that a node looks at stands beside it in the pass.
+        K/V of earlier ones are computed again: so all that a node looks at stands beside it in the pass.
         """
         count = len(opened.tokens)
         group = Group(
@@ -168,7 +167,10 @@ class Eagle3Drafter:
             max_cached_len=state.max_len,
         )
         self._attention.plan([group], opened.position, opened.slots)
-        return self.layer(features[opened.source], opened.tokens, self._cache_layer, self._attention)
+        room = features[known : known + len(opened.new_at)]
+        places = features, opened.source, opened.tokens
+        _, normed = self.layer(*places, self._cache_layer, self._attention, opened.new_at, room)
+        return normed
 
     def _offer(self, guesses: Guesses, level: Level, nodes: OpenNodes | None, normed: Tensor) -> None:
         tokens, chances = self.guess(level, nodes, normed)

@@ -98,29 +98,48 @@ class Eagle3Layer:
         return self.fc(x)
 
     def __call__(
-        self, features: Tensor, tokens: Tensor, layer: int, attention: AttentionBackend
+        self,
+        features: Tensor,
+        source: Tensor | None,
+        tokens: Tensor,
+        layer: int,
+        attention: AttentionBackend,
+        wanted: Tensor,
+        room: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One pass.
+        """One pass over T places of texts: the K/V of all, and what comes of n of them.
 
         Args:
-            features: [T, hidden], of places in texts; overwritten.
+            features: [F, hidden].
+            source: [T] int64, where the places' features stand; None: they are these, in order.
             tokens: [T] int64, those that follow them.
             layer: of the cache.
             attention: planned for these tokens.
+            wanted: [n] int64, the places that are read on; behind attention, the others are left out.
+            room: [n, hidden], where to put what is returned first.
 
         Returns:
-            [T, hidden], the features of the next pass, and [T, hidden], what `logits` reads.
+            [n, hidden], the features of the next pass, and [n, hidden], what `best` reads.
         """
         ops, eps = self.ops, self.config.rms_norm_eps
-        embedded = ops.rms_norm(self.ranks.embed(tokens, self.embedding), self._token_norm, eps)
-        normed = ops.rms_norm(features, self._feature_norm, eps)
-        x = torch.cat((embedded, normed), dim=-1)
-        residual = normed if self.config.norm_before_residual else features
-        y = self.o(attention(layer, self.qkv(x), self._q_norm, self._k_norm))
+        at: Tensor | None = tokens
+        embedded = self.embedding
+        if self.ranks.size > 1:
+            embedded, at = self.ranks.embed(tokens, self.embedding), None
+        x, residual = ops.norm_pairs(embedded, at, self._token_norm, features, source, self._feature_norm, eps)
+        if self.config.norm_before_residual:
+            residual = x[:, residual.shape[1] :]
+        attended = attention(layer, self.qkv(x), self._q_norm, self._k_norm)
+        if room is None:
+            room = residual.new_empty(len(wanted), residual.shape[1])
+        residual = torch.index_select(residual, 0, wanted, out=room)
+        if len(wanted) == 0:
+            return residual, residual
+        y = self.o(attended.index_select(0, wanted))
         rows = ops.add_rms_norm(y, residual, self._post_norm, eps, self.gate_up.takes(residual))
         y = self.down(ops.silu_mul(self.gate_up(rows), self.down.takes(residual)))
         out: Tensor = ops.add_rms_norm(y, residual, self._norm, eps)
-        return (out if self.config.norm_output else residual), out
+        return (residual.copy_(out) if self.config.norm_output else residual), out
 
     def best(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The likeliest tokens that come next, best first, and their chances: [N, count] int64 (of the draft
