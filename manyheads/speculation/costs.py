@@ -196,6 +196,7 @@ class RunningCosts:
         self._guessed: dict[tuple[int, Kind], float] = {}
         self._prompt_cost = lru_cache(maxsize=4096)(guess.prompt_cost)
         self._mixed: dict[int, _Seen] = {}  # magnitude of prompt tokens → what steps with so many take
+        self._mixed_latest = 0  # the one that was seen last
         # a step is chosen by dozens of costs: what is looked up for each is kept in order, and what was found until
         # something new is seen
         self._rows_seen: tuple[list[int], list[int]] = ([], [])  # in order, with trees and of roots alone
@@ -265,18 +266,29 @@ class RunningCosts:
 
     def observe_mixed(self, rows: int, kind: Kind, prompt_tokens: int, seconds: float) -> None:
         """Take in the time of a step with prompt tokens. The pace is left to steps without."""
+        self._steps += 1
+        ratio = self._mixed_ratio(prompt_tokens)
         times = min(seconds / self.seconds(rows, kind, prompt_tokens), MOST_SLOWER)
-        unseen = _Seen(self._mixed_ratio(prompt_tokens), 0, self._steps)
-        seen = self._mixed.setdefault(prompt_tokens.bit_length(), unseen)
-        seen.ratio *= 1 + max(PACE_WINDOW, 1 / (1 + seen.count)) * (times - 1)
+        size = prompt_tokens.bit_length()
+        seen = self._mixed.setdefault(size, _Seen(ratio, 0, self._steps))
+        seen.ratio = ratio * (1 + max(PACE_WINDOW, 1 / (1 + seen.count)) * (times - 1))
         seen.count += times < MOST_SLOWER
+        seen.step, self._mixed_latest = self._steps, size
 
     def _mixed_ratio(self, prompt_tokens: int) -> float:
-        """Of steps with about so many tokens of prompts; of those that were never seen, what the nearest ones took."""
+        """Of steps with about so many tokens of prompts; of those that were never seen, what the nearest ones took.
+
+        One that seemed dear is not chosen again, so that is believed the less the longer ago it was: half of what it is
+        dearer than the latest that was seen is forgotten in every HALVED_STEPS.
+        """
         size = prompt_tokens.bit_length()
         if size not in self._mixed:
             size = min(self._mixed, key=lambda other: abs(other - size), default=size)
-        return self._mixed[size].ratio if size in self._mixed else 1.0
+        if size not in self._mixed:
+            return 1.0
+        seen, latest = self._mixed[size], self._mixed[self._mixed_latest]
+        dearer = max(0.0, seen.ratio - latest.ratio)
+        return seen.ratio - dearer * (1 - pow(0.5, (latest.step - seen.step) / HALVED_STEPS))
 
     def _at_pace(self, rows: int, kind: Kind) -> float:
         """What was measured at start, at the pace of now."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from manyheads.engine.fair_queue import FIRST_TOKENS, divide
 from manyheads.engine.step_target import PROMPT_SHARE, StepTarget
 from manyheads.speculation.costs import CostTable
+from manyheads.speculation.draft import NO_DRAFT
 from manyheads.speculation.planner import Planner
 
 ROW, TOKEN = 0.001, 0.0001
@@ -26,10 +27,23 @@ def target(seconds: float | None = None, most: int = 1024, sizes: tuple[int, ...
 
 def test_prompts_take_as_long_as_the_rows_beside_them() -> None:
     for rows in (1, 8, 54):
-        decoding = 0.01 + ROW * rows
+        least = 0.01 + ROW * rows + 32 * TOKEN
         tokens = target().most_prompt_tokens(rows)
-        assert tokens * TOKEN <= PROMPT_SHARE * decoding < 2 * tokens * TOKEN
+        assert tokens * TOKEN <= PROMPT_SHARE * least + 32 * TOKEN < 2 * tokens * TOKEN or tokens == 1024
     assert target().most_prompt_tokens(0) == 1024  # nobody waits for them
+
+
+@pytest.mark.parametrize("first", [1.0, 4.0])
+def test_prompts_of_a_small_model_come_many_at_once(first: float) -> None:
+    """Its steps take 1 ms without prompts and 6 with some, and the first of each size took `first` times as long."""
+    planner = Planner([])
+    planner.measured(CostTable(plain={1: 0.001, 64: 0.001}, prompts={1: 0.001, 1024: 0.002}))
+    steps, seen = StepTarget(planner, 1024), set[int]()
+    for _ in range(2000):
+        tokens = steps.most_prompt_tokens(16)
+        planner.observe_cost(16, NO_DRAFT, (0.006 + tokens * 1e-6) * (1.0 if tokens in seen else first), tokens)
+        seen.add(tokens)
+    assert steps.most_prompt_tokens(16) == 1024
 
 
 def test_a_step_is_within_its_target() -> None:

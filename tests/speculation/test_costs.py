@@ -98,7 +98,7 @@ def test_mixed_steps_are_learnt_by_the_prompts_that_they_bring() -> None:
         for _ in range(12):
             costs.observe_mixed(4, Kind(8), 1000, 500.0)
         assert costs.seconds(4, Kind(8), 1000) == pytest.approx(500.0, rel=0.05)
-        assert costs.seconds(4, Kind(8), 100) == pytest.approx((costs.guess.tree_cost(4, 32) + 10) * wrong, rel=0.05)
+        assert costs.seconds(4, Kind(8), 100) == pytest.approx((costs.guess.tree_cost(4, 32) + 10) * wrong, rel=0.1)
 
 
 def test_one_slow_mixed_step_is_taken_back() -> None:
