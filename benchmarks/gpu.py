@@ -16,7 +16,8 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 
 With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
 one's own (by_chance.py); of vLLM's chains too, position by position. --random makes MODEL a folder without weights, for
-a published shape with random ones (random_model.py). Both go with --quantization and, of manyheads, with several GPUs:
+a published shape with random ones (random_model.py; of vLLM, its dummy ones, and no drafter). Both go with
+--quantization and with several GPUs:
 
     python benchmarks/gpu.py FOLDER OUT.json --random llama-3.1-70b --acceptance --quantization fp8 \\
         --tensor-parallel-size 2
@@ -165,10 +166,12 @@ class Vllm:
                 rates = chain_rates(args.acceptance, args.drafts)
                 config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
             speculative["speculative_config"] = config
+        if args.random:
+            speculative["load_format"] = "dummy"
         self.llm = LLM(
             model=str(args.model),
             skip_tokenizer_init=True,
-            dtype="float16",
+            dtype="auto" if args.random else "float16",
             max_model_len=args.max_model_len,
             gpu_memory_utilization=0.9,
             max_num_seqs=args.max_num_seqs or 256,
@@ -267,8 +270,8 @@ def main() -> None:
         file = None if args.acceptance == "published" else Path(args.acceptance)
         args.acceptance = table_of(args.mode, file)
     if args.random:
-        if args.system != "manyheads":
-            parser.error("--random is for manyheads")
+        if args.system != "manyheads" and args.mode != "plain":
+            parser.error("--random has no drafter for vLLM: --mode plain")
         random_model.write(args.model, args.random)
     args.start = time.perf_counter()
     system: System = Manyheads(args) if args.system == "manyheads" else Vllm(args)
