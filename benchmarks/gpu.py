@@ -16,7 +16,7 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 
 With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
 one's own (by_chance.py); of vLLM's chains too, position by position. --random makes MODEL a folder without weights, for
-a published shape with random ones (random_model.py; of vLLM, its dummy ones, and no drafter). Both go with
+a published shape with random ones (random_model.py; of vLLM plain only). Both go with
 --quantization and with several GPUs:
 
     python benchmarks/gpu.py FOLDER OUT.json --random llama-3.1-70b --acceptance --quantization fp8 \\
@@ -168,6 +168,7 @@ class Vllm:
             speculative["speculative_config"] = config
         if args.random:
             speculative["load_format"] = "dummy"
+            let_vllm_be_random()
         self.llm = LLM(
             model=str(args.model),
             skip_tokenizer_init=True,
@@ -220,6 +221,21 @@ class Vllm:
 
     def step_times(self) -> dict[str, Any]:
         return {}
+
+
+def let_vllm_be_random() -> None:
+    """Give vLLM's dummy weights random_model.py's distribution. Its own are so small, those of norms as well, that all
+    texts are one, and of a model with experts all tokens go to the same few."""
+    from vllm.model_executor.model_loader import dummy_loader
+
+    def fill(layer: Any, config: Any) -> None:
+        for tensor in layer.state_dict().values():
+            if tensor.dim() == 1:  # of a norm
+                tensor.fill_(1.0)
+            elif not tensor.is_meta:
+                tensor.normal_(0, random_model.DEVIATION)
+
+    dummy_loader.initialize_dummy_weights = fill
 
 
 def spec_bench_prompts(model: Path, file: Path, length: int, count: int) -> list[list[int]]:
