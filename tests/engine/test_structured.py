@@ -15,6 +15,8 @@ from manyheads import LLM, EngineConfig, Grammar, SamplingParams
 from manyheads.engine import grammars
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
+from manyheads.engine.scheduler import MANY_FOLLOWED, StepsUnread
+from manyheads.engine.step import StepPlan
 from manyheads.errors import RequestError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineRequest, RequestDelta
@@ -96,6 +98,36 @@ def test_trees_write_what_one_token_a_step_writes(engine: Engine, way: str) -> N
         assert tokens_of(deltas) == tokens_of(plain)
         assert deltas[-1].finish_reason == plain[-1].finish_reason != "error"
         assert deltas[-1].num_steps <= plain[-1].num_steps
+
+
+def test_many_rows_with_grammars_take_turns(
+    model: Path, engine: Engine, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of them at a time, so that others wait for none; all write what each writes alone."""
+    params = [under(grammar, **WAYS["sampled"]) for grammar in [*GRAMMARS.values()] * 2]
+    params += [SamplingParams(max_tokens=80, seed=2, ignore_eos=True), SamplingParams(max_tokens=80, temperature=0.0)]
+    alone = [tokens_of(answers(engine, each)[0]) for each in params]
+    scheduler, schedule = engine.scheduler, engine.scheduler.schedule
+    shares: list[tuple[int, int]] = []  # of steps, rows with grammars that took part, of how many
+
+    def watch() -> StepPlan | None:
+        followed = {request for request in scheduler.running if request.matcher is not None and request.num_output}
+        try:
+            plan = schedule()
+        except StepsUnread:
+            assert len(followed) < MANY_FOLLOWED
+            raise
+        if plan is not None and len(followed) >= MANY_FOLLOWED:
+            taking_part = {*plan.decoding, *(chunk.request for chunk in plan.chunks)}
+            assert {request for request in scheduler.running if request.matcher is None} <= taking_part
+            shares.append((len(followed & taking_part), len(followed)))
+        return plan
+
+    monkeypatch.setattr(scheduler, "schedule", watch)
+    assert [tokens_of(deltas) for deltas in answers(engine, *params)] == alone
+    assert shares
+    # of an odd number, or where one has just ended, one half is smaller
+    assert all(abs(2 * part - whole) <= 1 if overlaps else part == whole for part, whole in shares)
 
 
 def test_recordings_end_steps_that_draw_in_one_pass(
