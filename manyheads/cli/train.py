@@ -136,6 +136,7 @@ def run_tree(args: argparse.Namespace) -> int:
     from manyheads.train.kinds import read_weights, trained
     from manyheads.train.progress import Progress
     from manyheads.train.prompts import read_prompts
+    from manyheads.train.speaker import Speaker
 
     folder, named = locate_heads(args.heads)
     name = args.base or named
@@ -149,7 +150,8 @@ def run_tree(args: argparse.Namespace) -> int:
         **{key: getattr(args, key) for key in ("max_new_tokens", "sampled", "temperature", "seed", "device")}
     )
     prompts = list(read_prompts(args.data, Tokenizer.load(base, args.chat_template)))
-    answers = answer_all(name, prompts, settings, None, progress)
+    with Speaker(name, settings) as speaker:
+        answers = answer_all(speaker, prompts, None, progress)
     model = Base.load(base, find_device(settings.device))
     drafter = trained(weights, model, config)
     data = pack(answers, min(max(len(a.prompt) + len(a.tokens) for a in answers), config.max_position_embeddings))

@@ -28,6 +28,7 @@ from manyheads.train.kinds import KINDS
 from manyheads.train.progress import Progress
 from manyheads.train.prompts import Answer, read_prompts
 from manyheads.train.settings import TrainSettings
+from manyheads.train.speaker import Speaker
 from manyheads.train.trainer import Trainer
 
 WORK = "training"
@@ -64,7 +65,8 @@ def train(
     prompts = list(read_prompts(files, Tokenizer.load(folder, chat_template)))
     work = out / WORK
     _begin(work, settings, folder, prompts, resume)
-    answers = answer_all(base, prompts, settings, work / "answers.jsonl", progress)
+    with Speaker(base, settings) as speaker:
+        answers = answer_all(speaker, prompts, work / "answers.jsonl", progress)
     learnt, held_out = split(answers, settings)
     replace(work / "held_out.jsonl", lambda path: append_answers(path, held_out))
     device = find_device(settings.device)
