@@ -38,7 +38,7 @@ def answer_all(speaker: Speaker, prompts: list[Answer], file: Path | None, progr
     if len(answers) < len(known):
         progress.say(f"{len(known) - len(answers)} prompts could not be answered: left out")
     if not answers:
-        raise ConfigError(f"there is no answer to any of the {len(prompts)} prompts of the data")
+        raise ConfigError(f"there is no answer to any of the {len(prompts)} prompts")
     return answers
 
 

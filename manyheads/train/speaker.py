@@ -1,4 +1,4 @@
-"""The base speaks, by our own engine."""
+"""The base speaks, by our own engine: it answers prompts (answers.py), and comes up with some (questions.py)."""
 
 from __future__ import annotations
 

@@ -299,6 +299,7 @@ def test_answers_are_the_same_wherever_a_run_was_broken_off(base: Path, prompts:
     [
         ({"heads": 0}, "heads must be at least 1"),
         ({"held_out": 1.0}, "held_out must be"),
+        ({"questions": -1}, "questions must be at least 0"),
         ({"rate": float("nan")}, "rate must be above 0"),
         ({"projection": "none"}, "projection must be one of own, shared, base"),
         ({"projection": "base", "tokens": 10}, "tokens cuts"),
