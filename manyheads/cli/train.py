@@ -27,7 +27,8 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
         "passes": (int, "how many follow one another in training, each with the features of the one before"),
         "draft_vocab": (int, "it can say this many of the tokens that the base uses most (default: 32000 at most)"),
     },
-    "answers": {
+    "questions and answers": {
+        "questions": (int, "the model comes up with so many prompts itself, beside those of --data"),
         "max_prompt_tokens": (int, "longer prompts are left out"),
         "max_new_tokens": (int, "longest answer"),
         "sampled": (float, "share of the prompts that are answered at --temperature, the others greedily"),
@@ -68,7 +69,7 @@ def add_commands(parser: Parser) -> None:
     train.add_argument(
         "base", nargs="?", default=BUILTIN, help="a hub id, a local folder, a GGUF file, or builtin (default)"
     )
-    _data(train)
+    _data(train, required=False)
     train.add_argument("--out", "-o", required=True, help="folder for the drafter, and for what the run needs to go on")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for title, options in GROUPS.items():
@@ -76,7 +77,7 @@ def add_commands(parser: Parser) -> None:
     example = "manyheads tree heads --data heads/training/held_out.jsonl"
     tree = parser.add_command("tree", "measure a drafter, and the trees that it makes", run_tree, example)
     tree.add_argument("heads", help="a folder or a hub id; tree_statistics.json is written into it")
-    _data(tree)
+    _data(tree, required=True)
     tree.add_argument("--base", help="the base model (default: the one that the folder names)")
     tree.add_argument("--plot", metavar="FILE", help="draw tokens a step by nodes (.png, .svg, .pdf)")
     known = {name: option for options in GROUPS.values() for name, option in options.items()}
@@ -84,11 +85,12 @@ def add_commands(parser: Parser) -> None:
     _add_settings(tree.add_argument_group("answers"), {name: known[name] for name in names})
 
 
-def _data(parser: argparse.ArgumentParser) -> None:
+def _data(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
-        required=True,
+        default=[],
+        required=required,
         metavar="FILE",
         help="JSON lines (.gz or not) with prompt, messages, conversations, turns or instruction; the model answers",
     )
@@ -136,6 +138,7 @@ def run_tree(args: argparse.Namespace) -> int:
     from manyheads.train.kinds import read_weights, trained
     from manyheads.train.progress import Progress
     from manyheads.train.prompts import read_prompts
+    from manyheads.train.speaker import Speaker
 
     folder, named = locate_heads(args.heads)
     name = args.base or named
@@ -149,7 +152,8 @@ def run_tree(args: argparse.Namespace) -> int:
         **{key: getattr(args, key) for key in ("max_new_tokens", "sampled", "temperature", "seed", "device")}
     )
     prompts = list(read_prompts(args.data, Tokenizer.load(base, args.chat_template)))
-    answers = answer_all(name, prompts, settings, None, progress)
+    with Speaker(name, settings) as speaker:
+        answers = answer_all(speaker, prompts, None, progress)
     model = Base.load(base, find_device(settings.device))
     drafter = trained(weights, model, config)
     data = pack(answers, min(max(len(a.prompt) + len(a.tokens) for a in answers), config.max_position_embeddings))

@@ -27,11 +27,13 @@ from manyheads.train.dataset import pack
 from manyheads.train.kinds import KINDS
 from manyheads.train.progress import Progress
 from manyheads.train.prompts import Answer, read_prompts
+from manyheads.train.questions import UserTurn, ask_for_questions, user_turn
 from manyheads.train.settings import TrainSettings
+from manyheads.train.speaker import Speaker
 from manyheads.train.trainer import Trainer
 
 WORK = "training"
-"""Folder in the run's folder: settings.json, answers.jsonl, held_out.jsonl, metrics.jsonl, state.pt."""
+"""Folder in the run's: settings.json, questions.jsonl, answers.jsonl, held_out.jsonl, metrics.jsonl, state.pt."""
 WATCHED_ROWS = 32
 """Held-out rows that are measured at each checkpoint; all are at the end."""
 
@@ -50,7 +52,7 @@ def train(
 
     Args:
         base: a hub id, a local folder, or `builtin`.
-        files: prompts, see prompts.py.
+        files: prompts, see prompts.py; there may be none if the settings ask for questions of the base's own.
         out: the drafter's folder; with `joint` the new base's, the heads inside it in `heads`.
         resume: go on with the run in `out`.
         chat_template: a file or a known template; None takes the tokenizer's.
@@ -61,11 +63,9 @@ def train(
     progress = progress or Progress()
     folder = resolve(base)
     config = read_config(folder)
-    prompts = list(read_prompts(files, Tokenizer.load(folder, chat_template)))
     work = out / WORK
-    _begin(work, settings, folder, prompts, resume)
-    answers = answer_all(base, prompts, settings, work / "answers.jsonl", progress)
-    learnt, held_out = split(answers, settings)
+    tokenizer = Tokenizer.load(folder, chat_template)
+    learnt, held_out = split(_answers(base, files, tokenizer, work, settings, resume, progress), settings)
     replace(work / "held_out.jsonl", lambda path: append_answers(path, held_out))
     device = find_device(settings.device)
     model = Base.load(folder, device, trained=settings.joint)
@@ -107,10 +107,43 @@ def split(answers: list[Answer], settings: TrainSettings) -> tuple[list[Answer],
     return order[count:], order[:count]
 
 
-def _begin(work: Path, settings: TrainSettings, base: Path, prompts: list[Answer], resume: bool) -> None:
-    """Write down what the run is, or see that it is the one that is to go on."""
+def _answers(
+    base: str,
+    files: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    work: Path,
+    settings: TrainSettings,
+    resume: bool,
+    progress: Progress,
+) -> list[Answer]:
+    """What the base says to the prompts of the data, and behind them to those that it comes up with."""
+    if not files and not settings.questions:
+        raise ConfigError(
+            "there is nothing to learn from: give prompts (--data), or have the base ask some (--questions)"
+        )
+    prompts = list(read_prompts(files, tokenizer))
+    turn = user_turn(tokenizer) if settings.questions else None
+    _begin(work, settings, resolve(base), prompts, turn, resume)
+    questions, answers = work / "questions.jsonl", work / "answers.jsonl"
+    with Speaker(base, settings) as speaker:
+        if turn is not None:
+            if not answers.exists():  # once answers came, there are all the questions that there will be
+                ask_for_questions(speaker, tokenizer, turn, questions, progress)
+            prompts += read_prompts([questions], tokenizer)
+        return answer_all(speaker, prompts, answers, progress)
+
+
+def _begin(
+    work: Path, settings: TrainSettings, base: Path, prompts: list[Answer], turn: UserTurn | None, resume: bool
+) -> None:
+    """Write down what the run is, or see that it is the one that is to go on.
+
+    What the base comes up with follows from its settings and from how a user's turn is opened.
+    """
     path = work / "settings.json"
     data = json.dumps([[prompt.prompt, prompt.tokens] for prompt in prompts])
+    if turn is not None:
+        data += json.dumps([turn.opens, turn.closes])
     data += json.dumps(read_json(base / "config.json"), sort_keys=True)
     digest = hashlib.sha256(data.encode()).hexdigest()
     if not path.is_file():

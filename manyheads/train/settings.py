@@ -38,6 +38,8 @@ class TrainSettings:
     draft_vocab: int | None = None
     """EAGLE-3: it can say this many of the tokens that the base uses most; None: 32,000, or all of fewer."""
 
+    questions: int = 0
+    """Prompts that the base comes up with itself, beside those of the data."""
     max_prompt_tokens: int = 1024
     """Longer prompts are left out."""
     max_new_tokens: int = 256
@@ -97,6 +99,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.questions < 0:
+            raise ConfigError(f"questions must be at least 0, not {self.questions}")
         for name in ("sampled", "held_out", "warmup", "joint_start"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")

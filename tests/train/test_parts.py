@@ -30,6 +30,7 @@ from manyheads.train.loss import chunked, cross_entropy, divergence
 from manyheads.train.medusa import TrainedHeads
 from manyheads.train.prompts import Answer, read_prompts
 from manyheads.train.run import split
+from manyheads.train.speaker import Speaker
 from manyheads.train.trainer import Trainer
 from tests.models.families import reference
 from tests.server.tiny_tokenizer import tiny_tokenizer
@@ -278,18 +279,19 @@ def test_answers_are_the_same_wherever_a_run_was_broken_off(base: Path, prompts:
     asked.append(Answer(list(range(5, 205)) * 2, []))  # too long
     chosen = settings(sampled=0.5, temperature=1.0, seed=3)
     file = tmp_path / "answers.jsonl"
-    whole = answer_all(str(base), asked, chosen, file, QUIET)
+    speaker = Speaker(str(base), chosen)
+    whole = answer_all(speaker, asked, file, QUIET)
     assert len(whole) == 6
     assert whole[2].tokens == [9, 9, 9]
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:3]) + lines[3][:10])
-    assert answer_all(str(base), asked, chosen, file, QUIET) == whole
+    assert answer_all(speaker, asked, file, QUIET) == whole
     assert file.read_bytes() == b"".join(lines)
-    assert answer_all(str(base), asked[2:3], chosen, None, QUIET) == [whole[2]]
+    assert answer_all(speaker, asked[2:3], None, QUIET) == [whole[2]]
     with pytest.raises(ConfigError, match="two answers or more"):
         split(whole[:1], chosen)
     with pytest.raises(ConfigError, match="no answer to any of the 1 prompts"):
-        answer_all(str(base), asked[-1:], chosen, None, QUIET)
+        answer_all(speaker, asked[-1:], None, QUIET)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +299,7 @@ def test_answers_are_the_same_wherever_a_run_was_broken_off(base: Path, prompts:
     [
         ({"heads": 0}, "heads must be at least 1"),
         ({"held_out": 1.0}, "held_out must be"),
+        ({"questions": -1}, "questions must be at least 0"),
         ({"rate": float("nan")}, "rate must be above 0"),
         ({"projection": "none"}, "projection must be one of own, shared, base"),
         ({"projection": "base", "tokens": 10}, "tokens cuts"),
