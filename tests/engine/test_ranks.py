@@ -322,11 +322,11 @@ print(len(tokens))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_program_that_used_ranks_ends(device: str, folder: Path, reference: LlamaForCausalLM) -> None:
+def test_a_program_that_used_ranks_ends(device: str, wide: Path) -> None:
     """By itself: nothing waits for ranks that have ended, or for graphs that nobody lets go of."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("two GPUs are needed")
-    command = [sys.executable, "-c", PROGRAM, str(folder), device]
+    command = [sys.executable, "-c", PROGRAM, str(wide), device]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.stdout, done.returncode) == ("5\n", 0), done.stderr
 
