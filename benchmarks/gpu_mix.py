@@ -43,10 +43,10 @@ OURS: dict[str, list[str]] = {
 VLLM: dict[str, list[str]] = {
     "vllm-plain": [],
     "vllm-eagle3": [],
-    "vllm-fp8": ["--quantization", "fp8", "--kv-cache-dtype", "fp8"],
-    "vllm-eagle3-fp8": ["--quantization", "fp8", "--kv-cache-dtype", "fp8"],
+    "vllm-fp8": ["--quantization", "fp8", "--kv-cache-dtype", "fp8", "--dtype", "bfloat16"],
+    "vllm-eagle3-fp8": ["--quantization", "fp8", "--kv-cache-dtype", "fp8", "--dtype", "bfloat16"],
 }
-"""And of `vllm serve`."""
+"""And of `vllm serve`, whose attention over a cache in fp8 (FlashAttention 3) gives bfloat16 alone."""
 LOCK = threading.Lock()
 """Results are written by one GPU's thread at a time."""
 
