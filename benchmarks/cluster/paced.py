@@ -27,14 +27,14 @@ def build(config: EngineConfig, *args: Any) -> Engine:
     launch = engine.runner.launch
 
     @functools.wraps(launch)
-    def paced(plan: Any) -> Any:
+    def paced(plan: Any, *more: Any) -> Any:
         due = time.perf_counter() + base + row * len(plan.decoding)
         due += token * sum(chunk.num_inflight for chunk in plan.chunks)
-        step = launch(plan)
+        step = launch(plan, *more)
         time.sleep(max(0.0, due - time.perf_counter()))
         return step
 
-    engine.runner.launch = paced  # type: ignore[method-assign]
+    engine.runner.launch = paced  # type: ignore[method-assign, assignment]
     return engine
 
 

@@ -53,7 +53,7 @@ def test_each_pair_is_multiplied_with_its_expert(tokens: int, scheme: CodedSchem
 
 
 def test_a_token_does_not_depend_on_those_beside_it() -> None:
-    """Bit for bit, as far as products of several rows are those of one."""
+    """As far as products of several rows are those of one, which depends on the processor; of as many rows, bit for bit."""
     ops, x, router = TorchOps(), random(20, HIDDEN), random(COUNT, HIDDEN)
     up, down = (list(random(COUNT, *shape)) for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER)))
     grouped, added = (ops.grouped(weights, None, torch.float32) for weights in (up, down))
@@ -64,5 +64,5 @@ def test_a_token_does_not_depend_on_those_beside_it() -> None:
 
     whole = layer(x)
     for rows in ([4], [17, 3, 9]):
-        torch.testing.assert_close(layer(x[rows]), whole[rows], atol=1e-5, rtol=1e-5)
+        assert relative_error(layer(x[rows]), whole[rows]) < 1e-5
     assert torch.equal(layer(x[:5].flip(0)).flip(0), layer(x[:5]))
