@@ -41,7 +41,6 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         max_num_seqs=shape.max_num_seqs,
         max_queue=config.max_queue,
         admission=Admission(config.max_wait),
-        overlaps=runner.overlaps,
     )
 
     def memory() -> MemoryUse:

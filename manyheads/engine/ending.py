@@ -19,13 +19,17 @@ class Gain:
     """The last of the tokens, if that ends it."""
 
 
-def gain(request: Request, drawn: list[int]) -> Gain:
-    """See which tokens a request gains of those that its row drew, after as many steps as it says."""
+def gain(request: Request, drawn: list[int], is_drawing: bool = False) -> Gain:
+    """See which tokens a request gains of those that its row drew, after as many steps as it says.
+
+    Args:
+        is_drawing: its row draws in a step that was launched since; what has to follow is drawn there.
+    """
     tokens, is_whole = drawn, False
     room = request.room
     if request.matcher is not None:
         # log-probabilities are computed where tokens are drawn
-        most = room if request.params.logprobs is None else 0
+        most = room if request.params.logprobs is None and not is_drawing else 0
         tokens, is_whole = request.matcher.take(drawn, most)
     reason: FinishReason | None = None
     stop_token: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -24,6 +24,8 @@ class _Launched:
     plan: StepPlan
     step: PendingStep
     at: float
+    foreseen: dict[Request, list[int]] = field(default_factory=dict)
+    """What requests have been given of it already."""
 
 
 class Engine:
@@ -60,6 +62,12 @@ class Engine:
         self._pending: list[RequestDelta] = []
         self._unread: _Launched | None = None
         self._read_at = 0.0
+        self._drawing: frozenset[Request] = frozenset()
+        """Rows that draw from trees in the step that is being launched."""
+        self._said: list[RequestDelta] = []
+        """What came to light meanwhile,"""
+        self._ended: list[Request] = []
+        """and who ended by that: they keep their rows until the step is launched."""
         self._random = random.Random(seed)
         self._memory = memory
         self._grammars = grammars
@@ -129,6 +137,8 @@ class Engine:
         launched = self._launch(plan) if plan is not None else None
         if plan is None and self._grammars is not None:
             self._grammars.nap()
+        deltas += self._said
+        self._said = []
         deltas += self._read_unread()
         self._unread = launched
         return deltas if self.runner.overlaps else deltas + self._read_unread()
@@ -154,7 +164,12 @@ class Engine:
         if plan.admitted:
             self._announce([request.request_id for request in plan.admitted])
         began = time.perf_counter()  # a CPU computes the step as it is launched
-        launched = _Launched(plan, self.runner.launch(plan), began)
+        self._drawing = frozenset(plan.decoding)
+        launched = _Launched(plan, self.runner.launch(plan, self._follow), began)
+        self._drawing = frozenset()
+        for request in self._ended:
+            self.scheduler.remove(request)
+        self._ended.clear()
         for chunk in plan.chunks:
             chunk.request.cached_len += chunk.num_inflight
             chunk.request.is_extended = False
@@ -164,7 +179,15 @@ class Engine:
         for request in plan.decoding:
             request.unread += plan.draft.most_gained
             request.has_candidates = plan.draft.propose
+        for row in launched.step.foreseen:
+            if self._requests.get(row.request.request_id) is row.request:
+                launched.foreseen[row.request] = row.tokens
+                self._said.append(self._advance(row, plan, False))
         return launched
+
+    def _follow(self) -> None:
+        """Read the step before the one that is being launched, so that its rows' grammars know their texts."""
+        self._said += self._read_unread()
 
     def _read_unread(self) -> list[RequestDelta]:
         """Read the step that is unread, if any."""
@@ -174,7 +197,7 @@ class Engine:
         result = launched.step.read()
         now = time.perf_counter()
         seconds, self._read_at = now - max(launched.at, self._read_at), now
-        return self._postprocess(launched.plan, result, seconds)
+        return self._postprocess(launched, result, seconds)
 
     def stats(self) -> EngineStats:
         """A snapshot; counters count from the start of the engine."""
@@ -187,7 +210,8 @@ class Engine:
         if held != self._requests.keys():
             raise RuntimeError(f"requests without a place: {held ^ self._requests.keys()}")
 
-    def _postprocess(self, plan: StepPlan, result: StepResult, seconds: float) -> list[RequestDelta]:
+    def _postprocess(self, launched: _Launched, result: StepResult, seconds: float) -> list[RequestDelta]:
+        plan = launched.plan
         self._counts.steps += 1
         computing = {chunk.request.request_id for chunk in plan.chunks}
         self.planner.observe(result.hits, result.trials)
@@ -200,11 +224,16 @@ class Engine:
         if result.is_typical:
             prompt_tokens = sum(chunk.num_inflight for chunk in plan.chunks)
             self.planner.observe_cost(len(plan.decoding), plan.draft, seconds, prompt_tokens)
-        deltas = [
-            self._advance(row, plan, row.request.request_id in computing)
-            for row in result.rows
-            if self._requests.get(row.request.request_id) is row.request
-        ]
+        deltas: list[RequestDelta] = []
+        for row in result.rows:
+            if self._requests.get(row.request.request_id) is not row.request:
+                continue
+            if row.request not in launched.foreseen:
+                deltas.append(self._advance(row, plan, row.request.request_id in computing))
+            elif not row.is_finite:
+                deltas.append(self._fail(row.request, [], row))
+            elif row.tokens != launched.foreseen[row.request]:
+                raise RuntimeError(f"{row.tokens} where a grammar allows {launched.foreseen[row.request]} alone")
         for chunk in plan.chunks:
             if chunk.request.held_row is not None:
                 self._register(chunk.request)
@@ -219,7 +248,7 @@ class Engine:
         else:
             request.cached_len += len(tokens)
         request.num_steps += 1
-        gained = gain(request, tokens)
+        gained = gain(request, tokens, is_drawing=request.unread > 0 or request in self._drawing)
         tokens, reason = gained.tokens, gained.reason
         self._counts.add_row(row, len(tokens))
         request.tokens.extend(tokens)
@@ -239,8 +268,7 @@ class Engine:
     def _fail(self, request: Request, tokens: list[int], row: RowResult) -> RequestDelta:
         """End a request whose logits are not finite. What it computed is shared with nobody."""
         self.scheduler.pages.forget(request.table)
-        self.scheduler.remove(request)
-        del self._requests[request.request_id]
+        self._remove(request)
         where = f"after {request.num_output} tokens" if request.num_output else "for the prompt"
         why = f"the model's logits are not finite {where}; its numbers overflow in {self.ready.dtype}"
         delta = self._delta(request, tokens, row, "error")
@@ -259,9 +287,15 @@ class Engine:
     ) -> RequestDelta:
         if request.held_row is not None:
             self._register(request)
-        self.scheduler.remove(request)
-        del self._requests[request.request_id]
+        self._remove(request)
         return self._delta(request, tokens, row, reason, stop_token)
+
+    def _remove(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        if self._drawing:
+            self._ended.append(request)  # the step that is being launched may still write to its row
+        else:
+            self.scheduler.remove(request)
 
     @staticmethod
     def _delta(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
 from manyheads.engine.matcher import write_all
-from manyheads.engine.step import Request
+from manyheads.engine.step import Request, RowResult
 from manyheads.speculation.tree import Tree, parents
 
 LEAST_LEFT = 0.05
@@ -44,7 +44,7 @@ def first_masks(requests: list[Request], state: RowState) -> Masks | None:
 class TreeWalk:
     """Grammars of rows that decode: walks the trees that the device has chosen with the rows' matchers.
 
-    The rows' last steps have been read, so what may follow their roots is known before anything is launched.
+    Those have to be where the texts are by when masks are made, and not when the step is launched.
 
     Args:
         requests: those of the step that decode, in order.
@@ -55,7 +55,9 @@ class TreeWalk:
         self._state = state
         self._rows = [i for i, request in enumerate(requests) if request.matcher is not None]
         self._requests = [requests[i] for i in self._rows]
-        self._roots = _roots(self._requests)  # [G, W] int32
+        self.foreseen: list[RowResult] = []
+        """What rows are sure to gain, of texts that are known to go on beyond it."""
+        self._roots: dict[Request, NDArray[np.int32]] = {}  # [W] each, as far as they are known
         self._sent: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -66,18 +68,26 @@ class TreeWalk:
 
     def drop(self, tree: TreeTensors) -> None:
         """Take the chance from the candidates for the next token that the grammar forbids, so that they and what stands
-        below them get no nodes; the others get what is theirs then."""
+        below them get no nodes; the others get what is theirs then. Of rows that have to be read nothing is known."""
         state = self._state
-        if tree.num_nodes == 1:
+        known = [request for request in self._requests if request.unread == 0]
+        if tree.num_nodes == 1 or not known:
             return
-        rows = state.tensor([request.row for request in self._requests])[:, None]
-        words = _upload(state, self._roots)
+        rows = state.tensor([request.row for request in known])[:, None]
+        words = _upload(state, self._roots_of(known))
         allowed = _bits(words, state.drafts[rows, tree.column])  # [G, n]
         is_first = tree.depth == 1
         chances = state.chances[rows, tree.column]
         left = 1 - torch.where(is_first & ~allowed, chances, 0.0).sum(1, keepdim=True)
         kept = (chances * allowed / left.clamp(min=LEAST_LEFT)).clamp(max=1.0)
         state.chances[rows, tree.column] = torch.where(is_first, kept, chances)
+
+    def _roots_of(self, requests: list[Request]) -> NDArray[np.int32]:
+        """[R, W], what may follow the texts of such requests."""
+        new = [request for request in requests if request not in self._roots]
+        if new:
+            self._roots |= zip(new, _roots(new), strict=True)
+        return np.stack([self._roots[request] for request in requests])
 
     def send(self, trees: Trees) -> None:
         """Have the host told which nodes rows bring, before the device begins with the forward pass."""
@@ -98,17 +108,21 @@ class TreeWalk:
         row, node, token, taken = self._sent.numpy()
         places: list[int] = []
         words: list[NDArray[np.int32]] = []
-        for request, i, root in zip(self._requests, self._rows, self._roots, strict=True):
+        for request, i, root in zip(self._requests, self._rows, self._roots_of(self._requests), strict=True):
             first, stop = np.searchsorted(row, (i, i + 1)).tolist()
             places.append(first)
             words.append(root[None])
             brought = slice(first + 1, stop)
             at = [first + 1 + k for k, holds in enumerate(taken[brought].tolist()) if holds]
+            below: dict[int, list[int]] = {}
             if at:
                 below = _below(tree, dict(zip(node[at].tolist(), at, strict=True)))
                 found, masks = _walk(request, below, token)
                 places += found
                 words.append(masks)
+            if sure := _sure(request, below, token):
+                depth = max((len(tree.choices[n]) for n in node[brought].tolist()), default=0)
+                self.foreseen.append(RowResult(request, sure, drafted_depth=depth, num_drafted=stop - first - 1))
         return _masks(self._state, places, np.concatenate(words))
 
 
@@ -139,6 +153,26 @@ def _walk(
 
     visit(-1, 1)
     return places, words[: len(places)]
+
+
+def _sure(request: Request, below: dict[int, list[int]], token: NDArray[np.int64]) -> list[int]:
+    """What of a chain a row draws: as much as its tree holds, and one token more. Nothing if the chain ends with that,
+    or if more is to be told of the step than its tokens.
+
+    Args:
+        below, token: as of `_walk`.
+    """
+    params = request.params
+    assert request.matcher is not None
+    drawn: list[int] = []
+    place = -1
+    for forced in request.matcher.chain if params.logprobs is None and not params.return_steps else ():
+        drawn.append(forced)
+        following = [other for other in below.get(place, ()) if token[other] == forced]
+        if not following:
+            return drawn if len(drawn) < len(request.matcher.chain) else []
+        place = following[0]
+    return []
 
 
 def _below(tree: Tree, places: dict[int, int]) -> dict[int, list[int]]:

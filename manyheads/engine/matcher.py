@@ -53,6 +53,11 @@ class Matcher:
         return self._vocabulary.num_words
 
     @property
+    def chain(self) -> Sequence[int]:
+        """The tokens that have to come next; none where there is a choice, or nothing more can be said."""
+        return self._chain if self.error is None else ()
+
+    @property
     def is_complete(self) -> bool:
         """Whether the text may end here and cannot go on."""
         return self.error is None and bool(self._followed.is_stopped())

@@ -11,6 +11,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -29,23 +30,23 @@ def main() -> None:
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, inbox), daemon=True).start()
     launch = msgspec.msgpack.decode(inbox.get(), type=RankLaunch)
+    decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
     try:
-        follower = build(launch)
+        follower = build(launch, lambda: decoder.decode(inbox.get()))
     except (ValueError, OSError) as error:
         sys.exit(f"rank {launch.rank}: {error}")
-    decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
     while True:
         follower.follow(decoder.decode(inbox.get()))
 
 
-def build(launch: RankLaunch) -> Follower:
+def build(launch: RankLaunch, receive: Callable[[], Message]) -> Follower:
     """A follower. Raises ValueError or OSError: rank 0 is of another version, or this rank's part cannot be built."""
     if launch.version != version("manyheads"):
         raise ValueError(f"this is manyheads {version('manyheads')}, and rank 0 is {launch.version}")
     plan = Blueprint.draw(launch.config, lambda line: None, launch.rank)
     size = launch.config.tensor_parallel_size
     ranks = Ranks.join(launch.rank, size, Path(launch.folder), plan.shape.device, plan.row_bytes)
-    return Follower(plan.runner(lambda line: None, ranks=ranks), plan.compiler())
+    return Follower(plan.runner(lambda line: None, ranks=ranks), plan.compiler(), receive)
 
 
 def _receive(pipe: IO[bytes], inbox: queue.SimpleQueue[bytes]) -> None:

@@ -6,6 +6,7 @@ grammar by themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
@@ -45,6 +46,13 @@ class Launch(msgspec.Struct, array_like=True, frozen=True, tag="launch"):
     draft: Draft
 
 
+class Followed(msgspec.Struct, array_like=True, frozen=True, tag="followed"):
+    """What `Runner.launch` calls in the middle, for those who wait for it."""
+
+    tokens: list[tuple[int, list[int]]]
+    """Of rows with grammars, which came since they were last told of."""
+
+
 class Put(msgspec.Struct, array_like=True, frozen=True, tag="put"):
     """`Runner.put`."""
 
@@ -74,7 +82,7 @@ class RecordPasses(msgspec.Struct, array_like=True, frozen=True, tag="record_pas
     max_inflight: int
 
 
-Message = Launch | Put | Rewind | Clear | RecordSteps | RecordPasses
+Message = Launch | Followed | Put | Rewind | Clear | RecordSteps | RecordPasses
 
 
 class Teller:
@@ -95,6 +103,13 @@ class Teller:
             decoding=[request.row for request in plan.decoding],
             draft=plan.draft,
         )
+
+    def followed(self, plan: StepPlan) -> Followed:
+        """Of a step in whose middle the one before was read."""
+        rows = [(r.row, r.tokens[self._told[r.row] :]) for r in plan.decoding if r.matcher is not None]
+        for row, tokens in rows:
+            self._told[row] += len(tokens)
+        return Followed(rows)
 
     def put(self, requests: list[Request]) -> Put:
         """Of rows that are filled outside of a step."""
@@ -121,10 +136,14 @@ class Teller:
 
 
 class Follower:
-    """Another rank's: it does with its runner what the messages say."""
+    """Another rank's: it does with its runner what the messages say.
 
-    def __init__(self, runner: Runner, compiler: Compiler) -> None:
-        self._runner, self._compiler = runner, compiler
+    Args:
+        receive: waits for the next message.
+    """
+
+    def __init__(self, runner: Runner, compiler: Compiler, receive: Callable[[], Message]) -> None:
+        self._runner, self._compiler, self._receive = runner, compiler, receive
         self._requests: dict[int, Request] = {}  # by row
 
     def follow(self, message: Message) -> None:
@@ -132,7 +151,9 @@ class Follower:
         runner = self._runner
         match message:
             case Launch():
-                runner.launch(self._plan(message))
+                runner.launch(self._plan(message), self._follow)
+            case Followed():
+                raise RuntimeError("no step is being launched")
             case Put(requests):
                 self._take(requests)
                 runner.put(requests)
@@ -145,13 +166,23 @@ class Follower:
             case RecordPasses(max_tokens, max_inflight):
                 runner.record_passes(max_tokens, max_inflight)
 
+    def _follow(self) -> None:
+        message = self._receive()
+        assert isinstance(message, Followed), "rank 0 is in the middle of a step"
+        for row, tokens in message.tokens:
+            self._go_on(self._requests[row], tokens)
+
+    @staticmethod
+    def _go_on(request: Request, tokens: list[int]) -> None:
+        request.tokens += tokens
+        if request.matcher is not None:
+            request.matcher.take(tokens, 0)
+
     def _plan(self, message: Launch) -> StepPlan:
         self._take(message.admitted)
         for news in message.news:
             request, table = self._requests[news.row], self._requests[news.row].table
-            request.tokens += news.tokens
-            if request.matcher is not None:
-                request.matcher.take(news.tokens, 0)
+            self._go_on(request, news.tokens)
             request.cached_len, request.unread = news.cached_len, news.unread
             request.has_candidates, request.is_extended = news.has_candidates, news.is_extended
             table.pages[news.num_synced :] = news.pages

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from manyheads.engine.rank_messages import Clear, Message, RecordPasses, RecordS
 from manyheads.engine.readout import PendingStep
 from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.runner import Runner
-from manyheads.engine.step import Request, StepPlan
+from manyheads.engine.step import Request, StepPlan, nothing
 from manyheads.models.parallel import Ranks, here
 from manyheads.speculation.draft import Draft
 
@@ -125,10 +126,15 @@ class LeadingRunner(Runner):
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         weakref.finalize(self, _leave, self.model.ranks, self.recorded)
 
-    def launch(self, plan: StepPlan) -> PendingStep:
+    def launch(self, plan: StepPlan, follow: Callable[[], None] = nothing) -> PendingStep:
         self._others.tell(self._teller.launch(plan))
+
+        def lead() -> None:
+            follow()
+            self._others.tell(self._teller.followed(plan))
+
         with self._others.blamed():
-            return super().launch(plan)
+            return super().launch(plan, lead)
 
     def put(self, requests: list[Request]) -> None:
         self._others.tell(self._teller.put(requests))

@@ -29,6 +29,8 @@ class Drawn:
     """By row, for requests that want log-probabilities: [n, V] float32, raw."""
     guesses: TreeGuesses | None = None
     """What trees held, if a request asks for its steps."""
+    foreseen: Sequence[RowResult] = ()
+    """As `PendingStep.foreseen`."""
 
 
 class PendingStep:
@@ -51,6 +53,11 @@ class PendingStep:
         self._drawn, self._drafter, self._copied, self._scored = drawn, drafter, copied, scored
         self.is_typical = True
         """As `StepResult.is_typical`."""
+
+    @property
+    def foreseen(self) -> Sequence[RowResult]:
+        """What the step is sure to do for some rows, since their grammars leave them no choice."""
+        return [row for drawn in self._drawn for row in drawn.foreseen]
 
     def read(self) -> StepResult:
         """Wait for the device, and say what the step did for each row."""

@@ -6,9 +6,10 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256
 """Rows that steps of roots alone are recorded for; beyond, steps of 64 rows."""
 TREE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """The same for trees: the nodes of a step go to the rows that are surest, and to dummy rows only their roots."""
-CHUNKS = ((0, 0), (32, 4), (64, 4), (128, 8), (192, 8), (256, 16), (384, 16), (512, 32), (768, 32), (1024, 32))
-"""Tokens of chunks that passes are recorded for, and the most chunks that may bring them. Beyond, the GPU is busy for
-longer than the host needs for the launches."""
+CHUNKS = ((0, 0), (32, 8), (64, 16), (128, 32), (192, 48), (256, 64), (384, 64), (512, 64), (768, 64), (1024, 64))
+"""Tokens of chunks that passes are recorded for, and the most chunks that may bring them: what grammars leave no choice
+about comes in chunks of a few tokens, of many rows at once. Beyond, the GPU is busy for longer than the host needs for
+the launches."""
 TREES = (
     (0, 0),
     (16, 16),

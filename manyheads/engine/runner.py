@@ -17,13 +17,13 @@ from manyheads.batch import RowState, Trees, TreeTensors
 from manyheads.engine.chains import chunk_chain, told_of
 from manyheads.engine.graphs import Recorder
 from manyheads.engine.guesses import TreeGuesses
-from manyheads.engine.masks import TreeWalk
+from manyheads.engine.masks import Masks, TreeWalk
 from manyheads.engine.prompt_logprobs import Scored, score
 from manyheads.engine.readout import Drawn, PendingStep
 from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
 from manyheads.engine.state import admit, clear, count_output, rewind, sync_pages
-from manyheads.engine.step import Chunk, Request, StepPlan
+from manyheads.engine.step import Chunk, Request, RowResult, StepPlan, nothing
 from manyheads.engine.step_run import (
     DecodingRows,
     Hidden,
@@ -128,26 +128,26 @@ class Runner:
         """Forget all rows; there are no requests."""
         clear(self.state)
 
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Run one step, after those launched before."""
+    def launch(self, plan: StepPlan, follow: Callable[[], None] = nothing) -> PendingStep:
+        """Run one step, after those launched before; the argument is as `StepRunner.launch`'s."""
         if self.threads is None:
-            return self._launch(plan)
+            return self._launch(plan, follow)
         with self.threads.step(plan.num_inflight):
-            step = self._launch(plan)
+            step = self._launch(plan, follow)
         step.is_typical = not self.threads.is_trial
         return step
 
     @torch.inference_mode()
-    def _launch(self, plan: StepPlan) -> PendingStep:
+    def _launch(self, plan: StepPlan, follow: Callable[[], None]) -> PendingStep:
         admit(self.state, self.drafter, [*plan.admitted, *plan.extended])
         sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
         if self.recorded is not None and not plan.chunks and self.recorded.serves(plan.decoding):
             trees, values = self.recorded.decode(plan.decoding, plan.draft, self._tensors(plan.draft.tree))
             return self._pending([self._drawn(plan, plan.decoding, trees, values)])
         scored: list[Scored] = []
-        return self._pending(self._one_pass(plan, scored), scored)
+        return self._pending(self._one_pass(plan, scored, follow), scored)
 
-    def _one_pass(self, plan: StepPlan, scored: list[Scored]) -> list[Drawn]:
+    def _one_pass(self, plan: StepPlan, scored: list[Scored], follow: Callable[[], None]) -> list[Drawn]:
         """Chunks and trees in one forward pass, and the sampler behind it; adds what it says of prompts to `scored`."""
         state = self.state
         # of about equal length side by side: attention may pad them to rectangles
@@ -189,7 +189,10 @@ class Runner:
             return drawn
         logits = logits[len(ended) :]
         raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
-        masks = walk.masks(plan.draft.tree) if walk is not None else None
+        masks: Masks | None = None
+        if walk is not None:
+            follow()
+            masks = walk.masks(plan.draft.tree)
         # NOTE: not the rows' depth, which is that of the tree with which a step was recorded
         nodes = nodes_of(requests, trees, state, plan.draft.tree.max_depth, masks)
         target, distributions = draw(logits, nodes, state, self.run.ops)
@@ -198,7 +201,8 @@ class Runner:
         else:
             accepted = accepted_nodes(state, trees, target, distributions)
             values = self.run.finish(rows, trees, hidden, target, accepted)
-        return [*drawn, self._drawn(plan, requests, trees, values, raw)]
+        foreseen = walk.foreseen if walk is not None else ()
+        return [*drawn, self._drawn(plan, requests, trees, values, raw, foreseen)]
 
     def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden]:
         """What the pass makes of the chunks' tokens (and of some that pad them), and of the trees'."""
@@ -264,6 +268,7 @@ class Runner:
         trees: Trees,
         values: Tensor,
         logits: dict[int, Tensor] | None = None,
+        foreseen: Sequence[RowResult] = (),
     ) -> Drawn:
         width = trees.tree.max_depth + 1
         count_output(self.state, requests, trees.inflight.index, values[:, 3 : 3 + width], values[:, :1])
@@ -277,7 +282,8 @@ class Runner:
         if plan.draft.propose and self.drafter is not None and any(r.params.return_steps for r in requests):
             tree = plan.draft.tree
             guesses = TreeGuesses(self._sent(trees.taken[: len(requests)]), tree, self.drafter.columns(tree))
-        return Drawn(requests, self._sent(values[: len(requests)]), width, known, gains, logits or {}, guesses)
+        sent = self._sent(values[: len(requests)])
+        return Drawn(requests, sent, width, known, gains, logits or {}, guesses, foreseen)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """On its way to the host, at once: what a graph returns lies in memory that the next graph may compute in."""

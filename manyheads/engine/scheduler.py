@@ -13,13 +13,9 @@ from manyheads.engine.step_target import StepTarget
 from manyheads.errors import QueueFull
 from manyheads.speculation.draft import NO_DRAFT, Draft
 
-MANY_FOLLOWED = 8
-"""So many rows with grammars take turns: the device computes for one half while the host follows the other's texts. Of
-fewer, two steps of half the rows take longer than one step and a pause of the device."""
-
 
 class StepsUnread(Exception):
-    """What was launched must be read first: pages ran out, or rows have grammars, which have to follow their texts."""
+    """What was launched must be read first: pages ran out."""
 
 
 class Scheduler:
@@ -38,7 +34,6 @@ class Scheduler:
         max_num_seqs: most rows at once.
         max_queue: most waiting requests.
         admission: says who would not start in time; None lets everyone wait.
-        overlaps: a step may be launched before the one before is read.
     """
 
     def __init__(
@@ -49,10 +44,8 @@ class Scheduler:
         max_num_seqs: int,
         max_queue: int,
         admission: Admission | None = None,
-        overlaps: bool = False,
     ) -> None:
         self.pages = pages
-        self.overlaps = overlaps
         self.target, self.planner = target, target.planner
         self.max_queue = max_queue
         self.admission = admission or Admission()
@@ -111,19 +104,17 @@ class Scheduler:
         Raises:
             StepsUnread: call again when nothing is unread.
         """
-        resting = self._resting()
         for request in self.running:
             self.pages.drop(request.table, request.cached_len)
-        rows = [request for request in self.running if request.decoding and request not in resting]
+        rows = [request for request in self.running if request.decoding]
         self.planner.rows_are([r.adapter for r in rows], sum(self.pages.num_seen(r.cached_len) for r in rows))
         num_decoding = len(rows)
-        has_prompts = self.waiting or num_decoding + len(resting) < len(self.running)  # most steps have none
+        has_prompts = self.waiting or num_decoding < len(self.running)  # most steps have none
         budget = self.target.most_prompt_tokens(num_decoding) if has_prompts else 0
         kept_pages = self._make_room(budget)
-        taking_part = [request for request in self.running if request not in resting]
-        decoding = [request for request in taking_part if request.decoding]
+        decoding = [request for request in self.running if request.decoding]
         starting = self._next()
-        prompts = self._divide(len(decoding), budget, [r for r in taking_part if not r.decoding], starting)
+        prompts = self._divide(len(decoding), budget, starting)
         drafts = any(request.params.speculative for request in (*self.running, *starting))
         draft = self.planner.choose(max(len(decoding), 1), sum(prompts.values())) if drafts else NO_DRAFT
         while (
@@ -133,7 +124,7 @@ class Scheduler:
             draft = self.planner.smaller(draft)
         plan = StepPlan(chunks=[], decoding=[], draft=draft)
         preemptions = self.num_preemptions
-        for request in taking_part:
+        for request in list(self.running):
             if request.held_row is None:
                 continue  # preempted for one before it in this very loop
             if request.decoding:
@@ -142,32 +133,12 @@ class Scheduler:
                 self._plan_chunk(plan, request, prompts[request])
         if self.num_preemptions == preemptions:
             self._admit(plan, starting, prompts)
-        if any(request.unread for request in resting) and not (plan.chunks or plan.decoding):
-            raise StepsUnread
         self.admission.tick(len(self.waiting) > 0)
         return plan if plan.chunks or plan.decoding else None
 
-    def _resting(self) -> set[Request]:
-        """Rows with grammars that leave out this step: those whose last one is unread and, where many have grammars, as
-        many of the others as leave half.
-
-        Raises:
-            StepsUnread: there are more rows with grammars than others, and too few of them to take turns.
-        """
-        followed = [r for r in self.running if r.matcher is not None and r.num_output + r.unread > 0]
-        unread = {request for request in followed if request.unread}
-        take_turns = len(followed) >= MANY_FOLLOWED
-        if unread and not take_turns and 2 * len(followed) > len(self.running):
-            raise StepsUnread
-        ready = [request for request in followed if request not in unread]
-        most = (len(followed) + 1) // 2 if take_turns and self.overlaps else len(ready)
-        return unread | set(ready[most:])
-
-    def _divide(
-        self, num_decoding: int, budget: int, begun: list[Request], starting: list[Request]
-    ) -> dict[Request, int]:
+    def _divide(self, num_decoding: int, budget: int, starting: list[Request]) -> dict[Request, int]:
         """How many tokens of each prompt a step computes: of those that have begun, and of those that are to start."""
-        prompts = {request: request.num_uncomputed for request in begun}
+        prompts = {request: request.num_uncomputed for request in self.running if not request.decoding}
         wanted = sum(prompts.values())
         for request in starting:
             # what the prefix cache has is not computed; how much that is only matters while the budget lasts

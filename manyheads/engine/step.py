@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,10 @@ from manyheads.engine.matcher import Matcher
 from manyheads.engine.page_manager import PageTable, salted
 from manyheads.request import EngineRequest, Guess, SamplingParams, TokenLogprobs
 from manyheads.speculation.draft import NO_DRAFT, Draft
+
+
+def nothing() -> None:
+    """What is done where nothing is to be done."""
 
 
 @dataclass(eq=False)
@@ -240,6 +244,10 @@ class StepResult:
 class PendingStep(Protocol):
     """A step that was launched; a device may still be at work on it."""
 
+    @property
+    def foreseen(self) -> Sequence[RowResult]:
+        """What it is sure to do for some rows, since their grammars leave them no choice."""
+
     def read(self) -> StepResult:
         """Wait for it."""
 
@@ -251,8 +259,13 @@ class StepRunner(Protocol):
     def overlaps(self) -> bool:
         """Whether the host has anything to gain from launching a step before it reads the one before."""
 
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Run a step, after those launched before; the row state advances without the host."""
+    def launch(self, plan: StepPlan, follow: Callable[[], None] = nothing) -> PendingStep:
+        """Run a step, after those launched before; the row state advances without the host.
+
+        Args:
+            follow: called where rows with grammars draw from trees, when the device has the forward pass to do: reads
+                the step before, so that the matchers are where their texts are.
+        """
 
     def listen(self, beat: Callable[[], None]) -> None:
         """Call this now and then in the middle of a step that the host computes itself."""

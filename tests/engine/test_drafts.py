@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaForCausalLM
@@ -51,9 +52,9 @@ def test_a_step_takes_as_long_as_its_computing(folder: Path, monkeypatch: pytest
     engine = build_engine(EngineConfig(model=str(folder), dtype="float32", num_threads=1, max_num_seqs=2))
     launch, seen = engine.runner.launch, list[float]()
 
-    def slow(plan: StepPlan) -> PendingStep:
+    def slow(plan: StepPlan, *more: Any) -> PendingStep:
         time.sleep(0.005)
-        return launch(plan)
+        return launch(plan, *more)
 
     monkeypatch.setattr(engine.runner, "launch", slow)
     monkeypatch.setattr(engine.planner, "observe_cost", lambda rows, draft, seconds, prompts: seen.append(seconds))

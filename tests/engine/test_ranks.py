@@ -26,7 +26,7 @@ from manyheads.engine.blueprint import Blueprint
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.rank import build
-from manyheads.engine.rank_messages import Follower, Message
+from manyheads.engine.rank_messages import Clear, Follower, Message
 from manyheads.engine.ranks import LeadingRunner, Others, RankFailed, RankLaunch
 from manyheads.engine.warmup import exercise
 from manyheads.grammar import Grammar
@@ -76,7 +76,7 @@ class ThreadRanks:
 
     def _run(self, launch: RankLaunch, inbox: queue.SimpleQueue[bytes | None]) -> None:
         try:
-            follower = build(launch)
+            follower = build(launch, lambda: msgspec.msgpack.decode(inbox.get() or b"", type=Message))
             self.followers.append(follower)
             while (data := inbox.get()) is not None:
                 follower.follow(msgspec.msgpack.decode(data, type=Message))
@@ -346,4 +346,4 @@ def test_a_rank_that_never_comes_is_not_waited_for(
 def test_a_rank_of_another_version_is_refused(folder: Path, reference: LlamaForCausalLM) -> None:
     launch = RankLaunch(config=EngineConfig(model=str(folder)), rank=1, folder="", version="0.0")
     with pytest.raises(ValueError, match=r"this is manyheads [\d.]+, and rank 0 is 0\.0"):
-        build(launch)
+        build(launch, Clear)

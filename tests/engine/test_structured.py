@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from manyheads import LLM, EngineConfig, Grammar, SamplingParams
 from manyheads.engine import grammars
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
-from manyheads.engine.scheduler import MANY_FOLLOWED, StepsUnread
-from manyheads.engine.step import StepPlan
+from manyheads.engine.scheduler import StepsUnread
+from manyheads.engine.step import PendingStep, RowResult, StepPlan
 from manyheads.errors import RequestError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineRequest, RequestDelta
@@ -100,34 +101,45 @@ def test_trees_write_what_one_token_a_step_writes(engine: Engine, way: str) -> N
         assert deltas[-1].num_steps <= plain[-1].num_steps
 
 
-def test_many_rows_with_grammars_take_turns(
-    model: Path, engine: Engine, overlaps: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of them at a time, so that others wait for none; all write what each writes alone."""
-    params = [under(grammar, **WAYS["sampled"]) for grammar in [*GRAMMARS.values()] * 2]
-    params += [SamplingParams(max_tokens=80, seed=2, ignore_eos=True), SamplingParams(max_tokens=80, temperature=0.0)]
-    alone = [tokens_of(answers(engine, each)[0]) for each in params]
-    scheduler, schedule = engine.scheduler, engine.scheduler.schedule
-    shares: list[tuple[int, int]] = []  # of steps, rows with grammars that took part, of how many
+def test_no_step_waits_for_a_grammar(model: Path, overlaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are launched before the ones before are read, and write what they write one after the other. What grammars
+    leave no choice about is known before it is read, and what follows it comes at once."""
+    params = [under(grammar, **WAYS[way]) for grammar in GRAMMARS.values() for way in ("greedy", "sampled")]
+    params += [under(JSON, **WAYS["log-probabilities"]), under(JSON, **WAYS["min_tokens"], return_steps=True)]
+    params += [SamplingParams(max_tokens=80, temperature=0.0)]
+    beside, in_turn = build(model), build(model)
+    monkeypatch.setattr(beside.runner, "overlaps", True, raising=False)
+    monkeypatch.setattr(in_turn.runner, "overlaps", False, raising=False)
+    wanted = answers(in_turn, *params)
+    foreseen: list[tuple[RowResult, int]] = []
+    unread: list[bool] = []
+    schedule, launch = beside.scheduler.schedule, beside.runner.launch
 
-    def watch() -> StepPlan | None:
-        followed = {request for request in scheduler.running if request.matcher is not None and request.num_output}
+    def launching(plan: StepPlan, follow: Callable[[], None]) -> PendingStep:
+        unread.append(any(request.unread and request.matcher is not None for request in plan.decoding))
+        step = launch(plan, follow)
+        foreseen.extend((row, len(row.request.tokens)) for row in step.foreseen)
+        return step
+
+    def scheduling() -> StepPlan | None:
         try:
-            plan = schedule()
+            return schedule()
         except StepsUnread:
-            assert len(followed) < MANY_FOLLOWED
-            raise
-        if plan is not None and len(followed) >= MANY_FOLLOWED:
-            taking_part = {*plan.decoding, *(chunk.request for chunk in plan.chunks)}
-            assert {request for request in scheduler.running if request.matcher is None} <= taking_part
-            shares.append((len(followed & taking_part), len(followed)))
-        return plan
+            raise AssertionError("there are pages for all") from None
 
-    monkeypatch.setattr(scheduler, "schedule", watch)
-    assert [tokens_of(deltas) for deltas in answers(engine, *params)] == alone
-    assert shares
-    # of an odd number, or where one has just ended, one half is smaller
-    assert all(abs(2 * part - whole) <= 1 if overlaps else part == whole for part, whole in shares)
+    monkeypatch.setattr(beside.runner, "launch", launching)
+    monkeypatch.setattr(beside.scheduler, "schedule", scheduling)
+    for found, expected in zip(answers(beside, *params), wanted, strict=True):
+        assert tokens_of(found) == tokens_of(expected)
+        assert found[-1].finish_reason == expected[-1].finish_reason
+    assert any(unread)
+    assert len(foreseen) > len(params) / 2
+    for row, known in foreseen:
+        request = row.request
+        assert request.params.logprobs is None
+        assert not request.params.return_steps
+        assert request.tokens[known : known + len(row.tokens)] == row.tokens
+        assert len(request.tokens) > known + len(row.tokens)
 
 
 def test_recordings_end_steps_that_draw_in_one_pass(

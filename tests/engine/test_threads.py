@@ -204,8 +204,8 @@ def test_steps_of_trials_say_nothing_of_costs(folder: Path, reference: LlamaForC
     costs: list[float] = []
     launch = engine.runner.launch
 
-    def watched(plan: Any) -> Any:
-        step = launch(plan)
+    def watched(plan: Any, *more: Any) -> Any:
+        step = launch(plan, *more)
         if not plan.chunks:
             trials.append(engine.runner.threads.is_trial)
         return step

@@ -15,7 +15,7 @@ from manyheads.engine.admission import Admission
 from manyheads.engine.engine import Engine
 from manyheads.engine.page_manager import PageManager
 from manyheads.engine.scheduler import Scheduler, StepsUnread
-from manyheads.engine.step import Request, RowResult, StepPlan, StepResult
+from manyheads.engine.step import Request, RowResult, StepPlan, StepResult, nothing
 from manyheads.engine.step_target import StepTarget
 from manyheads.request import EngineReady, EngineRequest, RequestDelta, SamplingParams, TokenLogprobs
 from manyheads.speculation.draft import SIZES, Draft
@@ -46,6 +46,8 @@ def continuation(prompt: list[int], params: SamplingParams, max_len: int) -> lis
 
 class FakeStep:
     """A result that the host must not see before it asks for it."""
+
+    foreseen: tuple[RowResult, ...] = ()
 
     def __init__(self, runner: FakeRunner, result: StepResult) -> None:
         self.runner, self.result = runner, result
@@ -83,7 +85,7 @@ class FakeRunner:
     def watch(self, tell: Callable[[str], None]) -> None:
         pass
 
-    def launch(self, plan: StepPlan) -> FakeStep:
+    def launch(self, plan: StepPlan, follow: Callable[[], None] = nothing) -> FakeStep:
         assert len(self.unread) <= self.overlaps, "the host is too far ahead"
         step = FakeStep(self, self.compute(plan))
         self.unread.append(step)

@@ -53,7 +53,7 @@ def test_each_pair_is_multiplied_with_its_expert(tokens: int, scheme: CodedSchem
 
 
 def test_a_token_does_not_depend_on_those_beside_it() -> None:
-    """As far as products of several rows are those of one, which depends on the processor; of as many rows, bit for bit."""
+    """As far as products of several rows are those of one, which depends on the processor; of so many, bit for bit."""
     ops, x, router = TorchOps(), random(20, HIDDEN), random(COUNT, HIDDEN)
     up, down = (list(random(COUNT, *shape)) for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER)))
     grouped, added = (ops.grouped(weights, None, torch.float32) for weights in (up, down))
