@@ -33,6 +33,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     progress = progress or (lambda _: None)
     plan = Blueprint.draw(config, progress)
     shape = plan.shape
+    shape.ops.watch(lambda _: None)  # what a start compiles holds up no request of an engine before it in the process
     runner = plan.runner(progress) if config.tensor_parallel_size == 1 else leading_runner(plan, progress)
     cache = runner.cache
     scheduler = Scheduler(

@@ -78,7 +78,7 @@ class Adapters(Protocol):
 
         Args:
             y: [T, out], contiguous, in floating point; changed in place.
-            x: [T, in]
+            x: [T, in], what y was made of.
         """
 
 

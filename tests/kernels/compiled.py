@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from manyheads.kernels import experts, fused, guesses, routing, settle
+from manyheads.kernels import adapters, experts, fused, guesses, routing, settle
 from manyheads.kernels.attention import _attend_kernel
 from manyheads.kernels.exchange import ROWS, _sum_kernel
 
@@ -56,6 +56,25 @@ def compile_routing(count: int, top: int) -> int:
     tables = {"chosen_ptr": "*i32", "order_ptr": "*i32", "table_ptr": "*i32", "num_pairs": "i32", "num_blocks": "i32"}
     constants = {"COUNT": count, "BINS": 2 * count, "SIZE": 16, "AT_ONCE": 1024}
     return size + compiled(routing._group_kernel, tables, constants, HOPPER)
+
+
+def compile_adapters(kind: str, parts: bool, tokens: int, capability: int) -> int:
+    """What adapters of two projections add, to a product or to parts of one, for blocks of so many tokens; and what
+    puts tokens together."""
+    pointers = {"x": kind, "a": kind, "b": kind, "y": "fp32" if parts else kind, "inner": "fp32", "adapter": "i32",
+                "token": "i32", "done": "i32", "which": "i64"}  # fmt: skip
+    kinds = {f"{name}_ptr": f"*{held}" for name, held in pointers.items()}
+    kernels = {
+        adapters._group_kernel: {"COUNT": 64, "AT_ONCE": 64},
+        adapters._kernel: {"COUNT": 2, "RANK": 24, "SPLITS": 3, "TILES": 1, "PIECES": 6, "SHARE": 512, "COLUMNS": 64,
+                           "DOWN_RANKS": 64, "OUTPUTS": 128, "UP_RANKS": 16, "SUMS": 4},
+    }  # fmt: skip
+    size = 0
+    for kernel, constants in kernels.items():
+        names: list[str] = kernel.arg_names
+        known = {name: kinds.get(name, "i32") for name in names if not name.isupper()}
+        size += compiled(kernel, known, {"SIZE": tokens, **constants}, capability, num_stages=3)
+    return size
 
 
 def compile_experts(form: str, rows: int, added: bool, capability: int) -> int:
@@ -138,6 +157,8 @@ if __name__ == "__main__":
     print("routing", compile_routing(128, 8))
     for blocks in ((128, 1, HOPPER), (8192, 16, HOPPER), (1024, 4, AMPERE)):
         print("guesses", *blocks, compile_guesses(*blocks))
+    for adapted in (("fp16", True, 16, HOPPER), ("bf16", False, 64, AMPERE)):
+        print("adapters", *adapted, compile_adapters(*adapted))
     for form in (("bf16", 16, False, HOPPER), ("bf16", 128, True, AMPERE), ("int8", 16, True, HOPPER),
                  ("fp8", 64, False, HOPPER), ("int4", 16, False, HOPPER)):  # fmt: skip
         print(*form, compile_experts(*form))
