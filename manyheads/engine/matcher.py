@@ -23,6 +23,8 @@ Words = NDArray[np.int32]
 """[W], the bits of a mask: bit t % 32 of word t // 32 says whether token t is allowed."""
 FEW_MASKS = 4
 """Fewer than so many masks are made one after the other, sooner than threads would wake up."""
+MOST_FORCED = 256
+"""Where a chain begins, all tokens that are allowed are beginnings of one text. They are fewer than so many."""
 MAX_CHAIN = 512
 """Tokens that are written at once without a step of the model; what goes on longer goes on with the next step."""
 
@@ -44,8 +46,8 @@ class Matcher:
         self._ends = frozenset(ends)
         self.error: str | None = None
         """Why nothing more can be said; from then on everything is allowed."""
-        self._chain: tuple[int, ...] = self._find_chain()
-        self._above: list[tuple[int, ...]] = []  # what `_chain` was before each `enter`
+        self._chain: tuple[int, ...] | None = None  # until it is looked for, which takes as long as a mask does
+        self._above: list[tuple[int, ...] | None] = []  # what it was before each `enter`
 
     @property
     def num_words(self) -> int:
@@ -55,7 +57,11 @@ class Matcher:
     @property
     def chain(self) -> Sequence[int]:
         """The tokens that have to come next; none where there is a choice, or nothing more can be said."""
-        return self._chain if self.error is None else ()
+        if self.error is not None:
+            return ()
+        if self._chain is None:
+            self._chain = self._find_chain()
+        return self._chain
 
     @property
     def is_complete(self) -> bool:
@@ -80,9 +86,9 @@ class Matcher:
                 return taken, False
             self._consume(token)
         room = min(most, MAX_CHAIN)
-        while self._chain and room > 0:
-            taken.append(self._chain[0])
-            self._consume(self._chain[0])
+        while room > 0 and (chain := self.chain):
+            taken.append(chain[0])
+            self._consume(chain[0])
             room -= 1
         return taken, self.is_complete
 
@@ -90,7 +96,8 @@ class Matcher:
         """Go on by a token that a tree holds; False if it is not allowed, and then this stays where it is."""
         if self.error is not None or self.is_complete or token in self._vocabulary.eos_token_ids:
             return False
-        if token != self._chain[0] if self._chain else self._followed.validate_tokens([token]) != 1:
+        chain = self.chain
+        if token != chain[0] if chain else self._followed.validate_tokens([token]) != 1:
             return False
         self._above.append(self._chain)
         self._consume(token)
@@ -104,7 +111,7 @@ class Matcher:
 
     @property
     def _is_open(self) -> bool:
-        """Whether only the library knows what may come next."""
+        """Whether the library has to be asked what may come next."""
         return self.error is None and not self._chain and not self.is_complete
 
     def write(self, words: Words, early_stops: Iterable[int] = (), computed: bool = False) -> None:
@@ -116,12 +123,14 @@ class Matcher:
             computed: the words are what the library says already, if it has to be asked.
         """
         if self.error is None and not self.is_complete:
-            if self._chain:
+            if not self._chain and not computed:
+                self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if self._chain is None and int.from_bytes(words.tobytes(), "little").bit_count() > MOST_FORCED:
+                self._chain = ()
+            if self.chain:
                 words.fill(0)
-                _set(words, self._chain[:1], True)
+                _set(words, self.chain[:1], True)
             else:
-                if not computed:
-                    self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
                 _set(words, (*self._vocabulary.tokens.eos_tokens, *self._vocabulary.eos_token_ids), False)
                 _set(words, self._ends if self._followed.is_accepting() else (), True)
             if early_stops:
@@ -141,7 +150,7 @@ class Matcher:
         if not self._followed.consume_token(token):
             self._fail()
             return
-        self._chain = self._chain[1:] or self._find_chain()
+        self._chain = self._chain[1:] or None if self._chain else None
 
     def _find_chain(self) -> tuple[int, ...]:
         """The tokens that have to come, as far as the library knows; none where it would have to guess how a token

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from manyheads import Grammar
 from manyheads.engine.compiler import Compiler
-from manyheads.engine.matcher import Matcher, write_all
+from manyheads.engine.matcher import MOST_FORCED, Matcher, write_all
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.errors import RequestError
 from manyheads.grammar import Kind
@@ -216,6 +216,11 @@ def test_no_grammar_breaks_the_engine(
         return
     for choice in choices:
         words = np.zeros(place.num_words, dtype=np.int32)
+        raw = np.zeros(place.num_words, dtype=np.int32)
+        if place.error is None and not place.is_complete:
+            place._followed.unsafe_compute_mask_ptr(raw.ctypes.data, raw.nbytes)
+            if int(np.unpackbits(raw.view(np.uint8)).sum()) > MOST_FORCED:
+                assert place._find_chain() == ()
         place.write(words)
         if place.error is not None or place.is_complete:
             return
