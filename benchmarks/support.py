@@ -63,6 +63,7 @@ class Known:
 
 
 H200, H100 = "../benchmarks/results/gpu_vllm/README.md", "../benchmarks/results/gpu_quantized_h100/README.md"
+RANDOM = "../benchmarks/results/gpu_random.json"
 KNOWN = {
     "LlamaForCausalLM": Known(
         "Llama 2 and 3, Vicuna, SmolLM2",
@@ -83,7 +84,7 @@ KNOWN = {
     "Cohere2ForCausalLM": Known("Command R7B"),
     "Starcoder2ForCausalLM": Known("StarCoder2"),
     "MixtralForCausalLM": Known("Mixtral"),
-    "Qwen3MoeForCausalLM": Known("Qwen3-MoE"),
+    "Qwen3MoeForCausalLM": Known("Qwen3-MoE", gpu=f"30B-A3B's shape measured on an [H200]({RANDOM})"),
     "GptOssForCausalLM": Known("gpt-oss"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -106,6 +107,7 @@ class TreeWalk:
             self._copied.synchronize()
         assert self._sent is not None
         row, node, token, taken = self._sent.numpy()
+        tokens = token.tolist()
         places: list[int] = []
         words: list[NDArray[np.int32]] = []
         for request, i, root in zip(self._requests, self._rows, self._roots_of(self._requests), strict=True):
@@ -117,50 +119,22 @@ class TreeWalk:
             below: dict[int, list[int]] = {}
             if at:
                 below = _below(tree, dict(zip(node[at].tolist(), at, strict=True)))
-                found, masks = _walk(request, below, token)
+                assert request.matcher is not None
+                found, masks = request.matcher.walk(below, tokens, partial(_early_stops, request))
                 places += found
                 words.append(masks)
-            if sure := _sure(request, below, token):
+            if sure := _sure(request, below, tokens):
                 depth = max((len(tree.choices[n]) for n in node[brought].tolist()), default=0)
                 self.foreseen.append(RowResult(request, sure, drafted_depth=depth, num_drafted=stop - first - 1))
         return _masks(self._state, places, np.concatenate(words))
 
 
-def _walk(
-    request: Request, below: dict[int, list[int]], token: NDArray[np.int64]
-) -> tuple[list[int], NDArray[np.int32]]:
-    """Walk down one row's tree and back.
-
-    Args:
-        below: for each node the places of those below it; -1 is the root.
-        token: [T], what stands at each place.
-
-    Returns:
-        The places that the grammar has a way to, and their masks.
-    """
-    matcher = request.matcher
-    assert matcher is not None
-    places: list[int] = []
-    words = np.empty((sum(map(len, below.values())), matcher.num_words), dtype=np.int32)
-
-    def visit(parent: int, depth: int) -> None:
-        for place in below.get(parent, ()):
-            if matcher.enter(int(token[place])):
-                matcher.write(words[len(places)], _early_stops(request, depth))
-                places.append(place)
-                visit(place, depth + 1)
-                matcher.leave()
-
-    visit(-1, 1)
-    return places, words[: len(places)]
-
-
-def _sure(request: Request, below: dict[int, list[int]], token: NDArray[np.int64]) -> list[int]:
+def _sure(request: Request, below: dict[int, list[int]], tokens: list[int]) -> list[int]:
     """What of a chain a row draws: as much as its tree holds, and one token more. Nothing if the chain ends with that,
     or if more is to be told of the step than its tokens.
 
     Args:
-        below, token: as of `_walk`.
+        below, tokens: as of `Matcher.walk`.
     """
     params = request.params
     assert request.matcher is not None
@@ -168,7 +142,7 @@ def _sure(request: Request, below: dict[int, list[int]], token: NDArray[np.int64
     place = -1
     for forced in request.matcher.chain if params.logprobs is None and not params.return_steps else ():
         drawn.append(forced)
-        following = [other for other in below.get(place, ()) if token[other] == forced]
+        following = [other for other in below.get(place, ()) if tokens[other] == forced]
         if not following:
             return drawn if len(drawn) < len(request.matcher.chain) else []
         place = following[0]

@@ -8,7 +8,7 @@ tokens up to there and of nothing else, so it is the same on every way to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,14 +23,14 @@ Words = NDArray[np.int32]
 """[W], the bits of a mask: bit t % 32 of word t // 32 says whether token t is allowed."""
 FEW_MASKS = 4
 """Fewer than so many masks are made one after the other, sooner than threads would wake up."""
-MOST_FORCED = 256
-"""Where a chain begins, all tokens that are allowed are beginnings of one text. They are fewer than so many."""
 MAX_CHAIN = 512
 """Tokens that are written at once without a step of the model; what goes on longer goes on with the next step."""
 
 
 class Matcher:
-    """A place in a grammar. It moves on with the text (`take`), and down a tree and back (`enter`, `leave`).
+    """A place in a grammar. It moves on with the text (`take`), and down a tree and back (`walk`).
+
+    Where a chain begins, the library allows its first token alone.
 
     A text that is complete, and behind which nothing may come, needs no end-of-text token. Where it might also go on,
     such a token is allowed beside.
@@ -46,8 +46,7 @@ class Matcher:
         self._ends = frozenset(ends)
         self.error: str | None = None
         """Why nothing more can be said; from then on everything is allowed."""
-        self._chain: tuple[int, ...] | None = None  # until it is looked for, which takes as long as a mask does
-        self._above: list[tuple[int, ...] | None] = []  # what it was before each `enter`
+        self._chain: tuple[int, ...] | None = None  # until it is looked for
 
     @property
     def num_words(self) -> int:
@@ -92,22 +91,59 @@ class Matcher:
             room -= 1
         return taken, self.is_complete
 
-    def enter(self, token: int) -> bool:
-        """Go on by a token that a tree holds; False if it is not allowed, and then this stays where it is."""
-        if self.error is not None or self.is_complete or token in self._vocabulary.eos_token_ids:
-            return False
-        chain = self.chain
-        if token != chain[0] if chain else self._followed.validate_tokens([token]) != 1:
-            return False
-        self._above.append(self._chain)
-        self._consume(token)
-        return True
+    def walk(
+        self,
+        below: Mapping[int, Sequence[int]],
+        tokens: Sequence[int],
+        early_stops: Callable[[int], Iterable[int]] = lambda depth: (),
+    ) -> tuple[list[int], NDArray[np.int32]]:
+        """Go down a tree and back.
 
-    def leave(self) -> None:
-        """Take back the last token that was entered."""
-        self._chain = self._above.pop()
-        if self.error is None and not self._followed.rollback(1):
-            self._fail()
+        Args:
+            below: for each place the places of those below it; -1 is the root's.
+            tokens: what stands at each place.
+            early_stops: as of `write`, behind a node of such depth.
+
+        Returns:
+            The places that there is a way to; and what may come behind each, [N, W] words as `write` writes them.
+        """
+        followed, barred = self._followed, self._ends | self._vocabulary.eos_token_ids
+        words = np.zeros((1 + sum(map(len, below.values())), self.num_words), dtype=np.int32)  # the root's are first
+        start, size = words.ctypes.data, words[0].nbytes
+        places: list[int] = []
+        depths: list[int] = []
+        ended: list[int] = []
+
+        def visit(parent: int, row: int, depth: int) -> None:
+            for place in below.get(parent, ()):
+                token = tokens[place]
+                # nothing stands behind what ends a text
+                if token in barred or not int(words[row, token >> 5]) >> (token & 31) & 1:
+                    continue
+                if not followed.consume_token(token):
+                    self._fail()
+                    return
+                places.append(place)
+                depths.append(depth)
+                if followed.is_stopped():
+                    ended.append(len(places))
+                else:
+                    here = len(places)
+                    followed.unsafe_compute_mask_ptr(start + here * size, size)
+                    visit(place, here, depth + 1)
+                if not followed.rollback(1):
+                    self._fail()
+                if self.error is not None:
+                    return
+
+        if self.error is None and not self.is_complete:
+            followed.unsafe_compute_mask_ptr(start, size)
+            visit(-1, 0, 1)
+            if self.error is None and followed.is_error():
+                self._fail()
+        self._complete(words, [early_stops(depth) for depth in (0, *depths)])
+        words[[*ended, *np.flatnonzero(~words.any(1))]] = -1
+        return places, words[1 : 1 + len(places)]
 
     @property
     def _is_open(self) -> bool:
@@ -123,26 +159,43 @@ class Matcher:
             computed: the words are what the library says already, if it has to be asked.
         """
         if self.error is None and not self.is_complete:
-            if not self._chain and not computed:
-                self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            if self._chain is None and int.from_bytes(words.tobytes(), "little").bit_count() > MOST_FORCED:
-                self._chain = ()
-            if self.chain:
+            if self._is_open:
+                if not computed:
+                    self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+                if self._chain is None and int.from_bytes(words.tobytes(), "little").bit_count() > 1:
+                    self._chain = ()
+            else:
                 words.fill(0)
                 _set(words, self.chain[:1], True)
-            else:
-                _set(words, (*self._vocabulary.tokens.eos_tokens, *self._vocabulary.eos_token_ids), False)
-                _set(words, self._ends if self._followed.is_accepting() else (), True)
-            if early_stops:
-                others = words.copy()
-                _set(others, early_stops, False)
-                if others.any():
-                    words[:] = others
+            self._complete(words[None], [early_stops])
             if self._followed.is_error() or not words.any():
                 self._fail()
         if self.error is not None or self.is_complete:
             # what is drawn here is no part of the text
             words.fill(-1)
+
+    def _complete(self, words: NDArray[np.int32], early_stops: Sequence[Iterable[int]]) -> None:
+        """Make masks of what the library says, in place: its end of a text becomes those that this text may have.
+
+        Args:
+            words: [N, W].
+            early_stops: as of `write`, for each of the first of them.
+        """
+        bits = words.view(np.uint32)
+        may_end = np.zeros(len(words), dtype=bool)
+        for end in self._vocabulary.tokens.eos_tokens:
+            may_end |= bits[:, end >> 5] >> (end & 31) & 1 != 0
+        for token in (*self._vocabulary.tokens.eos_tokens, *self._vocabulary.eos_token_ids):
+            bits[:, token >> 5] &= ~np.uint32(1 << (token & 31))
+        if may_end.any():
+            for token in self._ends:
+                bits[may_end, token >> 5] |= np.uint32(1 << (token & 31))
+        for out, early in zip(words, early_stops, strict=False):
+            if early:
+                others = out.copy()
+                _set(others, early, False)
+                if others.any():
+                    out[:] = others
 
     def _consume(self, token: int) -> None:
         if self.error is not None:
