@@ -9,9 +9,9 @@ from manyheads.speculation.planner import Planner
 PROMPT_SHARE = 3.0
 """Without a target, the prompts of a step may take so many times as long as its decoding rows do by themselves. With
 less, first tokens wait where a machine is nearly full of prompts; with more, so do those who decode."""
-TIMES_FEWEST = 2.0
-"""And such a step may take so many times as long as one with the fewest prompts. Of a small model, most of that is what
-it takes whatever the number of their tokens: prompts that were held to less would take many steps, beside few rows."""
+TIMES_ONE = 2.0
+"""And such a step may take so many times as long as one with a single token of a prompt. Of a small model, that is most
+of what it takes with any: prompts that were held to less would take many steps, beside few rows."""
 SIZES = tuple(tokens for tokens, _ in CHUNKS[1:])
 """Prompt tokens of a step that are considered, and multiples of the last."""
 
@@ -60,7 +60,7 @@ class StepTarget:
             return max(1, self.max_num_batched_tokens // 2)
         kind = self.planner.best(rows).kind
         target = self.seconds or max(
-            (1 + PROMPT_SHARE) * costs.seconds(rows, kind), TIMES_FEWEST * costs.seconds(rows, kind, self._sizes[0])
+            (1 + PROMPT_SHARE) * costs.seconds(rows, kind), TIMES_ONE * costs.seconds(rows, kind, prompt_tokens=1)
         )
         within = (size for size in reversed(self._sizes) if costs.seconds(rows, kind, size) <= target)
         return int(next(within, self._sizes[0]))

@@ -271,6 +271,8 @@ class RunningCosts:
         times = min(seconds / self.seconds(rows, kind, prompt_tokens), MOST_SLOWER)
         size = prompt_tokens.bit_length()
         seen = self._mixed.setdefault(size, _Seen(ratio, 0, self._steps))
+        if self._steps - seen.step > FRESH_STEPS:
+            seen.count = min(seen.count, 1)
         seen.ratio = ratio * (1 + max(PACE_WINDOW, 1 / (1 + seen.count)) * (times - 1))
         seen.count += times < MOST_SLOWER
         seen.step, self._mixed_latest = self._steps, size
@@ -278,8 +280,8 @@ class RunningCosts:
     def _mixed_ratio(self, prompt_tokens: int) -> float:
         """Of steps with about so many tokens of prompts; of those that were never seen, what the nearest ones took.
 
-        One that seemed dear is not chosen again, so that is believed the less the longer ago it was: half of what it is
-        dearer than the latest that was seen is forgotten in every HALVED_STEPS.
+        One that seemed dear is not chosen again, so that is believed the less the longer ago it was: what was not seen
+        for FRESH_STEPS loses half of what it is dearer than the latest that was seen in every HALVED_STEPS.
         """
         size = prompt_tokens.bit_length()
         if size not in self._mixed:
@@ -287,8 +289,10 @@ class RunningCosts:
         if size not in self._mixed:
             return 1.0
         seen, latest = self._mixed[size], self._mixed[self._mixed_latest]
-        dearer = max(0.0, seen.ratio - latest.ratio)
-        return seen.ratio - dearer * (1 - pow(0.5, (latest.step - seen.step) / HALVED_STEPS))
+        age, dearer = latest.step - seen.step - FRESH_STEPS, seen.ratio - latest.ratio
+        if age <= 0 or dearer <= 0:
+            return seen.ratio
+        return latest.ratio + dearer * pow(0.5, age / HALVED_STEPS)
 
     def _at_pace(self, rows: int, kind: Kind) -> float:
         """What was measured at start, at the pace of now."""
