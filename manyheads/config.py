@@ -59,7 +59,8 @@ class EngineConfig:
     """Most prompt tokens that one step computes (chunked prefill); None is 1024 on a CPU, 2048 on a GPU."""
     target_step_ms: float | None = None
     """How long a step should be where rows decode, in milliseconds: it computes as many prompt tokens as fit, and no
-    more rows run than fit. None lets its prompts take three times as long as its decoding rows do by themselves."""
+    more rows run than fit. None lets its prompts take three times as long as its decoding rows do by themselves, or as
+    long as a step with a single token of a prompt does. `LLM` has no limit where nothing else is said."""
     block_size: int = 16
     """Tokens in a page of the K/V cache."""
     num_blocks: int | None = None

@@ -52,7 +52,7 @@ ENGINE_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
     "target_step_ms": (
         float,
         "most milliseconds that a step should take while replies are under way (default: its prompts take three "
-        "times as long as the replies)",
+        "times as long as the replies, or as long as the fewest prompts do)",
     ),
     "block_size": (int, "tokens in a page of the K/V cache"),
     "num_blocks": (int, "pages of the K/V cache (default: by the memory)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -44,7 +45,8 @@ class LLM:
         tokenizer: a folder with another tokenizer, or one that is loaded.
         engine: an engine that is running already; the other settings are not used then. Its grammars are of the
             tokenizer of its own configuration.
-        **settings: the other fields of `EngineConfig`.
+        **settings: the other fields of `EngineConfig`. As nobody reads along, prompts come first unless
+            `target_step_ms` is among them.
 
     Raises:
         ConfigError: a setting or a checkpoint cannot hold.
@@ -70,6 +72,7 @@ class LLM:
             raise ConfigError(f"unknown setting {unknown[0]!r}; there are: {', '.join(sorted(known))}")
         folder = tokenizer.folder if isinstance(tokenizer, Tokenizer) else tokenizer
         settings["tokenizer"] = str(folder) if folder is not None else None
+        settings.setdefault("target_step_ms", math.inf)
         self.config = EngineConfig(model=model, heads=heads, speculative=speculative, **settings)
         if not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer.load(folders(self.config)[1], chat_template)
