@@ -142,6 +142,32 @@ def test_no_step_waits_for_a_grammar(model: Path, overlaps: bool, monkeypatch: p
         assert len(request.tokens) > known + len(row.tokens)
 
 
+@pytest.mark.parametrize("speculative", [True, False])
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_grammar_may_name_an_end_token(
+    model: Path, tokenizer: Tokenizer, overlaps: bool, speculative: bool, ignore_eos: bool
+) -> None:
+    """Where nothing else may follow, where something else might, and in the middle of what is certain."""
+    served = build(model, drafter="ngram")
+    text = "the dog is hello world"
+    forms = [
+        f'start: "{text}" <|end|> "the cat"',
+        'start: /[ab]{2}/ <|end|> "c"',
+        'start: /[ab]{2}/ (<|end|> | "c") "d"',
+    ]
+    known = [token for end in (" ", "<|end|>the cat") for token in tokenizer.encode(text + end)]
+    for form in forms:
+        params = under(Grammar("grammar", form), speculative=speculative, ignore_eos=ignore_eos, logit_bias={EOS: 90.0})
+        served.add_request(EngineRequest(request_id="x", prompt_token_ids=known, params=params))
+        deltas: list[RequestDelta] = []
+        while served.has_work():
+            deltas += served.step()
+        tokens = tokens_of(deltas)
+        assert (deltas[-1].finish_reason, deltas[-1].error) == ("stop", None)
+        assert EOS in tokens
+        assert (tokens[-1] == EOS) is not ignore_eos
+
+
 def test_recordings_end_steps_that_draw_in_one_pass(
     model: Path, engine: Engine, overlaps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
