@@ -164,7 +164,7 @@ class Matcher:
             if self._is_open:
                 if not computed:
                     self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-                if self._chain is None and int.from_bytes(words.tobytes(), "little").bit_count() > 1:
+                if self._chain is None and _count(words) > 1:
                     self._chain = ()
             else:
                 words.fill(0)
@@ -243,6 +243,15 @@ def first_line(message: str) -> str:
     """The part of the library's message that says what is wrong; the rest shows the place, or what it was about."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:1] + [line for line in lines[1:] if line.startswith("error:")])[:300]
+
+
+def is_alone(words: Words, token: int) -> bool:
+    """Whether a mask allows a token and no other."""
+    return bool(int(words[token >> 5]) >> (token & 31) & 1) and _count(words) == 1
+
+
+def _count(words: Words) -> int:
+    return int.from_bytes(words.tobytes(), "little").bit_count()
 
 
 def _set(words: Words, tokens: Iterable[int], allowed: bool) -> None:

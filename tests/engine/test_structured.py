@@ -17,7 +17,7 @@ from manyheads.engine import grammars
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.scheduler import StepsUnread
-from manyheads.engine.step import PendingStep, RowResult, StepPlan
+from manyheads.engine.step import PendingStep, RowResult, StepPlan, StepResult
 from manyheads.errors import RequestError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineRequest, RequestDelta
@@ -140,6 +140,45 @@ def test_no_step_waits_for_a_grammar(model: Path, overlaps: bool, monkeypatch: p
         assert not request.params.return_steps
         assert request.tokens[known : known + len(row.tokens)] == row.tokens
         assert len(request.tokens) > known + len(row.tokens)
+
+
+@pytest.mark.parametrize("drafter", ["medusa", "ngram"])
+@pytest.mark.parametrize("rule", ["exact", "typical", "none"])
+def test_what_is_foreseen_is_what_the_step_does(
+    model: Path, engine: Engine, overlaps: bool, drafter: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees that hold what follows, or that are filled up; a rule that accepts none of it foresees nothing."""
+    served = build(model, drafter=drafter)
+    ways = {"typical": {"acceptance": "typical"}, "none": {"acceptance": "typical"}, "exact": {}}
+    ways["none"] |= {"typical_epsilon": 1.0, "typical_alpha": 1.0}
+    params = [under(JSON, seed=seed, **ways[rule]) for seed in range(4)]
+    (known,) = answers(engine, under(JSON, temperature=0.0))
+    monkeypatch.setattr(f"{__name__}.PROMPT", [*PROMPT, *tokens_of(known), *PROMPT])
+    monkeypatch.setattr(served.planner, "choose", lambda *args: served.planner.draft(8))
+    monkeypatch.setattr(served.runner, "overlaps", True, raising=False)
+    found: list[tuple[RowResult, RowResult]] = []
+    launch = served.runner.launch
+
+    def launching(plan: StepPlan, follow: Callable[[], None]) -> PendingStep:
+        step = launch(plan, follow)
+        read, foreseen = step.read, {row.request: row for row in step.foreseen}
+
+        def reading() -> StepResult:
+            result = read()
+            found.extend((foreseen[row.request], row) for row in result.rows if row.request in foreseen)
+            return result
+
+        monkeypatch.setattr(step, "read", reading)
+        return step
+
+    monkeypatch.setattr(served.runner, "launch", launching)
+    for deltas in answers(served, *params):
+        assert deltas[-1].finish_reason in ("stop", "length")
+    assert bool(found) == (rule != "none")
+    for expected, row in found:
+        assert row == expected
+    if drafter == "ngram" and found:
+        assert any(len(row.tokens) > 1 for row, _ in found)
 
 
 @pytest.mark.parametrize("speculative", [True, False])
