@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
-from manyheads.engine.matcher import write_all
+from manyheads.engine.matcher import is_alone, write_all
 from manyheads.engine.step import Request, RowResult
 from manyheads.speculation.tree import Tree, parents
 
@@ -117,30 +117,40 @@ class TreeWalk:
             brought = slice(first + 1, stop)
             at = [first + 1 + k for k, holds in enumerate(taken[brought].tolist()) if holds]
             below: dict[int, list[int]] = {}
+            allowed = {-1: root}  # by place
             if at:
                 below = _below(tree, dict(zip(node[at].tolist(), at, strict=True)))
                 assert request.matcher is not None
                 found, masks = request.matcher.walk(below, tokens, partial(_early_stops, request))
                 places += found
                 words.append(masks)
-            if sure := _sure(request, below, tokens):
-                depth = max((len(tree.choices[n]) for n in node[brought].tolist()), default=0)
-                self.foreseen.append(RowResult(request, sure, drafted_depth=depth, num_drafted=stop - first - 1))
+                allowed |= zip(found, masks, strict=True)
+            if sure := _sure(request, below, tokens, allowed):
+                depth = max((len(tree.choices[n]) for n in node[at].tolist()), default=0)
+                self.foreseen.append(RowResult(request, sure, drafted_depth=depth, num_drafted=len(at)))
         return _masks(self._state, places, np.concatenate(words))
 
 
-def _sure(request: Request, below: dict[int, list[int]], tokens: list[int]) -> list[int]:
+def _sure(
+    request: Request, below: dict[int, list[int]], tokens: list[int], allowed: dict[int, NDArray[np.int32]]
+) -> list[int]:
     """What of a chain a row draws: as much as its tree holds, and one token more. Nothing if the chain ends with that,
-    or if more is to be told of the step than its tokens.
+    if more is to be told of the step than its tokens, or if its rule accepts not even what is certain.
 
     Args:
         below, tokens: as of `Matcher.walk`.
+        allowed: the mask of each place that there is a way to; -1 is the root's.
     """
     params = request.params
     assert request.matcher is not None
+    threshold = np.float32(min(params.typical_epsilon, params.typical_alpha))  # as the device has it
+    accepts = params.acceptance == "exact" or threshold < 1
+    is_told_more = params.logprobs is not None or params.return_steps
     drawn: list[int] = []
     place = -1
-    for forced in request.matcher.chain if params.logprobs is None and not params.return_steps else ():
+    for forced in request.matcher.chain if accepts and not is_told_more else ():
+        if place not in allowed or not is_alone(allowed[place], forced):
+            return []
         drawn.append(forced)
         following = [other for other in below.get(place, ()) if tokens[other] == forced]
         if not following:

@@ -9,6 +9,7 @@ tokens up to there and of nothing else, so it is the same on every way to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,7 +108,7 @@ class Matcher:
         Returns:
             The places that there is a way to; and what may come behind each, [N, W] words as `write` writes them.
         """
-        followed, barred = self._followed, self._ends | self._vocabulary.eos_token_ids
+        followed, writable = self._followed, self._vocabulary.writable
         words = np.zeros((1 + sum(map(len, below.values())), self.num_words), dtype=np.int32)  # the root's are first
         start, size = words.ctypes.data, words[0].nbytes
         places: list[int] = []
@@ -117,8 +118,9 @@ class Matcher:
         def visit(parent: int, row: int, depth: int) -> None:
             for place in below.get(parent, ()):
                 token = tokens[place]
+                word = token >> 5
                 # nothing stands behind what ends a text
-                if token in barred or not int(words[row, token >> 5]) >> (token & 31) & 1:
+                if token in self._ends or not int(words[row, word] & writable[word]) >> (token & 31) & 1:
                     continue
                 if not followed.consume_token(token):
                     self._fail()
@@ -162,7 +164,7 @@ class Matcher:
             if self._is_open:
                 if not computed:
                     self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-                if self._chain is None and int.from_bytes(words.tobytes(), "little").bit_count() > 1:
+                if self._chain is None and _count(words) > 1:
                     self._chain = ()
             else:
                 words.fill(0)
@@ -185,8 +187,7 @@ class Matcher:
         may_end = np.zeros(len(words), dtype=bool)
         for end in self._vocabulary.tokens.eos_tokens:
             may_end |= bits[:, end >> 5] >> (end & 31) & 1 != 0
-        for token in (*self._vocabulary.tokens.eos_tokens, *self._vocabulary.eos_token_ids):
-            bits[:, token >> 5] &= ~np.uint32(1 << (token & 31))
+        words &= self._vocabulary.writable
         if may_end.any():
             for token in self._ends:
                 bits[may_end, token >> 5] |= np.uint32(1 << (token & 31))
@@ -212,7 +213,9 @@ class Matcher:
             return ()
         chain = self._followed.compute_ff_tokens()
         # a tokenizer that does not spell what it is asked to leaves the choice to the model
-        return tuple(chain) if self._followed.validate_tokens(chain) == len(chain) else ()
+        if self._followed.validate_tokens(chain) < len(chain):
+            return ()
+        return tuple(takewhile(self._vocabulary.is_writable, chain))
 
     def _fail(self) -> None:
         self._chain = ()
@@ -240,6 +243,15 @@ def first_line(message: str) -> str:
     """The part of the library's message that says what is wrong; the rest shows the place, or what it was about."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:1] + [line for line in lines[1:] if line.startswith("error:")])[:300]
+
+
+def is_alone(words: Words, token: int) -> bool:
+    """Whether a mask allows a token and no other."""
+    return bool(int(words[token >> 5]) >> (token & 31) & 1) and _count(words) == 1
+
+
+def _count(words: Words) -> int:
+    return int.from_bytes(words.tobytes(), "little").bit_count()
 
 
 def _set(words: Words, tokens: Iterable[int], allowed: bool) -> None:

@@ -6,6 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLTokenizer
 
@@ -51,6 +54,21 @@ class Vocabulary:
     def num_words(self) -> int:
         """Words of 32 bits that a mask of the library has, at least as many as the model's logits need."""
         return -(-self.tokens.vocab_size // 32)
+
+    @cached_property
+    def writable(self) -> NDArray[np.int32]:
+        """[W], a mask of the tokens that a text may have where its grammar says so. It lacks what the model does not
+        know, what ends a text for the library, and of the model's own ends those that the library takes for text; the
+        others it allows only where a grammar names them."""
+        bits = np.zeros(32 * self.num_words, dtype=bool)
+        bits[: self._size] = True
+        textual = [token for token in self.eos_token_ids if not self.tokens.is_special_token(token)]
+        bits[[*self.tokens.eos_tokens, *textual]] = False
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+    def is_writable(self, token: int) -> bool:
+        """Whether a text may have it."""
+        return bool(int(self.writable[token >> 5]) >> (token & 31) & 1)
 
     def is_special(self, token: int) -> bool:
         """Whether a token is no text: it controls something."""

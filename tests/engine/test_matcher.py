@@ -207,6 +207,20 @@ def test_end_tokens_stand_beside_what_may_follow(compilers: dict[str, Compiler])
     assert allowed(only, early_stops=(a,)) == [a]
 
 
+def test_what_no_text_has_is_in_no_chain(tmp_path: Path) -> None:
+    """A token that the model does not know, and an end of texts that the tokenizer takes for text."""
+    tokenizer = backend("byte-level")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    size, hello = tokenizer.get_vocab_size(), tokenizer.token_to_id("hello")
+    foreign = Compiler(Vocabulary(tmp_path, size - 1, ())), Grammar("grammar", f'start: "the" <[{size - 1}]> "b" "c"')
+    textual = Compiler(Vocabulary(tmp_path, size, (hello,))), Grammar("grammar", 'start: "the" "hello" "b" "c"')
+    for compiler, grammar in (foreign, textual):
+        place = matcher(compiler, grammar)
+        assert place.take([], 9) == ([tokenizer.token_to_id("the")], False)
+        place.write(np.zeros(place.num_words, dtype=np.int32))
+        assert place.error == "no token of the model's vocabulary goes on with the text"
+
+
 def test_compiled_grammars_are_kept_and_the_oldest_forgotten(
     compilers: dict[str, Compiler], monkeypatch: pytest.MonkeyPatch
 ) -> None:

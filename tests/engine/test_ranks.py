@@ -25,14 +25,18 @@ from manyheads.engine import blueprint, ranks
 from manyheads.engine.blueprint import Blueprint
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
+from manyheads.engine.masks import Masks, TreeWalk
 from manyheads.engine.rank import build
 from manyheads.engine.rank_messages import Clear, Follower, Message
 from manyheads.engine.ranks import LeadingRunner, Others, RankFailed, RankLaunch
+from manyheads.engine.runner import Runner
 from manyheads.engine.warmup import exercise
+from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.grammar import Grammar
 from manyheads.models.parallel import Ranks
 from manyheads.models.registry import read_config
-from manyheads.request import EngineRequest
+from manyheads.request import EngineRequest, RequestDelta
+from manyheads.speculation.tree import Tree
 from tests.eagle3 import make_drafter
 from tests.structured import SCHEMA, save_structured
 from tests.tiny import VOCAB, make_model, save_model
@@ -243,6 +247,42 @@ def test_text_under_a_grammar_is_that_of_one_rank(tmp_path: Path, threads: list[
     assert said(2) == said(1)
 
 
+def test_ranks_draw_alike_where_a_text_ends_within_a_step(
+    tmp_path: Path, threads: list[ThreadRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop token has others behind it in the tree, and its row is in the next step already. A drafter that looks at
+    the whole batch, on each rank by itself, would choose by what that row draws."""
+    made: dict[threading.Thread, list[torch.Tensor]] = {}
+    masks = TreeWalk.masks
+
+    def watched(walk: TreeWalk, tree: Tree) -> Masks:
+        found = masks(walk, tree)
+        made.setdefault(threading.current_thread(), []).append(found.words)
+        return found
+
+    monkeypatch.setattr(Runner, "overlaps", True)
+    model = save_structured(tmp_path / "model")
+    params = SamplingParams(temperature=0.0, logprobs=0, max_tokens=60, grammar=Grammar(kind="json", value=SCHEMA))
+    text = Tokenizer.load(model).encode('{"name": "a", "age": 1')
+    stop = text[4]
+    served = engine(model, 2, drafter="ngram", num_blocks=90)
+    monkeypatch.setattr(TreeWalk, "masks", watched)
+    monkeypatch.setattr(served.planner, "choose", lambda *args: served.planner.draft(6))
+    message = EngineRequest(
+        request_id="a", prompt_token_ids=[*text, 7], params=msgspec.structs.replace(params, stop_token_ids=(stop,))
+    )
+    served.add_request(message)
+    deltas: list[RequestDelta] = []
+    while served.has_work():
+        deltas += served.step()
+    assert [token for delta in deltas for token in delta.new_token_ids] == text[:5]
+    assert len(deltas) < 5
+    texts(served, 1)  # which the other rank has to be done for
+    mine, theirs = made.values()
+    assert len(mine) == len(theirs)
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
 def test_a_tied_vocabulary_that_does_not_divide(tmp_path: Path, threads: list[ThreadRanks]) -> None:
     make_model(tie_word_embeddings=True, vocab_size=19, intermediate_size=49).save_pretrained(tmp_path)
     assert texts(engine(tmp_path, 2, drafter="ngram"), 5) == texts(engine(tmp_path, 1, drafter="ngram"), 5)
@@ -308,7 +348,8 @@ PROGRAM = """
 import sys
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
-from manyheads.request import EngineRequest
+from manyheads.request import EngineRequest, RequestDelta
+from manyheads.speculation.tree import Tree
 model, device = sys.argv[1:]
 engine = build_engine(EngineConfig(model=model, device=device, tensor_parallel_size=2, speculative=False))
 params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)

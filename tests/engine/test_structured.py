@@ -17,7 +17,7 @@ from manyheads.engine import grammars
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.scheduler import StepsUnread
-from manyheads.engine.step import PendingStep, RowResult, StepPlan
+from manyheads.engine.step import PendingStep, RowResult, StepPlan, StepResult
 from manyheads.errors import RequestError
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineRequest, RequestDelta
@@ -140,6 +140,71 @@ def test_no_step_waits_for_a_grammar(model: Path, overlaps: bool, monkeypatch: p
         assert not request.params.return_steps
         assert request.tokens[known : known + len(row.tokens)] == row.tokens
         assert len(request.tokens) > known + len(row.tokens)
+
+
+@pytest.mark.parametrize("drafter", ["medusa", "ngram"])
+@pytest.mark.parametrize("rule", ["exact", "typical", "none"])
+def test_what_is_foreseen_is_what_the_step_does(
+    model: Path, engine: Engine, overlaps: bool, drafter: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees that hold what follows, or that are filled up; a rule that accepts none of it foresees nothing."""
+    served = build(model, drafter=drafter)
+    ways = {"typical": {"acceptance": "typical"}, "none": {"acceptance": "typical"}, "exact": {}}
+    ways["none"] |= {"typical_epsilon": 1.0, "typical_alpha": 1.0}
+    params = [under(JSON, seed=seed, **ways[rule]) for seed in range(4)]
+    (known,) = answers(engine, under(JSON, temperature=0.0))
+    monkeypatch.setattr(f"{__name__}.PROMPT", [*PROMPT, *tokens_of(known), *PROMPT])
+    monkeypatch.setattr(served.planner, "choose", lambda *args: served.planner.draft(8))
+    monkeypatch.setattr(served.runner, "overlaps", True, raising=False)
+    found: list[tuple[RowResult, RowResult]] = []
+    launch = served.runner.launch
+
+    def launching(plan: StepPlan, follow: Callable[[], None]) -> PendingStep:
+        step = launch(plan, follow)
+        read, foreseen = step.read, {row.request: row for row in step.foreseen}
+
+        def reading() -> StepResult:
+            result = read()
+            found.extend((foreseen[row.request], row) for row in result.rows if row.request in foreseen)
+            return result
+
+        monkeypatch.setattr(step, "read", reading)
+        return step
+
+    monkeypatch.setattr(served.runner, "launch", launching)
+    for deltas in answers(served, *params):
+        assert deltas[-1].finish_reason in ("stop", "length")
+    assert bool(found) == (rule != "none")
+    for expected, row in found:
+        assert row == expected
+    if drafter == "ngram" and found:
+        assert any(len(row.tokens) > 1 for row, _ in found)
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_grammar_may_name_an_end_token(
+    model: Path, tokenizer: Tokenizer, overlaps: bool, speculative: bool, ignore_eos: bool
+) -> None:
+    """Where nothing else may follow, where something else might, and in the middle of what is certain."""
+    served = build(model, drafter="ngram")
+    text = "the dog is hello world"
+    forms = [
+        f'start: "{text}" <|end|> "the cat"',
+        'start: /[ab]{2}/ <|end|> "c"',
+        'start: /[ab]{2}/ (<|end|> | "c") "d"',
+    ]
+    known = [token for end in (" ", "<|end|>the cat") for token in tokenizer.encode(text + end)]
+    for form in forms:
+        params = under(Grammar("grammar", form), speculative=speculative, ignore_eos=ignore_eos, logit_bias={EOS: 90.0})
+        served.add_request(EngineRequest(request_id="x", prompt_token_ids=known, params=params))
+        deltas: list[RequestDelta] = []
+        while served.has_work():
+            deltas += served.step()
+        tokens = tokens_of(deltas)
+        assert (deltas[-1].finish_reason, deltas[-1].error) == ("stop", None)
+        assert EOS in tokens
+        assert (tokens[-1] == EOS) is not ignore_eos
 
 
 def test_recordings_end_steps_that_draw_in_one_pass(
