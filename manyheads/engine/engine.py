@@ -182,7 +182,7 @@ class Engine:
         for row in launched.step.foreseen:
             if self._requests.get(row.request.request_id) is row.request:
                 launched.foreseen[row.request] = row.tokens
-                self._said.append(self._advance(row, plan, False))
+                self._said.append(self._advance(row, plan, False, is_read=False))
         return launched
 
     def _follow(self) -> None:
@@ -233,14 +233,23 @@ class Engine:
             elif not row.is_finite:
                 deltas.append(self._fail(row.request, [], row))
             elif row.tokens != launched.foreseen[row.request]:
-                raise RuntimeError(f"{row.tokens} where a grammar allows {launched.foreseen[row.request]} alone")
+                delta = self._fail(row.request, [], row)
+                why = f"tokens {row.tokens} were drawn where the grammar allows {launched.foreseen[row.request]} alone"
+                deltas.append(msgspec.structs.replace(delta, error=why))
+            else:
+                self._register(row.request)
         for chunk in plan.chunks:
             if chunk.request.held_row is not None:
                 self._register(chunk.request)
         return deltas
 
-    def _advance(self, row: RowResult, plan: StepPlan, first: bool) -> RequestDelta:
-        """Give a request the tokens that its row gained; the text ends at the first stop."""
+    def _advance(self, row: RowResult, plan: StepPlan, first: bool, is_read: bool = True) -> RequestDelta:
+        """Give a request the tokens that its row gained; the text ends at the first stop.
+
+        Args:
+            first: the row has computed the last of its known tokens.
+            is_read: the step is; else nobody knows yet whether its numbers are finite, and nothing of it is shared.
+        """
         request, tokens = row.request, row.tokens
         request.unread -= 1 if first else plan.draft.most_gained
         if first:
@@ -255,14 +264,15 @@ class Engine:
         request.is_extended = len(tokens) > len(row.tokens)
         self.scheduler.charge(request, len(tokens))
         if reason is not None:
-            return self._finish(request, tokens, reason, row, gained.stop_token)
+            return self._finish(request, tokens, reason, row, gained.stop_token, is_read)
         if request.matcher is not None and request.matcher.error is not None:
             delta = self._finish(request, tokens, "error", row)
             why = f"the grammar cannot be followed after {request.num_output} tokens: {request.matcher.error}"
             return msgspec.structs.replace(delta, error=why, error_kind="invalid")
         if not row.is_finite:
             return self._fail(request, tokens, row)
-        self._register(request)
+        if is_read:
+            self._register(request)
         return self._delta(request, tokens, row)
 
     def _fail(self, request: Request, tokens: list[int], row: RowResult) -> RequestDelta:
@@ -284,8 +294,9 @@ class Engine:
         reason: FinishReason,
         row: RowResult | None = None,
         stop_token: int | None = None,
+        is_read: bool = True,
     ) -> RequestDelta:
-        if request.held_row is not None:
+        if request.held_row is not None and is_read:
             self._register(request)
         self._remove(request)
         return self._delta(request, tokens, row, reason, stop_token)
