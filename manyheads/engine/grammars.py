@@ -9,6 +9,8 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from manyheads.engine.compiler import Compiler
 from manyheads.engine.matcher import Matcher
 from manyheads.engine.step import Request
@@ -67,8 +69,10 @@ class Grammars:
                 waiting.append(held)
                 continue
             try:
-                held.request.matcher = self._matcher(held)
-                held.request.is_held = False
+                matcher = self._matcher(held)
+                if not matcher.can_go_back():
+                    held.request.params = msgspec.structs.replace(held.request.params, speculative=False)
+                held.request.matcher, held.request.is_held = matcher, False
             except RequestError as error:
                 failed.append((held.request, (str(error), "invalid")))
             except Exception as error:  # a defect that one request meets is the end of that request alone

@@ -92,6 +92,15 @@ class Matcher:
             room -= 1
         return taken, self.is_complete
 
+    def can_go_back(self) -> bool:
+        """Whether it may `walk`: not where a lexeme of a grammar in Lark counts its tokens, or ends with a text that is
+        left out (`max_tokens=`, `stop=`)."""
+        words = np.zeros(self.num_words, dtype=np.int32)
+        tried = self._followed.deep_copy()
+        tried.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        tokens = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        return not len(tokens) or not tried.consume_token(int(tokens[0])) or bool(tried.rollback(1))
+
     def walk(
         self,
         below: Mapping[int, Sequence[int]],

@@ -388,6 +388,20 @@ def test_a_matcher_that_fails_ends_its_request_alone(engine: Engine, tokenizer: 
     assert good[-1].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("lexeme", ["x[max_tokens=4]: /[a-c]+/", 'x[stop="d"]: /[a-c]+/'])
+def test_grammars_that_cannot_go_back_have_no_trees(engine: Engine, lexeme: str) -> None:
+    """Such lexemes are counted as they come. Beside them, others have theirs."""
+    params = under(Grammar("grammar", f'start: "<" x\n{lexeme}'), **WAYS["greedy"], max_tokens=12, return_steps=True)
+    own, beside = answers(engine, params, under(JSON, **WAYS["greedy"], return_steps=True))
+    guessed = [[delta.trace.guesses for delta in deltas if delta.trace is not None] for deltas in (own, beside)]
+    assert not any(guessed[0])
+    assert any(guessed[1])
+    (plain,) = answers(engine, SamplingParams(**{**_fields(params), "speculative": False}))
+    assert tokens_of(own) == tokens_of(plain) != []
+    assert own[-1].finish_reason == plain[-1].finish_reason != "error"
+    assert beside[-1].finish_reason == "stop"
+
+
 def test_structural_tags(engine: Engine, tokenizer: Tokenizer) -> None:
     properties = {"x": {"enum": [17, 18]}}
     schema = {"type": "object", "properties": properties, "required": ["x"], "additionalProperties": False}
