@@ -225,9 +225,12 @@ def a_replica_that_is_killed_costs_a_pause(handle: Any, config: EngineConfig) ->
 
 def an_engine_that_is_killed_in_its_replica_is_counted_by_the_front_end(handle: Any, config: EngineConfig) -> None:
     requests = asked(20, "e")
-    (engine,) = children(replica_processes()[0])
 
     async def work(client: ReplicaClient) -> dict[str, list[int]]:
+        # a replica that has just come is without its engine for a while
+        while len(client.by_engine) < 2 or not all(map(children, replica_processes())):
+            await asyncio.sleep(0.1)
+        (engine,) = children(replica_processes()[0])
         restarts, resumed = client.num_restarts, client.num_resumed
         said = await texts(client, requests, 100, lambda: os.kill(engine, signal.SIGKILL))
         while client.num_restarts == restarts or client.num_resumed == resumed:
