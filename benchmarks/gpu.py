@@ -16,8 +16,8 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 
 With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
 one's own (by_chance.py); of vLLM's chains too, position by position. --random makes MODEL a folder without weights, for
-a published shape with random ones (random_model.py; of vLLM plain only). Both go with
---quantization and with several GPUs:
+a published shape with random ones (random_model.py; of vLLM plain only). Both go with --quantization and with several
+GPUs:
 
     python benchmarks/gpu.py FOLDER OUT.json --random llama-3.1-70b --acceptance --quantization fp8 \\
         --tensor-parallel-size 2

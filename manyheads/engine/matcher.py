@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from manyheads.engine.vocabulary import Vocabulary
+from manyheads.engine.vocabulary import Vocabulary, holds
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -117,7 +117,7 @@ class Matcher:
         Returns:
             The places that there is a way to; and what may come behind each, [N, W] words as `write` writes them.
         """
-        followed, writable = self._followed, self._vocabulary.writable
+        followed = self._followed
         words = np.zeros((1 + sum(map(len, below.values())), self.num_words), dtype=np.int32)  # the root's are first
         start, size = words.ctypes.data, words[0].nbytes
         places: list[int] = []
@@ -127,9 +127,8 @@ class Matcher:
         def visit(parent: int, row: int, depth: int) -> None:
             for place in below.get(parent, ()):
                 token = tokens[place]
-                word = token >> 5
-                # nothing stands behind what ends a text
-                if token in self._ends or not int(words[row, word] & writable[word]) >> (token & 31) & 1:
+                is_allowed = holds(words[row], token) and self._vocabulary.is_writable(token)
+                if token in self._ends or not is_allowed:  # nothing stands behind what ends a text
                     continue
                 if not followed.consume_token(token):
                     self._fail()
@@ -170,7 +169,7 @@ class Matcher:
             computed: the words are what the library says already, if it has to be asked.
         """
         if self.error is None and not self.is_complete:
-            if self._is_open:
+            if not self._chain:
                 if not computed:
                     self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
                 if self._chain is None and _count(words) > 1:
@@ -256,7 +255,7 @@ def first_line(message: str) -> str:
 
 def is_alone(words: Words, token: int) -> bool:
     """Whether a mask allows a token and no other."""
-    return bool(int(words[token >> 5]) >> (token & 31) & 1) and _count(words) == 1
+    return holds(words, token) and _count(words) == 1
 
 
 def _count(words: Words) -> int:

@@ -68,7 +68,7 @@ class Vocabulary:
 
     def is_writable(self, token: int) -> bool:
         """Whether a text may have it."""
-        return bool(int(self.writable[token >> 5]) >> (token & 31) & 1)
+        return holds(self.writable, token)
 
     def is_special(self, token: int) -> bool:
         """Whether a token is no text: it controls something."""
@@ -86,3 +86,8 @@ class Vocabulary:
 
         hf = AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True, trust_remote_code=False)
         return hf.backend_tokenizer
+
+
+def holds(words: NDArray[np.int32], token: int) -> bool:
+    """Whether a mask, [W] words, has a token: bit t % 32 of word t // 32 is token t's."""
+    return bool(int(words[token >> 5]) >> (token & 31) & 1)
