@@ -70,7 +70,8 @@ def score(model: Llama, tokens: list[int], start: int) -> tuple[Tensor, Tensor]:
     """Log-probability of each token from `start` on, and the most likely one in its place: [n] both, on the CPU."""
     config, n, device = model.config, len(tokens), model.device
     pages = -(-n // PAGE)
-    cache = KVCache.zeros(config.kv_shape, pages, PAGE, model.dtype, device)
+    kept = config.kv_shape
+    cache = KVCache.zeros(kept, 1 + pages * len(kept.groups), PAGE, model.dtype, device)
     attention = TorchAttention(cache, model.heads)
     chain = Group(
         start=0,
@@ -78,13 +79,13 @@ def score(model: Llama, tokens: list[int], start: int) -> tuple[Tensor, Tensor]:
         row_start=torch.tensor([0, n], dtype=torch.int32, device=device),
         bits=torch.zeros(n, dtype=torch.int64, device=device),
         cached_len=torch.zeros(1, dtype=torch.int64, device=device),
-        page_table=torch.arange(pages, device=device)[None],
+        page_table=torch.arange(1, pages + 1, device=device)[None],
         max_tokens=n,
         max_cached_len=0,
         is_chain=True,
     )
     places = torch.arange(n, device=device)
-    attention.plan([chain], places, places)
+    attention.plan([chain], places, places + PAGE)
     ids = torch.tensor(tokens, device=device)
     logits = model.logits(model.forward(ids, attention)[start - 1 : -1])
     chosen = logits.log_softmax(-1).gather(1, ids[start:, None])[:, 0]

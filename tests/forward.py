@@ -17,7 +17,8 @@ def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None)
     """[T] → [T, hidden]; the tokens are a chain if no tree says otherwise."""
     config, n, device = model.config, len(tokens), tokens.device
     pages = -(-n // 16)
-    cache = KVCache.zeros(config.kv_shape, pages, 16, model.dtype, device)
+    kept = config.kv_shape
+    cache = KVCache.zeros(kept, 1 + pages * len(kept.groups), 16, model.dtype, device)
     attention = TorchAttention(cache, model.heads)
     group = Group(
         start=0,
@@ -25,13 +26,13 @@ def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None)
         row_start=torch.tensor([0, n], dtype=torch.int32, device=device),
         bits=tree.bits if tree else torch.zeros(n, dtype=torch.int64, device=device),
         cached_len=torch.tensor([0], device=device),
-        page_table=torch.arange(pages, device=device)[None],
+        page_table=torch.arange(1, pages + 1, device=device)[None],
         max_tokens=n,
         max_cached_len=0,
         is_chain=tree is None,
     )
     places = torch.arange(n, device=device)
-    attention.plan([group], tree.depth if tree else places, places)
+    attention.plan([group], tree.depth if tree else places, places + 16)
     return model.forward(tokens, attention)
 
 

@@ -7,10 +7,12 @@ and to its ancestors in the row's tree (itself included).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
+
+from manyheads.kv_cache import KVCache
 
 Rotation = tuple[Tensor, Tensor]
 """cos and signed sin of every position, [positions, 1, head_dim] each; the first half of sin is negated."""
@@ -55,6 +57,13 @@ class Group:
     def num_rows(self) -> int:
         """How many rows stand in it."""
         return self.cached_len.shape[0]
+
+
+def groups_in(cache: KVCache, layers: int, groups: list[Group]) -> list[Group]:
+    """The same rows over the pages that a group of layers has (`KVCache.groups`)."""
+    if layers == 0:
+        return groups
+    return [replace(group, page_table=cache.pages_in(layers, group.page_table)) for group in groups]
 
 
 class AttentionBackend(Protocol):

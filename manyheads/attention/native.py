@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import Group, Heads
+from manyheads.attention.base import Group, Heads, groups_in
 from manyheads.attention.torch import TorchAttention
 from manyheads.kv_cache import KVCache
 from manyheads.native.layers import LANES, Layers, Shape, Trees
@@ -31,13 +31,17 @@ class NativeAttention(TorchAttention):
         sizes = heads.num_heads, self.num_kv_heads, self.head_dim, self.page_size
         self._c, self._shape = layers, Shape(*sizes, heads.eps, scale)
         self._planes = [(keys.data, values.data) for keys, values in self._layers]
-        self._trees: list[tuple[int, Trees]] = []  # and where the tokens of each begin
+        self._trees: dict[int, list[tuple[int, Trees]]] = {}  # by group of layers; and where the tokens of each begin
         self._kept: list[Tensor] = []  # what is pointed to
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
         super().plan([group for group in groups if group.is_chain], positions, slots.contiguous())
         self._kept = []
-        self._trees = [(group.start, self._told(group)) for group in groups if not group.is_chain]
+        trees = [group for group in groups if not group.is_chain]
+        self._trees = {
+            layers: [(group.start, self._told(group)) for group in groups_in(self.cache, layers, trees)]
+            for layers in self._slots
+        }
 
     def _told(self, group: Group) -> Trees:
         positions = self._positions[group.start : group.stop]
@@ -49,11 +53,11 @@ class NativeAttention(TorchAttention):
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         qkv, cache, rope = qkv.contiguous(), self._planes[layer], self._turns[id(self.heads.ropes[layer])]
-        self._c.turn(self._shape, qkv, rope, (q_norm, k_norm), cache, self._slots)
+        layers, window = self._kinds[layer]
+        self._c.turn(self._shape, qkv, rope, (q_norm, k_norm), cache, self._slots[layers])
         out = qkv.new_empty(len(qkv), self.num_heads * self.head_dim)
         for part in self._parts:
             out[part.start : part.stop] = self._attend(layer, part, qkv.view(len(qkv), -1, self.head_dim))
-        window = self.heads.windows.get(layer, 0)
-        for start, trees in self._trees:
-            self._c.attend(self._shape, trees, qkv[start:], cache, out[start:], window)
+        for start, trees in self._trees[layers]:
+            self._c.attend(self._shape, trees, qkv[start:], cache, out[start:], window or 0)
         return out

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyheads.attention.base import Group, Heads
+from manyheads.attention.base import Group, Heads, groups_in
 from manyheads.kv_cache import KVCache, Plane
+
+_Kind = tuple[int, int | None]
+"""Of a layer: its group (`KVCache.groups`), and its window."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,7 @@ class _Part:
     num_rows: int
     num_tokens: int  # n
     place: Tensor | None  # [stop - start] int64, into the R · n; None where every row has n tokens
-    views: dict[int | None, _View]  # by window
+    views: dict[_Kind, _View]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,13 +69,15 @@ class TorchAttention:
         self._layers = cache.layers()
         self._dtype = next(iter(heads.ropes.values()))[0].dtype
         self._parts: list[_Part] = []
-        self._slots = self._positions = torch.empty(0, dtype=torch.int64, device=cache.device)
+        self._positions = torch.empty(0, dtype=torch.int64, device=cache.device)
         self._ropes = {id(rope): rope for rope in heads.ropes.values()}  # most models have one for all layers
-        self._windows = [heads.windows.get(layer) for layer in heads.ropes]
+        self._kinds: dict[int, _Kind] = {i: (cache.group_of(i), heads.windows.get(i)) for i in heads.ropes}
+        self._slots: dict[int, Tensor] = {}  # by group of layers
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}  # of each, cos and sin of the step's tokens: [T, 1, d]
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
-        self._positions, self._slots = positions, slots
+        self._positions = positions
+        self._slots = {layers: self.cache.slots_in(layers, slots) for layers, _ in self._kinds.values()}
         self._turns = {key: (cos[positions], sin[positions]) for key, (cos, sin) in self._ropes.items()}
         self._parts = [part for group in groups for part in self._split(group)]
 
@@ -113,19 +118,20 @@ class TorchAttention:
         order = torch.arange(tokens, device=device)
         # [R, n, n]
         branches = (order[:, None] >= order)[None] if group.is_chain else (bits[..., None] >> order) & 1 != 0
-        views: dict[int | None, _View] = {}
-        for window in self._windows:
-            if window in views:
+        views: dict[_Kind, _View] = {}
+        for layers, window in self._kinds.values():
+            if (layers, window) in views:
                 continue
+            (of_layers,) = groups_in(self.cache, layers, [group])
             if window is None or window >= longest:  # tokens stand no further apart than slots
-                whole = views.get(None) or self._view(group, rows, min(lengths), longest, branches)
-                views[None] = views[window] = whole
+                whole = views.get((layers, None)) or self._view(of_layers, rows, min(lengths), longest, branches)
+                views[layers, None] = views[layers, window] = whole
             else:
                 at = self._positions[start:stop]
                 if place is not None:
                     at = at.new_zeros(num_rows * tokens).index_copy_(0, place, at)
                 depth = at.view(num_rows, tokens) - group.cached_len[rows, None]
-                views[window] = self._view(group, rows, min(lengths), longest, branches, depth, window)
+                views[layers, window] = self._view(of_layers, rows, min(lengths), longest, branches, depth, window)
         return _Part(start, stop, num_rows, tokens, place, views)
 
     def _view(
@@ -199,14 +205,15 @@ class TorchAttention:
         cos, sin = self._turns[id(self.heads.ropes[layer])]
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)
         keys, values = self._layers[layer]
-        keys.write(self._slots, qk[:, self.num_heads :])
-        values.write(self._slots, qkv[:, num_rotated:])
+        slots = self._slots[self._kinds[layer][0]]
+        keys.write(slots, qk[:, self.num_heads :])
+        values.write(slots, qkv[:, num_rotated:])
         outputs = [self._attend(layer, part, qk) for part in self._parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend(self, layer: int, part: _Part, qk: Tensor) -> Tensor:
         rows, tokens, kv_heads, dim = part.num_rows, part.num_tokens, self.num_kv_heads, self.head_dim
-        view = part.views[self.heads.windows.get(layer)]
+        view = part.views[self._kinds[layer]]
 
         def read(plane: Plane) -> Tensor:
             found = plane.pages(view.pages, qk.dtype) if view.span is None else plane.span(*view.span, qk.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyheads.attention.base import Group, Heads
+from manyheads.attention.base import Group, Heads, groups_in
 from manyheads.config import ConfigError
 from manyheads.kernels.attention import choose_splits, largest_tile, tile_size, tile_table, tree_attention, variants
 from manyheads.kernels.fused import rope_store
@@ -27,8 +27,11 @@ class TritonAttention:
         self._layers = cache.layers()
         on_gpu = self.device.type == "cuda"  # else Triton's interpreter
         self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
-        self._calls: dict[int, list[tuple[Group, Tensor, int]]] = {}  # by window; 0 is none: rows, tiles, splits
-        self._positions = self._slots = torch.empty(0, dtype=torch.int64, device=self.device)
+        # by layer its group, and its window; 0 is none
+        self._kinds = {layer: (cache.group_of(layer), heads.windows.get(layer, 0)) for layer in heads.ropes}
+        self._calls: dict[tuple[int, int], list[tuple[Group, Tensor, int]]] = {}  # by these: rows, tiles, splits
+        self._slots: dict[int, Tensor] = {}  # by group of layers
+        self._positions = torch.empty(0, dtype=torch.int64, device=self.device)
         self._dtype = next(iter(heads.ropes.values()))[0].dtype
         self._quantized = self._layers[0][0].scale is not None
         self._largest_tile = largest_tile(self.device, head_dim, self._dtype.itemsize, self._quantized)
@@ -36,16 +39,18 @@ class TritonAttention:
             self._compile()
 
     def plan(self, groups: list[Group], positions: Tensor, slots: Tensor) -> None:
-        self._positions, self._slots = positions, slots
-        windows = {self.heads.windows.get(layer, 0) for layer in self.heads.ropes}
-        self._calls = {window: [] for window in windows}
+        self._positions = positions
+        kinds = sorted(set(self._kinds.values()))
+        self._slots = {layers: self.cache.slots_in(layers, slots) for layers, _ in kinds}
+        found = {layers: groups_in(self.cache, layers, groups) for layers in self._slots}
+        self._calls = {kind: [] for kind in kinds}
         per_kv = self.num_heads // self.num_kv_heads
-        for group in groups:
+        for i, group in enumerate(groups):
             tokens = group.stop - group.start
             block_m = tile_size(group.max_tokens, -(-tokens // group.num_rows), per_kv, self._largest_tile)
             tiles = tile_table(group.row_start, tokens, group.max_tokens, per_kv, block_m)
-            for window, calls in self._calls.items():
-                calls.append((group, tiles, self._num_splits(group, block_m, window)))
+            for (layers, window), calls in self._calls.items():
+                calls.append((found[layers][i], tiles, self._num_splits(group, block_m, window)))
 
     def _num_splits(self, group: Group, block_m: int, window: int) -> int:
         """Programs that share a row's prefix, or what is seen of it through a window."""
@@ -64,7 +69,7 @@ class TritonAttention:
             cos,
             sin,
             self._positions,
-            self._slots,
+            self._slots[self._kinds[layer][0]],
             keys.data,
             values.data,
             self.num_heads,
@@ -75,7 +80,7 @@ class TritonAttention:
             values.scale,
         )
         out = torch.empty_like(q)
-        for group, tiles, num_splits in self._calls[self.heads.windows.get(layer, 0)]:
+        for group, tiles, num_splits in self._calls[self._kinds[layer]]:
             tokens = slice(group.start, group.stop)
             self._attend(layer, q[tokens], group, num_splits, self._positions[tokens], tiles, out[tokens])
         return out.flatten(1)
@@ -104,7 +109,7 @@ class TritonAttention:
             scale=self.heads.scale,
             softcap=self.heads.softcap,
             sinks=self.heads.sinks.get(layer),
-            window=self.heads.windows.get(layer, 0),
+            window=self._kinds[layer][1],
             positions=positions,
             k_scale=keys.scale,
             v_scale=values.scale,
@@ -114,7 +119,7 @@ class TritonAttention:
 
     def _compile(self) -> None:
         """Run the kernels in every variant that a step can need, on the dummy page: to compile one takes seconds."""
-        kinds = {(self.heads.windows.get(layer, 0), layer in self.heads.sinks): layer for layer in self.heads.ropes}
+        kinds = {(window, layer in self.heads.sinks): layer for layer, (_, window) in self._kinds.items()}
         for layer in kinds.values():
             head_dim = self._layers[layer][0].data.shape[-1]
             for num_tokens, num_splits in variants(self.num_heads // self.num_kv_heads):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from manyheads.batch import MAX_NODES
 from manyheads.checkpoint import described
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.engine.compiler import Compiler
 from manyheads.engine.estimate import Parts, Shape
 from manyheads.engine.memory import Limit, Meter, available_bytes, enforce, limit
+from manyheads.engine.page_manager import longest_text
 from manyheads.engine.runner import Runner
 from manyheads.engine.threads import Threads, given_threads
 from manyheads.engine.vocabulary import Vocabulary
@@ -122,13 +122,6 @@ class Blueprint:
         """A line on what becomes of the checkpoint's weights, if that is not plain."""
         is_rounded = find(self.config.quantization) is not None
         return described(self.folder, self.shape.dtype, is_rounded, blocks.serves(self.shape.dtype, self.shape.device))
-
-    @property
-    def window(self) -> int | None:
-        """How far back every layer looks at most, a drafter's own included; None: to the beginning."""
-        windows = [window for window in self.model.windows if window is not None]
-        has_own_layers = self.source is not None and self.source.shape.kv_layers > 0
-        return None if len(windows) < self.model.num_layers or has_own_layers else max(windows)
 
     @property
     def row_bytes(self) -> int:
@@ -270,7 +263,7 @@ def _num_pages(config: EngineConfig, shape: Shape, there: Limit | None, meter: M
     _require(config, shape, there, parts)
     if (asked := _asked_pages(config, shape)) is not None:
         return asked[0]
-    enough = shape.max_num_seqs * -(-(shape.max_model_len + MAX_NODES) // shape.page_size) + 1
+    enough = shape.max_num_seqs * shape.most_pages + 1
     if there is not None:
         return min(enough, shape.pages_within(there, parts))
     share = available_bytes() // 4 // config.tensor_parallel_size
@@ -279,7 +272,8 @@ def _num_pages(config: EngineConfig, shape: Shape, there: Limit | None, meter: M
 
 def _max_model_len(shape: Shape, num_pages: int) -> int:
     """What the K/V cache holds, if that is less than what was asked for."""
-    fits = (num_pages - 1) * shape.page_size
+    kept = shape.kept
+    fits = longest_text(num_pages, shape.page_size, kept.window, kept.num_companions)
     if fits < 2:
         raise ConfigError("the K/V cache holds less than 2 tokens; give it more pages")
     return min(shape.max_model_len, fits)

@@ -37,7 +37,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     runner = plan.runner(progress) if config.tensor_parallel_size == 1 else leading_runner(plan, progress)
     cache = runner.cache
     scheduler = Scheduler(
-        PageManager(cache.num_pages, config.block_size, config.prefix_caching, plan.window),
+        PageManager(
+            cache.num_pages, config.block_size, config.prefix_caching, shape.kept.window, shape.kept.num_companions
+        ),
         _target(config, runner, shape.max_num_batched_tokens, shape.num_drawn, progress),
         max_num_seqs=shape.max_num_seqs,
         max_queue=config.max_queue,
@@ -45,7 +47,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     )
 
     def memory() -> MemoryUse:
-        return plan.meter.look(cache.nbytes, (cache.num_pages - 1) * config.block_size, runner.graph_bytes)
+        return plan.meter.look(cache.nbytes, cache.num_text_pages * config.block_size, runner.graph_bytes)
 
     name = plan.folder.name if Path(config.model).exists() else config.model
     ready = _ready(config, plan, runner, name, memory())

@@ -51,7 +51,7 @@ class Engine:
         memory: Callable[[], MemoryUse] = MemoryUse,
         grammars: Grammars | None = None,
     ) -> None:
-        fits = scheduler.pages.num_usable * scheduler.pages.page_size
+        fits = scheduler.pages.longest_text
         if ready.max_model_len > fits:
             raise ValueError(f"max_model_len={ready.max_model_len}, but the pages hold {fits} tokens")
         self.runner = runner

@@ -91,15 +91,25 @@ class Shape:
 
     @property
     def page_bytes(self) -> int:
-        """A page of the K/V cache, all layers."""
+        """A page of the K/V cache, of a group of layers."""
         return self._page_bytes(self.kv_dtype or self.dtype)
 
     @property
-    def _kept(self) -> KVShape:
+    def most_pages(self) -> int:
+        """What a row may ever hold, companions included."""
+        pages = -(-(self.max_model_len + MAX_NODES) // self.page_size)
+        if not self.kept.num_companions or self.kept.window is None:
+            return pages
+        near = -(-(self.kept.window + self.max_num_batched_tokens) // self.page_size) + 2
+        return pages + self.kept.num_companions * min(pages, near)
+
+    @property
+    def kept(self) -> KVShape:
+        """What a token keeps of K/V, a drafter's layers included."""
         return self.model.kv_shape.with_layers(self.drafter.kv_layers if self.drafter else 0)
 
     def _page_bytes(self, dtype: torch.dtype) -> int:
-        return KVCache.zeros(self._kept, 1, self.page_size, dtype, torch.device("meta")).nbytes
+        return KVCache.zeros(self.kept, 1, self.page_size, dtype, torch.device("meta")).nbytes
 
     @property
     def page_cost(self) -> int:
@@ -108,7 +118,7 @@ class Shape:
         if not self.ops.gathers_pages:
             return self.page_bytes
         gathered = self.page_bytes + (self._page_bytes(self.dtype) if self.kv_dtype is not None else 0)
-        return self.page_bytes + 2 * gathered // self._kept.num_layers
+        return self.page_bytes + 2 * gathered // self.kept.page_layers
 
     def parts(self) -> Parts:
         """Everything beside the K/V cache."""

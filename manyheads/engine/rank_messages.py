@@ -44,6 +44,8 @@ class Launch(msgspec.Struct, array_like=True, frozen=True, tag="launch"):
     decoding: list[int]
     """Rows."""
     draft: Draft
+    companions: list[tuple[int, list[int]]]
+    """As `StepPlan.companions`."""
 
 
 class Followed(msgspec.Struct, array_like=True, frozen=True, tag="followed"):
@@ -102,6 +104,7 @@ class Teller:
             chunks=[(chunk.request.row, chunk.num_inflight, chunk.is_last) for chunk in plan.chunks],
             decoding=[request.row for request in plan.decoding],
             draft=plan.draft,
+            companions=plan.companions,
         )
 
     def followed(self, plan: StepPlan) -> Followed:
@@ -192,6 +195,7 @@ class Follower:
             decoding=[self._requests[row] for row in message.decoding],
             draft=message.draft,
             admitted=message.admitted,
+            companions=message.companions,
         )
 
     def _take(self, requests: list[Request]) -> None:

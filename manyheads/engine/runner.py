@@ -22,7 +22,7 @@ from manyheads.engine.prompt_logprobs import Scored, score
 from manyheads.engine.readout import Drawn, PendingStep
 from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
-from manyheads.engine.state import admit, clear, count_output, rewind, sync_pages
+from manyheads.engine.state import admit, clear, count_output, rewind, sync_companions, sync_pages
 from manyheads.engine.step import Chunk, Request, RowResult, StepPlan, nothing
 from manyheads.engine.step_run import (
     DecodingRows,
@@ -141,6 +141,7 @@ class Runner:
     def _launch(self, plan: StepPlan, follow: Callable[[], None]) -> PendingStep:
         admit(self.state, self.drafter, [*plan.admitted, *plan.extended])
         sync_pages(self.state, [*(chunk.request for chunk in plan.chunks), *plan.decoding])
+        sync_companions(self.state, self.cache, plan.companions)
         if self.recorded is not None and not plan.chunks and self.recorded.serves(plan.decoding):
             trees, values = self.recorded.decode(plan.decoding, plan.draft, self._tensors(plan.draft.tree))
             return self._pending([self._drawn(plan, plan.decoding, trees, values)])

@@ -134,7 +134,10 @@ class Scheduler:
         if self.num_preemptions == preemptions:
             self._admit(plan, starting, prompts)
         self.admission.tick(len(self.waiting) > 0)
-        return plan if plan.chunks or plan.decoding else None
+        if not (plan.chunks or plan.decoding):
+            return None
+        plan.companions.extend(self.pages.news())
+        return plan
 
     def _divide(self, num_decoding: int, budget: int, starting: list[Request]) -> dict[Request, int]:
         """How many tokens of each prompt a step computes: of those that have begun, and of those that are to start."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from manyheads.batch import RowState
 from manyheads.engine.bans import fill_tail, move_tails, needs_tail
 from manyheads.engine.step import Request
+from manyheads.kv_cache import KVCache
 from manyheads.speculation.drafter import Drafter
 
 LEAST_TEMPERATURE = 1e-30
@@ -74,6 +75,18 @@ def sync_pages(state: RowState, requests: list[Request]) -> None:
     if rows:
         where = state.tensor([rows, columns, pages])
         state.page_table[where[0], where[1]] = where[2]
+
+
+def sync_companions(state: RowState, cache: KVCache, news: list[tuple[int, list[int]]]) -> None:
+    """Tell the device which companions pages have.
+
+    Args:
+        news: pages that have new ones, and these.
+    """
+    if news:
+        assert cache.companions is not None
+        where = state.tensor([[page, *companions] for page, companions in news])
+        cache.companions[:, where[:, 0]] = where[:, 1:].T
 
 
 def has_penalties(request: Request) -> bool:

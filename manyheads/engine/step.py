@@ -190,6 +190,8 @@ class StepPlan:
     """What the decoding rows bring."""
     admitted: list[Request] = field(default_factory=list)
     """Requests whose row is new: the runner fills in its state."""
+    companions: list[tuple[int, list[int]]] = field(default_factory=list)
+    """Of pages that have new ones (`kv_cache.py`)."""
 
     @property
     def extended(self) -> list[Request]:

@@ -131,7 +131,7 @@ def _time_cached(runner: Runner, context: int, least: float) -> float:
     tokens. 0 where texts cannot become much longer."""
     state, seconds = runner.state, []
     rows = min(LONG_ROWS, state.num_rows)
-    room = (runner.cache.num_pages - 1) * state.page_size // rows
+    room = runner.cache.num_text_pages * state.page_size // rows
     long = min(LONG, state.max_len - MAX_NODES - 1, room - MAX_NODES)
     if long < 2 * context:
         return 0.0
@@ -222,7 +222,7 @@ def _enough(kinds: list[list[float]], elapsed: float, patience: float, least: fl
 def _dummy(runner: Runner, row: int, context: int, params: SamplingParams = GREEDY) -> Request:
     """A row with pages of its own, as far as there are enough. Where there are adapters, rows have them in turn, as
     most of traffic will."""
-    count, usable = -(-(context + MAX_NODES) // runner.state.page_size), runner.cache.num_pages - 1
+    count, usable = -(-(context + MAX_NODES) // runner.state.page_size), runner.cache.num_text_pages
     pages = [1 + (row * count + i) % usable for i in range(count)]
     adapters = runner.model.adapters
     return Request(

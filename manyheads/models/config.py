@@ -100,7 +100,7 @@ class ModelConfig:
     @property
     def kv_shape(self) -> KVShape:
         """What a token keeps of K/V."""
-        return KVShape(self.num_layers, self.num_kv_heads, self.head_dim)
+        return KVShape(self.windows, self.num_kv_heads, self.head_dim)
 
     @property
     def rope(self) -> Rope:

@@ -78,6 +78,37 @@ def test_greedy_text_is_transformers(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
+def test_layers_with_windows_hold_few_companions(tmp_path: Path, prefix_caching: bool) -> None:
+    """Seven layers of which one looks to the beginning, in chunks of 7 and trees of 8 nodes, in pages of 4."""
+    model = save(tmp_path, "gemma3", num_hidden_layers=7, layer_types=[*["sliding_attention"] * 6, "full_attention"])
+    served = engine(tmp_path, 8, max_num_batched_tokens=7, num_blocks=400, prefix_caching=prefix_caching)
+    pages = served.scheduler.pages
+    assert (pages.num_companions, pages.window, pages.longest_text) == (6, 5, (400 - 6 * 4) * 4)
+    prompts = [[random.Random(seed).randrange(VOCAB) for _ in range(50)] for seed in range(2)]
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    needed = []
+    step = served.step
+
+    def watched() -> list[RequestDelta]:
+        deltas = step()
+        needed.append(pages.num_needed)
+        return deltas
+
+    served.step = watched  # type: ignore[method-assign]
+    texts = run(served, [(prompt, params) for prompt in prompts])
+    assert max(needed) <= 2 * (28 + 6 * 12)  # of 2 * 7 * 28; a tree reserves up to 32 slots
+    for prompt, text in zip(prompts, texts, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == text
+    served.step = step  # type: ignore[method-assign]
+    fewer = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    again = [(prompts[0] + texts[0][:20], fewer), (prompts[1], params)]
+    assert run(served, again) == [texts[0][20:], texts[1]]  # some of the companions were given back
+    assert (served.stats().prefix_hits > 0) == prefix_caching
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
 def test_a_text_holds_the_pages_of_its_window(tmp_path: Path, prefix_caching: bool) -> None:
     """A window of 7 tokens, chunks of 7 and trees of 8 nodes, in pages of 4."""
     model = save(tmp_path, "mistral with a window")

@@ -149,6 +149,90 @@ Pages.TestCase.settings = settings(max_examples=300, stateful_step_count=40, dea
 TestPages = Pages.TestCase
 
 
+class Companions(RuleBasedStateMachine):
+    """Pages with companions, beside what was written to every page: whoever looks back through the window finds his own
+    text there, in the companions too."""
+
+    sequences: Bundle[Sequence] = Bundle("sequences")
+
+    @initialize(
+        num_pages=st.integers(4, 30), size=st.integers(1, 3), count=st.integers(1, 2), window=st.integers(1, 7),
+        caching=st.booleans(),
+    )  # fmt: skip
+    def begin(self, num_pages: int, size: int, count: int, window: int, caching: bool) -> None:
+        self.manager = PageManager(num_pages, size, caching, window, count)
+        self.size, self.window = size, window
+        self.alive: list[Sequence] = []
+        self.places: dict[int, list[int]] = {}  # what the device knows of companions
+        self.content: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, offset) → the text up to this token
+
+    def at(self, sequence: Sequence, position: int) -> list[tuple[int, int]]:
+        """Where the K/V of a token is to be found in each group of layers."""
+        page, offset = sequence.table.pages[position // self.size], position % self.size
+        return [(page, offset), *((companion, offset) for companion in self.places.get(page, []))]
+
+    @rule(target=sequences, tokens=TOKENS)
+    def start(self, tokens: list[int]) -> Sequence:
+        sequence = Sequence(tokens)
+        known = self.manager.num_known(sequence.table, tokens)
+        sequence.computed = self.manager.share_prefix(sequence.table, tokens)
+        assert sequence.computed == known < len(tokens)
+        self.alive.append(sequence)
+        return sequence
+
+    @rule(sequence=sequences, num_tokens=st.integers(1, 6), ahead=st.integers(0, 3))
+    def compute(self, sequence: Sequence, num_tokens: int, ahead: int) -> None:
+        self.manager.drop(sequence.table, sequence.computed)
+        end = min(sequence.computed + num_tokens, len(sequence.tokens))
+        missing = self.manager.pages_for(end + ahead) - len(sequence.table.pages)
+        available = self.manager.num_available
+        assert self.manager.reserve(sequence.table, end + ahead) == (missing <= available)
+        if missing > available:
+            return
+        self.places.update(self.manager.news())
+        for position in range(sequence.computed, end):
+            assert len(self.at(sequence, position)) == 1 + self.manager.num_companions
+            for place in self.at(sequence, position):
+                self.content[place] = tuple(sequence.tokens[: position + 1])
+        sequence.computed = end
+        self.manager.register(sequence.table, sequence.tokens, end)
+
+    @rule(sequence=sequences, tokens=TOKENS)
+    def append(self, sequence: Sequence, tokens: list[int]) -> None:
+        sequence.tokens = [*sequence.tokens, *tokens][:14]
+
+    @rule(sequence=sequences)
+    def trim(self, sequence: Sequence) -> None:
+        self.manager.trim(sequence.table, sequence.computed)
+
+    @rule(sequence=sequences)
+    def forget(self, sequence: Sequence) -> None:
+        self.manager.forget(sequence.table)
+        assert self.manager.num_known(PageTable(), [*sequence.tokens[: sequence.computed], 0]) <= sequence.computed
+
+    @rule(sequence=consumes(sequences))
+    def free(self, sequence: Sequence) -> None:
+        self.manager.free(sequence.table)
+        self.alive.remove(sequence)
+
+    @invariant()
+    def every_page_is_in_one_place(self) -> None:
+        self.manager.check_integrity([sequence.table for sequence in self.alive])
+
+    @invariant()
+    def who_looks_back_finds_his_text(self) -> None:
+        for sequence in self.alive:
+            for position in range(sequence.computed):
+                places = self.at(sequence, position)
+                is_seen = position > sequence.computed - self.window
+                for place in places if is_seen else places[:1]:
+                    assert self.content[place] == tuple(sequence.tokens[: position + 1])
+
+
+Companions.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestCompanions = Companions.TestCase
+
+
 def filled(manager: PageManager, tokens: list[int]) -> PageTable:
     """A table whose request has computed all of its tokens."""
     table = PageTable()
@@ -313,6 +397,45 @@ def test_what_was_given_back_is_forgotten_with_the_rest() -> None:
     manager.check_integrity([table])
     assert manager.num_known(PageTable(), tokens) == 0
     manager.free(table)
+    manager.check_integrity([])
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_companions_behind_the_window_make_room(caching: bool) -> None:
+    manager, table, tokens = PageManager(21, 4, caching, window=6, num_companions=2), PageTable(), list(range(24))
+    assert (manager.num_usable, manager.longest_text) == (6, (20 - 2 * 4) * 4)
+    assert manager.reserve(table, 24)
+    manager.register(table, tokens, 20)
+    pages = list(table.pages)
+    for cached_len, passed in ((8, 0), (9, 1), (17, 3)):
+        manager.drop(table, cached_len)
+        assert (table.pages, table.num_passed, table.num_dropped) == (pages, passed, 0)
+        assert manager.num_available == (2 + 2 * passed) // 3
+        manager.check_integrity([table])
+    # a text that shares three pages looks back into the second, whose companions are spare
+    assert manager.num_known(PageTable(), tokens[:13]) == (12 if caching else 0)
+    other = PageTable()
+    assert manager.reserve(other, 8)
+    assert manager.num_known(PageTable(), tokens[:13]) == 0, "spare companions were taken"
+    assert manager.num_known(PageTable(), tokens) == (20 if caching else 0), "the last pages have theirs"
+    manager.check_integrity([table, other])
+    manager.free(other)
+    manager.free(table)
+    manager.check_integrity([])
+
+
+def test_a_page_that_has_companions_takes_the_place_of_one_without() -> None:
+    manager, tokens = PageManager(21, 4, window=6, num_companions=2), list(range(17))
+    first = filled(manager, tokens)
+    manager.drop(first, 16)
+    other = PageTable()
+    assert manager.reserve(other, 8), "which takes what is spare"
+    manager.free(other)
+    assert manager.num_known(PageTable(), tokens[:9]) == 0
+    manager.free(first)
+    second = filled(manager, tokens[:9])
+    assert manager.num_known(PageTable(), tokens[:9]) == 8
+    manager.free(second)
     manager.check_integrity([])
 
 

@@ -38,6 +38,7 @@ from manyheads.models.registry import read_config
 from manyheads.request import EngineRequest, RequestDelta
 from manyheads.speculation.tree import Tree
 from tests.eagle3 import make_drafter
+from tests.engine.test_families import save
 from tests.structured import SCHEMA, save_structured
 from tests.tiny import VOCAB, make_model, save_model
 
@@ -225,6 +226,20 @@ def test_text_of_fewer_bits_is_that_of_one_rank(wide: Path, threads: list[Thread
     """int4's groups of 128 columns are cut."""
     settings = {"quantization": scheme, "heads": str(wide / "heads")}
     assert texts(engine(wide, 2, **settings), 5) == texts(engine(wide, 1, **settings), 5)
+
+
+def test_ranks_agree_on_companions(tmp_path: Path, threads: list[ThreadRanks], overlaps: bool) -> None:
+    """One layer looks through a window, and its pages are others than the other's."""
+    save(tmp_path, "gemma3")
+    shared, alone = (engine(tmp_path, size, heads=str(tmp_path / "heads"), num_blocks=48) for size in (2, 1))
+    assert texts(shared, 6) == texts(alone, 6)
+    assert shared.scheduler.pages.num_companions == 1
+    assert isinstance(shared.runner, LeadingRunner)
+    for follower in threads[0].followers:
+        mine, theirs = shared.runner.cache.companions, follower._runner.cache.companions
+        assert mine is not None
+        assert theirs is not None
+        assert torch.equal(mine, theirs)
 
 
 def test_text_under_a_grammar_is_that_of_one_rank(tmp_path: Path, threads: list[ThreadRanks], overlaps: bool) -> None:

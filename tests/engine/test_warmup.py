@@ -58,7 +58,7 @@ def fake_runner(clock: Clock, monkeypatch: pytest.MonkeyPatch, max_len: int = 10
         device=device,
         model=SimpleNamespace(adapters=None),
         state=state,
-        cache=SimpleNamespace(num_pages=1 + 4 * max_len // 16),
+        cache=SimpleNamespace(num_text_pages=4 * max_len // 16),
         put=put,
         rewind=partial(rewind, state),
         clear=partial(clear, state),

@@ -171,3 +171,51 @@ def test_backends_choose_by_layer(backend: type[TorchAttention] | type[TritonAtt
             )
             wanted = expected(copy, dim**-0.5, softcap, windows.get(layer, 1000), sinks.get(layer))
             assert relative_error(found, wanted.flatten(1)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", [TorchAttention, TritonAttention])
+def test_companions_are_where_the_others_look(backend: type[TorchAttention] | type[TritonAttention]) -> None:
+    """Layers on pages of one group, and the same ones on companions of these: what they write and what they see."""
+    torch.manual_seed(0)
+    heads, kv_heads, dim, page_size = 4, 2, 16, 4
+    settings = Heads(
+        num_heads=heads,
+        eps=1e-6,
+        windows={0: 6, 2: 6},
+        ropes=dict.fromkeys(range(3), NO_ROPE.table(400, dim, DEVICE, torch.float32)),
+    )
+    place = {0: 1, 1: 0, 2: 2}
+    for rows in ([tree(30, 6), tree(33, 3)], [chain(20, 7), chain(0, 3)], [tree(50, 8)], [chain(41, 1)]):
+        made = batch(rows, page_size=page_size, heads=heads, kv_heads=kv_heads)
+        table, count, device = made.page_table, made.k_pages.shape[0], DEVICE
+        companions = torch.zeros(2, 3 * count, dtype=torch.int64, device=device)
+        companions[:, 1:count] = (count + torch.randperm(2 * count - 2, device=device)).view(2, -1)
+        plain = KVCache(torch.randn(3, 2, count, page_size, kv_heads, dim, device=device))
+        grouped = KVCache(
+            torch.randn(1, 2, 3 * count, page_size, kv_heads, dim, device=device), None, ((1,), (0,), (2,)), companions
+        )
+        everywhere = torch.arange(count, device=device)
+        where = [grouped.pages_in(place[layer], everywhere) for layer in range(3)]
+        for layer in range(3):
+            grouped.data[0, :, where[layer]] = plain.data[layer]
+        own = [torch.arange(row.cached, row.cached + row.num_nodes, device=device) for row in rows]
+        slots = torch.cat([table[r, at // page_size] * page_size + at % page_size for r, at in enumerate(own)])
+        group = Group(
+            start=0,
+            stop=len(slots),
+            row_start=made.row_start,
+            bits=made.mask,
+            cached_len=made.cached_len,
+            page_table=table,
+            max_tokens=made.max_nodes,
+            max_cached_len=max(row.cached for row in rows),
+            is_chain=rows[0].parents is None,
+        )
+        qkv = torch.randn(len(slots), (heads + 2 * kv_heads) * dim, device=device)
+        backends = backend(plain, settings), backend(grouped, settings)
+        for attention in backends:
+            attention.plan([group], positions(made), slots)
+        for layer in range(3):
+            wanted, found = (attention(layer, qkv.clone(), None, None) for attention in backends)
+            assert relative_error(found, wanted) < 1e-6
+            torch.testing.assert_close(grouped.data[0, :, where[layer][1:]], plain.data[layer][:, 1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from manyheads.batch import RowState, Trees
-from manyheads.kv_cache import CODES, KVCache
+from manyheads.kv_cache import CODES, KVCache, as_bytes
 from manyheads.speculation.tree import Choice, Tree
 from tests.kernels import DEVICE
 from tests.ops.rows import HEADS, OPS, RANKS, ROWS, Case, brought, cases, taken
@@ -164,6 +165,7 @@ def test_what_rows_gained_is_packed(case: Case, more: int) -> None:
     assert gained.place[total:].tolist() == [0] * more
 
 
+Compacted = Callable[[KVCache, Trees, list[int], RowState], KVCache]
 CROSSING = Tree(((), (0,), (1,), (1, 0), (0, 0), (1, 0, 0)))
 
 
@@ -182,7 +184,8 @@ def through_kernel(cache: KVCache, trees: Trees, ends: list[int], state: RowStat
     """As `TritonOps.compact` calls it on a GPU."""
     from manyheads.kernels.compact import compact
 
-    cache = KVCache(cache.data.to(DEVICE), None if cache.scale is None else cache.scale.to(DEVICE))
+    tensors = {name: getattr(cache, name) for name in ("data", "scale", "companions")}
+    cache = replace(cache, **{name: x.to(DEVICE) for name, x in tensors.items() if x is not None})
     last, tree = torch.tensor(ends), trees.tree
     places = trees.offset.gather(1, tree.path[last])
     compact(cache, *(x.to(DEVICE) for x in (trees.row_slots, places, tree.depth[last] + 1)))
@@ -191,7 +194,7 @@ def through_kernel(cache: KVCache, trees: Trees, ends: list[int], state: RowStat
 
 def check_compaction(
     case: Case,
-    compacted: Callable[[KVCache, Trees, list[int], RowState], KVCache],
+    compacted: Compacted,
     ends: list[int] | None = None,
     kv_heads: int = 2,
     dim: int = 3,
@@ -202,6 +205,42 @@ def check_compaction(
     ends = ends or some_ends(case, trees)
     wanted = moved(case, cache, state, trees, ends)
     assert same(compacted(cache, trees, ends, state), wanted)
+
+
+def through_companions(compacted: Compacted) -> Compacted:
+    """The same with a layer's entries on pages of the other one's: taken apart before, and put together behind."""
+
+    def through(cache: KVCache, trees: Trees, ends: list[int], state: RowState) -> KVCache:
+        count = cache.num_pages
+        companions = torch.zeros(1, count, dtype=torch.int64)
+        companions[0, 1:] = count + torch.randperm(count - 1, generator=torch.Generator().manual_seed(count))
+
+        def apart(x: Tensor) -> Tensor:
+            both = torch.zeros_like(x[:1]).repeat_interleave(2, dim=2)
+            both[:, :, :count], both[:, :, companions[0, 1:]] = x[:1], x[1:, :, 1:]
+            return both
+
+        def together(x: Tensor) -> Tensor:
+            return torch.cat((x[:, :, :count], x[:, :, companions[0].to(x.device)]))
+
+        data, scale = (None if x is None else apart(as_bytes(x)) for x in (cache.data, cache.scale))
+        assert data is not None
+        grouped = KVCache(data.view(cache.data.dtype), scale, ((0,), (1,)), companions)
+        done = compacted(grouped, trees, ends, state)
+        data, scale = (None if x is None else together(as_bytes(x)) for x in (done.data, done.scale))
+        assert data is not None
+        data[1, :, 0], cached = as_bytes(cache.data).to(data.device)[1, :, 0], cache.scale  # the dummy page
+        if scale is not None and cached is not None:
+            scale[1, :, 0] = cached.to(scale.device)[1, :, 0]
+        return KVCache(data.view(cache.data.dtype), scale)
+
+    return through
+
+
+@pytest.mark.parametrize("kv_dtype", [None, *CODES.values()])
+def test_companions_move_with_their_pages(kv_dtype: torch.dtype | None) -> None:
+    case = Case(CROSSING, [4, 0, 1], 1.0, 3, 1, 1, kv_dtype=kv_dtype)
+    check_compaction(case, through_companions(through_settle), [5, 4, 2, 0])
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
@@ -221,3 +260,10 @@ def test_the_kernel_moves_entries_of_any_size(kv_dtype: torch.dtype | None, kv_h
     """A program moves 1024 elements: parts of a block, one and more."""
     case = Case(CROSSING, [4, 0, 1], 1.0, 3, 1, 1, kv_dtype=kv_dtype)
     check_compaction(case, through_kernel, [5, 4, 2, 0], kv_heads, dim)
+
+
+@needs_triton
+@pytest.mark.parametrize("kv_dtype", [None, *CODES.values()])
+def test_the_kernel_moves_companions_too(kv_dtype: torch.dtype | None) -> None:
+    case = Case(CROSSING, [4, 0, 1], 1.0, 3, 1, 1, kv_dtype=kv_dtype)
+    check_compaction(case, through_companions(through_kernel), [5, 4, 2, 0])
