@@ -1,6 +1,6 @@
 """How many tokens a second the API server writes to many streams, whatever the engine.
 
-An engine that computes nothing has a token for every stream each 10 ms.
+An engine that computes nothing has a token for every stream each 10 ms. (arrivals.py: while requests arrive.)
 
     python benchmarks/streams.py                     # writes results/streams.json
 
@@ -14,6 +14,8 @@ import asyncio
 import functools
 import json
 import os
+import random
+import struct
 import subprocess
 import sys
 import time
@@ -24,19 +26,28 @@ import psutil
 from common import BUILTIN, ROOT, get_json, machine, save, table
 
 from manyheads.config import EngineConfig
-from manyheads.request import EngineReady, EngineRequest, RequestDelta
+from manyheads.request import EngineReady, EngineRequest, FinishReason, RequestDelta
 from manyheads.stats import EngineStats
 
 STEP_SECONDS = 0.01
 PORT = 8017
-TEXT = [300, 301, 302, 303]
-"""Tokens, over and over."""
+TEXT = range(300, 500)
+"""Tokens, over and over: each is some letters."""
+GAINS = (1, 2, 3)
+"""Tokens of a stream in a step, where a log is written."""
+RECORD = "=iid"
+"""In the log: a request's seed, its tokens so far (0: it has come), and the time."""
+NAP_SECONDS = 5e-4
+"""So often an engine that waits looks whether requests have come."""
 
 
 class Engine:
-    """A token for every request at every step."""
+    """A token for every request at every step; with a log 1 to 3, and it writes down when."""
 
     def __init__(self) -> None:
+        self._step_seconds = float(os.environ.get("STREAMS_STEP", STEP_SECONDS))
+        log = os.environ.get("STREAMS_LOG")
+        self._log = open(log, "xb", buffering=0) if log else None  # noqa: SIM115 - to its end; another engine has none
         self.ready = EngineReady(
             model="streams",
             max_model_len=4096,
@@ -56,6 +67,7 @@ class Engine:
 
     def add_request(self, message: EngineRequest) -> None:
         self._open[message.request_id], self._done[message.request_id] = message, 0
+        self._write([(message, 0)])
 
     def abort(self, request_id: str) -> None:
         self._open.pop(request_id, None)
@@ -67,17 +79,27 @@ class Engine:
         return EngineStats(num_running=len(self._open))
 
     def step(self) -> list[RequestDelta]:
-        time.sleep(max(0.0, self._due - time.perf_counter()))
-        self._due = time.perf_counter() + STEP_SECONDS
-        deltas = []
+        if self._due > time.perf_counter():
+            time.sleep(min(NAP_SECONDS, self._due - time.perf_counter()))
+            return []
+        self._due = max(self._due + self._step_seconds, time.perf_counter())
+        deltas, written = [], []
         for name, request in list(self._open.items()):
-            self._done[name] = count = self._done[name] + 1
-            reason = "length" if count == request.params.max_tokens else None
+            done, most = self._done[name], request.params.max_tokens or 0
+            self._done[name] = count = min(most, done + (random.choice(GAINS) if self._log is not None else 1))
+            tokens = [TEXT[i % len(TEXT)] for i in range(done, count)]
+            reason: FinishReason | None = "length" if count == most else None
             if reason:
                 del self._open[name]
-            token = TEXT[count % len(TEXT)]
-            deltas.append(RequestDelta(request_id=name, new_token_ids=[token], finish_reason=reason, num_steps=count))  # type: ignore[arg-type]
+            deltas.append(RequestDelta(request_id=name, new_token_ids=tokens, finish_reason=reason, num_steps=count))
+            written.append((request, count))
+        self._write(written)
         return deltas
+
+    def _write(self, counts: list[tuple[EngineRequest, int]]) -> None:
+        if self._log is not None:
+            now = time.monotonic()
+            self._log.write(b"".join(struct.pack(RECORD, of.params.seed or 0, count, now) for of, count in counts))
 
 
 def build(config: EngineConfig, progress: object = None) -> Engine:
@@ -131,6 +153,10 @@ def main() -> None:
         from manyheads.server import run
 
         run.serve = functools.partial(run.serve, build="streams:build")
+        if os.environ.get("STREAMS_LOOP") == "uvloop":
+            import uvloop
+
+            asyncio.run = uvloop.run  # the server's, too
         sys.exit(cli.main(["serve", str(BUILTIN), "--port", str(PORT)]))
     server = subprocess.Popen(
         [sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}

@@ -1,14 +1,15 @@
 """What adapters of low rank add to a product (LoRA), each token's own, many in one batch.
 
-Tokens are put together by their adapters, in blocks of one adapter each, once for all products of a pass. Then what is
-added to a product is one kernel. As in Punica (Chen et al. 2023, "SGMV") and S-LoRA (Sheng et al. 2023) it goes down to
-the adapters' rank and up to the outputs, where the result is added; each of the two reads the weights of adapters that
-have tokens, and once for each of their blocks. How many blocks there may be depends on the numbers of tokens and
-adapters alone, so that a CUDA graph can hold it; the programs of those that are not needed end at once.
+Tokens are put together by their adapters, in blocks of one adapter each, once for all products of a pass. Then a
+product is two kernels, as in Punica (Chen et al. 2023, "SGMV") and S-LoRA (Sheng et al. 2023): down to the adapters'
+rank, and up to the outputs, where the result is added. Each reads the weights of adapters that have tokens, and once
+for each of their blocks. How many blocks there may be depends on the numbers of tokens and adapters alone, so that a
+CUDA graph can hold it; the programs of those that are not needed end at once.
 
-Some programs go down, each over a share of the columns, and say so when they are done; the others go up, load what they
-need meanwhile, and wait for those of their block. So a product's weights are read in one stream, and a kernel's start
-is paid for once. Sums are always made in one order, so that a row is the same in every run.
+All that counts is that weights are always on their way. So all programs that go down run at once, and share the sums of
+a row for that; they announce the second kernel as they begin, whose programs ask for their weights and wait. Programs
+are few and have much to read each, since one that begins later waits for the memory twice, for its block and for its
+weights. Sums are always made in one order, so that a row is the same in every run.
 """
 
 from __future__ import annotations
@@ -21,25 +22,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manyheads.kernels.dependent import begin, dependent
+from manyheads.kernels.dependent import announce, begin, dependent, wait
 
-_FEW_TOKENS = 512
-"""Of so many, blocks are small, since an adapter has few of them; and programs share the sums of a row."""
-_FEW, _MANY = 16, 64
-"""Tokens of a block at most, where there are few and where there are many;"""
-_WIDTH_FEW, _WIDTH_MANY = 256, 128
-"""and columns at most, or outputs, that a program multiplies at once."""
-_SHARE, _MOST_SPLITS = 8192, 16
-"""Where programs share the sums of a row, numbers of the first factor that each of them reads, and programs at most."""
-_TILE = 4096
-"""Numbers of the first factor that a program multiplies at once,"""
+
+class Tiles(NamedTuple):
+    """What programs have to do."""
+
+    size: int
+    """Tokens of a block, at most."""
+    splits: int
+    """Programs, at most, that share the sums of a row on the way down,"""
+    numbers: int
+    """and numbers of the first factor that each of them multiplies at once,"""
+    stages: int
+    """and how many times as many it has at hand or asked for."""
+    outputs: int
+    """Outputs of a program on the way up."""
+
+
+_TILES = {128: Tiles(8, 8, 4096, 4, 512), 512: Tiles(16, 8, 4096, 4, 256)}
+"""By tokens, at most: where they are few, an adapter has a few of them at most, and each block reads its weights;"""
+_MANY = Tiles(64, 4, 4096, 3, 128)
+"""and where there are more."""
 _MOST_RANKS = 64
-"""and numbers between the two factors for which it does."""
+"""Numbers between the two factors that a program going down multiplies at once, at most,"""
 _UP_RANKS = 16
-"""Rows of the second factor that a program multiplies at once; it holds as many sums of every share in registers."""
+"""and that one going up does."""
 _WARPS = 4
-_STAGES = 3
 _TOKENS_AT_ONCE = 64
+
+
+def tiles_of(num_tokens: int) -> Tiles:
+    """What programs have to do where there are so many tokens."""
+    return next((tiles for most, tiles in _TILES.items() if num_tokens <= most), _MANY)
 
 
 class Blocks(NamedTuple):
@@ -49,8 +64,6 @@ class Blocks(NamedTuple):
     """[B] int32: a block's adapter, from 1, or 0 where there is no block."""
     token: Tensor
     """[B, size] int32: its tokens, in their order, and -1 behind them; anything where there is no block."""
-    done: Tensor
-    """[B] int32, 0: programs of a product that are done with a block; the last one makes it 0 again."""
 
     @property
     def size(self) -> int:
@@ -66,17 +79,15 @@ def group(which: Tensor, count: int) -> Blocks:
         count: adapters that there are.
     """
     num_tokens = which.shape[0]
-    size = _FEW if num_tokens <= _FEW_TOKENS else _MANY
+    size = tiles_of(num_tokens).size
     most = min(count, num_tokens)  # so many adapters may have a block that is not full
     num_blocks = (num_tokens - most) // size + most
     adapter = torch.empty(num_blocks, dtype=torch.int32, device=which.device)
     token = torch.empty((num_blocks, size), dtype=torch.int32, device=which.device)
-    done = torch.empty_like(adapter)
     _group_kernel[(-(-num_tokens // _TOKENS_AT_ONCE),)](
         which,
         adapter,
         token,
-        done,
         num_tokens,
         num_blocks,
         COUNT=triton.next_power_of_2(count + 1),
@@ -84,7 +95,7 @@ def group(which: Tensor, count: int) -> Blocks:
         AT_ONCE=_TOKENS_AT_ONCE,
         **dependent(which.device),
     )
-    return Blocks(adapter, token, done)
+    return Blocks(adapter, token)
 
 
 def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], blocks: Blocks) -> None:
@@ -98,54 +109,68 @@ def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], blocks
         sizes: outputs of each projection.
         blocks: of the tokens.
 
-    NOTE: x and the blocks are read before the last kernel is done. That has to be one that made y, and was launched
-    when they were written already.
+    NOTE: x and the blocks are read before the last kernel is done. That has to be one that made y, and began when they
+    were written already.
     """
+    if len(sizes) > 3:
+        raise ValueError(f"{len(sizes)} projections in one product are more than 3")
+    up(y, down(x, a, blocks), b, sizes, blocks)
+
+
+def down(x: Tensor, a: Tensor, blocks: Blocks) -> Tensor:
+    """x Aᵀ, of tokens that have an adapter, in parts that are to be added up: [splits, T, K · R] float32."""
     num_tokens, width = x.shape
-    count, rank = len(sizes), a.shape[2] // len(sizes)
-    if count > 3:
-        raise ValueError(f"{count} projections in one product are more than 3")
-    num_blocks = blocks.adapter.shape[0]
-    are_few = num_tokens <= _FEW_TOKENS
-    outputs = _WIDTH_FEW if are_few else _WIDTH_MANY
-    ranks = min(_MOST_RANKS, max(16, triton.next_power_of_2(count * rank)))
-    columns = min(outputs, _TILE // ranks)
-    share = max(_SHARE // ranks, -(-width // _MOST_SPLITS)) if are_few else width
-    share = -(-share // columns) * columns
-    splits, tiles = -(-width // share), -(-count * rank // ranks)
-    pieces = sum(-(-size // outputs) for size in sizes)
-    inner = torch.empty((splits, num_tokens, count * rank), dtype=torch.float32, device=x.device)
-    _kernel[(num_blocks * (splits * tiles + pieces),)](
+    tiles, numbers = tiles_of(num_tokens), a.shape[2]
+    ranks = min(_MOST_RANKS, max(16, triton.next_power_of_2(numbers)))
+    columns = tiles.numbers // ranks
+    share = -(-width // (tiles.splits * columns)) * columns
+    splits = -(-width // share)
+    inner = torch.empty((splits, num_tokens, numbers), dtype=torch.float32, device=x.device)
+    _down_kernel[(splits, -(-numbers // ranks), len(blocks.adapter))](
         x,
         a,
+        blocks.adapter,
+        blocks.token,
+        inner,
+        num_tokens,
+        width,
+        x.stride(0),
+        NUMBERS=numbers,
+        SHARE=share,
+        COLUMNS=columns,
+        RANKS=ranks,
+        SIZE=blocks.size,
+        ROWS=max(16, blocks.size),
+        num_warps=_WARPS,
+        num_stages=tiles.stages,
+        **dependent(x.device),
+    )
+    return inner
+
+
+def up(y: Tensor, inner: Tensor, b: Tensor, sizes: Sequence[int], blocks: Blocks) -> None:
+    """Add x Aᵀ Bᵀ to y; the kernel before it has to be `down`'s."""
+    splits, num_tokens, numbers = inner.shape
+    outputs, rank = tiles_of(num_tokens).outputs, numbers // len(sizes)
+    _up_kernel[(sum(-(-size // outputs) for size in sizes), len(blocks.adapter))](
+        inner,
         b,
         blocks.adapter,
         blocks.token,
-        blocks.done,
-        inner,
         y,
         num_tokens,
-        num_blocks,
-        width,
-        a.shape[0] * rank,
+        b.shape[0] // sum(sizes),
         *[*sizes, 0, 0][:3],
-        x.stride(0),
         y.stride(0),
-        COUNT=count,
+        COUNT=len(sizes),
         RANK=rank,
         SPLITS=splits,
-        TILES=tiles,
-        PIECES=pieces,
-        SHARE=share,
-        COLUMNS=columns,
-        DOWN_RANKS=ranks,
         OUTPUTS=outputs,
-        UP_RANKS=_UP_RANKS,
+        RANKS=_UP_RANKS,
         SUMS=triton.next_power_of_2(splits),
         SIZE=blocks.size,
         num_warps=_WARPS,
-        num_stages=_STAGES,
-        **dependent(x.device),
+        **dependent(y.device),
     )
 
 
@@ -154,7 +179,6 @@ def _group_kernel(
     which_ptr,
     adapter_ptr,
     token_ptr,
-    done_ptr,
     num_tokens,
     num_blocks,
     COUNT: tl.constexpr,
@@ -185,163 +209,63 @@ def _group_kernel(
             tl.store(token_ptr + first * SIZE + tokens + i, -1, mask=tokens + i < needed * SIZE)
         for start in range(0, num_blocks, AT_ONCE):
             place = start + at
-            tl.store(done_ptr + place, 0, mask=place < num_blocks)
             tl.store(adapter_ptr + place, 0, mask=(place >= tl.sum(needed, 0)) & (place < num_blocks))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
-def _kernel(
+@triton.jit(do_not_specialize=["num_tokens"])
+def _down_kernel(
     x_ptr,
     a_ptr,
-    b_ptr,
     adapter_ptr,
     token_ptr,
-    done_ptr,
     inner_ptr,
-    y_ptr,
     num_tokens,
-    num_blocks,
     width,
-    num_rows,
-    first_size,
-    second_size,
-    third_size,
     stride_x,
-    stride_y,
-    COUNT: tl.constexpr,
-    RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILES: tl.constexpr,
-    PIECES: tl.constexpr,
+    NUMBERS: tl.constexpr,
     SHARE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DOWN_RANKS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    UP_RANKS: tl.constexpr,
-    SUMS: tl.constexpr,
+    RANKS: tl.constexpr,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a block of tokens, and of it either one share of the columns with some of all projections' numbers,
-    or some outputs of one projection; `num_rows` are a projection's, N · R.
+    """One program: of a block of tokens one share of the columns, and some of all projections' numbers.
 
-    Weights, blocks and x are read before the kernel waits for the one before it, which made y: they were there when
-    that one could go on.
-
-    NOTE: programs that go down come first and wait for no other. GPUs start programs in order, so those that wait hold
-    no place that one of them still needs.
+    Tokens are the product's M, of which tensor cores want 16.
     """
-    down = num_blocks * (SPLITS * TILES)
-    place = tl.program_id(0)
-    if place < down:
-        _go_down(
-            x_ptr,
-            a_ptr,
-            adapter_ptr,
-            token_ptr,
-            done_ptr,
-            inner_ptr,
-            place,
-            num_tokens,
-            width,
-            stride_x,
-            COUNT,
-            RANK,
-            SPLITS,
-            TILES,
-            SHARE,
-            COLUMNS,
-            DOWN_RANKS,
-            SIZE,
-            DEPENDENT,
-        )
-    else:
-        place -= down
-        _go_up(
-            b_ptr,
-            adapter_ptr,
-            token_ptr,
-            done_ptr,
-            inner_ptr,
-            y_ptr,
-            place,
-            num_tokens,
-            num_rows,
-            first_size,
-            second_size,
-            third_size,
-            stride_y,
-            COUNT,
-            RANK,
-            SPLITS,
-            TILES,
-            PIECES,
-            OUTPUTS,
-            UP_RANKS,
-            SUMS,
-            SIZE,
-            DEPENDENT,
-        )
-
-
-@triton.jit
-def _go_down(
-    x_ptr,
-    a_ptr,
-    adapter_ptr,
-    token_ptr,
-    done_ptr,
-    inner_ptr,
-    place,
-    num_tokens,
-    width,
-    stride_x,
-    COUNT: tl.constexpr,
-    RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILES: tl.constexpr,
-    SHARE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DOWN_RANKS: tl.constexpr,
-    SIZE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """One share of the columns of a block's tokens, and some of all projections' numbers."""
-    block, split = place // (SPLITS * TILES), place % (SPLITS * TILES) // TILES
+    announce(DEPENDENT)
+    block = tl.program_id(2)
     adapter = tl.load(adapter_ptr + block)
-    token = tl.load(token_ptr + block * SIZE + tl.arange(0, SIZE)).to(tl.int64)
+    at = tl.arange(0, ROWS)
+    token = tl.load(token_ptr + block * SIZE + at, mask=at < SIZE, other=-1).to(tl.int64)
     is_token = (token >= 0) & (adapter > 0)
-    rank = place % TILES * DOWN_RANKS + tl.arange(0, DOWN_RANKS)
-    is_rank = rank < COUNT * RANK
+    rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    is_rank = rank < NUMBERS
     base = (adapter - 1).to(tl.int64) * width
-    low = split * SHARE
+    low = tl.program_id(0) * SHARE
     high = tl.where(adapter > 0, tl.minimum(low + SHARE, width), low)
-    acc = tl.zeros((SIZE, DOWN_RANKS), tl.float32)
+    acc = tl.zeros((ROWS, RANKS), tl.float32)
     for start in range(low, high, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         is_column = column < width
+        a_at = a_ptr + (base + column[:, None]) * NUMBERS + rank[None, :]
+        a = tl.load(a_at, mask=is_column[:, None] & is_rank[None, :], other=0.0)
         x_at = x_ptr + token[:, None] * stride_x + column[None, :]
         x = tl.load(x_at, mask=is_token[:, None] & is_column[None, :], other=0.0)
-        a_at = a_ptr + (base + column[:, None]) * (COUNT * RANK) + rank[None, :]
-        a = tl.load(a_at, mask=is_column[:, None] & is_rank[None, :], other=0.0)
         acc = tl.dot(x, a, acc, input_precision="ieee")
-    begin(DEPENDENT)
-    inner_at = inner_ptr + (split * num_tokens + token[:, None]) * (COUNT * RANK) + rank[None, :]
+    wait(DEPENDENT)
+    inner_at = inner_ptr + (tl.program_id(0) * num_tokens + token[:, None]) * NUMBERS + rank[None, :]
     tl.store(inner_at, acc, mask=is_token[:, None] & is_rank[None, :])
-    if adapter > 0:
-        tl.debug_barrier()
-        tl.atomic_add(done_ptr + block, 1, sem="release", scope="gpu")
 
 
-@triton.jit
-def _go_up(
+@triton.jit(do_not_specialize=["num_tokens"])
+def _up_kernel(
+    inner_ptr,
     b_ptr,
     adapter_ptr,
     token_ptr,
-    done_ptr,
-    inner_ptr,
     y_ptr,
-    place,
     num_tokens,
     num_rows,
     first_size,
@@ -351,17 +275,17 @@ def _go_up(
     COUNT: tl.constexpr,
     RANK: tl.constexpr,
     SPLITS: tl.constexpr,
-    TILES: tl.constexpr,
-    PIECES: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    UP_RANKS: tl.constexpr,
+    RANKS: tl.constexpr,
     SUMS: tl.constexpr,
     SIZE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Some outputs of one projection of a block's tokens."""
-    down: tl.constexpr = SPLITS * TILES
-    block, piece = place // PIECES, place % PIECES
+    """One program: some outputs of one projection of a block's tokens; `num_rows` are a projection's, N · R.
+
+    Blocks and weights are read before the kernel waits, and what others wrote behind it.
+    """
+    block, piece = tl.program_id(1), tl.program_id(0)
     adapter = tl.load(adapter_ptr + block)
     token = tl.load(token_ptr + block * SIZE + tl.arange(0, SIZE)).to(tl.int64)
     is_token = (token >= 0) & (adapter > 0)
@@ -377,31 +301,26 @@ def _go_up(
     piece -= tl.where(is_second, first, 0) + tl.where(is_third, second, 0)
     out = piece * OUTPUTS + tl.arange(0, OUTPUTS)
     is_out = (out < size) & (adapter > 0)
-    is_there = is_token[:, None] & is_out[None, :]
-    rank = tl.arange(0, UP_RANKS)
+    rank = tl.arange(0, RANKS)
     row = (adapter - 1).to(tl.int64) * RANK + rank
     b_at = b_ptr + before.to(tl.int64) * num_rows + row[:, None] * size + out[None, :]
     b = tl.load(b_at, mask=(rank < RANK)[:, None] & is_out[None, :], other=0.0)
     begin(DEPENDENT)
     if adapter > 0:
-        y_at = y_ptr + token[:, None] * stride_y + before + out[None, :]
+        y_at = y_ptr + token[None, :] * stride_y + before + out[:, None]
+        is_there = is_token[None, :] & is_out[:, None]
         y = tl.load(y_at, mask=is_there, other=0.0)
-        while tl.atomic_add(done_ptr + block, 0, sem="acquire", scope="gpu") < down:
-            pass
         inner_at = inner_ptr + token * (COUNT * RANK) + projection * RANK
         stride = num_tokens.to(tl.int64) * (COUNT * RANK)
         inner = _added(inner_at, is_token, rank, stride, RANK, SPLITS, SUMS)
-        acc = tl.dot(inner.to(b.dtype), b, input_precision="ieee")
-        if RANK > UP_RANKS:
-            for start in range(UP_RANKS, RANK, UP_RANKS):
+        acc = tl.dot(tl.trans(b), tl.trans(inner.to(b.dtype)), input_precision="ieee")
+        if RANK > RANKS:
+            for start in range(RANKS, RANK, RANKS):
                 following = start + rank
                 b = tl.load(b_at + start * size, mask=(following < RANK)[:, None] & is_out[None, :], other=0.0)
                 inner = _added(inner_at, is_token, following, stride, RANK, SPLITS, SUMS)
-                acc = tl.dot(inner.to(b.dtype), b, acc, input_precision="ieee")
+                acc = tl.dot(tl.trans(b), tl.trans(inner.to(b.dtype)), acc, input_precision="ieee")
         tl.store(y_at, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=is_there)
-        # NOTE: whoever comes last has to find that nobody waits any more
-        if tl.atomic_add(done_ptr + block, 1, sem="relaxed", scope="gpu") == down + PIECES - 1:
-            tl.store(done_ptr + block, 0)
 
 
 @triton.jit

@@ -36,3 +36,20 @@ def begin(DEPENDENT: tl.constexpr):
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def announce(DEPENDENT: tl.constexpr):
+    """To be called by every program of a kernel whose next one does something before it begins.
+
+    NOTE: until that one has begun, it may read only what was written when the kernel before this one began.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait(DEPENDENT: tl.constexpr):
+    """`begin` of a program that has announced the next kernel."""
+    if DEPENDENT:
+        gdc_wait()

@@ -62,13 +62,14 @@ def compile_adapters(kind: str, parts: bool, tokens: int, capability: int) -> in
     """What adapters of two projections add, to a product or to parts of one, for blocks of so many tokens; and what
     puts tokens together."""
     pointers = {"x": kind, "a": kind, "b": kind, "y": "fp32" if parts else kind, "inner": "fp32", "adapter": "i32",
-                "token": "i32", "done": "i32", "which": "i64"}  # fmt: skip
+                "token": "i32", "which": "i64"}  # fmt: skip
     kinds = {f"{name}_ptr": f"*{held}" for name, held in pointers.items()}
+    rows = max(16, tokens)
     kernels = {
         adapters._group_kernel: {"COUNT": 64, "AT_ONCE": 64},
-        adapters._kernel: {"COUNT": 2, "RANK": 24, "SPLITS": 3, "TILES": 1, "PIECES": 6, "SHARE": 512, "COLUMNS": 64,
-                           "DOWN_RANKS": 64, "OUTPUTS": 128, "UP_RANKS": 16, "SUMS": 4},
-    }  # fmt: skip
+        adapters._down_kernel: {"NUMBERS": 48, "SHARE": 512, "COLUMNS": 64, "RANKS": 64, "ROWS": rows},
+        adapters._up_kernel: {"COUNT": 2, "RANK": 24, "SPLITS": 3, "OUTPUTS": 512, "RANKS": 16, "SUMS": 4},
+    }
     size = 0
     for kernel, constants in kernels.items():
         names: list[str] = kernel.arg_names
@@ -157,7 +158,7 @@ if __name__ == "__main__":
     print("routing", compile_routing(128, 8))
     for blocks in ((128, 1, HOPPER), (8192, 16, HOPPER), (1024, 4, AMPERE)):
         print("guesses", *blocks, compile_guesses(*blocks))
-    for adapted in (("fp16", True, 16, HOPPER), ("bf16", False, 64, AMPERE)):
+    for adapted in (("fp16", True, 8, HOPPER), ("bf16", False, 64, AMPERE)):
         print("adapters", *adapted, compile_adapters(*adapted))
     for form in (("bf16", 16, False, HOPPER), ("bf16", 128, True, AMPERE), ("int8", 16, True, HOPPER),
                  ("fp8", 64, False, HOPPER), ("int4", 16, False, HOPPER)):  # fmt: skip
