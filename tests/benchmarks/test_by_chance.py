@@ -202,7 +202,13 @@ def test_draws_do_not_depend_on_what_runs_beside() -> None:
 def test_tables(tmp_path: Path) -> None:
     eagle3 = by_chance.table_of("eagle3")
     assert by_chance.chain_rates(eagle3, 5) == pytest.approx(by_chance.CHAIN)
-    assert all(sum(ranks) <= 1 for ranks in eagle3)
+    assert len(eagle3) == 6
+    for rates, measured in zip(eagle3, [*by_chance.MEASURED, by_chance.MEASURED[-1]], strict=True):
+        assert len(rates) == 10
+        assert rates[1:3] == measured[1:3]
+        found, wanted = (sum(table[3:]) / (1 - sum(table[:3])) for table in (rates, measured))
+        assert found == pytest.approx(wanted)
+        assert sum(rates) < 1
     assert by_chance.chain_rates(by_chance.table_of("medusa"), 3) == pytest.approx([0.56, 0.30, 0.16], abs=0.01)
     file = tmp_path / "table.json"
     file.write_text(json.dumps(TABLE))

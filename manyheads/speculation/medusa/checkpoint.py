@@ -26,6 +26,7 @@ from manyheads.config import CheckpointError, ConfigError
 from manyheads.models.config import ModelConfig
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+HYDRA_FILE = "hydra_lm_head.pt"
 STATISTICS = "tree_statistics.json"
 
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
@@ -104,8 +105,10 @@ def read_heads(folder: Path, config: ModelConfig | None) -> HeadWeights:
     """Read heads for a base of this shape; None: of any shape that is consistent in itself.
 
     Raises:
-        CheckpointError: naming the file and the key that is missing, left over, of the wrong shape, or not finite.
+        CheckpointError: naming the file and the key that is missing, left over, of the wrong shape, or not finite; or
+            the folder holds Hydra heads, which are not read.
     """
+    _refuse_hydra(folder)
     file = _head_file(folder)
     files = [file] if file is not None else tensor_files(folder)
     state = {key.removeprefix("medusa_heads."): tensor for path in files for key, tensor in read_tensors(path)}
@@ -131,6 +134,18 @@ def vocab_size(weights: HeadWeights, folder: Path) -> int | None:
     path = folder / "config.json"
     named = read_json(path).get("vocab_size") if path.is_file() else None
     return named if isinstance(named, int) else None
+
+
+def _refuse_hydra(folder: Path) -> None:
+    """Hydra's heads have keys much like Medusa's, and compute something else."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if (folder / HYDRA_FILE).is_file() or "hydra_num_heads" in config:
+        kind = config.get("hydra_head_arch", "of an unknown kind")
+        raise CheckpointError(
+            f"{folder} holds Hydra heads ({kind}), which are not read: take Medusa heads or an EAGLE-3 drafter for the "
+            "same base, or make one with manyheads train"
+        )
 
 
 def _is_of_drafter(config: dict[str, object]) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyheads.config import CheckpointError, ConfigError
+from manyheads.config import CheckpointError, ConfigError, EngineConfig
+from manyheads.models.registry import read_config
+from manyheads.speculation.kinds import find_drafter
 from manyheads.speculation.medusa.checkpoint import HeadWeights, read_heads, split_model
+from manyheads.speculation.medusa.inspect import inspect_heads
+from tests.tiny import save_model
 
 HIDDEN, VOCAB, HEADS, LAYERS = 4, 11, 3, 2
 CONFIG: Any = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
@@ -323,6 +328,24 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"index.json names model-00002-of-00002.safetensors"):
         read_heads(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_hydra_heads_are_named(tmp_path: Path, has_config: bool) -> None:
+    """By a server that is given them, and by `inspect`; their keys could be taken for Medusa's."""
+    save_model(tmp_path / "base")
+    heads = tmp_path / "hydra"
+    heads.mkdir()
+    torch.save({"0.0.linear.weight": torch.zeros(4, 8), "0.0.linear.bias": torch.zeros(4)}, heads / "hydra_lm_head.pt")
+    if has_config:
+        raw = {"hydra_num_heads": 4, "hydra_num_layers": 4, "hydra_head_arch": "prefix-mlp", "grounded_heads": True}
+        (heads / "config.json").write_text(json.dumps(raw))
+    kind = "prefix-mlp" if has_config else "of an unknown kind"
+    message = re.escape(f"{heads} holds Hydra heads ({kind}), which are not read")
+    with pytest.raises(CheckpointError, match=message):
+        find_drafter(EngineConfig(), heads, read_config(tmp_path / "base"))
+    (problem,) = inspect_heads(str(heads)).problems
+    assert re.match(message, problem)
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
