@@ -148,7 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--gpus", default="medusa;plain", help=f"systems of each GPU; of {', '.join([*OURS, *VLLM])}")
+    parser.add_argument(
+        "--gpus", default="medusa;plain", help=f"systems of each GPU, or none; of {', '.join([*OURS, *VLLM])}"
+    )
     parser.add_argument("--eagle3", type=Path, help="the drafter")
     parser.add_argument("--drafts", type=int, default=3, help="tokens that vLLM drafts at a time")
     parser.add_argument("--by-chance", action="store_true")
@@ -157,7 +159,7 @@ def main() -> None:
     parser.set_defaults(rates=[15.0, 30.0])
     parser.add_argument("--port", type=int, default=18900, help="the first of one for each GPU")
     args = parser.parse_args()
-    systems = [of_gpu.split(",") for of_gpu in args.gpus.split(";")]
+    systems = [of_gpu.split(",") if of_gpu else [] for of_gpu in args.gpus.split(";")]
     for system in itertools.chain(*systems):
         if system not in OURS | VLLM:
             parser.error(f"there is no system {system!r}")
