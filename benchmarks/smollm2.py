@@ -36,7 +36,7 @@ ANSWERS = ("--max-prompt-tokens", "800", "--max-new-tokens", "192")
 ROWS = ("--rows", "32", "--checkpoint-every", "400")
 DRAFTERS = {
     "Medusa": ("--tokens", "16000", "--rate", "1e-3", "--epochs", "6", "--chunk", "8192"),
-    "EAGLE-3": ("--kind", "eagle3", "--draft-vocab", "16000", "--rate", "1e-3", "--epochs", "5", "--chunk", "32768"),
+    "EAGLE-3": ("--kind", "eagle3", "--draft-vocab", "16000", "--rate", "1e-3", "--epochs", "10", "--chunk", "32768"),
 }
 """What `manyheads train` is given for each."""
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0, help="prompts that the model comes up with itself")
     parser.add_argument("--out", type=Path, required=True, help="folder for both drafters")
     parser.add_argument("--options", type=shlex.split, default=[], help="more options for both trainings")
+    parser.add_argument("--drafters", nargs="+", choices=DRAFTERS, default=list(DRAFTERS))
     parser.add_argument("--nodes", type=int, default=24, help="of the engine's tree")
     parser.add_argument("--device", default="cuda")
     add_options(parser)
@@ -59,9 +60,9 @@ def main() -> None:
         parser.error("give --data or --questions, or both")
     need_spec_bench(args.spec_bench)
     data, questions, folders = args.data, ["--questions", str(args.questions)], {}
-    for name, options in DRAFTERS.items():
+    for name in args.drafters:
         folders[name] = str(args.out / name)
-        given = [*questions, *ANSWERS, *ROWS, *options, *args.options]
+        given = [*questions, *ANSWERS, *ROWS, *DRAFTERS[name], *args.options]
         save(args.result, name, train(args.file, data, args.out / name, given, args.device))
         data, questions = [str(args.out / name / "training" / "answers.jsonl")], []  # the next one learns from the same
     start = time.perf_counter()
