@@ -27,7 +27,7 @@ from manyheads.models.config import ModelConfig
 from manyheads.models.rope import POSITION_MARGIN
 from manyheads.models.size import matrix_bytes, weights_bytes
 from manyheads.ops.base import Ops
-from manyheads.quantization.base import Scheme
+from manyheads.quantization.base import CodedScheme, Scheme
 from manyheads.quantization.schemes import find
 from manyheads.sizes import format_size
 from manyheads.speculation.draft import SIZES, deepest
@@ -169,7 +169,14 @@ class Shape:
         model, experts = self.model, self.model.experts_per_token
         q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         width = 2 * model.hidden_size + 5 * q + 4 * kv + 3 * max(1, experts) * model.intermediate_size
-        return tokens * (width * self.dtype.itemsize + 4 * max(2, experts) * model.hidden_size)
+        return tokens * (width * self.dtype.itemsize + 4 * max(2, experts) * model.hidden_size) + self._widened(tokens)
+
+    def _widened(self, tokens: int) -> int:
+        """What is widened at a time of a quantized weight, for products of so many tokens."""
+        if not isinstance(self.scheme, CodedScheme) or tokens < self.scheme.widened_from:
+            return 0
+        columns = max(self.model.hidden_size, self.model.intermediate_size, self.model.num_heads * self.model.head_dim)
+        return self.ops.widened_rows * columns * self.dtype.itemsize
 
     def _logits(self) -> int:
         """Numbers in the logits of the largest step."""

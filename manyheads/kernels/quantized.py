@@ -1,8 +1,10 @@
 """Products with weights in 8 and 4 bits, for NVIDIA GPUs from Ampere on.
 
-Nothing widens a weight. Tensor cores multiply bytes with bytes, from shared memory, so a weight goes from memory to
-them as it is stored; to make float16 numbers of its codes first takes longer than to read it (on an H200, 2 TB/s of
-int8, where float16 weights come at 3.9). What is made to fit is the activations, `QuantizedRows`.
+Of few rows, nothing widens a weight. Tensor cores multiply bytes with bytes, from shared memory, so a weight goes from
+memory to them as it is stored; to make float16 numbers of its codes first takes longer than to read it (on an H200, 2
+TB/s of int8, where float16 weights come at 3.9). What is made to fit is the activations, `QuantizedRows`. Of many rows
+arithmetic is what takes the time, and what is made to fit is the weight: in registers (halves.py), or as a whole
+(widen.py); from how many on, the scheme says.
 
 - int8: a row is two rows of bytes, both multiplied with the same weight; sums of integers, exact. So a row's result
   depends on nothing but the row and how many programs share its sums, and is as good as its 16 bits: the arithmetic of
@@ -24,9 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manyheads.kernels import halves, widen
 from manyheads.kernels.dependent import begin, dependent
 from manyheads.kernels.rows import GROUP, MAX_DIM, QuantizedRows, quantize_rows
-from manyheads.kernels.widen import Arranged, widen
+from manyheads.kernels.widen import Arranged
 from manyheads.quantization.base import CodedScheme, CodedWeight
 from manyheads.quantization.int4 import ZERO, unpack
 
@@ -85,12 +88,18 @@ def product(x: Tensor | QuantizedRows, weight: Arranged, *, added: bool = False)
     Returns:
         [T, out] of x's dtype; or, only where it is added, [splits, T, out] float32 that are to be added up.
     """
-    if not isinstance(x, QuantizedRows) and not serves(x, weight):
-        return F.linear(x, widen(weight, x.dtype))
     rows, width = x.shape
     padded, processors = len(weight.values), _processors(x.device)
-    if weight.scheme.is_float and x.device.type == "cuda" and _is_for_cublas(rows, width, padded):
-        codes, scale, _, dtype = x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.scheme)
+    scheme = weight.scheme
+    if not isinstance(x, QuantizedRows):
+        if not serves(x, weight) or rows >= scheme.widened_from:
+            return widen.multiply(x, weight)
+        if scheme.keeps_rows(rows):
+            tiles = halves.TILES[scheme.bits].fit(scheme.bits, shared_memory(x.device))
+            programs = tiles.programs(rows, padded)
+            return halves.multiply(x, weight, _splits(programs, scheme.max_splits, processors) if added else 1, tiles)
+    if scheme.is_float and x.device.type == "cuda" and _is_for_cublas(rows, width, padded):
+        codes, scale, _, dtype = x if isinstance(x, QuantizedRows) else quantize_rows(x, scheme)
         out_dtype = dtype if _scales_rows(x.device) else torch.bfloat16
         y = torch._scaled_mm(
             codes, weight.values.t(), scale[:, None], weight.scale.t(), out_dtype=out_dtype, use_fast_accum=True
@@ -98,8 +107,8 @@ def product(x: Tensor | QuantizedRows, weight: Arranged, *, added: bool = False)
         return y[:, : weight.out_features].to(dtype).contiguous()
     splits = 1
     if added:
-        programs = _blocks(weight.scheme, rows, width, padded, processors).programs(rows, padded)
-        splits = _splits(programs, weight.scheme.max_splits, processors)
+        blocks = _blocks(scheme, rows, width, padded, processors, shared_memory(x.device))
+        splits = _splits(blocks.programs(rows, padded), scheme.max_splits, processors)
     return multiply(x, weight, splits)
 
 
@@ -149,8 +158,8 @@ def serves(x: Tensor, weight: Arranged) -> bool:
 
 
 def takes(x: Tensor, weight: Arranged) -> bool:
-    """Whether `product` may have its rows quantized by the kernel that computes them; of x, the dtype is asked."""
-    return weight.in_features <= MAX_DIM and serves(x, weight)
+    """Whether `product` wants its rows quantized by the kernel that computes them; of x, dtype and rows are asked."""
+    return weight.in_features <= MAX_DIM and not weight.scheme.keeps_rows(len(x)) and serves(x, weight)
 
 
 def multiply(x: Tensor | QuantizedRows, weight: Arranged, splits: int) -> Tensor:
@@ -161,8 +170,9 @@ def multiply(x: Tensor | QuantizedRows, weight: Arranged, splits: int) -> Tensor
     """
     rows, width = x.shape
     num_out, padded = weight.out_features, len(weight.values)
-    blocks = _blocks(weight.scheme, rows, width, padded, _processors(x.device))
-    stages = _stages(weight.scheme, blocks, shared_memory(x.device))
+    memory = shared_memory(x.device)
+    blocks = _blocks(weight.scheme, rows, width, padded, _processors(x.device), memory)
+    stages = _stages(weight.scheme, blocks, memory)
     codes, x_scale, sums, _ = x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.scheme)
     if splits == 1:
         out = torch.empty((rows, num_out), dtype=x.dtype, device=x.device)
@@ -236,12 +246,21 @@ class _Blocks(NamedTuple):
         return -(-rows // self.rows) * (padded // self.out)
 
 
-def _blocks(scheme: CodedScheme, rows: int, width: int, padded: int, processors: int) -> _Blocks:
+_LARGE = 128
+"""Of more rows than these, int8's blocks are as large as registers and shared memory hold: what programs read from the
+L2 cache is what they wait for, and of large blocks it is half as much for as many products."""
+
+
+def _blocks(scheme: CodedScheme, rows: int, width: int, padded: int, processors: int, memory: int) -> _Blocks:
     """For Hopper, by measurement: a program waits for each product of bytes, and two or more on a processor take turns.
 
     Of few rows, with as many bytes of the weight under way as there is room for; of more, what is read from the L2
     cache counts, and more programs beside each other do more than larger blocks.
     """
+    if scheme.parts * scheme.bits == 16 and rows > _LARGE:
+        large = _Blocks(128, 128, GROUP, 8, 4, True)
+        if _stages(scheme, large, memory) >= 3:
+            return large
     # of 8 rows, Triton takes other tensor-core instructions, which add up floating-point numbers in another order: a
     # row's zero points would come to another sum than among more
     least, most = (16, 64) if scheme.bits == 4 else (8, 128 // scheme.parts)

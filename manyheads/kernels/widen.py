@@ -1,10 +1,12 @@
-"""Weights in 8 and 4 bits as kernels read them, and back in floating point, for products that none of ours serves."""
+"""Weights in 8 and 4 bits as kernels read them, and back in floating point: for products that none of ours serves, and
+for those of so many rows that the largest of libraries' products gain more than it takes to widen a weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,23 +42,49 @@ class Arranged:
         return self.values.nbytes + self.scale.nbytes + (self.zero.nbytes if self.zero is not None else 0)
 
 
-def widen(weight: Arranged, dtype: torch.dtype) -> Tensor:
-    """The weight that it stands for: [out, in], rounded once."""
-    num_out, width = weight.out_features, weight.in_features
+PIECE = 4096
+"""Rows of a weight that `multiply` widens at a time, at most."""
+_ALIGNED = 128
+_BLOCK = 2048
+"""Columns that a program widens at most."""
+
+
+def multiply(x: Tensor, weight: Arranged) -> Tensor:
+    """x Wᵀ by cuBLAS: [T, out]. The weight is widened for this product alone, and a piece at a time, so that a piece is
+    all the memory that it takes."""
+    num_out = weight.out_features
+    pieces = -(-num_out // PIECE)
+    if pieces == 1:
+        return F.linear(x, widen(weight, x.dtype))
+    out = x.new_empty(x.shape[0], num_out)
+    size = -(-num_out // (pieces * _ALIGNED)) * _ALIGNED
+    for start in range(0, num_out, size):
+        stop = min(start + size, num_out)
+        torch.mm(x, widen(weight, x.dtype, start, stop).t(), out=out[:, start:stop])
+    return out
+
+
+def widen(weight: Arranged, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+    """The weight that it stands for, or some of its rows: [out, in], rounded once."""
+    num_out, width = (weight.out_features if stop is None else stop) - start, weight.in_features
     out = torch.empty((num_out, width), dtype=dtype, device=weight.values.device)
-    zero = weight.scale if weight.zero is None else weight.zero  # without zero points it is not looked at
-    block = min(1024, triton.next_power_of_2(width))
+    values, scale = weight.values[start:], weight.scale[start:]
+    zero = scale if weight.zero is None else weight.zero[start:]  # without zero points it is not looked at
+    in_pairs = weight.scheme.bits == 4 and weight.group_size == GROUP
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    if in_pairs:
+        block = max(block, 2 * GROUP)
     _widen_kernel[(num_out, -(-width // block))](
-        weight.values,
-        weight.scale,
+        values,
+        scale,
         zero,
         out,
         width,
-        weight.values.shape[1],
+        values.shape[1],
         weight.group_size,
-        *weight.scale.stride(),
+        *scale.stride(),
         INT4=weight.scheme.bits == 4,
-        GROUP=GROUP if weight.group_size == GROUP else 0,
+        GROUP=GROUP if in_pairs else 0,
         HAS_ZERO=weight.zero is not None,
         MIDDLE=ZERO,
         BLOCK=block,
@@ -84,25 +112,45 @@ def _widen_kernel(
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: a part of a row."""
+    """One program: a part of a row. Weights in 4 bits are of pairs of groups (`quantized.arrange`) where GROUP says so,
+    and each byte is read once; other groups are for products that are not worth the trouble."""
     begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    group = column // group_size
-    scale_at = row * stride_scale + group * stride_group
-    scale = tl.load(scale_ptr + scale_at, mask=inside, other=0.0)
-    if INT4:
-        if GROUP > 0:  # arranged: pairs of groups, and codes less 8 in two's complement
-            at = column // (2 * GROUP) * GROUP + column % GROUP
-            upper, flipped = column // GROUP % 2, MIDDLE
-        else:
-            at, upper, flipped = column // 2, column % 2, 0
-        packed = tl.load(values_ptr + row * stride_values + at, mask=inside, other=0)
-        code = (((packed >> (upper * 4).to(tl.uint8)) & 15) ^ flipped).to(tl.float32) - MIDDLE
+    values_ptr += row * stride_values
+    scale_ptr += row * stride_scale
+    zero_ptr += row * stride_scale
+    out_ptr += row * width
+    first = tl.program_id(1) * BLOCK
+    half = out_ptr.dtype.element_ty
+    if not INT4:
+        column = first + tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(values_ptr + column, mask=inside).to(tl.float32) * tl.load(scale_ptr)
+        tl.store(out_ptr + column, value.to(half), mask=inside)
+    elif GROUP > 0:
+        pair = first // (2 * GROUP) + tl.arange(0, BLOCK // (2 * GROUP))
+        within = tl.arange(0, GROUP)[None, :]
+        there, there_upper = 2 * pair * GROUP < width, (2 * pair + 1) * GROUP < width
+        packed = tl.load(values_ptr + pair[:, None] * GROUP + within, mask=there[:, None], other=0)
+        group_at = 2 * pair * stride_group
+        scale = tl.load(scale_ptr + group_at, mask=there, other=0.0)
+        scale_upper = tl.load(scale_ptr + group_at + stride_group, mask=there_upper, other=0.0)
+        code = ((packed & 15) ^ MIDDLE).to(tl.float32) - MIDDLE
+        code_upper = ((packed >> 4) ^ MIDDLE).to(tl.float32) - MIDDLE
+        if HAS_ZERO:
+            code -= tl.load(zero_ptr + group_at, mask=there, other=0).to(tl.float32)[:, None]
+            upper_at = zero_ptr + group_at + stride_group
+            code_upper -= tl.load(upper_at, mask=there_upper, other=0).to(tl.float32)[:, None]
+        out_at = out_ptr + 2 * pair[:, None] * GROUP + within
+        tl.store(out_at, (code * scale[:, None]).to(half), mask=there[:, None])
+        tl.store(out_at + GROUP, (code_upper * scale_upper[:, None]).to(half), mask=there_upper[:, None])
+    else:
+        column = first + tl.arange(0, BLOCK)
+        inside = column < width
+        scale_at = column // group_size * stride_group
+        scale = tl.load(scale_ptr + scale_at, mask=inside, other=0.0)
+        packed = tl.load(values_ptr + column // 2, mask=inside, other=0)
+        code = ((packed >> (column % 2 * 4).to(tl.uint8)) & 15).to(tl.float32) - MIDDLE
         if HAS_ZERO:
             code -= tl.load(zero_ptr + scale_at, mask=inside, other=0).to(tl.float32)
-        value = code * scale
-    else:
-        value = tl.load(values_ptr + row * stride_values + column, mask=inside).to(tl.float32) * scale
-    tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + column, (code * scale).to(half), mask=inside)

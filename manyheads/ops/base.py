@@ -111,6 +111,8 @@ class Ops(Protocol):
     """What `draw` takes for each number of its noise while it makes it."""
     library_bytes: int
     """What the libraries behind the operations take of the device for themselves."""
+    widened_rows: int
+    """Most rows of a quantized weight that are there in floating point while it is multiplied with many tokens."""
     gathers_pages: bool
     """Whether attention copies a layer's pages together and makes masks, which takes memory."""
 

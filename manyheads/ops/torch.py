@@ -30,6 +30,7 @@ class TorchOps:
     records = False
     noise_bytes = 36  # hashes in int64, at most four at once, and what becomes of them
     library_bytes = 0
+    widened_rows = 0
     gathers_pages = True
 
     def watch(self, tell: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from manyheads.config import ConfigError
 
 LEAST_GROUP = 32
 """The fewest columns with a scale of their own that products are made for."""
+NEVER = sys.maxsize
+"""Rows that no product has."""
 _CHUNK = 2**24
 """Numbers that are quantized at a time, which bounds the memory that it takes."""
 
@@ -54,6 +57,15 @@ class CodedScheme(Scheme):
     """So many programs may share the sums of a product that is added to something next."""
     capability: tuple[int, int]
     """GPUs from this compute capability on multiply the codes through Triton."""
+    halves_from: int = NEVER
+    """Of so many rows on, these stay in half precision, and the weight becomes that in registers
+    (`kernels/halves.py`);"""
+    widened_from: int = NEVER
+    """and of so many on, the weight is widened for the product (`kernels/widen.py`)."""
+
+    def keeps_rows(self, count: int) -> bool:
+        """Whether so many rows are multiplied in half precision, as they are."""
+        return count >= min(self.halves_from, self.widened_from)
 
     @property
     def is_float(self) -> bool:

@@ -109,6 +109,19 @@ def test_in_half_precision_it_does_not() -> None:
         T4.require(FIFTEEN, T4.parts(), 2000, "num_blocks")
 
 
+def test_what_is_widened_for_many_tokens_counts_once() -> None:
+    """A piece of the widest weight, in a step and in the graphs' own memory."""
+    many = replace(T4, max_num_batched_tokens=4096)
+    widened = many.ops.widened_rows * 11008 * 2
+    assert widened > 0
+    half = replace(many, scheme=None)
+    assert many.parts().scratch - half.parts().scratch == widened
+    few = replace(T4, max_num_batched_tokens=512)
+    assert few.parts().scratch == replace(few, scheme=None).parts().scratch
+    in_4_bits, plain = replace(many, scheme=SCHEMES["int4"]).parts(), half.parts()
+    assert in_4_bits.graphs - plain.graphs == widened
+
+
 def test_what_grows_with_what() -> None:
     parts = T4.parts()
     assert replace(T4, max_num_seqs=200).parts().scratch > parts.scratch

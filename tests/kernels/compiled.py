@@ -13,9 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from manyheads.kernels import adapters, experts, fused, guesses, routing, settle
+from manyheads.kernels import adapters, experts, fused, guesses, halves, quantized, routing, settle, widen
 from manyheads.kernels.attention import _attend_kernel
 from manyheads.kernels.exchange import ROWS, _sum_kernel
+from manyheads.quantization.int8 import INT8
 
 HOPPER, AMPERE = 90, 80
 
@@ -96,6 +97,36 @@ def compile_experts(form: str, rows: int, added: bool, capability: int) -> int:
     return compiled(kernel, kinds, constants, capability, num_stages=3)
 
 
+def compile_halves(bits: int, kind: str, added: bool, capability: int) -> int:
+    """The product of rows in half precision with a quantized weight. On Hopper the weight must come from registers."""
+    tiles, names = halves.TILES[bits], halves._halves_kernel.arg_names
+    kinds = {name: "i32" for name in names if not name.isupper()} | {"x_ptr": f"*{kind}", "zero_ptr": "*i8"}
+    kinds |= {"weight_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*fp32"}
+    kinds["out_ptr"] = "*fp32" if added else f"*{kind}"
+    constants = {"INT4": bits == 4, "HAS_ZERO": bits == 4, "IS_ODD": bits == 4, "IN_REGISTERS": True, "GROUP": 128,
+                 "BLOCK_ROWS": tiles.rows, "BLOCK_OUT": tiles.out, "BLOCK_IN": tiles.columns,
+                 "STAGES": tiles.stages}  # fmt: skip
+    return compiled(halves._halves_kernel, kinds, constants, capability, num_warps=tiles.warps)
+
+
+def compile_bytes(rows: int, capability: int) -> int:
+    """The product of so many rows of bytes with a weight in int8."""
+    blocks = quantized._blocks(INT8, rows, 4096, 4096, 132, 224256)
+    kinds = {"x_ptr": "*i8", "weight_ptr": "*i8", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32", "out_ptr": "*fp16"}
+    kinds |= dict.fromkeys(("rows", "num_out", "num_blocks", "share"), "i32")
+    constants = {"PARTS": 2, "BLOCK_ROWS": blocks.rows, "BLOCK_OUT": blocks.out, "BLOCK_IN": blocks.columns}
+    launch = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return compiled(quantized._bytes_kernel, kinds, constants, capability, **launch)
+
+
+def compile_widen(bits: int) -> int:
+    """What widens a weight."""
+    kinds = {name: "i32" for name in widen._widen_kernel.arg_names if not name.isupper()}
+    kinds |= {"values_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i8", "out_ptr": "*bf16"}
+    constants = {"INT4": bits == 4, "GROUP": 128 if bits == 4 else 0, "HAS_ZERO": bits == 4, "MIDDLE": 8, "BLOCK": 2048}
+    return compiled(widen._widen_kernel, kinds, constants, HOPPER)
+
+
 def compile_attention(capability: int) -> int:
     """Attention through a window, with sinks, of which a split begins with a weight."""
     pointers = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_scale_ptr", "v_scale_ptr"), "bf16"),
@@ -163,3 +194,9 @@ if __name__ == "__main__":
     for form in (("bf16", 16, False, HOPPER), ("bf16", 128, True, AMPERE), ("int8", 16, True, HOPPER),
                  ("fp8", 64, False, HOPPER), ("int4", 16, False, HOPPER)):  # fmt: skip
         print(*form, compile_experts(*form))
+    for product in ((8, "fp16", False, HOPPER), (8, "bf16", True, HOPPER), (4, "fp16", True, HOPPER),
+                    (4, "bf16", False, HOPPER), (4, "bf16", False, AMPERE)):  # fmt: skip
+        print("halves", *product, compile_halves(*product))
+    print("bytes", compile_bytes(300, HOPPER))
+    for bits in (8, 4):
+        print("widen", bits, compile_widen(bits))

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from manyheads.kernels import quantized
+from manyheads.kernels import halves, quantized
+from manyheads.kernels import widen as widening
 from manyheads.kernels.rows import quantize_rows
+from manyheads.kernels.widen import widen
 from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Layer, Llama
 from manyheads.models.norm import RmsNorm
+from manyheads.ops.kernel_products import QuantizedProduct
 from manyheads.ops.triton import TritonOps
 from manyheads.quantization.base import CodedScheme, CodedWeight
 from manyheads.quantization.fp8 import FP8
 from manyheads.quantization.int4 import INT4, Int4Weight, pack
 from manyheads.quantization.int8 import INT8
-from tests.kernels import DEVICE, INTERPRETED, relative_error
+from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
 from tests.tiny import model_config
 
 SCHEMES = (INT8, FP8, INT4)
+HALVES = [torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # whose tl.dot multiplies bfloat16's bits
 ERROR = {INT8: 6e-5, INT4: 6e-5, FP8: 1e-6 if INTERPRETED else 1e-2}
 """Of what is not rounded to half precision. Tensor cores keep few bits of sums of fp8."""
 
@@ -103,12 +108,13 @@ def test_blocks_fit(scheme: CodedScheme) -> None:
     """Two programs on a processor of an H200; on an A100's and an L40S's at least one with stages to alternate."""
     counts, widths, padded = (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 600), (4096, 11008, 4224), (4096, 32000)
     for rows, width, num_out in itertools.product(counts, widths, padded):
-        blocks = quantized._blocks(scheme, rows, width, num_out, 132)
+        blocks = quantized._blocks(scheme, rows, width, num_out, 132, 224256)
         assert quantized._ALIGN_OUT % blocks.out == 0
         assert scheme is INT4 or width % blocks.columns == 0
         assert quantized._SHARE % blocks.columns == 0
         for memory, least in ((224256, blocks.stages), (158720, 3), (93184, 2)):
-            assert least <= quantized._stages(scheme, blocks, memory) <= blocks.stages
+            there = quantized._blocks(scheme, rows, width, num_out, 132, memory)
+            assert min(least, there.stages) <= quantized._stages(scheme, there, memory) <= there.stages
 
 
 def test_parts() -> None:
@@ -133,7 +139,7 @@ def test_int4_without_zero_points() -> None:
     x, weight = random(3, 256), weight_of(INT4, 64, 256, symmetric=True)
     got = quantized.multiply(x, quantized.arrange(weight), 2)
     assert relative_error(got.sum(0), wanted(x, weight)) < ERROR[INT4]
-    assert torch.equal(quantized.widen(quantized.arrange(weight), torch.float32), weight.dequantize(torch.float32))
+    assert torch.equal(widen(quantized.arrange(weight), torch.float32), weight.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("group_size", [256, 512, 64])
@@ -147,7 +153,7 @@ def test_int4_in_other_groups(group_size: int, symmetric: bool) -> None:
     x, arranged = random(3, 512), quantized.arrange(weight)
     assert quantized.serves(x, arranged) == (group_size >= 128)
     assert relative_error(quantized.product(x, arranged), wanted(x, weight)) < 1e-3
-    assert torch.equal(quantized.widen(arranged, torch.float32), weight.dequantize(torch.float32))
+    assert torch.equal(widen(arranged, torch.float32), weight.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("scheme", [INT8, INT4], ids=str)
@@ -169,7 +175,7 @@ def test_greatest_sums(scheme: CodedScheme) -> None:
 def test_widened(scheme: CodedScheme, width: int) -> None:
     weight = weight_of(scheme, 5, width)
     for dtype in (torch.float32, torch.float16):
-        assert torch.equal(quantized.widen(quantized.arrange(weight), dtype), weight.dequantize(dtype))
+        assert torch.equal(widen(quantized.arrange(weight), dtype), weight.dequantize(dtype))
 
 
 @pytest.mark.parametrize("dim", [128, 640])
@@ -269,10 +275,91 @@ def test_a_model_quantizes_rows_where_they_are_computed(scheme: CodedScheme, mon
     assert len(afterwards) == 3 + 8
 
 
+def few(scheme: CodedScheme) -> CodedScheme:
+    """The scheme, with thresholds that tests come to."""
+    return replace(scheme, halves_from=4, widened_from=7)
+
+
+@pytest.mark.parametrize("scheme", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("num_out", "width", "splits"), [(128, 256, 1), (70, 640, 1), (129, 384, 2), (64, 128, 3)])
+def test_rows_in_half_precision(scheme: CodedScheme, dtype: torch.dtype, num_out: int, width: int, splits: int) -> None:
+    """Also a last pair of groups that is half there, shares of unequal length, and rows of x that lie apart."""
+    x, weight = random(2 * 33, width, dtype).view(33, -1)[:, :width], weight_of(scheme, num_out, width)
+    got = halves.multiply(x, quantized.arrange(weight), splits, halves.Tiles(64, 32, 64, 4, 2))
+    assert got.shape == ((33, num_out) if splits == 1 else (splits, 33, num_out))
+    assert got.dtype == (dtype if splits == 1 else torch.float32)
+    exact = scheme is INT8 and splits > 1  # codes are numbers of half precision, and the scale comes at the end
+    error = relative_error(got if splits == 1 else got.sum(0), wanted(x, weight))
+    assert error < (1e-6 if exact and INTERPRETED else 1e-4 if exact else TOLERANCE[dtype])
+
+
+def test_every_code_in_half_precision() -> None:
+    """Codes and zero points of all values; a scale that half precision has."""
+    codes = torch.arange(256, device=DEVICE)
+    one = torch.eye(256, device=DEVICE).half()
+    weight = type(weight_of(INT8, 1, 256))((codes - 128).to(torch.int8)[None], torch.ones(1, 1, device=DEVICE))
+    for x in (one.to(dtype) for dtype in HALVES):
+        assert halves.multiply(x, quantized.arrange(weight), 1, halves.TILES[8])[:, 0].tolist() == list(
+            range(-128, 128)
+        )
+    for zero in range(16):
+        packed = pack((codes % 16)[None])
+        scale = torch.full((1, 2), 0.5, device=DEVICE)
+        arranged = quantized.arrange(Int4Weight(packed, scale, torch.full((1, 2), zero, device=DEVICE).byte()))
+        for x in (one.to(dtype) for dtype in HALVES):
+            got = halves.multiply(x, arranged, 1, halves.TILES[4])
+            assert got[:, 0].tolist() == [(code % 16 - zero) / 2 for code in range(256)]
+
+
+@pytest.mark.parametrize("scheme", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_ways_by_rows(scheme: CodedScheme, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows become bytes, or the weight becomes half precision, or it is widened; what comes of it is the same."""
+    weight = weight_of(scheme, 200, 256)
+    bias = random(1, 200)[0] if has_bias else None
+    product = QuantizedProduct(weight, bias)
+    fewer = few(scheme)
+    product._weight = replace(product._weight, scheme=fewer)
+    ways: list[str] = []
+    for module, name in ((quantized, "quantize_rows"), (halves, "multiply"), (widening, "multiply")):
+        original, way = getattr(module, name), f"{module.__name__.rpartition('.')[2]}.{name}"
+        monkeypatch.setattr(module, name, lambda *a, f=original, way=way: (ways.append(way), f(*a))[1])
+    known = ((3, "quantized.quantize_rows"), (4, "halves.multiply"), (6, "halves.multiply"), (7, "widen.multiply"))
+    for rows, way in known:
+        x = random(rows, 256)
+        assert product.takes(x) is (fewer if rows < 4 else None)
+        expected = wanted(x, weight) + (0 if bias is None else bias.double())
+        for multiply in (product, product.parts):
+            ways.clear()
+            y = multiply(x)
+            assert ways == [way]
+            assert relative_error(y.sum(0) if y.ndim == 3 else y, expected) < 2e-3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_widened_in_pieces(scheme: CodedScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are as large as each other, but for the last."""
+    monkeypatch.setattr(widening, "PIECE", 256)
+    x, weight = random(5, 512), weight_of(scheme, 600, 512)
+    sizes: list[int] = []
+    original = widening.widen
+
+    def watched(weight: widening.Arranged, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        sizes.append(stop - start)
+        return original(weight, dtype, start, stop)
+
+    monkeypatch.setattr(widening, "widen", watched)
+    got = widening.multiply(x, quantized.arrange(weight))
+    assert sizes == [256, 256, 88]
+    expected = x.double() @ weight.dequantize(torch.float64).T  # of x as it is, with fp8 too
+    assert relative_error(got, expected) < 2e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("rows", [1, 16, 64, 128, 129, 600])
+@pytest.mark.parametrize("rows", [1, 16, 64, 128, 129, 600, 2100])
 @pytest.mark.parametrize(("num_out", "width"), [(4096, 4096), (4096, 11008), (4160, 4096)])
 def test_large(scheme: CodedScheme, rows: int, num_out: int, width: int) -> None:
     x, weight = random(rows, width), weight_of(scheme, num_out, width)

@@ -1,9 +1,11 @@
-"""What `--drafter ngram` gives without any heads, on Spec-Bench prompts by category.
+"""What drafters give beside plain decoding, on Spec-Bench prompts by category: `--drafter ngram`, or heads.
 
-The model answers greedily three times: plainly, with trees of a fixed size, and with a planner that chooses. Counted
-are the tokens a step, the seconds of the answers in turns, and how many are the plain ones token for token.
+The model answers greedily, in turns: plainly, and with each drafter with trees of fixed sizes and with a planner that
+chooses. Counted are the tokens a step, the seconds of the answers, and how many are the plain ones token for token. On
+a CPU seconds are processor time, which other work on the machine disturbs little: compare with one thread.
 
-    python benchmarks/ngram.py --model FOLDER [--categories summarization rag] [--users 1]
+    python benchmarks/drafters.py --model FOLDER [--categories summarization rag] [--users 1]
+    python benchmarks/drafters.py --heads Medusa=manyheads/builtin/model/heads EAGLE-3=FOLDER --nodes 4 16 --threads 1
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import BUILTIN, ROOT, SPEC_BENCH, machine, save, spec_bench, table
 
 from manyheads import LLM, SamplingParams
@@ -22,10 +25,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUILTIN)
+    parser.add_argument("--heads", nargs="+", metavar="NAME=FOLDER", help="drafters (default: ngram, without weights)")
     parser.add_argument("--categories", nargs="+", default=["summarization", "rag", "qa", "writing"])
     parser.add_argument("--per-category", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--nodes", type=int, default=8, help="of the trees of a fixed size")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[8], help="of the trees of fixed sizes")
     parser.add_argument("--users", type=int, default=1, help="prompts that are answered at once")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="auto")
@@ -38,11 +42,16 @@ def main() -> None:
     prompts = {c: [p.token_ids for p in asked if p.category == c][: args.per_category] for c in args.categories}
     settings: dict[str, Any] = {"num_threads": args.threads, "device": args.device, "max_model_len": 2048}
     settings |= {"max_num_seqs": args.users, "prefix_caching": False}
-    systems = {
-        "plain": LLM(str(args.model), speculative=False, **settings),
-        f"ngram, {args.nodes} nodes": LLM(str(args.model), drafter="ngram", tree_size=args.nodes, **settings),
-        "ngram": LLM(str(args.model), drafter="ngram", **settings),
-    }
+    drafters: dict[str, dict[str, Any]] = {"ngram": {"drafter": "ngram"}}
+    if args.heads:
+        drafters = {name: {"heads": folder} for name, _, folder in (given.partition("=") for given in args.heads)}
+    systems = {"plain": LLM(str(args.model), speculative=False, **settings)}
+    for name, drafter in drafters.items():
+        for nodes in args.nodes:
+            systems[f"{name}, {nodes} nodes"] = LLM(str(args.model), tree_size=nodes, **drafter, **settings)
+        systems[name] = LLM(str(args.model), **drafter, **settings)
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    now = time.process_time if on_cpu else time.perf_counter
     params = SamplingParams(temperature=0.0, max_tokens=args.new_tokens)
     result: dict[str, Any] = {"machine": machine(), "users": args.users, "categories": {}}
     rows = []
@@ -52,10 +61,10 @@ def main() -> None:
             batch = ids[start : start + args.users]
             texts: list[list[int]] = []
             for name, llm in systems.items():  # in turns: a machine's speed wanders
-                began = time.perf_counter()
+                began = now()
                 found = [output.outputs[0] for output in llm.generate(batch, params)]
                 count = counts[name]
-                count["seconds"] += time.perf_counter() - began
+                count["seconds"] += now() - began
                 count["tokens"] += sum(len(output.token_ids) for output in found)
                 count["steps"] += sum(output.num_steps for output in found)
                 texts = texts or [output.token_ids for output in found]
