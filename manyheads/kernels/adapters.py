@@ -40,8 +40,10 @@ class Tiles(NamedTuple):
     """Outputs of a program on the way up."""
 
 
-_TILES = {128: Tiles(8, 8, 4096, 4, 512), 512: Tiles(16, 8, 4096, 4, 256)}
-"""By tokens, at most: where they are few, an adapter has a few of them at most, and each block reads its weights;"""
+_FEW = 512
+"""Tokens, at most, of which an adapter has a few: each block reads its weights,"""
+_TILES = Tiles(8, 8, 4096, 4, 512)
+"""as here;"""
 _MANY = Tiles(64, 4, 4096, 3, 128)
 """and where there are more."""
 _MOST_RANKS = 64
@@ -54,7 +56,7 @@ _TOKENS_AT_ONCE = 64
 
 def tiles_of(num_tokens: int) -> Tiles:
     """What programs have to do where there are so many tokens."""
-    return next((tiles for most, tiles in _TILES.items() if num_tokens <= most), _MANY)
+    return _TILES if num_tokens <= _FEW else _MANY
 
 
 class Blocks(NamedTuple):
