@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from manyheads.models.config import ModelConfig
+from manyheads.models.registry import read_config
 from manyheads.speculation.eagle3.checkpoint import Eagle3Config, Eagle3Weights, read_drafter
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -54,6 +55,16 @@ def make_drafter(
         state["embed_tokens.weight"] = torch.randn(base.vocab_size, config.hidden_size, generator=_random(seed + 1))
     write_state(folder, state, raw_config(config, format, base_name), format, pickled)
     return read_drafter(folder, base)
+
+
+def drafter_of(folder: Path, kind: str) -> Path:
+    """The folder of a drafter of a kind for the model that `tests.tiny.save_model` wrote to a folder."""
+    if kind == "medusa":
+        return folder / "heads"
+    drafter = folder.parent / f"{folder.name}-drafter"
+    if not drafter.exists():
+        make_drafter(drafter, read_config(folder))
+    return drafter
 
 
 def drafter_config(

@@ -15,12 +15,11 @@ from manyheads.engine import ranks, recorded, runner
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
 from manyheads.engine.sampler import Nodes
-from manyheads.models.registry import read_config
 from manyheads.request import EngineRequest, SamplingParams
 from manyheads.speculation.drafter import DrafterShape
 from manyheads.speculation.eagle3.drafter import Eagle3Drafter
 from manyheads.speculation.medusa.drafter import MedusaDrafter
-from tests.eagle3 import make_drafter
+from tests.eagle3 import drafter_of
 from tests.engine.test_exactness import engine
 from tests.engine.test_graphs import record
 from tests.engine.test_ranks import engine as ranked_engine
@@ -56,13 +55,10 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", by_chance.KINDS)
 @pytest.mark.usefixtures("restored")
 def test_candidates_are_right_as_often_as_the_table_says(tmp_path: Path, kind: str, is_recorded: bool) -> None:
-    save_model(tmp_path, vocab_size=VOCAB)
-    heads = tmp_path / "heads"
-    if kind == "eagle3":
-        heads = tmp_path / "drafter"
-        make_drafter(heads, read_config(tmp_path))
+    save_model(tmp_path / "model", vocab_size=VOCAB)
+    heads = drafter_of(tmp_path / "model", kind)
     by_chance.ByChance(TABLE).install()
-    served = engine(tmp_path, 10, heads=str(heads), num_blocks=300, max_num_batched_tokens=64)
+    served = engine(tmp_path / "model", 10, heads=str(heads), num_blocks=300, max_num_batched_tokens=64)
     assert served.ready.drafter == kind
     if is_recorded:
         record(served)
@@ -100,19 +96,16 @@ def sampled(served: Engine) -> list[list[int]]:
 def test_two_ranks_draw_the_same(tmp_path: Path, kind: str) -> None:
     """The other one is a process; what it adds to a layer is wrong as soon as its rows are others. A rerun gives the
     same tokens."""
-    save_model(tmp_path, vocab_size=VOCAB)
-    heads = tmp_path / "heads"
-    if kind == "eagle3":
-        heads = tmp_path / "drafter"
-        make_drafter(heads, read_config(tmp_path))
+    save_model(tmp_path / "model", vocab_size=VOCAB)
+    heads = drafter_of(tmp_path / "model", kind)
     Changes(by_chance=True, acceptance=TABLE).install()
     settings = {"heads": str(heads), "num_blocks": 200}
-    shared = ranked_engine(tmp_path, 2, **settings)
+    shared = ranked_engine(tmp_path / "model", 2, **settings)
     found = sampled(shared)
     stats = shared.stats()
     assert stats.generation_tokens / stats.row_steps > 2.2
-    assert sampled(ranked_engine(tmp_path, 2, **settings)) == found
-    assert sampled(ranked_engine(tmp_path, 1, **settings)) == found
+    assert sampled(ranked_engine(tmp_path / "model", 2, **settings)) == found
+    assert sampled(ranked_engine(tmp_path / "model", 1, **settings)) == found
 
 
 class Chain:

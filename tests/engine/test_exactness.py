@@ -16,6 +16,7 @@ from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.request import EngineRequest
+from tests.eagle3 import drafter_of
 from tests.tiny import VOCAB
 
 TREES = [1, 4, 16, 64, None]
@@ -81,15 +82,23 @@ def test_greedy_text_is_the_models(folder: Path, texts: list[list[int]], tree_si
         assert stats.accepted_tokens > 0
 
 
+@pytest.mark.parametrize(("drafter", "trees"), [("medusa", (1, 16, None)), ("eagle3", (5,))], ids=["Medusa", "EAGLE-3"])
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
-def test_greedy_text_of_a_cache_in_8_bits_is_one(folder: Path, reference: LlamaForCausalLM, kv_dtype: str) -> None:
-    """With any tree, chunks, preemption and shared prefixes it is what each gets alone; it is not the model's own."""
-    jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(12, shared=9))]
+def test_text_of_a_cache_in_8_bits_is_one(
+    folder: Path, reference: LlamaForCausalLM, kv_dtype: str, drafter: str, trees: tuple[int | None, ...]
+) -> None:
+    """With any tree, chunks, preemption and shared prefixes it is what each gets alone, greedy and sampled; it is not
+    the model's own."""
+    jobs = [
+        (p, SamplingParams(temperature=i % 2, seed=i, max_tokens=20 + i)) for i, p in enumerate(prompts(12, shared=9))
+    ]
+    heads = str(drafter_of(folder, drafter))
     alone = engine(folder, 1, kv_cache_dtype=kv_dtype, max_num_seqs=1, max_num_batched_tokens=256, prefix_caching=False)
     wanted = run(alone, jobs)
     assert wanted != run(engine(folder, 1), jobs)
-    for tree_size in (1, 16, None):
-        served = engine(folder, tree_size, kv_cache_dtype=kv_dtype)
+    for tree_size in trees:
+        served = engine(folder, tree_size, kv_cache_dtype=kv_dtype, heads=heads)
+        assert served.ready.drafter == drafter
         assert run(served, jobs, rate=0.3) == wanted
         stats = served.stats()
         assert stats.preemptions > 0

@@ -11,6 +11,7 @@ from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.errors import RequestError
 from manyheads.request import EngineRequest, RequestDelta
+from tests.eagle3 import drafter_of
 from tests.tiny import save_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -35,11 +36,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def engine(folder: Path, tree_size: int) -> Engine:
+def engine(folder: Path, tree_size: int, drafter: str = "medusa") -> Engine:
     """Every request finds an empty cache, as the first of an engine does."""
     settings = {"seed": 0, "max_num_batched_tokens": 16, "block_size": 4, "num_blocks": 80, "num_threads": 1}
     settings |= {"tree_size": tree_size, "prefix_caching": False}
-    return build_engine(EngineConfig(model=str(folder), dtype="float32", **settings))
+    heads = str(drafter_of(folder, drafter))
+    return build_engine(EngineConfig(model=str(folder), heads=heads, dtype="float32", **settings))
 
 
 def run(served: Engine, **fields: object) -> list[RequestDelta]:
@@ -51,13 +53,20 @@ def run(served: Engine, **fields: object) -> list[RequestDelta]:
     return deltas
 
 
-@pytest.fixture(scope="module", params=[1, 8], ids=["no trees", "trees"])
+@pytest.fixture(scope="module")
 def pair(tiny: Path, overlaps: bool, request: pytest.FixtureRequest) -> tuple[Engine, Engine]:
     """Of the same settings."""
-    return engine(tiny, request.param), engine(tiny, request.param)
+    return engine(tiny, *request.param), engine(tiny, *request.param)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("pair", "case"),
+    [((1, "medusa"), case) for case in CASES]
+    + [((8, "medusa"), case) for case in CASES]
+    + [((5, "eagle3"), case) for case in ("greedy", "sampled")],
+    indirect=["pair"],
+    ids=str,
+)
 def test_it_goes_on_as_if_nothing_had_happened(pair: tuple[Engine, Engine], case: str) -> None:
     params, (first, second) = CASES[case], pair
     whole = run(first, params=params)

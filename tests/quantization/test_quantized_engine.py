@@ -18,6 +18,7 @@ from manyheads.ops.integer import IntegerProduct
 from manyheads.ops.products import CodesProduct
 from manyheads.quantization.base import CodedScheme, CodedWeight
 from manyheads.quantization.schemes import SCHEMES
+from tests.eagle3 import drafter_of
 from tests.engine.conftest import little_patience  # noqa: F401
 from tests.engine.test_exactness import engine, prompts, run
 from tests.tiny import save_model
@@ -68,10 +69,19 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize(
+    ("drafter", "trees"), [("medusa", (1, 16, None)), ("eagle3", (1, 5))], ids=["Medusa", "EAGLE-3"]
+)
 @pytest.mark.parametrize("form", [*(s.name for s in SCHEMES.values() if isinstance(s, CodedScheme)), "integer"])
-def test_greedy_text_is_that_of_the_widened_weights(
-    folder: Path, plain: LlamaForCausalLM, form: str, monkeypatch: pytest.MonkeyPatch
+def test_text_is_that_of_the_widened_weights(
+    folder: Path,
+    plain: LlamaForCausalLM,
+    form: str,
+    drafter: str,
+    trees: tuple[int | None, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Sampled text is that without trees."""
     scheme = form
     if form == "integer":
         if not integer.is_exact():
@@ -82,14 +92,19 @@ def test_greedy_text_is_that_of_the_widened_weights(
     jobs = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(6, shared=9))]
     wanted = [greedy(reference, prompt, params.max_tokens or 0) for prompt, params in jobs]
     assert wanted != [greedy(plain, prompt, params.max_tokens or 0) for prompt, params in jobs]  # it is another model
-    for tree_size in (1, 16, None):
-        served = engine(folder, tree_size, quantization=scheme)
-        assert served.ready.quantization == scheme
-        assert run(served, jobs, rate=0.5) == wanted
+    sampled = [(p, SamplingParams(temperature=1.0, seed=i, max_tokens=20)) for i, (p, _) in enumerate(jobs)]
+    for tree_size in trees:
+        served = engine(folder, tree_size, quantization=scheme, heads=str(drafter_of(folder, drafter)))
+        assert (served.ready.quantization, served.ready.drafter) == (scheme, drafter)
+        texts = run(served, [*jobs, *sampled], rate=0.5)
+        assert texts[: len(jobs)] == wanted
+        if tree_size == 1:
+            drawn = texts[len(jobs) :]
+        assert texts[len(jobs) :] == drawn
         forms = {type(layer.qkv.product) for layer in served.runner.model.layers}
         expected = IntegerProduct if form == "integer" else CodesProduct
         assert form not in ("int8", "fp8", "integer") or forms == {expected}
-        if tree_size == 16:
+        if tree_size in (5, 16):
             assert served.stats().accepted_tokens > 0
 
 

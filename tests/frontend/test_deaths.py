@@ -1,0 +1,113 @@
+"""A process of an engine dies or stands still: the streams go on with the same texts."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manyheads import EngineConfig, SamplingParams
+from manyheads.engine.build import build_engine
+from manyheads.frontend.engine_client import EngineClient
+from manyheads.request import EngineRequest
+from tests.eagle3 import drafter_of
+from tests.tiny import save_model
+
+ENGINE = "manyheads.frontend.engine_process"
+REQUESTS = [
+    EngineRequest(
+        request_id=name, prompt_token_ids=[1, 2, 3], params=SamplingParams(temperature=heat, seed=3, max_tokens=90)
+    )
+    for name, heat in (("greedy", 0.0), ("sampled", 1.0))
+]
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where engines keep what is temporary; a short path, as sockets want it."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def children(pid: int, module: str) -> list[int]:
+    """Processes that a process has started to run a module."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    found = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    return [child for child in found if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+async def streamed(config: EngineConfig, strike: Callable[[int], None]) -> tuple[dict[str, list[int]], int]:
+    """The tokens of each stream, in whose middle the engine's process is struck; and how often engines were
+    replaced."""
+    client = EngineClient(config, watchdog=3.0, max_restarts=3)
+    await client.start()
+    texts: dict[str, list[int]] = {request.request_id: [] for request in REQUESTS}
+    is_struck = False
+    try:
+        queue = client.submit(REQUESTS)
+        going = set(texts)
+        while going:
+            delta = await queue.get()
+            texts[delta.request_id] += delta.new_token_ids
+            if delta.finish_reason is not None:
+                assert delta.finish_reason == "length", delta.error
+                going.remove(delta.request_id)
+            if not is_struck and min(map(len, texts.values())) >= 10:
+                [engine] = children(os.getpid(), ENGINE)
+                strike(engine)
+                is_struck = True
+        return texts, client.num_restarts
+    finally:
+        await client.close()
+        assert children(os.getpid(), ENGINE) == []
+
+
+def texts_alone(config: EngineConfig) -> dict[str, list[int]]:
+    engine = build_engine(config)
+    texts: dict[str, list[int]] = {}
+    for request in REQUESTS:
+        engine.add_request(request)
+        texts[request.request_id] = []
+        while engine.has_work():
+            texts[request.request_id] += [token for delta in engine.step() for token in delta.new_token_ids]
+    return texts
+
+
+def config_of(folder: Path, drafter: str) -> EngineConfig:
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_threads": 1, "num_blocks": 40}
+    # with a tree of a given size, engines start without measuring which one pays
+    return EngineConfig(model=str(folder), heads=str(drafter_of(folder, drafter)), tree_size=4, **settings)
+
+
+def stop_rank(engine: int) -> None:
+    [rank] = children(engine, "manyheads.engine.rank")
+    os.kill(rank, signal.SIGSTOP)
+
+
+def kill(engine: int) -> None:
+    os.kill(engine, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "ranks", "strike"),
+    [("medusa", 2, stop_rank), ("eagle3", 1, kill)],
+    ids=["a rank of two that stands still", "an engine that dies"],
+)
+def test_an_engine_that_fails_costs_a_pause(
+    tmp_path: Path, temporary: Path, drafter: str, ranks: int, strike: Callable[[int], None]
+) -> None:
+    save_model(tmp_path / "model")
+    config = config_of(tmp_path / "model", drafter)
+    texts, restarts = asyncio.run(streamed(dataclasses.replace(config, tensor_parallel_size=ranks), strike))
+    assert texts == texts_alone(dataclasses.replace(config, speculative=False))
+    assert restarts == 1
+    assert list(temporary.glob("manyheads-*")) == []  # two engines were killed
