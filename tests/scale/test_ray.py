@@ -25,7 +25,8 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from ray.serve.config import ProxyLocation  # noqa: E402
 
 from manyheads.scale.client import ReplicaClient  # noqa: E402
-from manyheads.scale.serve_app import AppSettings, Resources, Scaling, replicas  # noqa: E402
+from manyheads.scale.serve_app import replicas  # noqa: E402
+from manyheads.scale.settings import AppSettings, Resources, Scaling  # noqa: E402
 
 T = TypeVar("T")
 LONG = 80
