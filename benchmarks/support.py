@@ -89,6 +89,11 @@ KNOWN = {
 }
 
 
+def known_of(architecture: str) -> Known:
+    """What is known of a family; of one that is new, no more than its name."""
+    return KNOWN.get(architecture, Known(architecture.removesuffix("ForCausalLM")))
+
+
 class Mismatch(Exception):
     """A comparison failed; the message says which."""
 
@@ -175,7 +180,7 @@ def tables(result: dict[str, Any]) -> list[str]:
     about, families = result["machine"], result["families"]
     rows, people = [], []
     for found in families:
-        known = KNOWN[found["family"]]
+        known = known_of(found["family"])
         count, of = found["texts"], f"of {found['texts']} × {found['tokens']} tokens"
         bits = set(found["quantized_texts"].values())
         ranks = found["two_ranks"] if found["two_ranks"] == EQUAL else f"refused: `{found['two_ranks']}`"
