@@ -144,6 +144,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "full_attention"],
         },
     ),
+    "seed-oss": ("seed_oss", {"head_dim": 16}),
+    "seed-oss with all biases, tied": (
+        "seed_oss",
+        {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
     "gemma3 with a cap": ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True, **GEMMA}),
 }
 """By name: transformers' `model_type`, and what differs from SHAPE. The first one of a `model_type` goes through the
