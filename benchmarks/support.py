@@ -86,6 +86,7 @@ KNOWN = {
     "MixtralForCausalLM": Known("Mixtral"),
     "Qwen3MoeForCausalLM": Known("Qwen3-MoE", gpu=f"30B-A3B's shape measured on an [H200]({RANDOM})"),
     "GptOssForCausalLM": Known("gpt-oss"),
+    "SeedOssForCausalLM": Known("Seed-OSS"),
 }
 
 
