@@ -86,7 +86,13 @@ KNOWN = {
     "MixtralForCausalLM": Known("Mixtral"),
     "Qwen3MoeForCausalLM": Known("Qwen3-MoE", gpu=f"30B-A3B's shape measured on an [H200]({RANDOM})"),
     "GptOssForCausalLM": Known("gpt-oss"),
+    "SeedOssForCausalLM": Known("Seed-OSS"),
 }
+
+
+def known_of(architecture: str) -> Known:
+    """What is known of a family; of one that is new, no more than its name."""
+    return KNOWN.get(architecture, Known(architecture.removesuffix("ForCausalLM")))
 
 
 class Mismatch(Exception):
@@ -175,7 +181,7 @@ def tables(result: dict[str, Any]) -> list[str]:
     about, families = result["machine"], result["families"]
     rows, people = [], []
     for found in families:
-        known = KNOWN[found["family"]]
+        known = known_of(found["family"])
         count, of = found["texts"], f"of {found['texts']} × {found['tokens']} tokens"
         bits = set(found["quantized_texts"].values())
         ranks = found["two_ranks"] if found["two_ranks"] == EQUAL else f"refused: `{found['two_ranks']}`"

@@ -104,6 +104,11 @@ def test_unknown_option(capsys: Capture, command: str) -> None:
         (["serve", "--memory", "15G"], ["--memory: '15G' is no size; write it like 15GiB, 500MiB or 16GB"]),
         (["serve", "--memory", "0"], ["memory_bytes must be at least 1, not 0"]),
         (["generate", "--memory", "1MiB", __file__], ["a memory of 1 MiB is too little: ", "weights 33 MiB"]),
+        (["deploy", "--config", "--replicas", "-1"], ["scaling.replicas: ", "greater than or equal to 0"]),
+        (["deploy", "--config", "--replicas", "0"], ["replicas must be at least 1 where they do not follow the load"]),
+        (["deploy", "--config", "--replicas", "4", "--most-replicas", "2"], ["replicas must be at most 2, ", "not 4"]),
+        (["deploy", "--replicas", "1", "--most-replicas", "4", "--least-replicas", "2"], ["must be at least 2, "]),
+        (["deploy", "--config", "--tool-parser", "no"], ["--tool-parser must be hermes", "not 'no'"]),
         (["serve", "--tree-size", "100"], ["tree_size must be between 1 and 64"]),
         (["chat", "--temperature", "nan"], ["temperature must be between 0 and 100, not nan"]),
         (["chat", "--acceptance", "most"], ["acceptance must be exact or typical, not 'most'"]),
@@ -291,5 +296,6 @@ def test_chat_goes_on_after_ctrl_c(capsys: Capture, monkeypatch: pytest.MonkeyPa
         (["builtin=b"], "an adapter needs a name, and 'builtin' is the built-in model's"),
     ],
 )
-def test_adapters_that_cannot_be_named_are_refused(given: list[str], error: str, capsys: Capture) -> None:
-    check(capsys, ["serve", *(part for text in given for part in ("--lora", text))], error)
+@pytest.mark.parametrize("command", ["serve", "deploy"])
+def test_adapters_that_cannot_be_named_are_refused(command: str, given: list[str], error: str, capsys: Capture) -> None:
+    check(capsys, [command, *(part for text in given for part in ("--lora", text))], error)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 from manyheads.cli.extras import needs_ray
-from manyheads.cli.parser import Parser, add_engine, add_model, engine_config
+from manyheads.cli.parser import Parser, add_answers, add_engine, add_model, answer_settings, engine_config
 from manyheads.config import EngineConfig
 
 
@@ -33,21 +33,23 @@ def add_commands(parser: Parser) -> None:
     group.add_argument("--ingresses", type=int, default=1, help="front ends that speak HTTP (default: 1)")
     group.add_argument("--cpus", type=float, default=1.0, help="processors kept for an engine (default: 1)")
     group.add_argument("--gpus", type=float, help="GPUs kept for an engine (default: one for each rank; 0 on a CPU)")
-    group.add_argument("--served-model-name", action="append", default=[], help="the model's name in requests")
-    group.add_argument("--api-key-file", metavar="FILE", help="keys by name, hashed; on every machine at this path")
     group.add_argument("--may-grow", action="store_true", help="the cluster adds machines by itself: wait for them")
     group.add_argument(
         "--config", action="store_true", help="write the config file for `serve deploy`, and deploy nothing"
     )
+    add_answers(command.add_argument_group("answers (files are read on every machine, at the same path)"))
     add_engine(command)
 
 
 def run(args: argparse.Namespace) -> int:
     """Deploy, or write the config file to standard output."""
+    from manyheads.scale.settings import AppSettings
+
     app = {"name": args.name, "route_prefix": args.route_prefix, "import_path": "manyheads.scale:app"}
-    settings = _settings(args)
+    given = _settings(args)
+    settings = AppSettings.read(given)
     if args.config:
-        json.dump({"applications": [app | {"args": settings}]}, sys.stdout, indent=2)  # which is YAML as well
+        json.dump({"applications": [app | {"args": given}]}, sys.stdout, indent=2)  # which is YAML as well
         print()
         return 0
     with needs_ray():
@@ -59,20 +61,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The `args` of the application, without what is as by default."""
-    config = engine_config(args)
-    engine = {f.name: getattr(config, f.name) for f in fields(EngineConfig) if getattr(config, f.name) != f.default}
-    server = {
-        "served_model_names": args.served_model_name,
-        "chat_template": args.chat_template,
-        "api_key_file": args.api_key_file,
-    }
-    scaling: dict[str, Any] = {"replicas": args.replicas}
+    config, default = asdict(engine_config(args)), asdict(EngineConfig())
+    engine = {name: value for name, value in config.items() if value != default[name]}
+    scaling: dict[str, Any] = {"replicas": args.replicas, "least": args.least_replicas}
     if args.most_replicas is not None:
-        scaling |= {"most": args.most_replicas, "least": args.least_replicas, "open_requests": args.open_requests}
+        scaling |= {"most": args.most_replicas, "open_requests": args.open_requests}
     resources: dict[str, Any] = {"num_cpus": args.cpus} | ({} if args.gpus is None else {"num_gpus": args.gpus})
     return {
         "engine": engine,
-        "server": {name: value for name, value in server.items() if value},
+        "server": {name: value for name, value in answer_settings(args).items() if value},
         "scaling": scaling,
         "resources": resources,
         "ingresses": args.ingresses,

@@ -147,6 +147,45 @@ def add_engine(parser: Parser) -> None:
             add_option(group, field.name, *ENGINE_HELP[field.name], field.default)
 
 
+class AddAdapter(argparse.Action):
+    """It reads NAME=PATH, as often as it is given, into one dictionary."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Add one. Ends the program if it has no name, or two have the same."""
+        name, _, path = values.partition("=")
+        there: dict[str, str] = getattr(namespace, self.dest)
+        if not name or not path:
+            parser.error(f"--lora must be NAME=PATH, not {values!r}")
+        if name in there:
+            parser.error(f"--lora: two adapters are called {name!r}")
+        setattr(namespace, self.dest, {**there, name: path})
+
+
+def add_answers(group: argparse._ArgumentGroup) -> None:
+    """Add what everything that answers requests over HTTP may be told, wherever it runs."""
+    group.add_argument("--api-key-file", metavar="FILE", help="keys by name, hashed; lines come from `manyheads key`")
+    text = "the model's name in requests"
+    group.add_argument("--served-model-name", action="append", default=[], dest="served_model_names", help=text)
+    text = "how the model writes calls of functions: hermes, llama3_json, pythonic, mistral, deepseek_v3 or none"
+    group.add_argument("--tool-parser", metavar="NAME", help=f"{text} (default: as its chat template has it)")
+    text = "how it marks thoughts: think, mistral or none"
+    group.add_argument("--reasoning-parser", metavar="NAME", help=f"{text} (default: as its chat template has it)")
+    text = (
+        "an adapter beside the model (LoRA in peft's format: a hub id or a folder), which requests name as their "
+        "model; as many as wanted"
+    )
+    group.add_argument("--lora", action=AddAdapter, default={}, dest="loras", metavar="NAME=PATH", help=text)
+    group.add_argument("--strict", action="store_true", help="refuse requests with fields that nobody knows")
+
+
+def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return fields of `ServerConfig`, by `add_answers` and `add_model`; those of adapters are the engine's."""
+    names = ("api_key_file", "tool_parser", "reasoning_parser", "strict", "chat_template")
+    return {name: getattr(args, name) for name in names} | {"served_model_names": tuple(args.served_model_names)}
+
+
 def add_sampling(parser: Parser) -> None:
     """Add the fields of SamplingParams that every request may have."""
     group = parser.add_argument_group("sampling")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 
 from manyheads.cli.extras import needs_ray
-from manyheads.cli.parser import Parser, add_engine, add_model, add_option, engine_config
-from manyheads.config import ConfigError
+from manyheads.cli.parser import (
+    Parser,
+    add_answers,
+    add_engine,
+    add_model,
+    add_option,
+    answer_settings,
+    engine_config,
+)
 from manyheads.server.config import ConnectionLimits, ServerConfig
 
 SERVER_HELP = {
@@ -33,21 +39,11 @@ def add_commands(parser: Parser) -> None:
     web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1)")
     web.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default: 8000)")
     web.add_argument("--api-key", help="what requests must bring (default: $MANYHEADS_API_KEY, if set)")
-    web.add_argument("--api-key-file", metavar="FILE", help="keys by name, hashed; lines come from `manyheads key`")
     web.add_argument("--protect-info", action="store_true", help="a key for /metrics, /docs and /version, too")
     web.add_argument("--ssl-certfile", metavar="FILE", help="speak HTTPS with this certificate (PEM)")
     web.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, unless it is in the same file")
     web.add_argument("--root-path", default="", metavar="PATH", help="where a proxy offers the server, such as /llm")
-    web.add_argument("--served-model-name", action="append", default=[], help="the model's name in requests")
-    text = "how the model writes calls of functions: hermes, llama3_json, pythonic, mistral, deepseek_v3 or none"
-    web.add_argument("--tool-parser", metavar="NAME", help=f"{text} (default: as its chat template has it)")
-    text = "how it marks thoughts: think, mistral or none"
-    web.add_argument("--reasoning-parser", metavar="NAME", help=f"{text} (default: as its chat template has it)")
-    text = (
-        "an adapter beside the model (LoRA in peft's format: a hub id or a folder), which requests name as their model"
-    )
-    web.add_argument("--lora", action="append", default=[], metavar="NAME=PATH", help=f"{text}; as many as wanted")
-    web.add_argument("--strict", action="store_true", help="refuse requests with fields that nobody knows")
+    add_answers(web)
     web.add_argument("--cors-origin", action="append", default=[], help="origin whose pages may call; * is any")
     web.add_argument(
         "--max-body-bytes", type=int, default=ServerConfig.max_body_bytes, help="largest body (default: 4 MiB)"
@@ -66,7 +62,7 @@ def add_commands(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
-    config, options = replace(engine_config(args), loras=_adapters(args.lora)), _server_config(args)
+    config, options = engine_config(args), _server_config(args)
     if args.replicas is not None:
         with needs_ray():
             from manyheads.scale.local import serve_replicas
@@ -77,39 +73,21 @@ def run(args: argparse.Namespace) -> int:
     return serve(config, options)
 
 
-def _adapters(given: list[str]) -> dict[str, str]:
-    """Read adapters by their names. Raises ConfigError: one has no name, or two have the same."""
-    found: dict[str, str] = {}
-    for text in given:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise ConfigError(f"--lora must be NAME=PATH, not {text!r}")
-        if name in found:
-            raise ConfigError(f"--lora: two adapters are called {name!r}")
-        found[name] = path
-    return found
-
-
 def _server_config(args: argparse.Namespace) -> ServerConfig:
     return ServerConfig(
         host=args.host,
         port=args.port,
         api_key=args.api_key or os.environ.get("MANYHEADS_API_KEY") or None,
-        api_key_file=args.api_key_file,
         protect_info=args.protect_info,
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
         root_path=args.root_path,
-        served_model_names=tuple(args.served_model_name),
-        chat_template=args.chat_template,
-        tool_parser=args.tool_parser,
-        reasoning_parser=args.reasoning_parser,
-        strict=args.strict,
         cors_origins=tuple(args.cors_origin),
         max_body_bytes=args.max_body_bytes,
         connections=ConnectionLimits(**{name: getattr(args, name) for name in CONNECTION_HELP}),
         access_log=args.access_log,
         log_format=args.log_format,
         verbose=args.verbose or args.debug,
+        **answer_settings(args),
         **{name: getattr(args, name) for name in SERVER_HELP},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,34 @@ class Compiler:
             # the first mask may take as long as all of the rest
             words = np.zeros(self.vocabulary.num_words, dtype=np.int32)
             matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        require(not matcher.is_error(), f"{what}: {first_line(matcher.get_error())}")
+        require(not matcher.is_error(), f"{what}: {_reason(grammar, matcher.get_error())}")
         return matcher
+
+
+def _reason(grammar: Grammar, message: str) -> str:
+    """What is wrong, with the keyword of a schema that the library does not name."""
+    reason = first_line(message)
+    if reason == "NoExtensionBias":
+        leads_back = grammar.kind == "json" and '"$ref"' in grammar.value
+        return "no text keeps to it" + (": a $ref leads back to itself" if leads_back else "")
+    if grammar.kind == "json" and message.startswith("regex parse error"):
+        keyword, pattern = next(_patterns_in(json.loads(grammar.value), message), ("pattern", ""))
+        return f"{keyword} {pattern[:100]!r}: {reason}"
+    return reason
+
+
+def _patterns_in(schema: Any, message: str) -> Iterator[tuple[str, str]]:
+    """Find the regular expressions of a schema that a message shows, with their keywords."""
+    if isinstance(schema, list):
+        for inner in schema:
+            yield from _patterns_in(inner, message)
+    elif isinstance(schema, dict):
+        given = schema.get("pattern")
+        of_names = schema.get("patternProperties")
+        named = [("pattern", given)] + [("patternProperties", name) for name in of_names or ()]
+        yield from ((keyword, p) for keyword, p in named if isinstance(p, str) and p and p in message)
+        for inner in schema.values():
+            yield from _patterns_in(inner, message)
 
 
 def _json(value: str) -> str:

@@ -250,6 +250,8 @@ def write_all(matchers: Sequence[Matcher], words: NDArray[np.int32], early_stops
 def first_line(message: str) -> str:
     """The part of the library's message that says what is wrong; the rest shows the place, or what it was about."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if "(limit for this grammar" in message or message.startswith("panic:"):
+        return "it is more than a grammar may take here; make it smaller, or simpler"  # not what limits to raise
     return " ".join(lines[:1] + [line for line in lines[1:] if line.startswith("error:")])[:300]
 
 

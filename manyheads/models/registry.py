@@ -17,6 +17,7 @@ from manyheads.models.families.moe import MIXTRAL, QWEN3_MOE
 from manyheads.models.families.olmo import OLMO2
 from manyheads.models.families.phi import PHI3
 from manyheads.models.families.qwen import QWEN2, QWEN3
+from manyheads.models.families.seed import SEED_OSS
 from manyheads.models.families.smollm import SMOLLM3
 from manyheads.models.families.starcoder import STARCODER2
 from manyheads.models.keys import Keys
@@ -24,7 +25,7 @@ from manyheads.models.parameters import Parameters
 
 _RECORDS = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GRANITE, OLMO2, SMOLLM3, GLM4, COHERE2, STARCODER2,
-    MIXTRAL, QWEN3_MOE, GPT_OSS,
+    MIXTRAL, QWEN3_MOE, GPT_OSS, SEED_OSS,
 )  # fmt: skip
 FAMILIES = {family.architecture: family for family in _RECORDS}
 

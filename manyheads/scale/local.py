@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from typing import Any
 
 import ray
@@ -14,8 +15,9 @@ from ray.serve.handle import DeploymentHandle
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.errors import EngineError
 from manyheads.scale.client import ReplicaClient
-from manyheads.scale.room import check_room
-from manyheads.scale.serve_app import AppSettings, Scaling, replicas
+from manyheads.scale.room import check_room, ray_options
+from manyheads.scale.serve_app import replicas
+from manyheads.scale.settings import AppSettings, Scaling
 from manyheads.server import run
 from manyheads.server.aside import Aside
 from manyheads.server.config import ServerConfig
@@ -35,7 +37,9 @@ def serve_replicas(config: EngineConfig, options: ServerConfig, count: int) -> i
     aside = Aside()
 
     async def find() -> DeploymentHandle[Any]:
-        return await aside.do(lambda: _start(config, options, count))
+        await aside.do(lambda: _start_ray(options, count))
+        keep_signals()
+        return await aside.do(lambda: _start_replicas(config, options, count))
 
     async def leave() -> None:
         await aside.do(_stop)
@@ -43,14 +47,14 @@ def serve_replicas(config: EngineConfig, options: ServerConfig, count: int) -> i
     return run.serve(config, options, backend=lambda: ReplicaClient(config, find, leave))
 
 
-def _start(config: EngineConfig, options: ServerConfig, count: int) -> DeploymentHandle[Any]:
-    """A Ray of this program's own, with the replicas; it has room for as many as there are to be, since processors are
-    shared here."""
+def _start_ray(options: ServerConfig, count: int) -> None:
+    """A Ray of this program's own; it has room for as many replicas as there are to be, since processors are shared
+    here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # engines are no background work
     if not options.verbose:
-        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    settings = AppSettings(scaling=Scaling(replicas=count))
+        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # for Serve's own processes; here it is imported already
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray.init(
             address="local",
@@ -59,7 +63,20 @@ def _start(config: EngineConfig, options: ServerConfig, count: int) -> Deploymen
             logging_level=logging.ERROR,
             log_to_driver=options.verbose,
         )
-        check_room(settings.resources.options(config), count)
+    except Exception as error:  # Ray knows no narrower one for a machine that is too busy to start it
+        raise EngineError(f"Ray could not start: {error}") from error
+
+
+def keep_signals() -> None:
+    """Give signals back to those who had them before Ray, whose library prints a stack and ends the program."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.getsignal(number))  # Python's handlers are as they were; the system's are not
+
+
+def _start_replicas(config: EngineConfig, options: ServerConfig, count: int) -> DeploymentHandle[Any]:
+    settings = AppSettings(scaling=Scaling(replicas=count))
+    try:
+        check_room(ray_options(settings.resources, config), count)
         serve.start(proxy_location=ProxyLocation.Disabled)
         return serve.run(replicas(config, options, settings), name=NAME, route_prefix=None)
     except RuntimeError as error:

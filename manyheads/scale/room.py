@@ -1,4 +1,4 @@
-"""Whether a cluster has room for what is to run there; Ray itself would wait for ever."""
+"""What a replica takes of a cluster, and whether there is room; Ray itself would wait for ever."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from typing import Any
 
 import ray
 
-from manyheads.config import ConfigError
+from manyheads.config import ConfigError, EngineConfig
+from manyheads.scale.settings import Resources
+
+
+def ray_options(resources: Resources, config: EngineConfig) -> dict[str, Any]:
+    """Ray's options of a replica; a cluster is there."""
+    gpus = resources.num_gpus
+    if gpus is None:
+        device = config.device
+        if device == "auto":
+            device = "cuda" if any(there.get("GPU") for there in resources_by_machine()) else "cpu"
+        gpus = 0 if device == "cpu" else config.tensor_parallel_size
+    return {"num_cpus": resources.num_cpus, "num_gpus": gpus, "resources": resources.custom}
 
 
 def check_room(options: Mapping[str, Any], count: int) -> None:
     """See that so many replicas fit into the machines of the cluster, were these empty.
 
     Args:
-        options: Ray's, of a replica.
+        options: of `ray_options`.
 
     Raises:
         ConfigError: saying how many fit.

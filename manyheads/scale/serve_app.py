@@ -6,17 +6,16 @@ A Serve config file says `import_path: manyheads.scale:app` and gives the fields
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from manyheads.config import ConfigError, EngineConfig
+from manyheads.config import EngineConfig
 from manyheads.frontend.async_llm import AsyncLLM
 from manyheads.frontend.defaults import default_params
 from manyheads.frontend.engine_process import BUILD_ENGINE
@@ -24,82 +23,12 @@ from manyheads.frontend.llm import folders
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.scale.client import ReplicaClient
 from manyheads.scale.replica import Replica
-from manyheads.scale.room import resources_by_machine
+from manyheads.scale.room import ray_options
 from manyheads.scale.router import PrefixRouter
+from manyheads.scale.settings import AppSettings
 from manyheads.server.app import create_app
 from manyheads.server.config import ServerConfig
 from manyheads.server.service import service_of
-
-T = TypeVar("T")
-
-
-class Strict(BaseModel):
-    """What is not known is an error."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Scaling(Strict):
-    """How many replicas there are."""
-
-    replicas: int = Field(default=1, ge=0)
-    """So many, or at first, where they follow the load."""
-    most: int | None = None
-    """They follow the load, up to so many; None leaves them as many as there are."""
-    least: int = Field(default=1, ge=0)
-    open_requests: float = 32.0
-    """A replica is for so many open requests, those that wait included."""
-    up_seconds: float = 10.0
-    down_seconds: float = 300.0
-    """The load must have changed for so long."""
-
-    def options(self) -> dict[str, Any]:
-        """Serve's options of the deployment."""
-        if self.most is None:
-            return {"num_replicas": self.replicas}
-        scaling = {
-            "min_replicas": self.least,
-            "initial_replicas": self.replicas,
-            "max_replicas": self.most,
-            "target_ongoing_requests": self.open_requests,
-            "upscale_delay_s": self.up_seconds,
-            "downscale_delay_s": self.down_seconds,
-        }
-        return {"autoscaling_config": scaling}
-
-
-class Resources(Strict):
-    """What Ray keeps for each replica."""
-
-    num_cpus: float = 1.0
-    num_gpus: float | None = None
-    """None: one for each rank where the model runs on GPUs."""
-    custom: dict[str, float] = Field(default_factory=dict)
-    """Ray's custom resources, by name."""
-
-    def options(self, config: EngineConfig) -> dict[str, Any]:
-        """Ray's options of a replica; a cluster is there."""
-        gpus = self.num_gpus
-        if gpus is None:
-            device = config.device
-            if device == "auto":
-                device = "cuda" if any(there.get("GPU") for there in resources_by_machine()) else "cpu"
-            gpus = 0 if device == "cpu" else config.tensor_parallel_size
-        return {"num_cpus": self.num_cpus, "num_gpus": gpus, "resources": self.custom}
-
-
-class AppSettings(Strict):
-    """The `args` of the application."""
-
-    engine: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `EngineConfig`, such as model, heads, tensor_parallel_size."""
-    server: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `ServerConfig` that are not about sockets, such as api_key_file, served_model_names."""
-    scaling: Scaling = Scaling()
-    resources: Resources = Resources()
-    ingresses: int = Field(default=1, ge=1)
-    routing: dict[str, float] = Field(default_factory=dict)
-    """Settings of `routing.Chooser`."""
 
 
 def replicas(
@@ -113,7 +42,7 @@ def replicas(
     }
     deployment: Any = serve.deployment(
         name="engine",
-        ray_actor_options=settings.resources.options(config),
+        ray_actor_options=ray_options(settings.resources, config),
         max_ongoing_requests=2 * config.max_queue,  # the queue is the engine's
         graceful_shutdown_timeout_s=options.drain_timeout,
         graceful_shutdown_wait_loop_s=0.5,
@@ -176,8 +105,7 @@ def app(args: AppSettings) -> serve.Application:
     Raises:
         ConfigError: a setting cannot hold.
     """
-    config = checked_settings("engine", args.engine, EngineConfig)
-    options = checked_settings("server", args.server, ServerConfig)
+    config, options = args.engine_config(), args.server_config()
     options.check()
     engines = replicas(config, options, args)
     ingress: Any = serve.deployment(
@@ -190,13 +118,3 @@ def app(args: AppSettings) -> serve.Application:
     texts = (msgspec.json.encode(config).decode(), msgspec.json.encode(options).decode())
     application: serve.Application = ingress.bind(engines, *texts)
     return application
-
-
-def checked_settings(name: str, given: dict[str, Any], kind: type[T]) -> T:
-    """Raise ConfigError for what is no setting, or has another type."""
-    if unknown := sorted(given.keys() - {field.name for field in fields(kind)}):  # type: ignore[arg-type]
-        raise ConfigError(f"{name}: there is no setting {unknown[0]!r}")
-    try:
-        return msgspec.convert(given, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{name}: {error}") from error

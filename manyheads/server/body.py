@@ -40,6 +40,10 @@ class Body(BaseModel, extra="allow", allow_inf_nan=False, strict=True):
                 for place, item in enumerate(value):
                     yield from item.unknown_fields(f"{path}{name}.{place}.")
 
+    def ignored_fields(self) -> Iterator[str]:
+        """Name the fields that ask for what this server does not do, where the answer is of use without."""
+        return iter(())
+
     @classmethod
     def closed(cls) -> Iterator[str]:
         """Name the kinds of bodies, this one's subclasses, in which an unknown field means nothing."""

@@ -77,6 +77,9 @@ class ServerConfig:
     """Running requests may go on for so many seconds after a signal to stop."""
     verbose: bool = False
 
+    def __post_init__(self) -> None:
+        check_parsers(self.tool_parser, self.reasoning_parser)
+
     @property
     def needs_key(self) -> bool:
         """Tell whether requests must bring a key."""
@@ -92,9 +95,8 @@ class ServerConfig:
         return not is_local and not self.needs_key
 
     def check(self) -> None:
-        """Raise ConfigError for what cannot hold, before anything is loaded."""
+        """Raise ConfigError for what cannot hold on this machine, before anything is loaded."""
         Keys(self.api_key, self.api_key_file)
-        check_parsers(self.tool_parser, self.reasoning_parser)
         if self.protect_info and not self.needs_key:
             raise ConfigError("--protect-info needs a key: give --api-key or --api-key-file")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):

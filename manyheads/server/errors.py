@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _finding(error.errors()[0], request.headers.get("content-type", "")).response()
+        return _finding(_most_telling(error.errors()), request.headers.get("content-type", "")).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -93,14 +94,40 @@ def add_error_handlers(app: FastAPI) -> None:
         return response
 
 
+def _path(detail: dict[str, Any]) -> list[str]:
+    """Where an error is. The branches of a union, which pydantic names by types and tags, are of no interest."""
+    names = [str(part) for part in detail["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
+    return [name for name in names if name not in _TYPE_NAMES and not name[0].isupper()]
+
+
+_TYPE_NAMES = {"str", "int", "float", "bool", "dict", "list"}
+
+
+def _most_telling(details: Sequence[Any]) -> dict[str, Any]:
+    """Choose an error of the first field that has one. A union tells what is wrong with each of its branches: the one
+    that came furthest is what was meant, and of those that came as far, each may have been."""
+    if str(details[0]["type"]) == "json_invalid":
+        return dict(details[0])
+    paths = [_path(detail) for detail in details]
+    of_field = [i for i, path in enumerate(paths) if path[:1] == paths[0][:1]]
+    best = max(of_field, key=lambda i: len(paths[i]))
+    same = [details[i] for i in of_field if paths[i] == paths[best]]
+    chosen = dict(details[best])
+    wanted = [str(detail["msg"]) for detail in same]
+    if len(wanted) > 1 and all(text.startswith(_SHOULD) for text in wanted):
+        chosen["msg"] = _SHOULD + " or ".join(dict.fromkeys(text.removeprefix(_SHOULD) for text in wanted))
+    return chosen
+
+
+_SHOULD = "Input should be "
+
+
 def _finding(detail: dict[str, Any], content_type: str) -> ApiError:
     """Say what pydantic has found, and in which field if it is in one."""
     kind = str(detail["type"])
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {detail['ctx']['error']}", code="invalid_json")
-    # the tags of a union's branches are of no interest to the caller
-    path = [str(p) for p in detail["loc"][1:] if isinstance(p, int) or str(p).isidentifier()]
-    param = ".".join(path) or None
+    param = ".".join(_path(detail)) or None
     if kind == "string_unicode":
         return ApiError(400, "unknown field whose name is not valid Unicode", code="unknown_field")
     if param is None:

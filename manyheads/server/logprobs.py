@@ -28,6 +28,37 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs] | None
     return {"content": content, "refusal": None} if content else None
 
 
+class TextLogprobs:
+    """It finds the log-probabilities of tokens that pieces of a reply's text came of; what marks thoughts and calls
+    belongs to none."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._waiting: list[dict[str, Any]] = []
+
+    def add(self, logprobs: Sequence[TokenLogprobs] | None) -> None:
+        """Take those of the next tokens."""
+        written = chat_logprobs(self._tokenizer, logprobs)
+        self._waiting += written["content"] if written else []
+
+    def take(self, text: str) -> list[dict[str, Any]]:
+        """Give those of the next piece of text, and forget what came before it. A token goes with the first piece that
+        it has a part in."""
+        sizes = [len(entry["bytes"]) for entry in self._waiting]
+        *starts, end = accumulate(sizes, initial=0)
+        found = bytes(byte for entry in self._waiting for byte in entry["bytes"]).find(text.encode())
+        # what is not found began in a token that is gone, or is no whole character in its tokens
+        begin, stop = (found, found + len(text.encode())) if found >= 0 else (0, end)
+        last = sum(start < stop for start in starts)
+        taken = [
+            entry
+            for entry, start, size in zip(self._waiting[:last], starts, sizes, strict=False)
+            if start + size > begin
+        ]
+        self._waiting = self._waiting[last:]
+        return taken
+
+
 def prompt_logprobs(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs] | None
 ) -> list[dict[str, Any] | None] | None:

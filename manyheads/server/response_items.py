@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from manyheads.frontend.reply import ReplyDelta
+from manyheads.server.logprobs import TextLogprobs
 
 Event = dict[str, Any]
 
 
 class ResponseItems:
-    """It makes items, in OpenAI's form, of what comes of a reply."""
+    """It makes items, in OpenAI's form, of what comes of a reply.
 
-    def __init__(self) -> None:
+    Args:
+        logprobs: knows those of the text, if they were asked for.
+    """
+
+    def __init__(self, logprobs: TextLogprobs | None = None) -> None:
+        self._logprobs = logprobs
         self.items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
 
@@ -46,7 +53,8 @@ class ResponseItems:
         else:
             (part,) = item["content"]
             kind = _KINDS[item["type"]][1]
-            yield self._event(f"response.{kind}.done", content_index=0, text=part["text"], **_logprobs(item["type"]))
+            more = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
+            yield self._event(f"response.{kind}.done", content_index=0, text=part["text"], **more)
             yield self._event("response.content_part.done", content_index=0, part=part)
         yield {**self._event("response.output_item.done"), "item": dict(item)}
         self._open = None
@@ -55,15 +63,21 @@ class ResponseItems:
         return self._open is not None and self._open["type"] == kind
 
     def _add_text(self, kind: str, text: str) -> Iterator[Event]:
-        prefix, name, more, of_part = _KINDS[kind]
+        prefix, name, of_item, of_part = _KINDS[kind]
         if not self._is_open(kind):
             yield from self.close("completed")
-            yield self._begin({"type": kind, "id": f"{prefix}_{_id()}", "content": [], **more})
-            part = {"type": name, "text": "", **of_part}
-            yield self._event("response.content_part.added", content_index=0, part=dict(part))
+            yield self._begin({"type": kind, "id": f"{prefix}_{_id()}", "content": [], **of_item})
+            part = {"type": name, "text": "", **copy.deepcopy(of_part)}
+            yield self._event("response.content_part.added", content_index=0, part=copy.deepcopy(part))
             self.items[-1]["content"].append(part)
-        self.items[-1]["content"][0]["text"] += text
-        yield self._event(f"response.{name}.delta", content_index=0, delta=text, **_logprobs(kind))
+        part = self.items[-1]["content"][0]
+        part["text"] += text
+        logprobs = self._logprobs.take(text) if self._logprobs is not None else []
+        more = {}
+        if "logprobs" in part:
+            part["logprobs"] += logprobs
+            more = {"logprobs": logprobs}
+        yield self._event(f"response.{name}.delta", content_index=0, delta=text, **more)
 
     def _begin(self, item: dict[str, Any]) -> Event:
         self._open = {**item, "status": "in_progress"}
@@ -83,10 +97,6 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "message": ("msg", "output_text", {"role": "assistant"}, {"annotations": [], "logprobs": []}),
 }
 """The beginning of an item's id, the name of its parts, and what else the item and a part have."""
-
-
-def _logprobs(kind: str) -> dict[str, Any]:
-    return {"logprobs": []} if kind == "message" else {}
 
 
 def _id() -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from manyheads.errors import RequestError, require
 from manyheads.frontend.conversation import Conversation
@@ -13,7 +14,7 @@ from manyheads.frontend.tools.use import ToolUse
 from manyheads.grammar import Grammar
 from manyheads.request import SamplingParams
 from manyheads.server.body import Body
-from manyheads.server.fields import EMPTY, Count, Empty, Limits, Whole
+from manyheads.server.fields import EMPTY, Count, Empty, Limits, Whole, between
 from manyheads.server.messages import MAX_MESSAGES, Part
 from manyheads.server.schemas import Queueing, Sampling
 from manyheads.server.tools import (
@@ -65,18 +66,29 @@ class ReasoningItem(Body):
     content: list[dict[str, Any]] | None = None
 
 
-def _kind(item: Any) -> str:
-    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
-    return kind if isinstance(kind, str) else "message"
+def _kind(item: Any) -> str | None:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return f"type={kind}" if isinstance(kind, str) else None
 
 
 Item = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[OutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(_kind),
+    Annotated[MessageItem, Tag("type=message")]
+    | Annotated[CallItem, Tag("type=function_call")]
+    | Annotated[OutputItem, Tag("type=function_call_output")]
+    | Annotated[ReasoningItem, Tag("type=reasoning")],
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_item",
+        custom_error_message="type must be message, function_call, function_call_output or reasoning",
+    ),
 ]
+
+
+def _is_function(tool: Any) -> Any:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if isinstance(kind, str) and kind != "function":
+        raise ValueError(f"{kind[:100]!r} tools are not supported: this server has functions only")
+    return tool
 
 
 class ResponseTool(Function):
@@ -124,6 +136,10 @@ class Reasoning(Body):
     generate_summary: Any = None
 
 
+LOGPROBS = "message.output_text.logprobs"
+"""`include` asks for log-probabilities of the text by this name."""
+
+
 class ResponsesRequest(Sampling, Queueing):
     """This body goes to POST /v1/responses. Nothing is stored; the fields from `user` on have no effect here."""
 
@@ -134,11 +150,18 @@ class ResponsesRequest(Sampling, Queueing):
     max_output_tokens: Count | None = None
     stream: bool | None = None
     text: Text | None = None
-    tools: list[ResponseTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: list[Annotated[ResponseTool, BeforeValidator(_is_function)]] | None = Field(
+        default=None, max_length=MAX_TOOLS
+    )
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | ResponseAllowedTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    include: list[str] | None = Field(default=None, description=f"{LOGPROBS}; others are ignored")
+    top_logprobs: Annotated[Whole, between("logprobs")] | None = Field(default=None, description=f"of {LOGPROBS}")
+    max_tool_calls: Annotated[Whole, Limits(minimum=1)] | None = Field(
+        default=None, description="of tools that the server has itself: none"
+    )
     previous_response_id: Empty = None
     conversation: Empty = None
     prompt: Empty = None
@@ -147,7 +170,6 @@ class ResponsesRequest(Sampling, Queueing):
     user: Any = None
     metadata: dict[str, Any] | None = None
     store: Any = None
-    include: Any = None
     truncation: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
@@ -155,13 +177,25 @@ class ResponsesRequest(Sampling, Queueing):
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
     stream_options: Any = None
-    max_tool_calls: Any = None
-    top_logprobs: Any = None
     moderation: Any = None
     context_management: Any = None
     access_programs: Any = None
     background_options: Any = None
     image: Any = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Tell whether the answer is to have log-probabilities of its text."""
+        return LOGPROBS in (self.include or ())
+
+    def ignored_fields(self) -> Iterator[str]:
+        """Name what would change the answer, and is not done here."""
+        if any(name != LOGPROBS for name in self.include or ()):
+            yield "include"
+        if self.top_logprobs is not None and not self.wants_logprobs:
+            yield "top_logprobs"
+        if self.truncation not in (None, "disabled"):
+            yield "truncation"
 
     def check(self) -> None:
         """Raise RequestError for what this server does not do."""
@@ -175,7 +209,8 @@ class ResponsesRequest(Sampling, Queueing):
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """Make the engine's parameters from this endpoint's names."""
-        return self.to_params(defaults, max_tokens=self.max_output_tokens, grammar=self.grammar())
+        logprobs = (self.top_logprobs or 0) if self.wants_logprobs else None
+        return self.to_params(defaults, max_tokens=self.max_output_tokens, grammar=self.grammar(), logprobs=logprobs)
 
     def grammar(self) -> Grammar | None:
         """Make the grammar of the text's form; None if it has none."""

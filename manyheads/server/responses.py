@@ -13,6 +13,7 @@ from fastapi.responses import Response
 
 from manyheads.frontend.generation import Generation, Update
 from manyheads.frontend.reply import ReplyReader
+from manyheads.server.logprobs import TextLogprobs
 from manyheads.server.openapi import generates
 from manyheads.server.response_answers import ResponseAnswer, ResponseEvent
 from manyheads.server.response_items import Event, ResponseItems
@@ -47,7 +48,8 @@ class _ResponseWriter:
 
     def __init__(self, service: Service, generation: Generation, body: ResponsesRequest, reader: ReplyReader) -> None:
         self._service, self._generation, self._body, self._reader = service, generation, body, reader
-        self._items = ResponseItems()
+        self._logprobs = TextLogprobs(service.llm.tokenizer) if body.wants_logprobs else None
+        self._items = ResponseItems(self._logprobs)
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self._number = 0
 
@@ -58,6 +60,8 @@ class _ResponseWriter:
             return stream_response(self._events(await self._service.stream(request, generations)))
         await self._service.collect(request, generations)
         (output,) = self._generation.outputs
+        if self._logprobs is not None:
+            self._logprobs.add(output.logprobs)
         for _ in self._items.push(self._reader.push(output.text, final=True)):
             pass  # nobody hears of events
         for _ in self._items.close(self._status()):
@@ -69,6 +73,8 @@ class _ResponseWriter:
         yield self._event({"type": "response.in_progress", "response": self._response("in_progress")})
         async with contextlib.aclosing(updates):
             async for update in updates:
+                if self._logprobs is not None:
+                    self._logprobs.add(update.delta.logprobs)
                 is_last = update.delta.finish_reason is not None
                 for told in self._items.push(self._reader.push(update.delta.text, final=is_last)):
                     yield self._event(told)
@@ -111,6 +117,8 @@ class _ResponseWriter:
             "tool_choice": asked.get("tool_choice", "auto"),
             "tools": asked.get("tools", []),
             "top_p": params.top_p,
+            "top_logprobs": params.logprobs,
+            "max_tool_calls": body.max_tool_calls,
             "truncation": "disabled",
             "usage": self._usage() if status != "in_progress" else None,
         } | ({"completed_at": int(time.time())} if output.finished and status == "completed" else {})

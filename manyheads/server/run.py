@@ -118,17 +118,13 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
             loop.call_later(CLOSE_SECONDS, setattr, server, "force_exit", True)
         stopping = True
 
-    def take_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
-
-    take_signals()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
     client = backend()
     try:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_bind(options.host, options.port))
             (tokenizer, defaults), ready = await _start(client, config, options)
-            take_signals()  # what starts with a backend may have taken them (Ray does)
             llm = stack.enter_context(contextlib.closing(AsyncLLM(client, tokenizer, ready, defaults)))
             service = service_of(llm, options)
             web = uvicorn.Config(

@@ -221,7 +221,7 @@ class ChatRequest(OpenAIRequest):
     function_call: Annotated[Any, Limits(enum=_NO_CALL)] = None
     modalities: list[Annotated[str, Limits(enum=["text"])]] | None = None
     audio: Empty = None
-    web_search_options: Empty = None
+    web_search_options: Annotated[Any, Limits(enum=[None], description="not supported")] = None
     moderation: Empty = None
 
     verbosity: Any = None
@@ -233,7 +233,7 @@ class ChatRequest(OpenAIRequest):
         require(not is_old, "functions and function_call are not supported: use tools and tool_choice")
         is_text = self.audio in EMPTY and all(m == "text" for m in self.modalities or ())
         require(is_text, "modalities: this server gives text only")
-        require(self.web_search_options in EMPTY, "web_search_options: this server does not search the web")
+        require(self.web_search_options is None, "web_search_options: this server does not search the web")
         require(self.moderation in EMPTY, "moderation: this server does not moderate texts")
         require(self.top_logprobs is None or bool(self.logprobs), "top_logprobs needs logprobs: true")
 

@@ -1,4 +1,5 @@
-"""Fields that nobody knows are ignored, which the log and the answer tell; a strict server refuses them."""
+"""Fields that nobody knows, or that have no effect, are ignored, which the log and the answer tell; a strict server
+refuses them."""
 
 from __future__ import annotations
 
@@ -29,18 +30,21 @@ class UnknownFields:
         self._told: set[str] = set()
 
     def take(self, body: Body, request: Request) -> None:
-        """Ignore the unknown fields of a body, or raise ApiError."""
-        names = [name[:MAX_LENGTH] for name in islice(body.unknown_fields(), MAX_NAMES)]
-        if not names:
-            return
-        if self._is_strict:
-            message = f"unknown field {names[0]!r}: neither the OpenAI API nor manyheads has it"
-            raise ApiError(400, message, names[0], "unknown_field")
-        request.state.ignored = [quote(name, safe="") for name in names]
-        for name in request.state.ignored:
-            if name not in self._told and len(self._told) < MAX_TOLD:
-                self._told.add(name)
-                _log.warning("the field %s of a request is ignored: nobody knows it", name)
+        """Ignore what a body brings in vain, or raise ApiError."""
+        unknown = [name[:MAX_LENGTH] for name in islice(body.unknown_fields(), MAX_NAMES)]
+        ignored = list(body.ignored_fields())
+        if self._is_strict and unknown:
+            message = f"unknown field {unknown[0]!r}: neither the OpenAI API nor manyheads has it"
+            raise ApiError(400, message, unknown[0], "unknown_field")
+        if self._is_strict and ignored:
+            message = f"{ignored[0]}: this server does not do what it asks for"
+            raise ApiError(400, message, ignored[0], "unsupported_value")
+        for names, why in ((unknown, "nobody knows it"), (ignored, "this server does not do what it asks for")):
+            for name in (quote(name, safe="") for name in names):
+                request.state.ignored = [*getattr(request.state, "ignored", ()), name]
+                if name not in self._told and len(self._told) < MAX_TOLD:
+                    self._told.add(name)
+                    _log.warning("the field %s of a request is ignored: %s", name, why)
 
 
 def ignored_header(scope: Scope) -> list[tuple[bytes, bytes]]:

@@ -9,9 +9,8 @@ import pytest
 import yaml
 
 from manyheads.cli import make_parser
-from manyheads.config import EngineConfig
-from manyheads.scale.serve_app import AppSettings, checked_settings
-from manyheads.server.config import ServerConfig
+from manyheads.scale.room import ray_options
+from manyheads.scale.settings import AppSettings
 from tests.deploy import schemas
 
 FOLDER = Path(__file__).parents[2] / "deploy"
@@ -89,12 +88,11 @@ def test_the_ray_cluster_has_room_for_its_replicas() -> None:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     (application,) = config["applications"]
-    settings = AppSettings(**application["args"])
-    engine = checked_settings("engine", settings.engine, EngineConfig)
-    server = checked_settings("server", settings.server, ServerConfig)
+    settings = AppSettings.read(application["args"])
+    engine, server = settings.engine_config(), settings.server_config()
     worker = workers["template"]["spec"]
     gpus = worker["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
-    wanted = settings.resources.options(engine)["num_gpus"]
+    wanted = ray_options(settings.resources, engine)["num_gpus"]
     assert wanted == engine.tensor_parallel_size <= gpus
     scaling = settings.scaling.options()["autoscaling_config"]
     assert scaling["min_replicas"] <= workers["minReplicas"] * (gpus // wanted)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from manyheads import Grammar
 from manyheads.engine.compiler import Compiler
-from manyheads.engine.matcher import Matcher, write_all
+from manyheads.engine.matcher import Matcher, first_line, write_all
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.errors import RequestError
 from manyheads.grammar import Kind
@@ -302,3 +302,16 @@ def test_a_vocabulary_without_the_letters_says_so(tmp_path: Path) -> None:
     place.take([0], 0)
     place.write(words)
     assert place.error == "no token of the model's vocabulary goes on with the text"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "initial lexer configuration (grammar) too big (limit for this grammar: 2000000); consider increasing "
+        "limits.initial_lexer_fuel",
+        "panic: assertion failed: grammar.symbols.len() < u16::MAX\n<backtrace>",
+    ],
+)
+def test_who_asks_is_told_no_limits_to_raise(message: str) -> None:
+    assert first_line(message) == "it is more than a grammar may take here; make it smaller, or simpler"
+    assert first_line("regex parse error:\n  (a\nerror: unclosed group") == "regex parse error: error: unclosed group"

@@ -13,6 +13,9 @@ import pytest
 
 from manyheads.bench.server import started
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import clients
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 HASTY = """
 import runpy, sys
@@ -85,6 +88,28 @@ def test_many_prompts(url: str, tmp_path: Path) -> None:
     assert sorted((record["line"], record["prompt"]) for record in said) == list(enumerate(prompts, 1))
     assert all(record["answer"].strip() for record in said)
     assert run("many_prompts.py", "--url", url, "--max-tokens", "8", text=prompts[0]).count("Napoleon") == 2
+
+
+def test_a_session_with_openais_client(url: str) -> None:
+    found = clients.run(sys.executable, EXAMPLES / "clients" / "openai_session.py", url)
+    assert found["outcome"] == "passed", found
+    kinds = [line.partition(": ")[0] for line in found["says"]]
+    assert kinds == ["stream", "call", "after the call", "parsed", "response", "response calls"]
+    assert found["versions"].keys() == {"openai"}
+
+
+def test_a_session_that_fails_or_is_not_installed_is_told(tmp_path: Path) -> None:
+    session = tmp_path / "some_session.py"
+    session.write_text('"""A client (pip install no-such-client)."""\n')
+    assert clients.run(sys.executable, session, "")["outcome"] == "not installed"
+    session.write_text('"""A client."""\nraise ValueError("so")\n')
+    assert clients.run(sys.executable, session, "")["outcome"] == "failed: ValueError: so"
+
+
+def test_the_published_sessions_are_those_that_there_are() -> None:
+    published = json.loads(clients.RESULT.read_text())["clients"]
+    assert [record["session"] for record in published] == sorted(p.name for p in clients.SESSIONS.glob("*_session.py"))
+    assert {record["outcome"] for record in published} == {"passed"}
 
 
 def test_all_examples_are_tested_and_listed() -> None:

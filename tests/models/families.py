@@ -37,21 +37,21 @@ LONGROPE = {
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 12, **SLIDING}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama without grouped queries": ("llama", {"num_key_value_heads": 4}),
     "llama with wide heads": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
     "llama of another base": ("llama", {"rope_parameters": {"rope_theta": 500.0}}),
-    "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
     "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
     "yarn rope": ("llama", {"rope_parameters": YARN}),
     "dynamic rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}),
-    "mistral": ("mistral", {"sliding_window": None}),
     "mistral with a window": ("mistral", {"sliding_window": 7}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen2": ("qwen2", {}),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3 tied": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3 with biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
@@ -75,11 +75,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("olmo2", {}),
     "olmo2 with biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
     "smollm3 with windows": (
         "smollm3",
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5},
     ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
     "glm4": ("glm4", {"head_dim": 8}),
     "glm4 without biases": ("glm4", {"head_dim": 16, "attention_bias": False, "tie_word_embeddings": True}),
     "cohere2": ("cohere2", {"logit_scale": 0.7, "tie_word_embeddings": True, **SLIDING}),
@@ -144,8 +144,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "full_attention"],
         },
     ),
+    "seed-oss": ("seed_oss", {"head_dim": 16}),
+    "seed-oss with all biases, tied": (
+        "seed_oss",
+        {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
     "gemma3 with a cap": ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True, **GEMMA}),
 }
+"""By name: transformers' `model_type`, and what differs from SHAPE. The first one of a `model_type` goes through the
+whole engine (SERVED), so it should be the one with most that is its own."""
+_ALSO_SERVED = ("phi3 tied, turned in part",)
+SERVED = [
+    *{model_type: name for name, (model_type, _) in reversed(MODELS.items())}.values(),
+    *_ALSO_SERVED,
+]
+"""These are generated from, by plain steps and trees, in chunks, and preempted."""
 
 
 def reference(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

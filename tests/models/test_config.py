@@ -34,6 +34,10 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 48,
 }
+FEW_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 12}
+"""Of families that have any."""
+LARGE = 10**7
+"""Models of more parameters take too long to be made."""
 CPU = torch.device("cpu")
 
 
@@ -156,6 +160,7 @@ def raw_config(family: Family, changes: list[tuple[str, Any]]) -> dict[str, Any]
         "rope_theta": 100.0,
         "num_experts_per_tok": 2,
         **TINY,
+        **{key: value for key, value in FEW_EXPERTS.items() if key in family.keys},
     }
     for key, value in changes:
         if value == "missing":
@@ -166,10 +171,13 @@ def raw_config(family: Family, changes: list[tuple[str, Any]]) -> dict[str, Any]
 
 
 def theirs(raw: dict[str, Any]) -> Any:
-    """The model that transformers makes of a configuration, with random weights; None: it makes none."""
+    """The model that transformers makes of a configuration, with random weights; or why there is none to compare with,
+    of OUTCOMES."""
     raw = json.loads(json.dumps(raw))
-    model_type = raw.pop("model_type")
     try:
+        if is_large(raw):
+            return "too large"
+        model_type = raw.pop("model_type")
         config = CONFIG_MAPPING[model_type].from_dict(raw)
         config._attn_implementation = "eager"
         torch.manual_seed(0)
@@ -179,25 +187,22 @@ def theirs(raw: dict[str, Any]) -> Any:
                 parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5) + ("norm" in key))
         return model
     except Exception:  # whatever it is, there is no text to compare with
-        return None
+        return "transformers cannot"
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize="CONFIG_EXAMPLES" not in os.environ,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-@given(
-    family=st.sampled_from(sorted(FAMILIES.values(), key=lambda family: family.model_type)),
-    changes=st.lists(CHANGES, min_size=1, max_size=3),
-    length=st.integers(2, 40),
-)
-def test_a_config_is_refused_or_gives_transformers_text(
-    family: Family, changes: list[tuple[str, Any]], length: int
-) -> None:
+def is_large(raw: dict[str, Any]) -> bool:
+    """Whether transformers would make a model of more than LARGE parameters: what is missing is as in a real one."""
+    with torch.device("meta"):
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict({k: v for k, v in raw.items() if k != "model_type"})
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) > LARGE
+
+
+def outcome(family: Family, changes: list[tuple[str, Any]], length: int) -> str:
+    """Compares the logits of a changed configuration with transformers', and says what came of it: one of OUTCOMES.
+
+    Raises:
+        AssertionError: a text of ours would be another.
+    """
     raw = raw_config(family, changes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -206,21 +211,53 @@ def test_a_config_is_refused_or_gives_transformers_text(
             config = read_config(folder)
         except ConfigError as error:
             assert str(folder / "config.json") in str(error)  # noqa: PT017
-            return
+            return "refused"
         model = theirs(raw | {"model_type": family.model_type})
-        if model is None:
-            return
+        if isinstance(model, str):
+            return model
         model.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(raw))
         try:
             ours = load_model(folder, config, torch.float32, CPU)
         except CheckpointError:
-            return
+            return "refused"
     length = min(length, config.max_position_embeddings)
     tokens = torch.randint(0, 61, (length,), generator=torch.Generator().manual_seed(length))
     with torch.inference_mode():
         wanted = model(tokens[None]).logits[0]
     torch.testing.assert_close(logits(ours, tokens), wanted, atol=2e-3, rtol=2e-3)
+    return "equal"
+
+
+OUTCOMES = ("equal", "refused", "transformers cannot", "too large")
+CHANGED = {
+    "family": st.sampled_from(sorted(FAMILIES.values(), key=lambda family: family.model_type)),
+    "changes": st.lists(CHANGES, min_size=1, max_size=3),
+    "length": st.integers(2, 40),
+}
+"""What `outcome` takes."""
+LOOK: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "phases": [Phase.generate],
+    "suppress_health_check": list(HealthCheck),
+}
+"""Settings of hypothesis for it."""
+
+
+@settings(max_examples=EXAMPLES, derandomize="CONFIG_EXAMPLES" not in os.environ, **LOOK)
+@given(**CHANGED)
+def test_a_config_is_refused_or_gives_transformers_text(
+    family: Family, changes: list[tuple[str, Any]], length: int
+) -> None:
+    assert outcome(family, changes, length) in OUTCOMES
+
+
+def test_a_model_of_real_sizes_is_not_made() -> None:
+    (llama,) = (family for family in FAMILIES.values() if family.model_type == "llama")
+    assert outcome(llama, [("hidden_size", "missing"), ("intermediate_size", "missing")], 2) == "too large"
+    assert outcome(llama, [("num_key_value_heads", "missing")], 2) == "equal"
+    assert outcome(llama, [("is_causal", False)], 2) == "refused"
 
 
 @pytest.mark.parametrize("key", sorted(UNDECLARED.keys() - {"original_max_position_embeddings"}))

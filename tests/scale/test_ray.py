@@ -8,15 +8,19 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
 from manyheads.request import EngineRequest, RequestDelta
-from manyheads.server.config import ServerConfig
+from tests.server.conftest import free_port
 from tests.tiny import VOCAB, save_model
 
 ray = pytest.importorskip("ray")
@@ -25,10 +29,13 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from ray.serve.config import ProxyLocation  # noqa: E402
 
 from manyheads.scale.client import ReplicaClient  # noqa: E402
-from manyheads.scale.serve_app import AppSettings, Resources, Scaling, replicas  # noqa: E402
+from manyheads.scale.serve_app import app  # noqa: E402
+from manyheads.scale.settings import AppSettings, Resources, Scaling  # noqa: E402
 
 T = TypeVar("T")
 LONG = 80
+PORT = free_port()
+URL = f"http://127.0.0.1:{PORT}"
 NAME = f"test{os.getpid()}"
 
 
@@ -36,6 +43,9 @@ NAME = f"test{os.getpid()}"
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     save_model(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
     return EngineConfig(
         model=str(folder),
         heads=str(folder / "heads"),
@@ -56,7 +66,7 @@ def cluster() -> Iterator[Any]:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     made.workers = [made.add_node(num_cpus=2, resources={"engine": 1}) for _ in range(2)]
     ray.init(address=made.address, logging_level="warning", log_to_driver=False)
-    serve.start(proxy_location=ProxyLocation.Disabled)
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options={"host": "127.0.0.1", "port": PORT})
     yield made
     serve.shutdown()
     ray.shutdown()
@@ -65,10 +75,14 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def handle(cluster: Any, config: EngineConfig) -> Any:
+    default = asdict(EngineConfig())
     settings = AppSettings(
-        scaling=Scaling(replicas=2), resources=Resources(num_cpus=1, num_gpus=0, custom={"engine": 1})
+        engine={name: value for name, value in asdict(config).items() if value != default[name]},
+        scaling=Scaling(replicas=2),
+        resources=Resources(num_cpus=1, num_gpus=0, custom={"engine": 1}),
     )
-    return serve.run(replicas(config, ServerConfig(), settings), name=NAME, route_prefix=None)
+    serve.run(app(settings), name=NAME, route_prefix="/")
+    return serve.get_deployment_handle("engine", NAME)
 
 
 def request(name: str, prompt: list[int], session: str = "", **params: Any) -> EngineRequest:
@@ -192,6 +206,32 @@ def a_session_and_a_long_beginning_go_where_they_were(handle: Any, config: Engin
     with_client(handle, config, work)
 
 
+def tokens_by_replica() -> dict[str, float]:
+    """What each replica has generated, by the ingress's metrics."""
+    lines = httpx.get(f"{URL}/metrics", timeout=30).text.splitlines()
+    return {
+        line.split()[0]: float(line.split()[1])
+        for line in lines
+        if line.startswith("manyheads_engine_generation_tokens_total{")
+    }
+
+
+def the_application_answers_over_http_and_a_session_has_a_replica(config: EngineConfig) -> None:
+    until(lambda: len(tokens_by_replica()) == 2)
+    assert httpx.get(f"{URL}/ready", timeout=30).status_code == 200
+    requests = [request(str(i), [i, i + 1, i + 2], max_tokens=20, temperature=0.0) for i in range(8)]
+    wanted, before = alone(config, requests), tokens_by_replica()
+    for asked_for in requests:
+        body = {"prompt": asked_for.prompt_token_ids, "max_tokens": 20, "temperature": 0, "return_token_ids": True}
+        answer = httpx.post(f"{URL}/v1/completions", json=body, headers={"X-Session-Id": "mine"}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["token_ids"] == wanted[asked_for.request_id]
+    said = sum(map(len, wanted.values()))
+    until(lambda: sum(tokens_by_replica().values()) - sum(before.values()) >= said)
+    gained = [count - before[name] for name, count in tokens_by_replica().items()]
+    assert sorted(gained) == [0, said], "a session's requests go to one replica"
+
+
 def an_aborted_request_ends_here_and_there(handle: Any, config: EngineConfig) -> None:
     async def work(client: ReplicaClient) -> None:
         queue = client.submit([request("x", [1, 2], max_tokens=100)])
@@ -260,6 +300,7 @@ def a_machine_that_is_lost_costs_a_pause(cluster: Any, handle: Any, config: Engi
 def test_replicas(cluster: Any, handle: Any, config: EngineConfig) -> None:
     """One test, for the cluster takes longer to start than all of it."""
     texts_are_those_of_one_engine_and_replicas_are_told_apart(handle, config)
+    the_application_answers_over_http_and_a_session_has_a_replica(config)
     a_session_and_a_long_beginning_go_where_they_were(handle, config)
     an_aborted_request_ends_here_and_there(handle, config)
     a_replica_that_is_killed_costs_a_pause(handle, config)

@@ -53,6 +53,10 @@ def test_refused_where_strict(strict: Running) -> None:
     assert answer.json()["error"]["param"] == "stream_options.nonsense"
     assert answer.json()["error"]["code"] == "unknown_field"
     assert httpx.post(strict.url + CHAT, json=BODY).status_code == 200
+    answer = httpx.post(strict.url + "/v1/responses", json={"input": "hello", "include": ["file_search_call.results"]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "include"
+    assert "does not do" in answer.json()["error"]["message"]
 
 
 def test_the_description_says_so(strict: Running, client: httpx.Client) -> None:
