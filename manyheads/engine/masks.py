@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
-from manyheads.engine.matcher import is_alone, write_all
+from manyheads.engine.matcher import is_alone
 from manyheads.engine.step import Request, RowResult
 from manyheads.speculation.tree import Tree, parents
 
@@ -176,7 +176,8 @@ def _roots(requests: Sequence[Request]) -> NDArray[np.int32]:
     """[G, W], what may follow the known tokens of rows with grammars."""
     matchers = [request.matcher for request in requests if request.matcher is not None]
     words = np.empty((len(requests), matchers[0].num_words), dtype=np.int32)
-    write_all(matchers, words, [_early_stops(request, 0) for request in requests])
+    for request, matcher, out in zip(requests, matchers, words, strict=True):
+        matcher.write(out, _early_stops(request, 0))
     return words
 
 

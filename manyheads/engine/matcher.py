@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 Words = NDArray[np.int32]
 """[W], the bits of a mask: bit t % 32 of word t // 32 says whether token t is allowed."""
-FEW_MASKS = 4
-"""Fewer than so many masks are made one after the other, sooner than threads would wake up."""
 MAX_CHAIN = 512
 """Tokens that are written at once without a step of the model; what goes on longer goes on with the next step."""
 
@@ -155,23 +153,16 @@ class Matcher:
         words[[*ended, *np.flatnonzero(~words.any(1))]] = -1
         return places, words[1 : 1 + len(places)]
 
-    @property
-    def _is_open(self) -> bool:
-        """Whether the library has to be asked what may come next."""
-        return self.error is None and not self._chain and not self.is_complete
-
-    def write(self, words: Words, early_stops: Iterable[int] = (), computed: bool = False) -> None:
+    def write(self, words: Words, early_stops: Iterable[int] = ()) -> None:
         """Write what may come next: the bits of a mask of `Vocabulary.num_words` words.
 
         Args:
             early_stops: tokens that would end the text before it may end; they are forbidden unless nothing else is
                 allowed.
-            computed: the words are what the library says already, if it has to be asked.
         """
         if self.error is None and not self.is_complete:
             if not self._chain:
-                if not computed:
-                    self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+                self._followed.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
                 if self._chain is None and _count(words) > 1:
                     self._chain = ()
             else:
@@ -230,21 +221,6 @@ class Matcher:
         error = first_line(self._followed.get_error())
         is_stuck = error in ("", "NoExtensionBias")
         self.error = "no token of the model's vocabulary goes on with the text" if is_stuck else error
-
-
-def write_all(matchers: Sequence[Matcher], words: NDArray[np.int32], early_stops: Sequence[Iterable[int]]) -> None:
-    """Write what may come next in several texts, as `Matcher.write` does for one; by several threads where it pays.
-
-    Args:
-        words: [G, W], to be written.
-    """
-    asked = [(matcher._followed, i) for i, matcher in enumerate(matchers) if matcher._is_open]
-    by_threads = len(asked) >= FEW_MASKS
-    if by_threads:
-        executor = matchers[0]._vocabulary.executor
-        executor.unsafe_compute_mask_ptr(asked, words.ctypes.data, words[0].nbytes, len(words))
-    for matcher, out, early in zip(matchers, words, early_stops, strict=True):
-        matcher.write(out, early, computed=by_threads)
 
 
 def first_line(message: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLTokenizer
+    from llguidance import LLTokenizer
 
 END = "<|the grammar's text is whole|>"
 """A token behind the vocabulary that ends texts for the library, so that it knows nothing of the model's own."""
@@ -42,13 +42,6 @@ class Vocabulary:
         backend.add_special_tokens([END])
         size = max(self._size, backend.get_vocab_size(with_added_tokens=True))
         return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=[backend.token_to_id(END)])
-
-    @cached_property
-    def executor(self) -> LLExecutor:
-        """The library's threads, which make masks of several texts at once."""
-        from llguidance import LLExecutor
-
-        return LLExecutor()
 
     @property
     def num_words(self) -> int:

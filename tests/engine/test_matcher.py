@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from manyheads import Grammar
 from manyheads.engine.compiler import Compiler
-from manyheads.engine.matcher import Matcher, first_line, write_all
+from manyheads.engine.matcher import Matcher, first_line
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.errors import RequestError
 from manyheads.grammar import Kind
@@ -268,29 +268,6 @@ def test_no_grammar_breaks_the_engine(
             return
         tokens = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
         place.take([int(tokens[choice % len(tokens)])], 10)
-
-
-def test_masks_of_many_texts_are_those_of_each(compilers: dict[str, Compiler]) -> None:
-    """Some open, some in a chain, one complete, one that the library gives up."""
-    compiler = compilers["byte-level"]
-    rules = "\n".join(f'w{i}: "a" "b" "{i}"' for i in range(3000))
-    ways = Grammar("grammar", "start: " + " | ".join(f"w{i}" for i in range(3000)) + f"\n{rules}")
-    given_ = [Grammar("regex", "[a-c]{2,9}d"), Grammar("json", SCHEMA), Grammar("regex", "abc[xy]"), ways]
-    given_ += [Grammar("regex", "[ab]"), Grammar("regex", "[a-z]+"), Grammar("regex", "(a|b)c*")]
-    one_by_one, together = ([matcher(compiler, grammar) for grammar in given_] for _ in range(2))
-    token = backend("byte-level").token_to_id("a")
-    for places in (one_by_one, together):
-        for place in (places[0], places[3], places[4]):
-            assert place.take([token], 0)[0] == [token]
-    words = np.zeros((2, len(given_), one_by_one[0].num_words), dtype=np.int32)
-    early = [(EOS,), (), (), (), (), (EOS,), ()]
-    for place, out, stops in zip(one_by_one, words[0], early, strict=True):
-        place.write(out, stops)
-    write_all(together, words[1], early)
-    assert (words[0] == words[1]).all()
-    assert [place.error for place in together] == [place.error for place in one_by_one]
-    assert [place.is_complete for place in together] == [i == 4 for i in range(len(given_))]
-    assert [place.error is None for place in together] == [i != 3 for i in range(len(given_))]
 
 
 def test_a_vocabulary_without_the_letters_says_so(tmp_path: Path) -> None:
