@@ -1,23 +1,22 @@
 """Products of a 7B model's matrices on a GPU in every way that there is for them, by number of tokens.
 
-    python benchmarks/gpu_products.py OUT.jsonl [--schemes int4] [--tokens 256,512] [--parts qkv] [--seconds 55]
+    python benchmarks/gpu_products.py OUT.json [--schemes int4] [--tokens 256,512] [--parts qkv] [--seconds 55]
 
-A line of JSON for each product and way, as soon as it is known: microseconds of one, with what quantizes its rows for
-`o` alone, as the kernels before the others do it; and its error against a product in float64 with what the weight
-stands for. Of each matrix there are so many with the same numbers in other places that none is found in the cache, one
-after another in a CUDA graph. The ways:
+A line of JSON is printed for each product and way, as soon as it is known: microseconds of one, with what quantizes its
+rows for `o` alone, as the kernels before the others do it; and its error against a product in float64 with what the
+weight stands for. Of each matrix there are so many with the same numbers in other places that none is found in the
+cache, one after another in a CUDA graph. The ways:
 
     half        the weight in half precision, by F.linear; with few tokens, by the kernel for those
     now         what `quantized.product` takes
     bytes       rows as bytes (`quantized.multiply`), with blocks (the weight's rows, tokens, columns, warps, stages)
-    halves      rows in half precision, the weight in registers (`halves.multiply`), with such tiles
     widened     the weight widened, in pieces of so many rows, then cuBLAS
     cublas      fp8 by cuBLAS
 
-Kernels are compiled first, by as many processes as there are cores for, into Triton's cache. `total` is the time of a
-layer's four products, 32 times: of each way the fastest shape, in ms. What does not compile, does not fit or gives
-other numbers is a line with `failed`. Where seconds are short, what is least told by others goes first, so that a cut
-run is of use.
+Kernels are compiled first, by as many processes as there are cores for, into Triton's cache. The
+file has the time of a layer's four products, 32 times, in ms: `totals` takes of each way the fastest shape for each
+product, `shapes` the fastest one for all four; and `failed`, what does not compile, does not fit or gives other
+numbers. Where seconds are short, what is least told by others goes first, so that a cut run is of use.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import gpu_machine, write_json
 from torch import Tensor
 from triton.errors import TritonError
 
-from manyheads.kernels import halves, linear, quantized, widen
-from manyheads.kernels.halves import Tiles
+from manyheads.kernels import linear, quantized, widen
 from manyheads.kernels.quantized import _Blocks
 from manyheads.kernels.rows import GROUP, QuantizedRows, quantize_rows
 from manyheads.kernels.widen import Arranged
@@ -78,15 +77,6 @@ def byte_blocks(scheme: CodedScheme, tokens: int) -> list[_Blocks]:
     return [_Blocks(64, 128, GROUP, 4, 3, False), _Blocks(128, 128, GROUP, 8, 4, True)]
 
 
-def half_tiles(scheme: CodedScheme) -> list[Tiles]:
-    """The tiles that are taken, and others."""
-    if scheme is INT4:
-        others = [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 8, 3)]
-    else:
-        others = [Tiles(128, 128, 128, 8, 3), Tiles(64, 128, 64, 4, 3), Tiles(128, 256, 64, 8, 3)]
-    return [halves.TILES[scheme.bits], *others]
-
-
 def ways(scheme: CodedScheme | None, tokens: int, padded: int, is_added: bool) -> Iterator[tuple[str, list[int], Run]]:
     """Name, shape and the product (x, weight) of each way."""
     if scheme is None:
@@ -103,9 +93,6 @@ def ways(scheme: CodedScheme | None, tokens: int, padded: int, is_added: bool) -
     if tokens >= 64:
         for blocks in byte_blocks(scheme, tokens):
             yield "bytes", list(blocks[:5]), by_blocks(blocks, splits(blocks.programs(tokens, padded)))
-        if not scheme.is_float:
-            for tiles in half_tiles(scheme):
-                yield "halves", list(tiles), by_tiles(tiles, splits(tiles.programs(tokens, padded)))
     if tokens >= 128:
         for piece in PIECES if padded > PIECES[0] else PIECES[:1]:
             yield "widened", [piece], by_pieces(piece)
@@ -138,10 +125,6 @@ def by_blocks(blocks: _Blocks, splits: int) -> Run:
             quantized._blocks = chosen
 
     return run
-
-
-def by_tiles(tiles: Tiles, splits: int) -> Run:
-    return lambda x, weight: halves.multiply(x, weight, splits, tiles)
 
 
 def by_pieces(piece: int) -> Run:
@@ -197,11 +180,11 @@ class Share:
         return self._seen.setdefault(kernel, len(self._seen)) % self._count == self._which
 
 
-def compile_all(out: Path) -> None:
+def compile_all() -> None:
     """Run every way once, in several processes, with all the arguments that this one has. What fails here is told when
     it fails again."""
     count = max(1, min(12, (os.cpu_count() or 1) - 2))
-    command = [sys.executable, *(os.devnull if each == str(out) else each for each in sys.argv), "--compiler"]
+    command = [sys.executable, *sys.argv, "--compiler"]
     running = [
         subprocess.Popen([*command, f"{which}/{count}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for which in range(count)
@@ -231,6 +214,35 @@ def copies(weight: Tensor | Arranged) -> list[Any]:
     return [weight, *(same() for _ in range(count))]
 
 
+def summary(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What the file has of all lines."""
+    times: dict[tuple[str, int, str], dict[tuple[int, ...], dict[str, float]]] = {}
+    for line in lines:
+        if "us" in line:
+            shapes = times.setdefault((line["scheme"], line["tokens"], line["way"]), {})
+            shapes.setdefault(tuple(line["shape"]), {})[line["part"]] = line["us"]
+
+    def total(products: Iterable[float]) -> float:
+        return round(sum(products) * LAYERS / 1e3, 3)
+
+    totals: dict[tuple[str, int], dict[str, float]] = {}
+    fastest: list[dict[str, Any]] = []
+    for (scheme, tokens, way), shapes in sorted(times.items()):
+        parts = [[by_part[part] for by_part in shapes.values() if part in by_part] for part in SHAPES]
+        if not all(parts):
+            continue
+        totals.setdefault((scheme, tokens), {})[way] = total(map(min, parts))
+        whole = [(total(by_part.values()), shape) for shape, by_part in shapes.items() if len(by_part) == len(SHAPES)]
+        if whole and len(shapes) > 1:
+            ms, shape = min(whole)
+            fastest.append({"scheme": scheme, "tokens": tokens, "way": way, "shape": shape, "ms": ms})
+    return {
+        "totals": [{"scheme": scheme, "tokens": tokens, "ms": ms} for (scheme, tokens), ms in totals.items()],
+        "shapes": fastest,
+        "failed": [line for line in lines if "failed" in line],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -243,73 +255,61 @@ def main() -> None:
     args = parser.parse_args()
     began, dtype = time.monotonic(), getattr(torch, args.dtype)
     if args.compiler is None:
-        compile_all(args.out)
+        compile_all()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    best: dict[tuple[str, int, str, str], float] = {}
-    with args.out.open("w") as file:
+    lines: list[dict[str, Any]] = []
 
-        def say(**record: Any) -> None:
-            line = json.dumps(record)
-            file.write(line + "\n")
-            file.flush()
-            print(line, flush=True)
+    def say(**record: Any) -> None:
+        lines.append(record)
+        print(json.dumps(record), flush=True)
 
-        say(gpu=torch.cuda.get_device_name(), torch=torch.__version__, dtype=args.dtype)
-        held: dict[tuple[str, str], tuple[list[Any], Tensor]] = {}
-        repeat = copies if args.compiler is None else lambda weight: [weight]
-        for name, part in itertools.product(args.schemes, args.parts):
-            plain = torch.randn(SHAPES[part], device="cuda").mul_(SHAPES[part][1] ** -0.5)
-            if name == "half":
-                held[name, part] = repeat(plain.to(dtype)), plain.to(dtype)
-            else:
-                weight = SCHEMES[name].quantize(plain)
-                held[name, part] = repeat(quantized.arrange(weight)), weight.dequantize(torch.float32)
-        torch.cuda.synchronize()
-        say(seconds=round(time.monotonic() - began, 1), ready=len(held))
-        mine = Share(*args.compiler) if args.compiler is not None else None
-        for tokens, name, part in itertools.product(args.tokens, args.schemes, args.parts):
-            weights, stands_for = held[name, part]
-            x = torch.randn(tokens, SHAPES[part][1], device="cuda").to(dtype)
-            known = min(tokens, 32)  # rows that are compared: the first and the last, as blocks begin and end there
-            some = torch.cat([x[: known // 2], x[-(known - known // 2) :]])
-            wanted = some.double() @ stands_for.double().t()
-            for way, shape, run in ways(SCHEMES.get(name), tokens, SHAPES[part][0], part in ADDED):
-                if time.monotonic() - began > args.seconds:
-                    break
-                if mine is not None and not mine.has((name, way, *shape, *([tokens] if way == "now" else []))):
+    held: dict[tuple[str, str], tuple[list[Any], Tensor]] = {}
+    repeat = copies if args.compiler is None else lambda weight: [weight]
+    for name, part in itertools.product(args.schemes, args.parts):
+        plain = torch.randn(SHAPES[part], device="cuda").mul_(SHAPES[part][1] ** -0.5)
+        if name == "half":
+            held[name, part] = repeat(plain.to(dtype)), plain.to(dtype)
+        else:
+            weight = SCHEMES[name].quantize(plain)
+            held[name, part] = repeat(quantized.arrange(weight)), weight.dequantize(torch.float32)
+    torch.cuda.synchronize()
+    say(seconds=round(time.monotonic() - began, 1), ready=len(held))
+    mine = Share(*args.compiler) if args.compiler is not None else None
+    for tokens, name, part in itertools.product(args.tokens, args.schemes, args.parts):
+        weights, stands_for = held[name, part]
+        x = torch.randn(tokens, SHAPES[part][1], device="cuda").to(dtype)
+        known = min(tokens, 32)  # rows that are compared: the first and the last, as blocks begin and end there
+        some = torch.cat([x[: known // 2], x[-(known - known // 2) :]])
+        wanted = some.double() @ stands_for.double().t()
+        for way, shape, run in ways(SCHEMES.get(name), tokens, SHAPES[part][0], part in ADDED):
+            if time.monotonic() - began > args.seconds:
+                break
+            if mine is not None and not mine.has((name, way, *shape, *([tokens] if way == "now" else []))):
+                continue
+            what = {"scheme": name, "tokens": tokens, "part": part, "way": way, "shape": shape}
+            given: Tensor | QuantizedRows = x
+            takes = way in ("bytes", "cublas") or (way == "now" and quantized.takes(x, weights[0]))
+            if takes and part != "o":
+                given = quantize_rows(x, SCHEMES[name])
+            try:
+                y = run(given, weights[0])
+                y = y.sum(0) if y.dim() == 3 else y
+                found = torch.cat([y[: known // 2], y[-(known - known // 2) :]]).double()
+                error = float((found - wanted).norm() / wanted.norm())
+                if not error < WRONG[name]:
+                    raise ValueError(f"an error of {error:.3g}")
+                if mine is not None:
                     continue
-                what = {"scheme": name, "tokens": tokens, "part": part, "way": way, "shape": shape}
-                given: Tensor | QuantizedRows = x
-                takes = way in ("bytes", "cublas") or (way == "now" and quantized.takes(x, weights[0]))
-                if takes and part != "o":
-                    given = quantize_rows(x, SCHEMES[name])
-                try:
-                    y = run(given, weights[0])
-                    y = y.sum(0) if y.dim() == 3 else y
-                    found = torch.cat([y[: known // 2], y[-(known - known // 2) :]]).double()
-                    error = float((found - wanted).norm() / wanted.norm())
-                    if not error < WRONG[name]:
-                        raise ValueError(f"an error of {error:.3g}")
-                    if mine is not None:
-                        continue
-                    took = microseconds(run, given, weights)
-                except (RuntimeError, ValueError, AssertionError, TritonError) as failure:
-                    say(**what, failed=f"{type(failure).__name__}: {failure}"[:300])
-                    continue
-                rate = 2 * tokens * SHAPES[part][0] * SHAPES[part][1] / took / 1e6
-                say(**what, us=round(took, 2), tflops=round(rate, 1), error=float(f"{error:.3g}"))
-                key = name, tokens, way, part
-                best[key] = min(took, best.get(key, took))
-        for name, tokens in itertools.product(args.schemes, sorted(args.tokens)):
-            layers = {}
-            for way in ("half", "now", "bytes", "halves", "widened", "cublas"):
-                times = [best[key] for part in args.parts if (key := (name, tokens, way, part)) in best]
-                if len(times) == len(args.parts):
-                    layers[way] = round(sum(times) * LAYERS / 1e3, 3)
-            if layers:
-                say(total=name, tokens=tokens, ms=layers)
-        say(seconds=round(time.monotonic() - began, 1))
+                took = microseconds(run, given, weights)
+            except (RuntimeError, ValueError, AssertionError, TritonError) as failure:
+                say(**what, failed=f"{type(failure).__name__}: {failure}"[:300])
+                continue
+            rate = 2 * tokens * SHAPES[part][0] * SHAPES[part][1] / took / 1e6
+            say(**what, us=round(took, 2), tflops=round(rate, 1), error=float(f"{error:.3g}"))
+    if mine is None:
+        settings = {"dtype": args.dtype, "layers": LAYERS, "shapes": SHAPES}
+        write_json(args.out, {"machine": gpu_machine("cuda"), "settings": settings, **summary(lines)})
 
 
 if __name__ == "__main__":

@@ -57,15 +57,9 @@ class CodedScheme(Scheme):
     """So many programs may share the sums of a product that is added to something next."""
     capability: tuple[int, int]
     """GPUs from this compute capability on multiply the codes through Triton."""
-    halves_from: int = NEVER
-    """Of so many rows on, these stay in half precision, and the weight becomes that in registers
-    (`kernels/halves.py`);"""
     widened_from: int = NEVER
-    """and of so many on, the weight is widened for the product (`kernels/widen.py`)."""
-
-    def keeps_rows(self, count: int) -> bool:
-        """Whether so many rows are multiplied in half precision, as they are."""
-        return count >= min(self.halves_from, self.widened_from)
+    """Of so many rows on, these stay in half precision, and the weight is widened for the product
+    (`kernels/widen.py`)."""
 
     @property
     def is_float(self) -> bool:

@@ -93,6 +93,5 @@ INT4 = CodedScheme(
     parts=2,
     max_splits=4,
     capability=(8, 0),
-    halves_from=129,
-    widened_from=1024,
+    widened_from=384,
 )

@@ -37,5 +37,5 @@ INT8 = CodedScheme(
     parts=2,
     max_splits=2,
     capability=(8, 0),  # a T4's tensor cores take bytes, but Triton does not use them
-    widened_from=2048,
+    widened_from=1024,
 )

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from manyheads.kernels import adapters, experts, fused, guesses, halves, quantized, routing, settle, widen
+from manyheads.kernels import adapters, experts, fused, guesses, quantized, routing, settle, widen
 from manyheads.kernels.attention import _attend_kernel
 from manyheads.kernels.exchange import ROWS, _sum_kernel
 from manyheads.quantization.int8 import INT8
@@ -95,18 +95,6 @@ def compile_experts(form: str, rows: int, added: bool, capability: int) -> int:
         constants |= {"SCALED": form != "bf16", "PARTS": 2 if form == "int8" else 1, "COLUMNS": 128, "EVEN_IN": True}
     kinds = {name: kind for name, kind in kinds.items() if name in kernel.arg_names}
     return compiled(kernel, kinds, constants, capability, num_stages=3)
-
-
-def compile_halves(bits: int, kind: str, added: bool, capability: int) -> int:
-    """The product of rows in half precision with a quantized weight. On Hopper the weight must come from registers."""
-    tiles, names = halves.TILES[bits], halves._halves_kernel.arg_names
-    kinds = {name: "i32" for name in names if not name.isupper()} | {"x_ptr": f"*{kind}", "zero_ptr": "*i8"}
-    kinds |= {"weight_ptr": "*u8" if bits == 4 else "*i8", "scale_ptr": "*fp32"}
-    kinds["out_ptr"] = "*fp32" if added else f"*{kind}"
-    constants = {"INT4": bits == 4, "HAS_ZERO": bits == 4, "IS_ODD": bits == 4, "IN_REGISTERS": True, "GROUP": 128,
-                 "BLOCK_ROWS": tiles.rows, "BLOCK_OUT": tiles.out, "BLOCK_IN": tiles.columns,
-                 "STAGES": tiles.stages}  # fmt: skip
-    return compiled(halves._halves_kernel, kinds, constants, capability, num_warps=tiles.warps)
 
 
 def compile_bytes(rows: int, capability: int) -> int:
@@ -194,9 +182,7 @@ if __name__ == "__main__":
     for form in (("bf16", 16, False, HOPPER), ("bf16", 128, True, AMPERE), ("int8", 16, True, HOPPER),
                  ("fp8", 64, False, HOPPER), ("int4", 16, False, HOPPER)):  # fmt: skip
         print(*form, compile_experts(*form))
-    for product in ((8, "fp16", False, HOPPER), (8, "bf16", True, HOPPER), (4, "fp16", True, HOPPER),
-                    (4, "bf16", False, HOPPER), (4, "bf16", False, AMPERE)):  # fmt: skip
-        print("halves", *product, compile_halves(*product))
-    print("bytes", compile_bytes(300, HOPPER))
+    for rows in (256, 512):
+        print("bytes", rows, compile_bytes(rows, HOPPER))
     for bits in (8, 4):
         print("widen", bits, compile_widen(bits))

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from manyheads.kernels import halves, quantized
+from manyheads.kernels import quantized
 from manyheads.kernels import widen as widening
 from manyheads.kernels.rows import quantize_rows
 from manyheads.kernels.widen import widen
@@ -23,11 +23,10 @@ from manyheads.quantization.base import CodedScheme, CodedWeight
 from manyheads.quantization.fp8 import FP8
 from manyheads.quantization.int4 import INT4, Int4Weight, pack
 from manyheads.quantization.int8 import INT8
-from tests.kernels import DEVICE, INTERPRETED, TOLERANCE, relative_error
+from tests.kernels import DEVICE, INTERPRETED, relative_error
 from tests.tiny import model_config
 
 SCHEMES = (INT8, FP8, INT4)
-HALVES = [torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # whose tl.dot multiplies bfloat16's bits
 ERROR = {INT8: 6e-5, INT4: 6e-5, FP8: 1e-6 if INTERPRETED else 1e-2}
 """Of what is not rounded to half precision. Tensor cores keep few bits of sums of fp8."""
 
@@ -68,7 +67,7 @@ def test_product(scheme: CodedScheme, rows: int, num_out: int, width: int, split
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("rows", [70, 130, 300])
+@pytest.mark.parametrize("rows", [70, 130, 400])
 def test_many_rows(scheme: CodedScheme, rows: int) -> None:
     num_out = (64, 128)[(SCHEMES.index(scheme) + rows // 10) % 2]  # any two of scheme, rows and columns
     x, weight = random(rows, 256), weight_of(scheme, num_out, 256)
@@ -91,14 +90,23 @@ def test_rows_of_any_size(scheme: CodedScheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_row_does_not_depend_on_others(scheme: CodedScheme) -> None:
-    """Bit for bit; and with int8 on how the columns are shared only as far as float32 is rounded."""
-    if scheme is FP8 and INTERPRETED:
-        pytest.skip("numpy adds up in an order of its own")
+    """Bit for bit on what they are, and on how many; and with int8 on how the columns are shared only as far as float32
+    is rounded.
+
+    fp8's sums are rounded, and tensor cores take its codes in other ways by how many rows there are (quantized.py).
+    """
     symmetric = scheme is INT4 and INTERPRETED  # zero points are multiplied as floating-point numbers
     x, weight = random(40, 512), quantized.arrange(weight_of(scheme, 64, 512, symmetric=symmetric))
     together = quantized.multiply(x, weight, 2)
     for row in (0, 17, 39):
-        assert torch.equal(quantized.multiply(x[row : row + 1], weight, 2)[:, 0], together[:, row])
+        others = random(40, 512)
+        others[row] = x[row]
+        assert torch.equal(quantized.multiply(others, weight, 2)[:, row], together[:, row])
+        alone = quantized.multiply(x[row : row + 1], weight, 2)[:, 0]
+        if scheme is FP8:
+            assert relative_error(alone.sum(0), together[:, row].sum(0)) < ERROR[FP8]
+        else:
+            assert torch.equal(alone, together[:, row])
     if scheme is INT8:
         assert relative_error(quantized.multiply(x, weight, 3).sum(0), together.sum(0)) < 1e-6
 
@@ -275,58 +283,20 @@ def test_a_model_quantizes_rows_where_they_are_computed(scheme: CodedScheme, mon
     assert len(afterwards) == 3 + 8
 
 
-def few(scheme: CodedScheme) -> CodedScheme:
-    """The scheme, with thresholds that tests come to."""
-    return replace(scheme, halves_from=4, widened_from=7)
-
-
-@pytest.mark.parametrize("scheme", [INT8, INT4], ids=str)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("num_out", "width", "splits"), [(128, 256, 1), (70, 640, 1), (129, 384, 2), (64, 128, 3)])
-def test_rows_in_half_precision(scheme: CodedScheme, dtype: torch.dtype, num_out: int, width: int, splits: int) -> None:
-    """Also a last pair of groups that is half there, shares of unequal length, and rows of x that lie apart."""
-    x, weight = random(2 * 33, width, dtype).view(33, -1)[:, :width], weight_of(scheme, num_out, width)
-    got = halves.multiply(x, quantized.arrange(weight), splits, halves.Tiles(64, 32, 64, 4, 2))
-    assert got.shape == ((33, num_out) if splits == 1 else (splits, 33, num_out))
-    assert got.dtype == (dtype if splits == 1 else torch.float32)
-    exact = scheme is INT8 and splits > 1  # codes are numbers of half precision, and the scale comes at the end
-    error = relative_error(got if splits == 1 else got.sum(0), wanted(x, weight))
-    assert error < (1e-6 if exact and INTERPRETED else 1e-4 if exact else TOLERANCE[dtype])
-
-
-def test_every_code_in_half_precision() -> None:
-    """Codes and zero points of all values; a scale that half precision has."""
-    codes = torch.arange(256, device=DEVICE)
-    one = torch.eye(256, device=DEVICE).half()
-    weight = type(weight_of(INT8, 1, 256))((codes - 128).to(torch.int8)[None], torch.ones(1, 1, device=DEVICE))
-    for x in (one.to(dtype) for dtype in HALVES):
-        assert halves.multiply(x, quantized.arrange(weight), 1, halves.TILES[8])[:, 0].tolist() == list(
-            range(-128, 128)
-        )
-    for zero in range(16):
-        packed = pack((codes % 16)[None])
-        scale = torch.full((1, 2), 0.5, device=DEVICE)
-        arranged = quantized.arrange(Int4Weight(packed, scale, torch.full((1, 2), zero, device=DEVICE).byte()))
-        for x in (one.to(dtype) for dtype in HALVES):
-            got = halves.multiply(x, arranged, 1, halves.TILES[4])
-            assert got[:, 0].tolist() == [(code % 16 - zero) / 2 for code in range(256)]
-
-
 @pytest.mark.parametrize("scheme", [INT8, INT4], ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_ways_by_rows(scheme: CodedScheme, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows become bytes, or the weight becomes half precision, or it is widened; what comes of it is the same."""
+    """Rows become bytes, or the weight is widened; what comes of it is the same."""
     weight = weight_of(scheme, 200, 256)
     bias = random(1, 200)[0] if has_bias else None
     product = QuantizedProduct(weight, bias)
-    fewer = few(scheme)
+    fewer = replace(scheme, widened_from=4)
     product._weight = replace(product._weight, scheme=fewer)
     ways: list[str] = []
-    for module, name in ((quantized, "quantize_rows"), (halves, "multiply"), (widening, "multiply")):
+    for module, name in ((quantized, "quantize_rows"), (widening, "multiply")):
         original, way = getattr(module, name), f"{module.__name__.rpartition('.')[2]}.{name}"
         monkeypatch.setattr(module, name, lambda *a, f=original, way=way: (ways.append(way), f(*a))[1])
-    known = ((3, "quantized.quantize_rows"), (4, "halves.multiply"), (6, "halves.multiply"), (7, "widen.multiply"))
-    for rows, way in known:
+    for rows, way in ((3, "quantized.quantize_rows"), (4, "widen.multiply")):
         x = random(rows, 256)
         assert product.takes(x) is (fewer if rows < 4 else None)
         expected = wanted(x, weight) + (0 if bias is None else bias.double())
