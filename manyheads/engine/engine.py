@@ -172,6 +172,7 @@ class Engine:
         self._ended.clear()
         for chunk in plan.chunks:
             chunk.request.cached_len += chunk.num_inflight
+            chunk.request.unread_chunks += 1
             chunk.request.is_extended = False
         for request in (chunk.request for chunk in plan.chunks if chunk.is_last):
             request.unread += 1
@@ -239,6 +240,7 @@ class Engine:
             else:
                 self._register(row.request)
         for chunk in plan.chunks:
+            chunk.request.unread_chunks -= 1
             if chunk.request.held_row is not None:
                 self._register(chunk.request)
         return deltas

@@ -99,10 +99,12 @@ class PageManager:
         self._holders = [0] * num_pages
         self._digest_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()  # held by nobody, oldest first
+        # held by nobody, oldest first; since when, by the clock of `_keep`
+        self._cached: OrderedDict[int, int] = OrderedDict()
         self._companions: dict[int, list[int]] = {}
         self._lookers = [0] * num_pages  # requests that hold a page and look at its companions
-        self._spare: OrderedDict[int, None] = OrderedDict()  # pages whose companions nobody looks at, oldest first
+        self._spare: OrderedDict[int, int] = OrderedDict()  # pages whose companions nobody looks at; the same
+        self._num_kept = 0
         self._news: dict[int, list[int]] = {}
 
     @property
@@ -145,11 +147,13 @@ class PageManager:
         return page
 
     def _evict(self) -> None:
-        """Free what the prefix cache has kept longest: companions, as long as there are any to spare."""
-        if self._spare:
-            self._free_companions(next(iter(self._spare)))
+        """Free what the prefix cache has kept longest: a page's companions, or a page."""
+        spare, cached = next(iter(self._spare), None), next(iter(self._cached), None)
+        if spare is not None and (cached is None or self._spare[spare] < self._cached[cached]):
+            self._free_companions(spare)
         else:
-            self._forget_page(next(iter(self._cached)))
+            assert cached is not None
+            self._forget_page(cached)
 
     def _forget_page(self, page: int) -> None:
         """The prefix cache knows a page no more, and keeps nothing of it."""
@@ -170,9 +174,14 @@ class PageManager:
         if self._lookers[page]:
             return
         if page in self._digest_of:
-            self._spare[page] = None
+            self._keep(page, self._spare)
         else:
             self._free_companions(page)
+
+    def _keep(self, page: int, kept: OrderedDict[int, int]) -> None:
+        """The prefix cache keeps a page, or its companions, from now on."""
+        self._num_kept += 1
+        kept[page] = self._num_kept
 
     def share_prefix(self, table: PageTable, tokens: list[int]) -> int:
         """Give an empty table the cached pages of the longest known prefix of `tokens`.
@@ -220,6 +229,8 @@ class PageManager:
     def reserve(self, table: PageTable, num_tokens: int) -> bool:
         """Extend the table to hold `num_tokens`; False, and nothing done, where there are too few pages."""
         missing = self.pages_for(num_tokens) - len(table.pages)
+        if missing <= 0:  # as for most rows in most steps
+            return True
         if missing > self.num_available:
             return False
         for _ in range(missing):
@@ -308,7 +319,7 @@ class PageManager:
         if self._holders[page]:
             return
         if page in self._digest_of:
-            self._cached[page] = None
+            self._keep(page, self._cached)
         else:
             self._free.append(page)
 

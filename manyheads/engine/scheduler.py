@@ -181,7 +181,7 @@ class Scheduler:
                 is_owed = rows[last.client] >= 2 * (rows[client] + starting[client]) and levels[client] < without
                 if not is_owed or last.priority < request.priority:
                     return pages if self.num_preemptions > preemptions else 0
-                if any(other.unread for other in self.running):
+                if any(other.unread or other.unread_chunks for other in self.running):
                     raise StepsUnread
                 self._preempt(last)
                 rows[last.client] -= 1
@@ -204,20 +204,24 @@ class Scheduler:
             plan.decoding.append(request)
 
     def _plan_chunk(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
-        scratch = request.scratch(plan.draft, num_tokens)
-        if not self.pages.reserve(request.table, request.cached_len + num_tokens + scratch):
-            held = (len(request.table.pages) + self.pages.num_available) * self.pages.page_size
-            num_tokens = max(1, min(num_tokens - (scratch > 0), held - request.cached_len))
-            length = request.cached_len + num_tokens + request.scratch(plan.draft, num_tokens)
-            if not self._reserve_or_preempt(request, length):
-                return
+        num_tokens = self._fitting(request, plan.draft, num_tokens)
+        if not self._reserve_or_preempt(
+            request, request.cached_len + num_tokens + request.scratch(plan.draft, num_tokens)
+        ):
+            return
         plan.chunks.append(Chunk(request, num_tokens, num_tokens == request.num_uncomputed))
+
+    def _fitting(self, request: Request, draft: Draft, num_tokens: int) -> int:
+        """How many of the next tokens of its text there are pages for now; 1 if there are none."""
+        scratch = request.scratch(draft, num_tokens)
+        room = (len(request.table.pages) + self.pages.num_available) * self.pages.page_size - request.cached_len
+        return num_tokens if num_tokens + scratch <= room else max(1, min(num_tokens - (scratch > 0), room))
 
     def _reserve_or_preempt(self, request: Request, num_tokens: int) -> bool:
         """Reserve, at the cost of those after it; False if the request itself had to give way."""
         if self.pages.reserve(request.table, num_tokens):
             return True
-        if any(other.unread for other in self.running):
+        if any(other.unread or other.unread_chunks for other in self.running):
             raise StepsUnread
         # first, what trees reserved and did not use; the rows before it are in the plan already and need all they hold
         for other in self.running[self.running.index(request) :]:
@@ -249,6 +253,9 @@ class Scheduler:
                 continue
             request.cached_len = self.pages.share_prefix(request.table, request.tokens)
             num_tokens = min(request.num_uncomputed, prompts[request])
+            if not self.running:
+                # what is computed at once has companions, and may take more pages than the whole text needs
+                num_tokens = self._fitting(request, plan.draft, num_tokens)
             # leave a page for each running row, or it would be preempted in the next step already
             spare = self.pages.num_available - len(self.running)
             length = request.cached_len + num_tokens + request.scratch(plan.draft, num_tokens)

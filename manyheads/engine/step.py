@@ -54,6 +54,9 @@ class Request:
     cached_len: int = 0
     unread: int = 0
     """Most tokens that it may still gain from steps that were launched and not read yet."""
+    unread_chunks: int = 0
+    """Its chunks that were launched and not read yet: the prefix cache does not know their pages, which keep what could
+    be given back."""
     has_candidates: bool = False
     """Whether the drafter has proposed for its next tree."""
     resumes: bool = False

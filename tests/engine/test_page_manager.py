@@ -439,6 +439,16 @@ def test_a_page_that_has_companions_takes_the_place_of_one_without() -> None:
     manager.check_integrity([])
 
 
+def test_pages_of_old_texts_are_evicted_before_companions_of_new_ones() -> None:
+    """However many texts came before, the last ones can be gone on with."""
+    manager = PageManager(1 + 40, 4, window=6, num_companions=1)
+    texts = [[i] * 12 for i in range(40)]
+    for text in texts:
+        manager.free(filled(manager, text))
+    assert [manager.num_known(PageTable(), [*text, 0]) for text in texts[-6:]] == [12] * 6
+    manager.check_integrity([])
+
+
 def test_pages_that_the_prefix_cache_does_not_know_yet_stay() -> None:
     manager, table = PageManager(10, 4, window=6), PageTable()
     assert manager.reserve(table, 24)

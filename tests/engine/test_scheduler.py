@@ -35,9 +35,11 @@ def several(elements: st.SearchStrategy[Any], low: int, high: int) -> st.SearchS
 SETUPS = st.builds(
     Setup,
     pages=st.integers(1, 24),
+    companions=st.sampled_from([0, 0, 1, 2]),
+    window=st.integers(1, 9),
     page_size=st.integers(2, 4),
     rows=st.integers(1, 5),
-    budget=st.integers(1, 12),
+    budget=st.sampled_from([*range(1, 13), 24]),
     max_queue=st.integers(1, 8),
     sizes=st.lists(st.sampled_from([1, 1.25, 2, 4, 8, 13]), min_size=1, max_size=4),
     skill=st.sampled_from([0, 5, 8, 10]),
@@ -157,6 +159,19 @@ def test_one_request_may_fill_the_whole_cache(overlaps: bool) -> None:
     world.add([1] * 11, ignore_eos=True)
     world.run()
     assert [len(sent.output) for sent in world.sent.values()] == [5, 1]
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("budget", [4, 10, 24])
+def test_a_text_whose_last_pages_alone_have_companions_is_served(budget: int, caching: bool, overlaps: bool) -> None:
+    """Pages with companions for 10 tokens; a longer text gives some back before it is whole."""
+    setup = Setup(overlaps=overlaps, pages=5, page_size=2, companions=6, window=3, budget=budget, caching=caching)
+    world = World(setup)
+    assert world.max_len == 2 * (7 * 5 - 6 * 4)
+    for length in (world.max_len - 2, 12):
+        world.add([1, 2] * (length // 2), ignore_eos=True)
+    world.run()
+    assert [len(sent.output) for sent in world.sent.values()] == [2, world.max_len - 12]
 
 
 def test_a_long_prompt_goes_in_chunks_beside_those_who_decode(overlaps: bool) -> None:

@@ -65,12 +65,14 @@ class FakeRunner:
     Args:
         skill: of ten proposals of a head, how many are right; the rank of the right one varies below 10.
         ragged: whether a row brings a part of the nodes that it may bring, another one in each step.
+        window: how far back it looks at the companions of pages, where these have some.
     """
 
-    def __init__(self, page_size: int, skill: int, overlaps: bool, ragged: bool = False) -> None:
-        self.page_size, self.skill, self.overlaps = page_size, skill, overlaps
+    def __init__(self, page_size: int, skill: int, overlaps: bool, ragged: bool = False, window: int = 0) -> None:
+        self.page_size, self.skill, self.overlaps, self.window = page_size, skill, overlaps, window
         self.random = random.Random(0) if ragged else None
         self.cache: dict[int, int] = {}  # slot → K/V entry
+        self.companions: dict[int, list[int]] = {}  # page → those that hold the same for other layers
         self.cached_len: dict[int, int] = {}  # by row, from here on
         self.last_token: dict[int, int] = {}
         self.candidates: dict[int, list[list[int]]] = {}
@@ -94,6 +96,7 @@ class FakeRunner:
     def compute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         self.writers.clear()
+        self.companions.update(plan.companions)
         requests = [*(chunk.request for chunk in plan.chunks), *plan.decoding]
         assert requests, "a step without a row"
         assert len(set(map(id, requests))) == len(requests)
@@ -152,7 +155,9 @@ class FakeRunner:
         tokens = [target[choice] for choice in path]
         where = {choice: cached_len + i for i, choice in enumerate(nodes)}
         for depth, choice in enumerate(path):
-            self.cache[self.slot(request, cached_len + depth)] = self.cache[self.slot(request, where[choice])]
+            sources, targets = self.slots(request, where[choice]), self.slots(request, cached_len + depth)
+            for source, destination in zip(sources, targets, strict=True):
+                self.cache[destination] = self.cache[source]
         self.cached_len[row] += len(path)
         if request.has_candidates and plan.draft.propose:
             for depth, token in enumerate(tokens[:HEADS]):
@@ -175,13 +180,15 @@ class FakeRunner:
         """Compute a row's tree; the token that the model continues each node with."""
         cached_len = self.cached_len[request.row]
         prefix = [self.cache[self.slot(request, i)] for i in range(cached_len)]
+        for i in range(max(0, cached_len + 1 - self.window), cached_len):
+            assert {self.cache[slot] for slot in self.slots(request, i)} == {prefix[i]}, "a companion of another text"
         entries: dict[Choice, int] = {}
         for i, (choice, token) in enumerate(nodes.items()):
             above = [entries[choice[:depth]] for depth in range(len(choice))]
             entries[choice] = entry_of(prefix + above, token)
-            slot = self.slot(request, cached_len + i)
-            assert self.writers.setdefault(slot // self.page_size, request) is request, "a page with two writers"
-            self.cache[slot] = entries[choice]
+            for slot in self.slots(request, cached_len + i):
+                assert self.writers.setdefault(slot // self.page_size, request) is request, "a page with two writers"
+                self.cache[slot] = entries[choice]
         return {choice: entry % VOCAB for choice, entry in entries.items()}
 
     def finish(
@@ -214,6 +221,12 @@ class FakeRunner:
         assert page == request.table.pages[position // self.page_size]
         return page * self.page_size + position % self.page_size
 
+    def slots(self, request: Request, position: int) -> list[int]:
+        """Where a token's entry is, in each group of layers."""
+        slot = self.slot(request, position)
+        page, offset = divmod(slot, self.page_size)
+        return [slot, *(companion * self.page_size + offset for companion in self.companions.get(page, []))]
+
 
 class RestlessPlanner(Planner):
     """Trees of another size at every step."""
@@ -229,6 +242,10 @@ class RestlessPlanner(Planner):
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     pages: int = 16
+    """That texts may have at once, with companions."""
+    companions: int = 0
+    window: int = 4
+    """Of layers whose pages are companions, if there are any."""
     page_size: int = 4
     max_len: int = 32
     rows: int = 4
@@ -259,15 +276,18 @@ class World:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.now = 1000.0
-        self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps, setup.ragged)
+        window = setup.window if setup.companions else None
+        self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps, setup.ragged, window or 0)
+        num_pages = setup.pages * (1 + setup.companions) + 1
+        pages = PageManager(num_pages, setup.page_size, setup.caching, window, setup.companions)
         self.scheduler = Scheduler(
-            PageManager(setup.pages + 1, setup.page_size, setup.caching),
+            pages,
             StepTarget(RestlessPlanner(setup.sizes), setup.budget),
             max_num_seqs=setup.rows,
             max_queue=setup.max_queue,
             admission=Admission(setup.max_wait, lambda: self.now),
         )
-        self.max_len = min(setup.max_len, setup.pages * setup.page_size)
+        self.max_len = min(setup.max_len, pages.longest_text)
         ready = EngineReady(
             model="fake",
             max_model_len=self.max_len,
