@@ -119,19 +119,22 @@ class TorchAttention:
         # [R, n, n]
         branches = (order[:, None] >= order)[None] if group.is_chain else (bits[..., None] >> order) & 1 != 0
         views: dict[_Kind, _View] = {}
+        masks: dict[tuple[int, bool], Tensor] = {}
         for layers, window in self._kinds.values():
             if (layers, window) in views:
                 continue
             (of_layers,) = groups_in(self.cache, layers, [group])
             if window is None or window >= longest:  # tokens stand no further apart than slots
-                whole = views.get((layers, None)) or self._view(of_layers, rows, min(lengths), longest, branches)
+                whole = views.get((layers, None)) or self._view(of_layers, rows, min(lengths), longest, branches, masks)
                 views[layers, None] = views[layers, window] = whole
             else:
                 at = self._positions[start:stop]
                 if place is not None:
                     at = at.new_zeros(num_rows * tokens).index_copy_(0, place, at)
                 depth = at.view(num_rows, tokens) - group.cached_len[rows, None]
-                views[layers, window] = self._view(of_layers, rows, min(lengths), longest, branches, depth, window)
+                views[layers, window] = self._view(
+                    of_layers, rows, min(lengths), longest, branches, masks, depth, window
+                )
         return _Part(start, stop, num_rows, tokens, place, views)
 
     def _view(
@@ -141,6 +144,7 @@ class TorchAttention:
         shortest: int,
         longest: int,
         branches: Tensor,
+        masks: dict[tuple[int, bool], Tensor],
         depth: Tensor | None = None,
         window: int = 0,
     ) -> _View:
@@ -150,6 +154,7 @@ class TorchAttention:
             shortest: of their caches' lengths,
             longest: of these and their tokens.
             branches: [R or 1, n, n] bool, which of a row's tokens a token sees.
+            masks: of the same rows elsewhere, by window and by whether slots lie side by side; to be added to.
             depth: [R, n] int64, how far its tokens stand behind its cache; only with a window.
             window: how far back a token sees, itself included; 0: to the beginning.
         """
@@ -168,6 +173,8 @@ class TorchAttention:
                     return _View(pages, span, None)
                 if not window:
                     return _View(pages, span, F.pad(self._mask(~branches), (longest - tokens, 0)))
+        if (mask := masks.get((window, span is None))) is not None:
+            return _View(pages, span, mask)
         # position of each slot relative to the first in-flight token: [R, 1, L]
         slots = torch.arange(skip * self.page_size, num_pages * self.page_size, device=device)
         if span is not None:
@@ -182,7 +189,8 @@ class TorchAttention:
         if depth is not None:
             at_depth = torch.where(relative < 0, relative, depth[:, None].gather(2, at))
             hidden = hidden | (depth[..., None] - at_depth >= window)
-        return _View(pages, span, self._mask(hidden))
+        mask = masks[window, span is None] = self._mask(hidden)
+        return _View(pages, span, mask)
 
     def _mask(self, hidden: Tensor) -> Tensor:
         """[R, n, L] bool to what is added to scores, for all query heads of a K/V head."""
