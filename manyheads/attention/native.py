@@ -14,7 +14,8 @@ from manyheads.native.layers import LANES, Layers, Shape, Trees
 def serves(cache: KVCache, heads: Heads) -> bool:
     """Whether there is such attention over a cache."""
     in_float = cache.data.dtype == torch.float32 and cache.device.type == "cpu"
-    return in_float and heads.softcap is None and cache.data.shape[-1] % LANES == 0
+    is_plain = heads.softcap is None and not heads.sinks
+    return in_float and is_plain and cache.data.shape[-1] % LANES == 0
 
 
 class NativeAttention(TorchAttention):

@@ -153,7 +153,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name: transformers' `model_type`, and what differs from SHAPE. The first one of a `model_type` goes through the
 whole engine (SERVED), so it should be the one with most that is its own."""
-_ALSO_SERVED = ("phi3 tied, turned in part",)
+_ALSO_SERVED = ("phi3 tied, turned in part", "gpt-oss, tied, of full layers")
 SERVED = [
     *{model_type: name for name, (model_type, _) in reversed(MODELS.items())}.values(),
     *_ALSO_SERVED,

@@ -87,6 +87,7 @@ def test_other_types_and_strides_are_left_to_torch(native: NativeOps) -> None:
         (KVCache(cache.data.bfloat16()), heads),
         (KVCache(cache.data[..., :24]), heads),
         (cache, replace(heads, softcap=2.0)),
+        (cache, replace(heads, sinks={0: torch.zeros(2)})),
     ):
         assert not isinstance(native.attention(other, told), NativeAttention)
 
