@@ -68,6 +68,11 @@ class PageTable:
         """The pages that the request still has."""
         return self.pages[self.num_dropped :]
 
+    @property
+    def looked_at(self) -> list[int]:
+        """The pages whose companions the request looks at, where pages have such."""
+        return self.pages[self.num_passed :]
+
 
 class PageManager:
     """Hands out pages, shares prefixes, takes pages back.
@@ -200,7 +205,7 @@ class PageManager:
         for page in table.pages:
             self._cached.pop(page, None)
             self._holders[page] += 1
-        for page in table.pages[table.num_passed :] if self.num_companions else ():
+        for page in table.looked_at if self.num_companions else ():
             self._spare.pop(page, None)
             self._lookers[page] += 1
         return cached_len
@@ -338,7 +343,7 @@ class PageManager:
                 raise RuntimeError(f"a request holds a page twice: {table.held}")
             for page in table.held:
                 holders[page] += 1
-            for page in table.pages[table.num_passed :] if self.num_companions else ():
+            for page in table.looked_at if self.num_companions else ():
                 lookers[page] += 1
         if holders != self._holders:
             wrong = [b for b in range(self.num_pages) if holders[b] != self._holders[b]]

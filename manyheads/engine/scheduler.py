@@ -181,7 +181,7 @@ class Scheduler:
                 is_owed = rows[last.client] >= 2 * (rows[client] + starting[client]) and levels[client] < without
                 if not is_owed or last.priority < request.priority:
                     return pages if self.num_preemptions > preemptions else 0
-                if any(other.unread or other.unread_chunks for other in self.running):
+                if self._has_unread:
                     raise StepsUnread
                 self._preempt(last)
                 rows[last.client] -= 1
@@ -221,7 +221,7 @@ class Scheduler:
         """Reserve, at the cost of those after it; False if the request itself had to give way."""
         if self.pages.reserve(request.table, num_tokens):
             return True
-        if any(other.unread or other.unread_chunks for other in self.running):
+        if self._has_unread:
             raise StepsUnread
         # first, what trees reserved and did not use; the rows before it are in the plan already and need all they hold
         for other in self.running[self.running.index(request) :]:
@@ -274,6 +274,11 @@ class Scheduler:
         if not (self.waiting and self._num_free_rows):
             return []
         return list(islice(self.waiting.in_turn(self.waiting.levels(self.running)), self._num_free_rows))
+
+    @property
+    def _has_unread(self) -> bool:
+        """Whether steps that were launched may still bring rows something, or tell the prefix cache of their pages."""
+        return any(request.unread or request.unread_chunks for request in self.running)
 
     @property
     def _num_free_rows(self) -> int:
