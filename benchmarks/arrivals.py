@@ -172,16 +172,19 @@ def figures(engine: dict[int, Told], clients: list[Heard], begin: float, end: fl
 @contextlib.contextmanager
 def server(loop: str, step: float, log: Path) -> Any:
     """The API process over an engine that computes nothing; it ends with the block."""
-    more = {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "STREAMS_LOOP": loop}
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+    more = {"PYTHONPATH": path, "STREAMS_LOOP": loop}
     more |= {"STREAMS_STEP": str(step), "STREAMS_LOG": str(log)}
     process = subprocess.Popen([sys.executable, streams.__file__, "--serve"], env=os.environ | more)
     try:
-        while process.poll() is None:
+        while True:
             try:
                 get_json(f"http://127.0.0.1:{PORT}/health")
                 break
             except OSError:
                 time.sleep(0.1)
+            if process.poll() is not None:
+                raise SystemExit(f"the server has ended with {process.returncode} before it was ready")
         yield psutil.Process(process.pid)
     finally:
         process.kill()  # NOTE: else it would finish what is open; the engine ends with it

@@ -1,9 +1,14 @@
 """Sums over ranks in one kernel: each writes its rows straight into the others' memory, and adds up what it is sent.
 
-A library's all-reduce is made for megabytes; a decoding step has 64 sums of some rows of 8 KB. Here a program has a
-row. What it sends are words of 8 bytes, half of each the number of the call, so whoever reads a word sees whether it
-has come, and nothing has to be waited for but the words themselves (the protocol that NCCL calls LL). The ranks' rows
-are added in one order, so that all ranks get the same sum, bit for bit ("one-shot all-reduce").
+A library's all-reduce is made for megabytes; a decoding step has 64 sums of some rows of 8 KB. Here every rank sends
+its rows to every other ("one-shot all-reduce"), in one of two ways:
+
+- Few rows go as words of 8 bytes, half of each the number of the call, so whoever reads a word sees whether it has
+  come, and nothing has to be waited for but the words themselves (the protocol that NCCL calls LL).
+- More rows go as they are, half the bytes, and behind those of a program a flag with the number of the call; before it
+  the program waits until its rows have arrived (NCCL's "simple" protocol).
+
+The ranks' rows are added in one order, so that all ranks get the same sum, bit for bit, either way.
 """
 
 from __future__ import annotations
@@ -17,8 +22,12 @@ from torch import Tensor
 
 from manyheads.kernels.dependent import begin, dependent
 
-ROWS = 256
-"""At most so many rows are summed this way; of more, a library sends every byte once instead of to every rank."""
+FEW_ROWS = 64
+"""At most so many rows go as words."""
+SENT_ROWS = 1024
+"""At most so many rows are sent by a rank; of more, a library sends every byte once instead of to every rank."""
+PROGRAMS = 256
+"""Row r is always program r % PROGRAMS's, so that it is sent into the two halves of a box in turns."""
 
 
 class Mailbox:
@@ -29,15 +38,19 @@ class Mailbox:
 
     Args:
         rank: this one.
-        boxes: [ranks] int64, addresses of each rank's [2, ranks, ROWS, row_bytes / 4] words, zeros at first.
-        row_bytes: of the widest rows.
+        boxes: [ranks] int64, addresses of each rank's box, of `box_bytes` bytes, zeros at first: words [2, ranks,
+            FEW_ROWS, row_bytes / 4] int64, rows [2, ranks, most_rows, row_bytes], flags [2, ranks, PROGRAMS] int32.
+        row_bytes: of the widest rows, a multiple of 4.
         memory: what has to live as long.
     """
 
     def __init__(self, rank: int, boxes: Tensor, row_bytes: int, memory: Any) -> None:
-        self.rank, self.row_bytes = rank, row_bytes
+        self.rank, self.row_bytes, self.few_rows = rank, row_bytes, FEW_ROWS
+        self.most_rows = most_rows(len(boxes))
         self._boxes, self._memory = boxes, memory
-        self._calls = torch.zeros(ROWS, dtype=torch.int64, device=boxes.device)
+        rows = boxes + words_bytes(len(boxes), row_bytes)
+        self._by_flags = torch.stack((rows, rows + 2 * len(boxes) * self.most_rows * row_bytes))
+        self._calls = torch.zeros(PROGRAMS, dtype=torch.int64, device=boxes.device)
         self._released = torch.zeros(1, dtype=torch.int32, device=boxes.device)
         self._one, self._aside = torch.ones(1, dtype=torch.int32), None
         if boxes.is_cuda:
@@ -53,7 +66,7 @@ class Mailbox:
     def serves(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether `sum` takes these rows."""
         row_bytes = x.shape[-1] * dtype.itemsize
-        return x.shape[-2] <= ROWS and row_bytes <= self.row_bytes and row_bytes % 4 == 0
+        return x.shape[-2] <= self.most_rows and row_bytes <= self.row_bytes and row_bytes % 4 == 0
 
     def sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum of all ranks' x, each rounded first.
@@ -67,32 +80,70 @@ class Mailbox:
         """
         num_rows, dim = x.shape[-2:]
         out = torch.empty(num_rows, dim, dtype=dtype, device=x.device)
-        words = dim * dtype.itemsize // 4
-        block = triton.next_power_of_2(words)
-        _sum_kernel[(num_rows,)](
-            x,
-            out,
-            self._boxes,
-            self._calls,
-            self._released,
-            dim,
-            words,
-            x.stride(0),
-            self.row_bytes // 4,
-            RANK=self.rank,
-            RANKS=self._boxes.shape[0],
-            ROWS=ROWS,
-            PARTS=x.shape[0] if x.ndim == 3 else 1,
-            HALVES=dtype.itemsize == 2,
-            BLOCK=block,
-            num_warps=min(16, max(4, block // 256)),
+        settings = {
+            "RANK": self.rank,
+            "RANKS": len(self._boxes),
+            "PARTS": x.shape[0] if x.ndim == 3 else 1,
             **dependent(x.device),
-        )
+        }
+        if num_rows <= self.few_rows:
+            words = dim * dtype.itemsize // 4
+            block = triton.next_power_of_2(words)
+            _words_kernel[(num_rows,)](
+                x,
+                out,
+                self._boxes,
+                self._calls,
+                self._released,
+                dim,
+                words,
+                x.stride(0),
+                self.row_bytes // 4,
+                ROWS=FEW_ROWS,
+                HALVES=dtype.itemsize == 2,
+                BLOCK=block,
+                num_warps=min(16, max(4, block // 256)),
+                **settings,
+            )
+        else:
+            block = triton.next_power_of_2(dim)
+            _flags_kernel[(min(num_rows, PROGRAMS),)](
+                x,
+                out,
+                self._by_flags,
+                self._calls,
+                self._released,
+                num_rows,
+                dim,
+                x.stride(0),
+                self.row_bytes // dtype.itemsize,
+                ROWS=self.most_rows,
+                PROGRAMS=PROGRAMS,
+                BLOCK=block,
+                num_warps=min(16, max(4, block // 512)),
+                **settings,
+            )
         return out
 
 
+def most_rows(num_ranks: int) -> int:
+    """Rows that so many ranks sum this way."""
+    return SENT_ROWS // (num_ranks - 1)
+
+
+def words_bytes(num_ranks: int, row_bytes: int) -> int:
+    """Of the first part of a box."""
+    return 2 * num_ranks * FEW_ROWS * row_bytes * 2
+
+
+def box_bytes(num_ranks: int, row_bytes: int) -> int:
+    """The size of a rank's box."""
+    rows = 2 * num_ranks * most_rows(num_ranks) * row_bytes
+    return words_bytes(num_ranks, row_bytes) + rows + 2 * num_ranks * PROGRAMS * 4
+
+
 @triton.jit
-def _sum_kernel(
+def _words_kernel(
     x_ptr,
     out_ptr,
     boxes_ptr,
@@ -125,9 +176,9 @@ def _sum_kernel(
     half = (call % 2) * RANKS
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            there = tl.load(boxes_ptr + rank).to(tl.pointer_type(tl.int64))
+            there = _box(boxes_ptr + rank, tl.int64)
             tl.store(there + ((half + RANK) * ROWS + row) * row_words + word, mine, mask=inside)
-    here = tl.load(boxes_ptr + RANK).to(tl.pointer_type(tl.int64))
+    here = _box(boxes_ptr + RANK, tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     total_above = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(RANKS):
@@ -147,6 +198,73 @@ def _sum_kernel(
     if HALVES:
         tl.store(out_ptr + row * dim + words + word, total_above.to(dtype), mask=inside)
     tl.store(calls_ptr + row, call)  # NOTE: at the end, when every warp has read it: those sums are barriers
+
+
+@triton.jit
+def _flags_kernel(
+    x_ptr,
+    out_ptr,
+    boxes_ptr,
+    calls_ptr,
+    released_ptr,
+    num_rows,
+    dim,
+    stride_part,
+    row_size,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: every so many rows, at every rank. It sends all of them before it waits for the others'."""
+    begin(DEPENDENT)
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < dim
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    call = ((tl.load(calls_ptr + program) + 1) & 0x7FFFFFFF).to(tl.int32)
+    half = (call % 2) * RANKS
+    for row in range(program, num_rows, PROGRAMS):
+        mine = _added(x_ptr + row * dim + column, inside, stride_part, PARTS).to(dtype)
+        for rank in tl.static_range(RANKS):
+            if rank != RANK:
+                there = _box(boxes_ptr + rank, dtype)
+                tl.store(there + ((half + RANK) * ROWS + row) * row_size + column, mine, mask=inside)
+    tl.debug_barrier()  # every thread's rows are sent before the flag, which is one thread's
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            flags = _box(boxes_ptr + RANKS + rank, tl.int32)
+            tl.atomic_xchg(flags + (half + RANK) * PROGRAMS + program, call, sem="release", scope="sys")
+    flags = _box(boxes_ptr + RANKS + RANK, tl.int32)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            flag = flags + (half + rank) * PROGRAMS + program
+            while (tl.atomic_add(flag, 0, sem="acquire", scope="sys") != call) & (
+                tl.load(released_ptr, volatile=True) == 0
+            ):
+                pass
+    tl.debug_barrier()
+    here = _box(boxes_ptr + RANK, dtype)
+    for row in range(program, num_rows, PROGRAMS):
+        total = tl.zeros([BLOCK], tl.float32)
+        for rank in tl.static_range(RANKS):
+            if rank == RANK:
+                came = _added(x_ptr + row * dim + column, inside, stride_part, PARTS).to(dtype)
+            else:
+                sent = here + ((half + rank) * ROWS + row) * row_size + column
+                came = tl.load(sent, mask=inside, other=0.0, cache_modifier=".cg")
+            total += came.to(tl.float32)
+        tl.store(out_ptr + row * dim + column, total.to(dtype), mask=inside)
+    tl.store(calls_ptr + program, call.to(tl.int64))
+
+
+@triton.jit
+def _box(address_ptr, dtype: tl.constexpr):
+    """The address of a part of a box, which allows 16 bytes to be read or written at a time."""
+    return tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit

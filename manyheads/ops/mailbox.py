@@ -26,9 +26,9 @@ def open_mailbox(store: Any, rank: int, size: int, device: torch.device, row_byt
     pairs = permutations(range(size), 2)  # of all, so that all ranks decide alike
     if not ops_for(device).records or not all(cuda.can_device_access_peer(one, other) for one, other in pairs):
         return None
-    from manyheads.kernels.exchange import ROWS, Mailbox
+    from manyheads.kernels.exchange import Mailbox, box_bytes
 
-    memory = torch.zeros(2 * size * ROWS * row_bytes // 4, dtype=torch.int64, device=device)
+    memory = torch.zeros(box_bytes(size, row_bytes), dtype=torch.uint8, device=device)
     cuda.synchronize(device)  # before anybody writes to it
     # torch shares memory between processes in this way (torch.multiprocessing); but here it is opened from another GPU,
     # and nothing is on its way that an event would have to tell of

@@ -12,7 +12,7 @@ from tests.kernels import DEVICE, INTERPRETED
 
 pytest.importorskip("triton")
 
-from manyheads.kernels.exchange import ROWS, Mailbox
+from manyheads.kernels.exchange import FEW_ROWS, PROGRAMS, Mailbox, box_bytes, most_rows
 
 DIM, ROW_BYTES = 96, 512
 TYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
@@ -22,15 +22,16 @@ class Ranks:
     """Mailboxes of ranks, of which nobody waits: a call is made once for what it sends, and again for what came."""
 
     def __init__(self, size: int) -> None:
-        memory = [torch.zeros(2, size, ROWS, ROW_BYTES // 4, dtype=torch.int64, device=DEVICE) for _ in range(size)]
+        memory = [torch.zeros(box_bytes(size, ROW_BYTES), dtype=torch.uint8, device=DEVICE) for _ in range(size)]
         addresses = torch.tensor([tensor.data_ptr() for tensor in memory], device=DEVICE)
         self.boxes = [Mailbox(rank, addresses, ROW_BYTES, memory) for rank in range(size)]
 
     def sum(self, every: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         for box, x in zip(self.boxes, every, strict=True):
+            calls = box._calls.clone()
             box.release()
             box.sum(x, dtype)
-            box._calls.sub_(1)
+            box._calls.copy_(calls)
             box._released.zero_()
         return [box.sum(x, dtype) for box, x in zip(self.boxes, every, strict=True)]
 
@@ -39,7 +40,7 @@ class Ranks:
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_ranks_get_the_sum_of_rounded_rows(size: int, dtype: torch.dtype) -> None:
     ranks = Ranks(size)
-    for call, num_rows in enumerate((3, 5, 1, 4)):
+    for call, num_rows in enumerate((3, FEW_ROWS + 2, 1, FEW_ROWS + 1, 4, FEW_ROWS, FEW_ROWS + 3)):
         generator = torch.Generator().manual_seed(call)
         every = [torch.randn(num_rows, DIM, generator=generator).to(DEVICE, dtype) for _ in range(size)]
         sums = ranks.sum(every, dtype)
@@ -48,10 +49,19 @@ def test_all_ranks_get_the_sum_of_rounded_rows(size: int, dtype: torch.dtype) ->
             assert torch.equal(found, wanted)
 
 
-def test_parts_are_added_up_and_rounded_before_they_are_sent() -> None:
+def test_a_program_sums_all_its_rows() -> None:
+    ranks = Ranks(2)
+    for size in (most_rows(2), PROGRAMS + 1, 2):
+        every = [torch.arange(size, device=DEVICE)[:, None].expand(size, 4).float() + rank for rank in range(2)]
+        for found in ranks.sum([x.contiguous() for x in every], torch.float32):
+            assert torch.equal(found, every[0] + every[1])
+
+
+@pytest.mark.parametrize("num_rows", [3, FEW_ROWS + 1])
+def test_parts_are_added_up_and_rounded_before_they_are_sent(num_rows: int) -> None:
     ranks = Ranks(2)
     generator = torch.Generator().manual_seed(1)
-    every = [torch.randn(2, 3, DIM, generator=generator).to(DEVICE) for _ in range(2)]
+    every = [torch.randn(2, num_rows, DIM, generator=generator).to(DEVICE) for _ in range(2)]
     wanted = (every[0].sum(0).half().float() + every[1].sum(0).half().float()).half()
     for found in ranks.sum(every, torch.float16):
         assert torch.equal(found, wanted)
@@ -60,17 +70,19 @@ def test_parts_are_added_up_and_rounded_before_they_are_sent() -> None:
 def test_who_is_released_waits_for_nobody() -> None:
     ranks = Ranks(3)
     ranks.boxes[0].release()
-    for _ in range(3):
-        ranks.boxes[0].sum(torch.ones(2, DIM, device=DEVICE), torch.float32)
+    for num_rows in (2, FEW_ROWS + 1, 2, FEW_ROWS + 1):
+        ranks.boxes[0].sum(torch.ones(num_rows, DIM, device=DEVICE), torch.float32)
 
 
 def test_calls_are_counted_round_and_round() -> None:
-    """A word tells the call that it is of from the one two calls before, and from what nobody has written yet."""
+    """A word tells the call that it is of from the one two calls before, and from what nobody has written yet; so does
+    a flag."""
     ranks = Ranks(2)
     for box in ranks.boxes:
         box._calls.fill_(2**31 - 3)
     for call in range(5):
-        every = [torch.full((1, DIM), call + 10.0 * rank, device=DEVICE) for rank in range(2)]
+        num_rows = (1, FEW_ROWS + 1)[call % 2]
+        every = [torch.full((num_rows, DIM), call + 10.0 * rank, device=DEVICE) for rank in range(2)]
         for found in ranks.sum(every, torch.float32):
             assert torch.equal(found, every[0] + every[1])
     assert ranks.boxes[0]._calls[0] == 2
@@ -78,9 +90,9 @@ def test_calls_are_counted_round_and_round() -> None:
 
 def test_what_does_not_fit_is_not_served() -> None:
     box = Ranks(2).boxes[0]
-    x = torch.zeros(ROWS, ROW_BYTES // 4, device=DEVICE)
+    x = torch.zeros(most_rows(2), ROW_BYTES // 4, device=DEVICE)
     assert box.serves(x, torch.float32)
     assert box.serves(x.expand(2, *x.shape), torch.float32)
-    assert not box.serves(x.new_zeros(ROWS + 1, 8), torch.float32)
+    assert not box.serves(x.new_zeros(most_rows(2) + 1, 8), torch.float32)
     assert not box.serves(x.new_zeros(1, ROW_BYTES // 4 + 1), torch.float32)
     assert not box.serves(x.new_zeros(1, 7), torch.float16)
