@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, machine, save
-from traffic import add_options, measure, model_of, texts_of
+from traffic import add_options, measure, model_of, points, texts_of
 
 START_SECONDS = 300.0
 """A server that is not ready after so long is given up."""
@@ -109,13 +109,12 @@ def serve(system: str, gpu: int, port: int, texts: list[list[int]], args: argpar
         part["machine"] = machine() | {"gpu": gpu_name, "by_chance": args.by_chance}
         print(f"{system} ready after {part['ready_s']} s", flush=True)
         model = model_of(url)
-        for seed in args.seeds:
-            for rate in args.rates:
-                part["rows"].append(measure(url, model, rate, args.hold, seed, texts))
-                print(system, json.dumps(part["rows"][-1]), flush=True)
-                part["metrics"] = metrics(url)
-                with LOCK:
-                    save(args.out, system, part)
+        for seed, rate in points(args):
+            part["rows"].append(measure(url, model, rate, args.hold, seed, texts))
+            print(system, json.dumps(part["rows"][-1]), flush=True)
+            part["metrics"] = metrics(url)
+            with LOCK:
+                save(args.out, system, part)
     finally:
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(process.pid, signal.SIGKILL)

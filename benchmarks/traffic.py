@@ -272,12 +272,26 @@ def plot(file: Path, picture: Path) -> None:
         picture.write_text(f"{head}</metadata>\n <style>{DARK}</style>{body}")
 
 
+def rates_of(text: str) -> list[float]:
+    """Requests/s, with commas between them."""
+    return [float(rate) for rate in text.split(",")]
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is sent, and for how long."""
     parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"), help="lines with `turns`")
-    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[5.0, 15.0])
+    parser.add_argument("--rates", type=rates_of, default=[5.0, 15.0])
+    parser.add_argument("--once", type=rates_of, default=[], help="more rates, for the first seed alone")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--hold", type=float, default=20.0, help="seconds of arrivals at each rate")
+
+
+def points(args: argparse.Namespace) -> list[tuple[int, float]]:
+    """Seeds and rates, in the order of their measurement."""
+    first, *others = args.seeds
+    return [(first, rate) for rate in sorted(args.once + args.rates)] + [
+        (seed, rate) for seed in others for rate in args.rates
+    ]
 
 
 def main() -> None:
@@ -304,11 +318,10 @@ def main() -> None:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     rows: list[dict[str, Any]] = []
-    for seed in args.seeds:
-        for rate in args.rates:
-            rows.append(measure(args.url, model, rate, args.hold, seed, texts))
-            print(json.dumps(rows[-1]), flush=True)
-            save(args.out, args.name, {"machine": machine() | {"gpu": gpu}, "rows": rows})
+    for seed, rate in points(args):
+        rows.append(measure(args.url, model, rate, args.hold, seed, texts))
+        print(json.dumps(rows[-1]), flush=True)
+        save(args.out, args.name, {"machine": machine() | {"gpu": gpu}, "rows": rows})
 
 
 if __name__ == "__main__":
