@@ -1,7 +1,8 @@
-"""Sums over ranks in one kernel: each writes its rows straight into the others' memory, and adds up what it is sent.
+"""Sums over ranks, and rows of all of them side by side, in one kernel: each writes straight into the others' memory.
 
 A library's all-reduce is made for megabytes; a decoding step has 64 sums of some rows of 8 KB. Here every rank sends
-its rows to every other ("one-shot all-reduce"), in one of two ways:
+its rows to every other and adds up what it is sent ("one-shot all-reduce"), and the norm that comes next is part of the
+kernel. Rows are sent in one of two ways:
 
 - Few rows go as words of 8 bytes, half of each the number of the call, so whoever reads a word sees whether it has
   come, and nothing has to be waited for but the words themselves (the protocol that NCCL calls LL).
@@ -52,6 +53,7 @@ class Mailbox:
         self._by_flags = torch.stack((rows, rows + 2 * len(boxes) * self.most_rows * row_bytes))
         self._calls = torch.zeros(PROGRAMS, dtype=torch.int64, device=boxes.device)
         self._released = torch.zeros(1, dtype=torch.int32, device=boxes.device)
+        self._settings = {"RANK": rank, "RANKS": len(boxes), **dependent(boxes.device)}
         self._one, self._aside = torch.ones(1, dtype=torch.int32), None
         if boxes.is_cuda:
             self._one = self._one.pin_memory()
@@ -78,52 +80,92 @@ class Mailbox:
         Returns:
             [T, D] of this dtype.
         """
-        num_rows, dim = x.shape[-2:]
-        out = torch.empty(num_rows, dim, dtype=dtype, device=x.device)
+        out = torch.empty(x.shape[-2:], dtype=dtype, device=x.device)
+        self._sum(x, out, out, out, 0.0, 1.0, normed=False)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, multiplier: float) -> Tensor:
+        """Add the sum to the residual [T, D] in place, and norm what comes of it, as `fused.add_rms_norm` does.
+
+        Args:
+            x: as of `sum`, whose dtype is the residual's.
+            weight: [D]
+
+        Returns:
+            [T, D]
+        """
+        out = torch.empty_like(residual)
+        self._sum(x, out, residual, weight, eps, multiplier, normed=True)
+        return out
+
+    def _sum(
+        self, x: Tensor, out: Tensor, residual: Tensor, weight: Tensor, eps: float, multiplier: float, *, normed: bool
+    ) -> None:
+        num_rows, dim = out.shape
+        size = out.dtype.itemsize
+        pointers = x, out, residual, weight
+        counts = self._calls, self._released
+        numbers = eps, multiplier, dim, x.stride(0)
         settings = {
-            "RANK": self.rank,
-            "RANKS": len(self._boxes),
             "PARTS": x.shape[0] if x.ndim == 3 else 1,
-            **dependent(x.device),
+            "NORMED": normed,
+            **self._settings,
         }
         if num_rows <= self.few_rows:
-            words = dim * dtype.itemsize // 4
+            words = dim * size // 4
             block = triton.next_power_of_2(words)
+            launch = {"HALVES": size == 2, "BLOCK": block, "num_warps": min(16, max(4, block // 256))}
             _words_kernel[(num_rows,)](
-                x,
-                out,
+                *pointers,
                 self._boxes,
-                self._calls,
-                self._released,
-                dim,
+                *counts,
+                *numbers,
                 words,
-                x.stride(0),
                 self.row_bytes // 4,
                 ROWS=FEW_ROWS,
-                HALVES=dtype.itemsize == 2,
-                BLOCK=block,
-                num_warps=min(16, max(4, block // 256)),
+                **launch,
                 **settings,
             )
         else:
             block = triton.next_power_of_2(dim)
-            _flags_kernel[(min(num_rows, PROGRAMS),)](
-                x,
-                out,
-                self._by_flags,
-                self._calls,
-                self._released,
-                num_rows,
-                dim,
-                x.stride(0),
-                self.row_bytes // dtype.itemsize,
-                ROWS=self.most_rows,
-                PROGRAMS=PROGRAMS,
-                BLOCK=block,
-                num_warps=min(16, max(4, block // 512)),
-                **settings,
-            )
+            launch = {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
+            _rows_kernel[(min(num_rows, PROGRAMS),)](
+                *pointers, self._by_flags, *counts, *numbers, num_rows, self.row_bytes // size,
+                ROWS=self.most_rows, PROGRAMS=PROGRAMS, **launch, **settings
+            )  # fmt: skip
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether `gather` takes these rows."""
+        return len(x) * self._blocks(x) <= self.most_rows and x.dtype.itemsize in (2, 4)
+
+    def gather(self, x: Tensor, size: int) -> Tensor:
+        """All ranks' x [T, n] side by side, the first rank's first, and of those `size` columns: [T, size]."""
+        num_rows, width = x.shape
+        blocks, row_size = self._blocks(x), self.row_bytes // x.dtype.itemsize
+        out = x.new_empty(num_rows, size)
+        _gather_kernel[(min(num_rows * blocks, PROGRAMS),)](
+            x,
+            out,
+            self._by_flags,
+            self._calls,
+            self._released,
+            num_rows * blocks,
+            blocks,
+            width,
+            size,
+            x.stride(0),
+            row_size,
+            ROWS=self.most_rows,
+            PROGRAMS=PROGRAMS,
+            BLOCK=triton.next_power_of_2(row_size),
+            num_warps=8,
+            **self._settings,
+        )
         return out
+
+    def _blocks(self, x: Tensor) -> int:
+        """How many of the box's rows one of x takes."""
+        return -(-x.shape[1] * x.dtype.itemsize // self.row_bytes)
 
 
 def most_rows(num_ranks: int) -> int:
@@ -146,17 +188,22 @@ def box_bytes(num_ranks: int, row_bytes: int) -> int:
 def _words_kernel(
     x_ptr,
     out_ptr,
+    residual_ptr,
+    weight_ptr,
     boxes_ptr,
     calls_ptr,
     released_ptr,
+    eps,
+    multiplier,
     dim,
-    words,
     stride_part,
+    words,
     row_words,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    NORMED: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -194,28 +241,44 @@ def _words_kernel(
         total += _number(came, dtype, HALVES)
         if HALVES:
             total_above += _number(came >> 16, dtype, HALVES)
-    tl.store(out_ptr + row * dim + word, total.to(dtype), mask=inside)
+    at = row * dim + word
+    if NORMED:
+        total = _joined(residual_ptr + at, total, multiplier, inside, dtype)
+        squares = tl.sum(total * total, 0)
+        if HALVES:
+            total_above = _joined(residual_ptr + at + words, total_above, multiplier, inside, dtype)
+            squares += tl.sum(total_above * total_above, 0)
+        scale = tl.rsqrt(squares / dim + eps)
+        total *= scale * tl.load(weight_ptr + word, mask=inside, other=0.0).to(tl.float32)
+        if HALVES:
+            total_above *= scale * tl.load(weight_ptr + words + word, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(dtype), mask=inside)
     if HALVES:
-        tl.store(out_ptr + row * dim + words + word, total_above.to(dtype), mask=inside)
+        tl.store(out_ptr + at + words, total_above.to(dtype), mask=inside)
     tl.store(calls_ptr + row, call)  # NOTE: at the end, when every warp has read it: those sums are barriers
 
 
 @triton.jit
-def _flags_kernel(
+def _rows_kernel(
     x_ptr,
     out_ptr,
+    residual_ptr,
+    weight_ptr,
     boxes_ptr,
     calls_ptr,
     released_ptr,
-    num_rows,
+    eps,
+    multiplier,
     dim,
     stride_part,
+    num_rows,
     row_size,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PARTS: tl.constexpr,
+    NORMED: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -225,20 +288,96 @@ def _flags_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < dim
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    call = ((tl.load(calls_ptr + program) + 1) & 0x7FFFFFFF).to(tl.int32)
-    half = (call % 2) * RANKS
+    call = (tl.load(calls_ptr + program) + 1) & 0x7FFFFFFF
+    half = call.to(tl.int32) % 2 * RANKS
     for row in range(program, num_rows, PROGRAMS):
         mine = _added(x_ptr + row * dim + column, inside, stride_part, PARTS).to(dtype)
         for rank in tl.static_range(RANKS):
             if rank != RANK:
                 there = _box(boxes_ptr + rank, dtype)
                 tl.store(there + ((half + RANK) * ROWS + row) * row_size + column, mine, mask=inside)
+    _meet(boxes_ptr + RANKS, released_ptr, call.to(tl.int32), half, program, RANK, RANKS, PROGRAMS)
+    here = _box(boxes_ptr + RANK, dtype)
+    for row in range(program, num_rows, PROGRAMS):
+        at = row * dim + column
+        total = tl.zeros([BLOCK], tl.float32)
+        for rank in tl.static_range(RANKS):
+            if rank == RANK:
+                came = _added(x_ptr + at, inside, stride_part, PARTS).to(dtype)
+            else:
+                sent = here + ((half + rank) * ROWS + row) * row_size + column
+                came = tl.load(sent, mask=inside, other=0.0, cache_modifier=".cg")
+            total += came.to(tl.float32)
+        if NORMED:
+            total = _joined(residual_ptr + at, total, multiplier, inside, dtype)
+            scale = tl.rsqrt(tl.sum(total * total, 0) / dim + eps)
+            total *= scale * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, total.to(dtype), mask=inside)
+    tl.store(calls_ptr + program, call)
+
+
+@triton.jit
+def _gather_kernel(
+    x_ptr,
+    out_ptr,
+    boxes_ptr,
+    calls_ptr,
+    released_ptr,
+    num_blocks,
+    blocks,
+    width,
+    size,
+    stride_x,
+    row_size,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: every so many blocks of rows, each as wide as a row of the box, at every rank."""
+    begin(DEPENDENT)
+    program = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    call = (tl.load(calls_ptr + program) + 1) & 0x7FFFFFFF
+    half = call.to(tl.int32) % 2 * RANKS
+    for block in range(program, num_blocks, PROGRAMS):
+        row, column = block // blocks, block % blocks * row_size + place
+        inside = (place < row_size) & (column < width)
+        mine = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0)
+        for rank in tl.static_range(RANKS):
+            if rank != RANK:
+                there = _box(boxes_ptr + rank, dtype)
+                tl.store(there + ((half + RANK) * ROWS + block) * row_size + place, mine, mask=inside)
+        at = RANK * width + column
+        tl.store(out_ptr + row * size + at, mine, mask=inside & (at < size))
+    _meet(boxes_ptr + RANKS, released_ptr, call.to(tl.int32), half, program, RANK, RANKS, PROGRAMS)
+    here = _box(boxes_ptr + RANK, dtype)
+    for block in range(program, num_blocks, PROGRAMS):
+        row, column = block // blocks, block % blocks * row_size + place
+        inside = (place < row_size) & (column < width)
+        for rank in tl.static_range(RANKS):
+            if rank != RANK:
+                sent = here + ((half + rank) * ROWS + block) * row_size + place
+                came = tl.load(sent, mask=inside, other=0.0, cache_modifier=".cg")
+                at = rank * width + column
+                tl.store(out_ptr + row * size + at, came, mask=inside & (at < size))
+    tl.store(calls_ptr + program, call)
+
+
+@triton.jit
+def _meet(
+    flags_ptr, released_ptr, call, half, program, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr
+):
+    """Tell the others that this program's rows are there, and wait for theirs."""
     tl.debug_barrier()  # every thread's rows are sent before the flag, which is one thread's
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            flags = _box(boxes_ptr + RANKS + rank, tl.int32)
+            flags = _box(flags_ptr + rank, tl.int32)
             tl.atomic_xchg(flags + (half + RANK) * PROGRAMS + program, call, sem="release", scope="sys")
-    flags = _box(boxes_ptr + RANKS + RANK, tl.int32)
+    flags = _box(flags_ptr + RANK, tl.int32)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             flag = flags + (half + rank) * PROGRAMS + program
@@ -247,18 +386,15 @@ def _flags_kernel(
             ):
                 pass
     tl.debug_barrier()
-    here = _box(boxes_ptr + RANK, dtype)
-    for row in range(program, num_rows, PROGRAMS):
-        total = tl.zeros([BLOCK], tl.float32)
-        for rank in tl.static_range(RANKS):
-            if rank == RANK:
-                came = _added(x_ptr + row * dim + column, inside, stride_part, PARTS).to(dtype)
-            else:
-                sent = here + ((half + rank) * ROWS + row) * row_size + column
-                came = tl.load(sent, mask=inside, other=0.0, cache_modifier=".cg")
-            total += came.to(tl.float32)
-        tl.store(out_ptr + row * dim + column, total.to(dtype), mask=inside)
-    tl.store(calls_ptr + program, call.to(tl.int64))
+
+
+@triton.jit
+def _joined(residual_ptr, total, multiplier, inside, dtype: tl.constexpr):
+    """The residual with a sum added, each rounded as when they are computed apart."""
+    residual = tl.load(residual_ptr, mask=inside, other=0.0)
+    joined = (residual.to(tl.float32) + total.to(dtype).to(tl.float32) * multiplier).to(dtype)
+    tl.store(residual_ptr, joined, mask=inside)
+    return joined.to(tl.float32)
 
 
 @triton.jit

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from manyheads.models.parallel import ALONE, Ranks
+from manyheads.models.parallel import ALONE, Ranks, Unsummed, summed
 from manyheads.ops.adapters import Adapters, LowRank
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import CodedScheme, Weight
@@ -32,8 +33,8 @@ class Split(Enum):
 class Linear:
     """y = x Wᵀ + b.
 
-    A layer that is split by inputs may leave its result in parts, for whoever adds it to something next; so it may be
-    called only where that happens, or is made `whole`.
+    A layer that is split by inputs may leave its result in parts, or as a rank's share, for whoever adds it to
+    something next (`to_add`); it may be called only if it is made `whole`.
 
     Args:
         weight: [out, in], this rank's part.
@@ -62,9 +63,10 @@ class Linear:
         self.product = product = ops.product(weight, bias, dtype)
         self.adapters: LowRank | None = None
         """What adapters add, if they do."""
-        self._multiply: Callable[[Any], Tensor] = product
+        self._multiply: Callable[[Any], Any] = product
         if split is Split.INPUTS and ranks.size > 1:
-            self._multiply = lambda x: ranks.sum(product.parts(x), dtype)
+            share = partial(Unsummed, dtype=dtype, ranks=ranks)
+            self._multiply = lambda x: summed(share(product.parts(x))) if whole else share(product.parts(x))
         elif split is Split.INPUTS and not whole:
             self._multiply = product.parts
         elif split is Split.GATHERED and ranks.size > 1:
@@ -84,7 +86,7 @@ class Linear:
         self.adapters, multiply = weights, self._multiply
 
         def adapted(x: Tensor) -> Tensor:
-            y = multiply(x)
+            y = summed(multiply(x))
             adapters.add(y if y.dim() == 2 else y[0], x, weights)  # parts are added up, so that one of them will do
             return y
 
@@ -95,5 +97,12 @@ class Linear:
         return self.product.takes(x) if self.adapters is None else None  # adapters read them as they are
 
     def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
-        """[T, in] → [T, out]; split by inputs, also [splits, T, out] float32 that are to be added up."""
-        return self._multiply(x)
+        """[T, in] → [T, out]."""
+        y: Tensor = self._multiply(x)
+        return y
+
+    def to_add(self, x: Tensor | QuantizedRows) -> Tensor | Unsummed:
+        """For `Norm.add`: [T, in] → [T, out]; or, split by inputs, [splits, T, out] float32 that are to be added up, or
+        a share that is to be added to those of other ranks."""
+        y: Tensor | Unsummed = self._multiply(x)
+        return y

@@ -13,7 +13,7 @@ from manyheads.attention.base import AttentionBackend, Heads
 from manyheads.models.config import ModelConfig
 from manyheads.models.linear import Linear, Split
 from manyheads.models.norm import NoNorm, Norm
-from manyheads.models.parallel import ALONE, Ranks
+from manyheads.models.parallel import ALONE, Ranks, Unsummed
 from manyheads.models.parameters import Normed, Packed, Parameters, Part, Plain
 from manyheads.models.rope import row_order
 from manyheads.ops.adapters import Adapters
@@ -205,7 +205,9 @@ class Llama:
         x = self.ranks.embed(tokens, self.embedding)
         return x if self._embedding_multiplier == 1.0 else x.mul_(self._embedding_multiplier)
 
-    def block(self, i: int, layer: AttentionLayer, x: Rows, residual: Tensor, attention: AttentionBackend) -> Tensor:
+    def block(
+        self, i: int, layer: AttentionLayer, x: Rows, residual: Tensor, attention: AttentionBackend
+    ) -> Tensor | Unsummed:
         """A layer: it adds all but the last of its results to the residual, and returns that.
 
         Args:
@@ -213,20 +215,21 @@ class Llama:
             residual: [T, hidden]
 
         Returns:
-            [T, hidden], or parts of it (`Linear`).
+            [T, hidden], or what `Linear.to_add` gives.
         """
-        y = layer.o(attention(i, self.queries(layer, x), layer.q_norm, layer.k_norm))
+        y = layer.o.to_add(attention(i, self.queries(layer, x), layer.q_norm, layer.k_norm))
         x = layer.post_norm.add(layer.attention_norm(y), residual, layer.takes(residual))
-        return layer.mlp_norm(self.feed_forward(layer, x, residual))
+        added: Tensor | Unsummed = layer.mlp_norm(self.feed_forward(layer, x, residual))
+        return added
 
     def queries(self, layer: AttentionLayer, x: Rows) -> Tensor:
         """Queries, keys and values: [T, hidden] → [T, (heads + 2 · kv_heads) · head_dim]."""
         return layer.qkv(x)
 
-    def feed_forward(self, layer: AttentionLayer, x: Rows, residual: Tensor) -> Tensor:
-        """[T, hidden] → [T, hidden], or parts of it; the residual is there for its type."""
+    def feed_forward(self, layer: AttentionLayer, x: Rows, residual: Tensor) -> Tensor | Unsummed:
+        """[T, hidden] → [T, hidden], or what `Linear.to_add` gives; the residual is there for its type."""
         assert isinstance(layer, Layer)
-        return layer.down(self.activate(layer.gate_up(x), layer.down.takes(residual)))
+        return layer.down.to_add(self.activate(layer.gate_up(x), layer.down.takes(residual)))
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits in the model's type: [N, hidden] → [N, V]."""

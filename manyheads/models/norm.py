@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from manyheads.models.parallel import Unsummed, summed
 from manyheads.ops.base import Ops
 from manyheads.quantization.base import CodedScheme
 
@@ -25,23 +26,27 @@ class Norm(ABC):
         self.multiplier = multiplier
 
     @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """The norm of x [T, D]."""
+    def __call__(self, x: Any) -> Any:
+        """The norm of x [T, D]; what `Linear.to_add` gives only goes through where there is none."""
 
     @abstractmethod
-    def add(self, y: Tensor, residual: Tensor, scheme: CodedScheme | None) -> Any:
-        """Add y to the residual [T, D] in place, and norm the sum; as `Ops.add_rms_norm`."""
+    def add(self, y: Tensor | Unsummed, residual: Tensor, scheme: CodedScheme | None) -> Any:
+        """Add y to the residual [T, D] in place, and norm the sum; as `Ops.add_rms_norm`.
+
+        Args:
+            y: [T, D], or what a `Linear` may leave instead.
+        """
 
 
 class NoNorm(Norm):
     """Where a family has none: what comes is what goes."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any) -> Any:
         return x
 
-    def add(self, y: Tensor, residual: Tensor, scheme: CodedScheme | None) -> Tensor:
-        """The residual itself, in the end; y is whole."""
-        return residual.add_(y, alpha=self.multiplier)
+    def add(self, y: Tensor | Unsummed, residual: Tensor, scheme: CodedScheme | None) -> Tensor:
+        """The residual itself, in the end; y is not in parts."""
+        return residual.add_(summed(y), alpha=self.multiplier)
 
 
 class RmsNorm(Norm):
@@ -59,7 +64,12 @@ class RmsNorm(Norm):
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, y: Tensor, residual: Tensor, scheme: CodedScheme | None) -> Any:
+    def add(self, y: Tensor | Unsummed, residual: Tensor, scheme: CodedScheme | None) -> Any:
+        if isinstance(y, Unsummed):
+            normed = None if scheme else y.add_rms_norm(residual, self.weight, self.eps, self.multiplier)
+            if normed is not None:
+                return normed
+            y = y.sum()
         return self.ops.add_rms_norm(y, residual, self.weight, self.eps, scheme, self.multiplier)
 
 
@@ -79,5 +89,6 @@ class LayerNorm(Norm):
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, y: Tensor, residual: Tensor, scheme: CodedScheme | None) -> Any:
+    def add(self, y: Tensor | Unsummed, residual: Tensor, scheme: CodedScheme | None) -> Any:
+        y = summed(y)
         return self.ops.add_layer_norm(y, residual, self.weight, self.bias, self.eps, scheme, self.multiplier)

@@ -116,6 +116,8 @@ class Ranks:
         """All ranks' x [T, n] side by side, the first rank's first, and of those `size` columns: [T, size]."""
         if self.group is None:
             return x
+        if self.mailbox is not None and self.mailbox.holds(x):
+            return self.mailbox.gather(x, size)
         every = x.new_empty(self.size * x.shape[0], x.shape[1])
         self.group._allgather_base(every, x.contiguous()).wait()
         return every.view(self.size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)[:, :size]
@@ -177,6 +179,32 @@ class Ranks:
             assert isinstance(part, Tensor)
             tensor = part
         return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Unsummed:
+    """A rank's share of a result, for whoever adds it to something: sum and norm may be one kernel."""
+
+    x: Tensor
+    """As `Ranks.sum` takes it."""
+    dtype: torch.dtype
+    ranks: Ranks
+
+    def sum(self) -> Tensor:
+        """The result, [T, D]."""
+        return self.ranks.sum(self.x, self.dtype)
+
+    def add_rms_norm(self, residual: Tensor, weight: Tensor, eps: float, multiplier: float) -> Tensor | None:
+        """As `Ops.add_rms_norm`; None where there is no such kernel."""
+        mailbox = self.ranks.mailbox
+        if mailbox is None or not mailbox.serves(self.x, self.dtype):
+            return None
+        return mailbox.add_rms_norm(self.x, residual, weight, eps, multiplier)
+
+
+def summed(y: Tensor | Unsummed) -> Tensor:
+    """A result, if it is not one yet."""
+    return y.sum() if isinstance(y, Unsummed) else y
 
 
 def padded(tensor: Tensor, dim: int, size: int) -> Tensor:

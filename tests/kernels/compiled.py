@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from manyheads.kernels import adapters, experts, fused, guesses, quantized, routing, settle, widen
 from manyheads.kernels.attention import _attend_kernel
-from manyheads.kernels.exchange import FEW_ROWS, PROGRAMS, _flags_kernel, _words_kernel, most_rows
+from manyheads.kernels.exchange import FEW_ROWS, PROGRAMS, _gather_kernel, _rows_kernel, _words_kernel, most_rows
 from manyheads.quantization.int8 import INT8
 
 HOPPER, AMPERE = 90, 80
@@ -40,14 +40,22 @@ def compiled(
 
 def compile_sum(dtype: str, parts: int, capability: int) -> int:
     """The sum over ranks, of rows of a dtype that come whole or in parts."""
-    numbers = dict.fromkeys(("dim", "words", "stride_part", "row_words", "num_rows", "row_size"), "i32")
+    integers = ["dim", "words", "stride_part", "row_words", "num_rows", "row_size"]
+    integers += ["num_blocks", "blocks", "width", "size", "stride_x"]
+    numbers = dict.fromkeys(integers, "i32") | dict.fromkeys(("eps", "multiplier"), "fp32")
     boxes = {"boxes_ptr": "*i64", "calls_ptr": "*i64", "released_ptr": "*i32"}
     rows = {"x_ptr": f"*{dtype if parts == 1 else 'fp32'}", "out_ptr": f"*{dtype}"}
-    constants = {"RANK": 1, "RANKS": 2, "PARTS": parts, "BLOCK": 1024}
-    words = {**constants, "ROWS": FEW_ROWS, "HALVES": dtype != "fp32"}
-    size = compiled(_words_kernel, {**rows, **boxes, **numbers}, words, capability)
-    flags = {**constants, "ROWS": most_rows(2), "PROGRAMS": PROGRAMS}
-    return size + compiled(_flags_kernel, {**rows, **boxes, **numbers}, flags, capability)
+    kinds = {**rows, "residual_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", **boxes, **numbers}
+    constants = {"RANK": 1, "RANKS": 2, "BLOCK": 1024}
+    sums = {**constants, "PARTS": parts, "NORMED": parts > 1}
+    words = {**sums, "ROWS": FEW_ROWS, "HALVES": dtype != "fp32"}
+    flags = {"ROWS": most_rows(2), "PROGRAMS": PROGRAMS}
+    kernels = {_words_kernel: words, _rows_kernel: sums | flags, _gather_kernel: constants | flags}
+    return sum(
+        compiled(kernel, {name: kinds[name] for name in kernel.arg_names if name in kinds}, known, capability)
+        for kernel, known in kernels.items()
+        if kernel is not _gather_kernel or parts == 1  # its rows are never in parts
+    )
 
 
 def compile_routing(count: int, top: int) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import DEVICE, INTERPRETED
+from tests.kernels import DEVICE, INTERPRETED, TOLERANCE
 
 pytest.importorskip("triton")
 
 from manyheads.kernels.exchange import FEW_ROWS, PROGRAMS, Mailbox, box_bytes, most_rows
+from manyheads.kernels.fused import add_rms_norm
 
 DIM, ROW_BYTES = 96, 512
 TYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
@@ -27,13 +29,17 @@ class Ranks:
         self.boxes = [Mailbox(rank, addresses, ROW_BYTES, memory) for rank in range(size)]
 
     def sum(self, every: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        return self.call(lambda box, x: box.sum(x, dtype), every)
+
+    def call(self, function: Callable[[Mailbox, Tensor], Tensor], every: list[Tensor]) -> list[Tensor]:
+        """What a function gives each rank."""
         for box, x in zip(self.boxes, every, strict=True):
             calls = box._calls.clone()
             box.release()
-            box.sum(x, dtype)
+            function(box, x)
             box._calls.copy_(calls)
             box._released.zero_()
-        return [box.sum(x, dtype) for box, x in zip(self.boxes, every, strict=True)]
+        return [function(box, x) for box, x in zip(self.boxes, every, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -55,6 +61,43 @@ def test_a_program_sums_all_its_rows() -> None:
         every = [torch.arange(size, device=DEVICE)[:, None].expand(size, 4).float() + rank for rank in range(2)]
         for found in ranks.sum([x.contiguous() for x in every], torch.float32):
             assert torch.equal(found, every[0] + every[1])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("num_rows", [3, FEW_ROWS + 1])
+def test_the_sum_is_added_and_normed_as_by_a_kernel_of_its_own(num_rows: int, dtype: torch.dtype) -> None:
+    ranks = Ranks(2)
+    generator = torch.Generator().manual_seed(1)
+    every = [torch.randn(2, num_rows, DIM, generator=generator).to(DEVICE) for _ in range(2)]
+    before, weight = (torch.randn(size, generator=generator).to(DEVICE, dtype) for size in ((num_rows, DIM), (DIM,)))
+    wanted = before.clone()
+    normed = add_rms_norm(ranks.sum(every, dtype)[0], wanted, weight, 1e-5, multiplier=0.5)
+    residuals: list[Tensor] = []
+
+    def call(box: Mailbox, x: Tensor) -> Tensor:
+        residuals.append(before.clone())
+        return box.add_rms_norm(x, residuals[-1], weight, 1e-5, 0.5)
+
+    for found in ranks.call(call, every):
+        torch.testing.assert_close(found, normed, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for residual in residuals[2:]:
+        assert torch.equal(residual, wanted)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_of_all_ranks_stand_side_by_side(size: int, dtype: torch.dtype) -> None:
+    ranks = Ranks(size)
+    for num_rows, width in ((1, 300), (5, 130), (PROGRAMS // 2, 300), (2, 7)):
+        generator = torch.Generator().manual_seed(num_rows)
+        every = [torch.randn(num_rows, width, generator=generator).to(DEVICE, dtype) for _ in range(size)]
+        assert ranks.boxes[0].holds(every[0])
+        wanted = torch.cat(every, dim=1)[:, : size * width - 3]
+        for found in ranks.call(lambda box, x: box.gather(x, size * x.shape[1] - 3), every):
+            assert torch.equal(found, wanted)
+    wide = torch.zeros(most_rows(size), ROW_BYTES, device=DEVICE, dtype=dtype)
+    assert not ranks.boxes[0].holds(wide)
+    assert not ranks.boxes[0].holds(wide.bool())
 
 
 @pytest.mark.parametrize("num_rows", [3, FEW_ROWS + 1])

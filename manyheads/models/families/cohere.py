@@ -15,6 +15,7 @@ from manyheads.models.families.llama import COMMON
 from manyheads.models.family import Family
 from manyheads.models.keys import Keys
 from manyheads.models.llama import AttentionLayer, LayerParts, Llama, whole
+from manyheads.models.parallel import summed
 from manyheads.models.parameters import Parameters
 from manyheads.models.rope import NO_ROPE
 from manyheads.quantization.base import CodedScheme
@@ -34,7 +35,7 @@ class Cohere2(Llama):
     def block(self, i: int, layer: AttentionLayer, x: Rows, residual: Tensor, attention: AttentionBackend) -> Tensor:
         """Both parts read x."""
         y = layer.o(attention(i, layer.qkv(x), None, None))
-        return y.add_(self.feed_forward(layer, x, residual))
+        return y.add_(summed(self.feed_forward(layer, x, residual)))
 
 
 def read_cohere2(keys: Keys, folder: Path) -> ModelConfig:

@@ -14,6 +14,7 @@ from torch import Tensor
 from manyheads.attention.base import AttentionBackend
 from manyheads.models.linear import Linear, Split
 from manyheads.models.llama import Llama
+from manyheads.models.norm import RmsNorm
 from manyheads.models.parallel import shared_rows
 from manyheads.quantization.base import Weight
 from manyheads.quantization.schemes import compress, compress_vocabulary, find
@@ -75,8 +76,9 @@ class Eagle3Layer:
         self.token_map = None if weights.token_map is None else weights.token_map.to(device)
         self._token_norm = tensors[f"{LAYER}input_layernorm.weight"]
         self._feature_norm = tensors[f"{LAYER}hidden_norm.weight"]
-        self._post_norm = tensors[f"{LAYER}post_attention_layernorm.weight"]
-        self._norm = tensors["norm.weight"]
+        eps = self.config.rms_norm_eps
+        self._post_norm = RmsNorm(tensors[f"{LAYER}post_attention_layernorm.weight"], eps, self.ops)
+        self._norm = RmsNorm(tensors["norm.weight"], eps, self.ops)
         self._states_norm = norm("input_norm")
         self._state_norms = [tensors[f"fc_norm.{i}.weight"] for i in range(3)] if self.config.fc_norm else None
         self._q_norm, self._k_norm = norm(f"{LAYER}self_attn.q_norm"), norm(f"{LAYER}self_attn.k_norm")
@@ -135,10 +137,10 @@ class Eagle3Layer:
         residual = torch.index_select(residual, 0, wanted, out=room)
         if len(wanted) == 0:
             return residual, residual
-        y = self.o(attended.index_select(0, wanted))
-        rows = ops.add_rms_norm(y, residual, self._post_norm, eps, self.gate_up.takes(residual))
-        y = self.down(ops.silu_mul(self.gate_up(rows), self.down.takes(residual)))
-        out: Tensor = ops.add_rms_norm(y, residual, self._norm, eps)
+        y = self.o.to_add(attended.index_select(0, wanted))
+        rows = self._post_norm.add(y, residual, self.gate_up.takes(residual))
+        y = self.down.to_add(ops.silu_mul(self.gate_up(rows), self.down.takes(residual)))
+        out: Tensor = self._norm.add(y, residual, None)
         return (residual.copy_(out) if self.config.norm_output else residual), out
 
     def best(self, normed: Tensor, count: int) -> tuple[Tensor, Tensor]:
