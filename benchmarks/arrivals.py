@@ -40,8 +40,8 @@ from traffic import ANSWERS, Ask, draw
 
 from manyheads.bench.prompts import OPENINGS, SUBJECTS
 
-LEAD_SECONDS = 2.0
-"""Clients start in so long."""
+LEAD_SECONDS = 0.5
+"""Clients start in so long, once all of them are there."""
 SETTLE_SECONDS, LAST_SECONDS = 1.5, 0.5
 """What happens before and behind the time that is measured: everything is open, and everything has arrived."""
 LONGEST_SECONDS = 60.0
@@ -198,8 +198,11 @@ def measure(loop: str, rate: float, step: float, args: argparse.Namespace) -> di
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with server(loop, step, log) as process:
-            start = time.monotonic() + LEAD_SECONDS
-            with multiprocessing.get_context("spawn").Pool(args.clients) as pool:
+            context = multiprocessing.get_context("spawn")
+            all_there = context.Barrier(args.clients + 1)
+            with context.Pool(args.clients, all_there.wait) as pool:
+                all_there.wait()
+                start = time.monotonic() + LEAD_SECONDS
                 parts = [(asks[i :: args.clients], start, seconds) for i in range(args.clients)]
                 running = pool.starmap_async(work, parts)
                 begin = start + SETTLE_SECONDS

@@ -156,7 +156,7 @@ def main() -> None:
         if os.environ.get("STREAMS_LOOP") == "uvloop":
             import uvloop
 
-            asyncio.run = uvloop.run  # the server's, too
+            asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         sys.exit(cli.main(["serve", str(BUILTIN), "--port", str(PORT)]))
     server = subprocess.Popen(
         [sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
