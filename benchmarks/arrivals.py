@@ -172,8 +172,7 @@ def figures(engine: dict[int, Told], clients: list[Heard], begin: float, end: fl
 @contextlib.contextmanager
 def server(loop: str, step: float, log: Path) -> Any:
     """The API process over an engine that computes nothing; it ends with the block."""
-    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
-    more = {"PYTHONPATH": path, "STREAMS_LOOP": loop}
+    more = {"PYTHONPATH": streams.python_path(), "STREAMS_LOOP": loop}
     more |= {"STREAMS_STEP": str(step), "STREAMS_LOG": str(log)}
     process = subprocess.Popen([sys.executable, streams.__file__, "--serve"], env=os.environ | more)
     try:

@@ -107,6 +107,11 @@ def build(config: EngineConfig, progress: object = None) -> Engine:
     return Engine()
 
 
+def python_path() -> str:
+    """Of a server that loads this engine: what this process was given comes behind."""
+    return os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+
+
 async def read(num_tokens: int) -> tuple[int, int]:
     """One stream: its events and its tokens."""
     reader, writer = await asyncio.open_connection("127.0.0.1", PORT, limit=2**20)
@@ -158,9 +163,7 @@ def main() -> None:
 
             asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         sys.exit(cli.main(["serve", str(BUILTIN), "--port", str(PORT)]))
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
-    )
+    server = subprocess.Popen([sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": python_path()})
     try:
         while True:
             try:
