@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import importlib
 import json
 import os
 import random
@@ -159,9 +160,7 @@ def main() -> None:
 
         run.serve = functools.partial(run.serve, build="streams:build")
         if os.environ.get("STREAMS_LOOP") == "uvloop":
-            import uvloop
-
-            asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+            asyncio.set_event_loop_policy(importlib.import_module("uvloop").EventLoopPolicy())
         sys.exit(cli.main(["serve", str(BUILTIN), "--port", str(PORT)]))
     server = subprocess.Popen([sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": python_path()})
     try:
