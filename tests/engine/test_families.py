@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from manyheads import SamplingParams
 from manyheads.attention.torch import TorchAttention
+from manyheads.models.registry import read_config
 from manyheads.request import RequestDelta
 from tests.engine.test_exactness import engine, run
 from tests.models.families import MODELS, SERVED, reference
@@ -53,7 +54,10 @@ def compare(folder: Path, model: torch.nn.Module, num_prompts: int, new_tokens: 
         settings: of the engine.
     """
     jobs = some_jobs(num_prompts, new_tokens)
-    pages = max(-(-(len(prompt) + new_tokens) // 4) for prompt, _ in jobs) + 8
+    shape = read_config(folder).kv_shape
+    near = 0 if shape.window is None else -(-shape.window // 4) + 2  # pages of a text that have companions, if any do
+    pages = max(-(-(len(prompt) + new_tokens) // 4) for prompt, _ in jobs) + 8  # for a tree
+    pages += shape.num_companions * (near + 8)
     texts, preemptions = [], 0
     for tree_size in TREES:
         served = engine(folder, tree_size, max_num_batched_tokens=7, num_blocks=pages, **settings)
