@@ -71,6 +71,7 @@ def drafter_config(
     base: ModelConfig, draft_vocab: int | None = None, layer_ids: Sequence[int] | None = None, **changes: Any
 ) -> Eagle3Config:
     """The shape of a drafter for a base: as wide as the base, with heads like the base's."""
+    rope = base.ropes[0]
     shape: dict[str, Any] = {
         "hidden_size": base.hidden_size,
         "target_hidden_size": base.hidden_size,
@@ -81,8 +82,8 @@ def drafter_config(
         "vocab_size": base.vocab_size,
         "draft_vocab_size": draft_vocab or base.vocab_size,
         "rms_norm_eps": base.rms_norm_eps,
-        "rope_theta": base.rope.theta,
-        "rope_scaling": base.rope.scaling,
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
         "max_position_embeddings": base.max_position_embeddings,
         "layer_ids": None if layer_ids is None else tuple(layer_ids),
     }

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from manyheads import SamplingParams
+from manyheads.attention.torch import TorchAttention
+from manyheads.models.registry import read_config
 from manyheads.request import RequestDelta
 from tests.engine.test_exactness import engine, run
-from tests.models.families import SERVED, reference
+from tests.models.families import MODELS, SERVED, reference
 from tests.tiny import VOCAB, save_heads
 
 PROMPTS, NEW_TOKENS = (int(n) for n in os.environ.get("FAMILY_TEXTS", "3x20").split("x"))
@@ -35,6 +38,13 @@ def save(folder: Path, name: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
+def some_jobs(num_prompts: int, new_tokens: int) -> list[tuple[list[int], SamplingParams]]:
+    """Random prompts of up to 40 tokens, to each of which so many are added."""
+    choose = random.Random(1)
+    prompts = [[choose.randrange(VOCAB) for _ in range(choose.randint(1, 40))] for _ in range(num_prompts)]
+    return [(prompt, SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)) for prompt in prompts]
+
+
 def compare(folder: Path, model: torch.nn.Module, num_prompts: int, new_tokens: int, **settings: Any) -> None:
     """Hold greedy text against transformers': plain and with trees of 8 and 32 nodes, in chunks of 7, with few pages.
 
@@ -43,10 +53,11 @@ def compare(folder: Path, model: torch.nn.Module, num_prompts: int, new_tokens: 
         model: says what the text should be.
         settings: of the engine.
     """
-    choose = random.Random(1)
-    prompts = [[choose.randrange(VOCAB) for _ in range(choose.randint(1, 40))] for _ in range(num_prompts)]
-    jobs = [(prompt, SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)) for prompt in prompts]
-    pages = max(-(-(len(p) + new_tokens) // 4) for p in prompts) + 8
+    jobs = some_jobs(num_prompts, new_tokens)
+    shape = read_config(folder).kv_shape
+    near = 0 if shape.window is None else -(-shape.window // 4) + 2  # pages of a text that have companions, if any do
+    pages = max(-(-(len(prompt) + new_tokens) // 4) for prompt, _ in jobs) + 8  # for a tree
+    pages += shape.num_companions * (near + 8)
     texts, preemptions = [], 0
     for tree_size in TREES:
         served = engine(folder, tree_size, max_num_batched_tokens=7, num_blocks=pages, **settings)
@@ -56,7 +67,7 @@ def compare(folder: Path, model: torch.nn.Module, num_prompts: int, new_tokens: 
         assert tree_size == 1 or stats.accepted_tokens > 0
     assert preemptions > 0 or served.scheduler.pages.window is not None  # which takes fewer pages
     assert texts[0] == texts[1] == texts[2]
-    for prompt, text in zip(prompts, texts[0], strict=True):
+    for (prompt, _), text in zip(jobs, texts[0], strict=True):
         assert len(text) == new_tokens
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
@@ -66,6 +77,28 @@ def compare(folder: Path, model: torch.nn.Module, num_prompts: int, new_tokens: 
 @pytest.mark.parametrize("name", SERVED)
 def test_greedy_text_is_transformers(tmp_path: Path, name: str) -> None:
     compare(tmp_path, save(tmp_path, name), PROMPTS, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("name", [name for name in SERVED if MODELS[name][0] == "gpt_oss"])
+def test_texts_need_the_sinks(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are so large that rows which ignore them as they decode, and not in their prompts, get other texts."""
+    save(tmp_path, name)
+    jobs = some_jobs(3, 20)
+    texts = run(engine(tmp_path, 1), jobs)
+    attend, ignored = TorchAttention._attend_by_scores, list[int]()
+
+    def without(
+        self: TorchAttention, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        if queries.shape[2] == self.queries_per_kv:  # a token a row
+            ignored.append(len(queries))
+            sinks = None
+        return attend(self, queries, keys, values, mask, sinks)
+
+    monkeypatch.setattr(TorchAttention, "_attend_by_scores", without)
+    others = run(engine(tmp_path, 1), jobs)
+    assert ignored
+    assert sum(text != other for text, other in zip(texts, others, strict=True)) >= 2
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])

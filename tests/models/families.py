@@ -162,7 +162,8 @@ SERVED = [
 
 
 def reference(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model of transformers: biases and norms too, so that each of them counts.
+    """A random model of transformers: biases and norms too, so that each of them counts. Sinks are as large as scores
+    get, or they would have no share worth mentioning of the weights.
 
     Args:
         changes: of its configuration.
@@ -175,5 +176,6 @@ def reference(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5) + ("norm" in key))
+            middle = 4.0 if "sinks" in key else float("norm" in key)
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5) + middle)
     return model
