@@ -46,7 +46,8 @@ def some_jobs(num_prompts: int, new_tokens: int) -> list[tuple[list[int], Sampli
 
 
 def compare(folder: Path, model: torch.nn.Module, num_prompts: int, new_tokens: int, **settings: Any) -> None:
-    """Hold greedy text against transformers': plain and with trees of 8 and 32 nodes, in chunks of 7, with few pages.
+    """Hold greedy text against transformers': in chunks of 7, with few pages plain and with trees of 8 nodes, and with
+    room for trees of 32.
 
     Args:
         folder: where the model stands that is served.
@@ -60,7 +61,8 @@ def compare(folder: Path, model: torch.nn.Module, num_prompts: int, new_tokens: 
     pages += shape.num_companions * (near + 8)
     texts, preemptions = [], 0
     for tree_size in TREES:
-        served = engine(folder, tree_size, max_num_batched_tokens=7, num_blocks=pages, **settings)
+        room = pages if tree_size < max(TREES) else 4 * pages  # pages that are few make large trees small ones
+        served = engine(folder, tree_size, max_num_batched_tokens=7, num_blocks=room, **settings)
         texts.append(run(served, jobs))
         stats = served.stats()
         preemptions += stats.preemptions
