@@ -16,14 +16,14 @@ from tests.tiny import save_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 CASES = {
-    "greedy": SamplingParams(temperature=0.0, max_tokens=40),
-    "sampled": SamplingParams(temperature=0.9, seed=11, max_tokens=40, top_p=0.95, top_k=12),
+    "greedy": SamplingParams(temperature=0.0, max_tokens=20),
+    "sampled": SamplingParams(temperature=0.9, seed=11, max_tokens=20, top_p=0.95, top_k=12),
     "penalties": SamplingParams(
-        temperature=0.7, seed=4, max_tokens=40, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4
+        temperature=0.7, seed=4, max_tokens=20, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4
     ),
-    "log-probabilities": SamplingParams(temperature=0.0, max_tokens=40, logprobs=3),
+    "log-probabilities": SamplingParams(temperature=0.0, max_tokens=20, logprobs=3),
     "bias and stops": SamplingParams(
-        temperature=0.8, seed=2, max_tokens=60, min_tokens=20, stop_token_ids=(7,), logit_bias={7: 1.0}
+        temperature=0.8, seed=2, max_tokens=30, min_tokens=10, stop_token_ids=(7,), logit_bias={7: 1.0}
     ),
     "to the end of the context": SamplingParams(temperature=0.8, seed=3),
 }
