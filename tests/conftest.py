@@ -6,21 +6,26 @@ import gc
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis.internal.conjecture import providers
 
 import tests.kernels  # noqa: F401 (before any kernel is imported it must be clear whether Triton's interpreter runs it)
 
-# the same examples every time, so that a change is not refused for what another one has broken;
-# `--hypothesis-profile=random` looks for new ones
-settings.register_profile("same", derandomize=True)
-settings.register_profile("random", derandomize=False)
-settings.load_profile("same")
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The same examples every time, so that a change is not refused for what another one has broken.
 
-def pytest_sessionstart() -> None:
-    """The same examples are the same beside other tests: else they hold constants of whatever modules these import."""
+    `--hypothesis-profile=random` looks for new ones. The process that hands tests out to others (`-n`) draws none.
+    """
+    if config.getoption("dist", "no") != "no" and not config.getoption("hypothesis_profile", None):
+        return
+    from hypothesis import settings
+    from hypothesis.internal.conjecture import providers
+
+    settings.register_profile("same", derandomize=True)
+    settings.register_profile("random", derandomize=False)
+    chosen = config.getoption("hypothesis_profile", None) or "same"
+    settings.load_profile(chosen)
     if settings.default is not None and settings.default.derandomize:
+        # the same examples are the same beside other tests: else they hold constants of whatever modules these import
         providers.is_local_module_file = lambda path: False
 
 

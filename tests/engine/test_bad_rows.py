@@ -69,7 +69,7 @@ def good_jobs() -> dict[str, tuple[list[int], SamplingParams]]:
     jobs = {}
     for i in range(6):
         params = PARAMS[i % 3]  # typical acceptance gives other texts with other trees
-        fields = {f: getattr(params, f) for f in params.__struct_fields__} | {"logit_bias": bias, "max_tokens": 25}
+        fields = {f: getattr(params, f) for f in params.__struct_fields__} | {"logit_bias": bias, "max_tokens": 12}
         jobs[f"good {i}"] = ([GOOD[(i * 7 + k) % len(GOOD)] for k in range(5 + i)], SamplingParams(**fields))
     return jobs
 

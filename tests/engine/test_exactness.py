@@ -55,7 +55,7 @@ def prompts(count: int, shared: int = 0) -> list[list[int]]:
     return [common + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))] for _ in range(count)]
 
 
-GREEDY = [(p, SamplingParams(temperature=0.0, max_tokens=20 + i)) for i, p in enumerate(prompts(24, shared=9))]
+GREEDY = [(p, SamplingParams(temperature=0.0, max_tokens=14 + i)) for i, p in enumerate(prompts(16, shared=9))]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_text_of_a_cache_in_8_bits_is_one(
     """With any tree, chunks, preemption and shared prefixes it is what each gets alone, greedy and sampled; it is not
     the model's own."""
     jobs = [
-        (p, SamplingParams(temperature=i % 2, seed=i, max_tokens=20 + i)) for i, p in enumerate(prompts(12, shared=9))
+        (p, SamplingParams(temperature=i % 2, seed=i, max_tokens=14 + i)) for i, p in enumerate(prompts(8, shared=9))
     ]
     heads = str(drafter_of(folder, drafter))
     alone = engine(folder, 1, kv_cache_dtype=kv_dtype, max_num_seqs=1, max_num_batched_tokens=256, prefix_caching=False)
@@ -144,7 +144,7 @@ def test_a_seed_gives_the_same_text_whatever_else_runs(
     folder: Path, reference: LlamaForCausalLM, overlaps: bool
 ) -> None:
     asked = prompts(20)
-    params = [SamplingParams(temperature=1.0, top_p=0.9, max_tokens=30, seed=i) for i in range(20)]
+    params = [SamplingParams(temperature=1.0, top_p=0.9, max_tokens=20, seed=i) for i in range(20)]
     alone = [run(engine(folder, 1), [job])[0] for job in zip(asked[:4], params[:4], strict=True)]
     for tree_size in (1, 16):
         assert run(engine(folder, tree_size), list(zip(asked, params, strict=True)), rate=0.5)[:4] == alone

@@ -20,7 +20,7 @@ from tests.engine.test_exactness import engine, run
 from tests.models.families import MODELS, SERVED, reference
 from tests.tiny import VOCAB, save_heads
 
-PROMPTS, NEW_TOKENS = (int(n) for n in os.environ.get("FAMILY_TEXTS", "3x20").split("x"))
+PROMPTS, NEW_TOKENS = (int(n) for n in os.environ.get("FAMILY_TEXTS", "3x12").split("x"))
 """How many prompts, and how many tokens are added to each."""
 TREES = (1, 8, 32)
 """Nodes; one is plain decoding."""

@@ -53,7 +53,7 @@ def jobs(count: int, **more: Any) -> list[EngineRequest]:
         EngineRequest(
             request_id=str(i),
             prompt_token_ids=prompt,
-            params=SamplingParams(temperature=0.0, max_tokens=20 + i),
+            params=SamplingParams(temperature=0.0, max_tokens=12 + i),
             lora=NAMES[i % len(NAMES)],
             **more,
         )
@@ -82,8 +82,8 @@ def greedy(model: LlamaForCausalLM, request: EngineRequest) -> list[int]:
 
 @pytest.fixture(scope="module")
 def of_models(models: dict[str, LlamaForCausalLM]) -> tuple[list[list[int]], list[list[int]]]:
-    """Texts of 16 jobs, of the models that they ask for and of the base."""
-    asked = jobs(16)
+    """Texts of 12 jobs, of the models that they ask for and of the base."""
+    asked = jobs(12)
     return [greedy(models[request.lora], request) for request in asked], [greedy(models[""], r) for r in asked]
 
 
@@ -92,7 +92,7 @@ def test_texts_are_those_of_merged_models(
     folder: Path, of_models: tuple[list[list[int]], list[list[int]]], tree_size: int | None, overlaps: bool
 ) -> None:
     """Side by side with the base's own, in chunks of 7, with pages for a fraction of what is asked."""
-    served, asked = serve(folder, tree_size, max_num_batched_tokens=7), jobs(16)
+    served, asked = serve(folder, tree_size, max_num_batched_tokens=7), jobs(12)
     texts, (wanted, of_base) = run(served, asked), of_models
     assert texts == wanted
     same = [text == base for text, base, request in zip(texts, of_base, asked, strict=True) if request.lora]

@@ -363,7 +363,7 @@ def test_an_engine_lives_inside_its_memory() -> None:
     assert use.heads > MIB
     assert use.graphs == 0
     for i in range(20):
-        engine.add_request(request(str(i), 300, max_tokens=30, temperature=1.0, top_p=0.9))
+        engine.add_request(request(str(i), 300, max_tokens=8, temperature=1.0, top_p=0.9))
     finish(engine)
     after = engine.stats().memory
     assert use.total <= after.total <= cap

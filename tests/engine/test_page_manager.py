@@ -145,7 +145,7 @@ class Pages(RuleBasedStateMachine):
             assert digest == expected
 
 
-Pages.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+Pages.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestPages = Pages.TestCase
 
 
@@ -229,7 +229,7 @@ class Companions(RuleBasedStateMachine):
                     assert self.content[place] == tuple(sequence.tokens[: position + 1])
 
 
-Companions.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Companions.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestCompanions = Companions.TestCase
 
 

@@ -42,15 +42,15 @@ from tests.engine.test_families import save
 from tests.structured import SCHEMA, save_structured
 from tests.tiny import VOCAB, make_model, save_model
 
-SAMPLED = SamplingParams(temperature=1.0, seed=5, top_p=0.9, max_tokens=20)
+SAMPLED = SamplingParams(temperature=1.0, seed=5, top_p=0.9, max_tokens=12)
 PARAMS = (
-    SamplingParams(temperature=0.0, max_tokens=24),
+    SamplingParams(temperature=0.0, max_tokens=14),
     SAMPLED,
-    SamplingParams(temperature=0.7, seed=6, max_tokens=20, acceptance="typical"),
+    SamplingParams(temperature=0.7, seed=6, max_tokens=12, acceptance="typical"),
     SamplingParams(
-        temperature=0.0, max_tokens=20, logprobs=2, prompt_logprobs=2, repetition_penalty=1.3, presence_penalty=0.2
+        temperature=0.0, max_tokens=12, logprobs=2, prompt_logprobs=2, repetition_penalty=1.3, presence_penalty=0.2
     ),
-    SamplingParams(temperature=0.0, max_tokens=12, speculative=False, min_tokens=4, logit_bias={3: 1.0}),
+    SamplingParams(temperature=0.0, max_tokens=8, speculative=False, min_tokens=4, logit_bias={3: 1.0}),
 )
 
 

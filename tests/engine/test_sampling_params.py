@@ -42,13 +42,19 @@ def build(folder: Path, tree_size: int, **settings: Any) -> Engine:
 
 
 def answer(engine: Engine, **params: Any) -> list[RequestDelta]:
-    params = {"max_tokens": NEW} | params
-    engine.add_request(
-        EngineRequest(request_id="x", prompt_token_ids=PROMPT, params=SamplingParams(**params).validate())
-    )
-    deltas = []
+    (deltas,) = answers(engine, params)
+    return deltas
+
+
+def answers(engine: Engine, *asked: dict[str, Any]) -> list[list[RequestDelta]]:
+    """Of requests that run side by side."""
+    for i, params in enumerate(asked):
+        wanted = SamplingParams(**{"max_tokens": NEW} | params).validate()
+        engine.add_request(EngineRequest(request_id=str(i), prompt_token_ids=PROMPT, params=wanted))
+    deltas: list[list[RequestDelta]] = [[] for _ in asked]
     while engine.has_work():
-        deltas += engine.step()
+        for delta in engine.step():
+            deltas[int(delta.request_id)].append(delta)
     return deltas
 
 
@@ -121,7 +127,9 @@ def test_filters_keep_the_draw_among_the_likely(
     engine: Engine, reference: LlamaForCausalLM, params: dict[str, Any]
 ) -> None:
     """The noise is known, so the very token is."""
-    for seed in range(5):
+    seeds = range(5)
+    found = answers(engine, *({"temperature": 1.5, "seed": seed, **params} for seed in seeds))
+    for seed, deltas in zip(seeds, found, strict=True):
         wanted: list[int] = []
         for _ in range(NEW):
             logits = raw_logits(reference, PROMPT + wanted) / 1.5
@@ -129,7 +137,7 @@ def test_filters_keep_the_draw_among_the_likely(
             noisy = logits + gumbel(torch.tensor([seed]), position, VOCAB)[0, 0]
             allowed = kept(logits, **params)
             wanted.append(max(allowed, key=lambda t, noisy=noisy: float(noisy[t])))  # type: ignore[misc]
-        assert tokens_of(answer(engine, temperature=1.5, seed=seed, **params)) == wanted
+        assert tokens_of(deltas) == wanted
 
 
 def test_logprobs_are_the_models(engine: Engine, reference: LlamaForCausalLM) -> None:

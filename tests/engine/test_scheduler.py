@@ -68,13 +68,13 @@ PLACES = st.tuples(st.sampled_from(["a", "a", "a", "b", "c"]), st.sampled_from([
 
 
 @given(setup=SETUPS, arrivals=several(ARRIVALS, 1, 12))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_traffic(setup: Setup, arrivals: list[Arrival]) -> None:
     serve(setup, arrivals)
 
 
 @given(setup=SETUPS, arrivals=several(st.tuples(ARRIVALS, PLACES), 1, 16))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_traffic_of_many_clients(setup: Setup, arrivals: list[tuple[Arrival, tuple[str, int]]]) -> None:
     serve(setup, [replace(arrival, client=place[0], priority=place[1]) for arrival, place in arrivals])
 

@@ -51,19 +51,25 @@ def _mend_interpreter() -> None:
 
 
 def _hasten_interpreter() -> None:
-    """Half of the interpreter's time goes into what comes out the same every time.
+    """Most of the interpreter's time goes into what comes out the same every time.
 
     At every launch, and at every call of a function of a kernel, it looks through all that a module has for what it has
-    to replace; whenever it asks for numpy's type, it makes a table of them all; and it wraps each number of each
-    tensor's shape.
+    to replace; whenever it asks for numpy's type, it makes a table of them all; it wraps each number of each tensor's
+    shape, and checks each shape anew; and it compares shapes number by number, wrapped and unwrapped.
     """
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     names: dict[Any, list[str]] = {}  # of a module's builtins, by module
     types: dict[str, Any] = {}  # numpy's, by the name of Triton's
-    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}  # as Triton has them, and the number of elements
-    find_type = interpreter._get_np_dtype
+    shapes: dict[tuple[int, ...], tuple[Any, ...]] = {}  # as types and tensors have them, and the number of elements
+    titles: dict[tuple[Any, str], str] = {}  # of types of blocks, by shape and type of the elements
+    replaced: set[int] = set()  # globals of functions whose modules this launch has been through
+    single = tl.tuple([]), tl.constexpr(1)
+    find_type, replace_all = interpreter._get_np_dtype, interpreter._patch_lang
+    make_type, unwrap_any = tl.block_type.__init__, tl.core._unwrap_if_constexpr
+    broadcast_any, plain = TritonSemantic.broadcast_impl_value, {int, float, bool, str, type(None), tl.tensor}
 
     def patch(module: Any, builder: Any, scope: Any) -> None:
         if module not in names:  # which the first launch is the first to ask: nothing has been replaced yet
@@ -74,22 +80,64 @@ def _hasten_interpreter() -> None:
             if tl.core.is_builtin(member := getattr(module, name)):
                 interpreter._patch_attr(module, name, member, builder, scope)
 
+    def begin(function: Any) -> Any:
+        replaced.clear()
+        replaced.add(id(function.__globals__))
+        return replace_all(function)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in replaced:
+            replace_all(self.fn)
+            replaced.add(id(self.fn.__globals__))
+        function = self.rewrite()
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
     def np_dtype(kind: Any) -> Any:
         scalar = kind.scalar
         if scalar.name not in types:
             types[scalar.name] = find_type(scalar)
         return types[scalar.name]
 
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if sizes not in shapes:
+            make_type(self, element_ty, shape)  # which refuses what is no shape
+            held = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+            shapes[sizes] = self.shape, self.numel, held
+        self.element_ty = element_ty
+        self.shape, self.numel, self.held = shapes[sizes]
+        key = sizes, element_ty.name
+        if key not in titles:
+            titles[key] = f"<{self.shape}, {element_ty}>"
+        self.name = titles[key]
+
     def make(self: Any, handle: Any, type: Any) -> None:
-        key = tuple(type.shape) if type.is_block() else ()
-        if key not in shapes:
-            shapes[key] = tl.tuple([tl.constexpr(size) for size in key]), tl.constexpr(math.prod(key))
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = shapes[key]
+        self.shape, self.numel = type.held if type.is_block() else single
+
+    def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+        is_block = lhs.type.is_block()
+        if is_block == rhs.type.is_block() and (not is_block or lhs.type.shape is rhs.type.shape):
+            return lhs, rhs
+        return broadcast_any(self, lhs, rhs)
+
+    def unwrap(given: Any) -> Any:
+        kind = type(given)
+        if kind is tl.constexpr:
+            return given.value
+        return given if kind in plain else unwrap_any(given)
 
     interpreter._patch_builtin = patch
+    interpreter._patch_lang = begin
+    interpreter.InterpretedFunction.__call__ = call
     interpreter._get_np_dtype = np_dtype
+    tl.block_type.__init__ = block
     tl.tensor.__init__ = make
+    tl.core._unwrap_if_constexpr = unwrap
+    TritonSemantic.broadcast_impl_value = broadcast
 
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:

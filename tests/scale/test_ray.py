@@ -10,12 +10,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
@@ -23,14 +21,8 @@ from manyheads.request import EngineRequest, RequestDelta
 from tests.server.conftest import free_port
 from tests.tiny import VOCAB, save_model
 
-ray = pytest.importorskip("ray")
-from ray import serve  # noqa: E402
-from ray.cluster_utils import Cluster  # noqa: E402
-from ray.serve.config import ProxyLocation  # noqa: E402
-
-from manyheads.scale.client import ReplicaClient  # noqa: E402
-from manyheads.scale.serve_app import app  # noqa: E402
-from manyheads.scale.settings import AppSettings, Resources, Scaling  # noqa: E402
+if TYPE_CHECKING:  # importing Ray takes seconds, which only the process that runs these tests is to spend
+    from manyheads.scale.client import ReplicaClient
 
 T = TypeVar("T")
 LONG = 80
@@ -41,6 +33,9 @@ NAME = f"test{os.getpid()}"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("tiny") / "model"
     save_model(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
@@ -62,6 +57,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A head, and two machines that have room for a replica each."""
+    ray = pytest.importorskip("ray")
+    from ray import serve
+    from ray.cluster_utils import Cluster
+    from ray.serve.config import ProxyLocation
+
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     made.workers = [made.add_node(num_cpus=2, resources={"engine": 1}) for _ in range(2)]
@@ -75,6 +75,11 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def handle(cluster: Any, config: EngineConfig) -> Any:
+    from ray import serve
+
+    from manyheads.scale.serve_app import app
+    from manyheads.scale.settings import AppSettings, Resources, Scaling
+
     default = asdict(EngineConfig())
     settings = AppSettings(
         engine={name: value for name, value in asdict(config).items() if value != default[name]},
@@ -114,6 +119,8 @@ def alone(config: EngineConfig, requests: list[EngineRequest]) -> dict[str, list
 def with_client(handle: Any, config: EngineConfig, work: Callable[[ReplicaClient], Awaitable[T]]) -> T:
     async def find() -> Any:
         return handle
+
+    from manyheads.scale.client import ReplicaClient
 
     async def run() -> T:
         client = ReplicaClient(config, find)
