@@ -43,7 +43,12 @@ class Vocabulary:
         size = max(self._size, backend.get_vocab_size(with_added_tokens=True))
         return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=[backend.token_to_id(END)])
 
-    @property
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text for the library."""
+        return tuple(self.tokens.eos_tokens)
+
+    @cached_property
     def num_words(self) -> int:
         """Words of 32 bits that a mask of the library has, at least as many as the model's logits need."""
         return -(-self.tokens.vocab_size // 32)
@@ -56,7 +61,7 @@ class Vocabulary:
         bits = np.zeros(32 * self.num_words, dtype=bool)
         bits[: self._size] = True
         textual = [token for token in self.eos_token_ids if not self.tokens.is_special_token(token)]
-        bits[[*self.tokens.eos_tokens, *textual]] = False
+        bits[[*self.ends, *textual]] = False
         return np.packbits(bits, bitorder="little").view(np.int32)
 
     def is_writable(self, token: int) -> bool:

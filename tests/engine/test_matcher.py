@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from manyheads import Grammar
 from manyheads.engine.compiler import Compiler
-from manyheads.engine.matcher import Matcher, first_line
+from manyheads.engine.matcher import Matcher, Words, first_line, write_nodes, write_roots
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.errors import RequestError
 from manyheads.grammar import Kind
@@ -62,10 +63,24 @@ def matcher(compiler: Compiler, grammar: Grammar) -> Matcher:
 
 
 def allowed(place: Matcher, early_stops: tuple[int, ...] = ()) -> list[int]:
-    words = np.zeros(place.num_words, dtype=np.int32)
-    place.write(words, early_stops)
+    words = written(place, early_stops)
     assert place.error is None
     return [int(token) for token in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
+
+
+def written(place: Matcher, early_stops: tuple[int, ...] = ()) -> Words:
+    """The mask of one text."""
+    words: Words = np.empty(place.vocabulary.num_words, dtype=np.int32)
+    write_roots([place], words[None], [early_stops])
+    return words
+
+
+def walked(place: Matcher, below: dict[int, list[int]], tokens: list[int]) -> tuple[list[int], NDArray[np.int32]]:
+    """The places of a tree that there is a way to, and the masks of what may come behind them."""
+    room = np.empty((len(tokens), place.vocabulary.num_words), dtype=np.int32)
+    places, _ = place.walk(below, tokens, written(place), room)
+    write_nodes([place] * len(places), room[: len(places)], [()] * len(places))
+    return places, room[: len(places)]
 
 
 PIECES = st.sampled_from(
@@ -105,20 +120,19 @@ def looked_at(place: Matcher, others: list[int], choice: int) -> None:
     below: dict[int, list[int]] = {}
     for i, way in enumerate(ways):
         below.setdefault(ways.index(way[:-1]) if len(way) > 1 else -1, []).append(i)
-    places, words = place.walk(below, [way[-1] for way in ways])
+    places, words = walked(place, below, [way[-1] for way in ways])
     assert sorted(places) == list(range(len(ways) - len(forbidden)))
     for i, found in zip(places, words, strict=True):
         there = deepcopied(place)
         there.take(ways[i], 0)
-        expected = np.zeros(place.num_words, dtype=np.int32)
-        there.write(expected)
+        expected = written(there)
         assert there.error is None
         assert (found == expected).all()
 
 
 def deepcopied(place: Matcher) -> Matcher:
     """Another one at the same place."""
-    return Matcher(place._followed.deep_copy(), place._vocabulary, [EOS])
+    return Matcher(place._followed.deep_copy(), place.vocabulary, [EOS])
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -179,7 +193,7 @@ def test_a_chain_is_the_only_way_and_ends_where_there_is_a_choice(compilers: dic
     step = matcher(compilers[kind], Grammar("json", SCHEMA))
     for token in chain:
         assert allowed(step) == [token]
-        assert step.walk({-1: [0]}, [token + 1])[0] == []
+        assert walked(step, {-1: [0]}, [token + 1])[0] == []
         assert step.take([token], 0) == ([token], False)
     assert allowed(step) == allowed(place) != []
     assert len(allowed(place)) > 1
@@ -191,7 +205,7 @@ def test_complete_texts_go_nowhere(compilers: dict[str, Compiler]) -> None:
     tokens, is_whole = place.take([], 100)
     assert (backend("byte-level").decode(tokens), is_whole) == ("hello", True)
     assert place.take([7, 8], 100) == ([], True)
-    assert place.walk({-1: [0]}, [7])[0] == []
+    assert walked(place, {-1: [0]}, [7])[0] == []
     assert len(allowed(place)) >= compiler.vocabulary.tokens.vocab_size  # whatever is drawn is dropped
 
 
@@ -201,7 +215,7 @@ def test_end_tokens_stand_beside_what_may_follow(compilers: dict[str, Compiler])
     place.take(allowed(place)[:1], 0)
     assert EOS in allowed(place)
     assert EOS not in allowed(place, early_stops=(EOS,))
-    assert place.walk({-1: [0]}, [EOS])[0] == []  # nothing stands behind it
+    assert walked(place, {-1: [0]}, [EOS])[0] == []  # nothing stands behind it
     only = matcher(compilers["byte-level"], Grammar("regex", "a"))
     (a,) = allowed(only)
     assert allowed(only, early_stops=(a,)) == [a]
@@ -217,7 +231,7 @@ def test_what_no_text_has_is_in_no_chain(tmp_path: Path) -> None:
     for compiler, grammar in (foreign, textual):
         place = matcher(compiler, grammar)
         assert place.take([], 9) == ([tokenizer.token_to_id("the")], False)
-        place.write(np.zeros(place.num_words, dtype=np.int32))
+        written(place)
         assert place.error == "no token of the model's vocabulary goes on with the text"
 
 
@@ -255,15 +269,14 @@ def test_no_grammar_breaks_the_engine(
     except RequestError:
         return
     for choice in choices:
-        words = np.zeros(place.num_words, dtype=np.int32)
-        raw = np.zeros(place.num_words, dtype=np.int32)
+        raw = np.zeros(place.vocabulary.num_words, dtype=np.int32)
         if place.error is None and not place.is_complete:
             place._followed.unsafe_compute_mask_ptr(raw.ctypes.data, raw.nbytes)
             chain = place._find_chain()[:1]
             assert not chain or np.flatnonzero(np.unpackbits(raw.view(np.uint8), bitorder="little")).tolist() == [
                 *chain
             ]
-        place.write(words)
+        words = written(place)
         if place.error is not None or place.is_complete:
             return
         tokens = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
@@ -275,9 +288,8 @@ def test_a_vocabulary_without_the_letters_says_so(tmp_path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     place = matcher(Compiler(Vocabulary(tmp_path, 2, ())), Grammar("regex", "a[xy]"))
-    words = np.zeros(place.num_words, dtype=np.int32)
     place.take([0], 0)
-    place.write(words)
+    written(place)
     assert place.error == "no token of the model's vocabulary goes on with the text"
 
 
