@@ -41,7 +41,7 @@ def first_masks(requests: list[Request], state: RowState) -> Masks | None:
         return None
     rows = [requests[i] for i in walked]
     words = _room(state, rows, len(rows))
-    _write_roots(rows, words.numpy())
+    _write_roots(state, rows, words.numpy())
     return Masks(state.tensor(walked), _upload(state, words))
 
 
@@ -93,7 +93,7 @@ class TreeWalk:
             return
         rows = state.tensor([request.row for request in known])[:, None]
         words = _room(state, known, len(known))
-        _write_roots(known, words.numpy())
+        _write_roots(state, known, words.numpy())
         self._roots = dict(zip(known, words.numpy(), strict=True))
         allowed = _bits(_upload(state, words), state.drafts[rows, tree.column])  # [G, n]
         is_first = tree.depth == 1
@@ -130,7 +130,7 @@ class TreeWalk:
         words = room.numpy()
         if known:
             np.stack([self._roots[request] for request in rows[:known]], out=words[:known])
-        _write_roots(rows[known:], words[known : len(rows)])
+        _write_roots(self._state, rows[known:], words[known : len(rows)])
         places = [row.first for row in brought]
         self._walk(tree, brought, node, tokens, places, words)
         for row, root in zip(brought, words, strict=False):
@@ -216,10 +216,11 @@ def _below(tree: Tree, places: dict[int, int]) -> dict[int, list[int]]:
     return below
 
 
-def _write_roots(requests: Sequence[Request], words: NDArray[np.int32]) -> None:
+def _write_roots(state: RowState, requests: Sequence[Request], words: NDArray[np.int32]) -> None:
     """Write what may follow the known tokens of rows with grammars: [G, W]."""
     matchers = [request.matcher for request in requests if request.matcher is not None]
-    write_roots(matchers, words, [_early_stops(request, 0) for request in requests])
+    early_stops = [_early_stops(request, 0) for request in requests]
+    write_roots(matchers, words, early_stops, by_threads=state.device.type == "cuda")  # a CPU's cores have a step to do
 
 
 def _early_stops(request: Request, depth: int) -> Iterable[int]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Words = NDArray[np.int32]
 """[W], the bits of a mask: bit t % 32 of word t // 32 says whether token t is allowed."""
+MANY_MASKS = 16
+"""Fewer masks are made one after the other, sooner than threads would wake up."""
 MAX_CHAIN = 512
 """Tokens that are written at once without a step of the model; what goes on longer goes on with the next step."""
 
@@ -111,7 +113,7 @@ class Matcher:
             The places that there is a way to, and their depths.
         """
         followed, writable, ends = self._followed, self.vocabulary.writable, self.ends
-        start, size = room.ctypes.data, room.strides[0]
+        start, size = room.ctypes.data, room.shape[1] * room.itemsize
         places: list[int] = []
         depths: list[int] = []
 
@@ -143,25 +145,6 @@ class Matcher:
             if self.error is None and followed.is_error():
                 self._fail()
         return places, depths
-
-    def begin(self, words: Words, address: int) -> bool:
-        """Have the library write what may come next, where it has to be asked; zeros where nothing may.
-
-        Args:
-            address: of the words.
-
-        Returns:
-            Whether the text goes on.
-        """
-        if self.error is not None or self._followed.is_stopped():
-            words.fill(0)
-            return False
-        if self._chain:
-            words.fill(0)
-            _set(words, self._chain[:1], True)
-        else:
-            self._followed.unsafe_compute_mask_ptr(address, words.nbytes)
-        return True
 
     def has_begun(self, has_choice: bool, is_empty: bool) -> None:
         """Learn what the words turned out to be.
@@ -201,7 +184,12 @@ class Matcher:
         self.error = "no token of the model's vocabulary goes on with the text" if is_stuck else error
 
 
-def write_roots(matchers: Sequence[Matcher], words: NDArray[np.int32], early_stops: Sequence[Iterable[int]]) -> None:
+def write_roots(
+    matchers: Sequence[Matcher],
+    words: NDArray[np.int32],
+    early_stops: Sequence[Iterable[int]],
+    by_threads: bool = False,
+) -> None:
     """Write what may come next in texts: the bits of masks of `Vocabulary.num_words` words.
 
     What is drawn where nothing more can be said, or where the text is whole, is no part of it; all is allowed there.
@@ -210,11 +198,23 @@ def write_roots(matchers: Sequence[Matcher], words: NDArray[np.int32], early_sto
         words: [G, W], to be written, in one piece.
         early_stops: for each text tokens that would end it before it may end; they are forbidden unless nothing else is
             allowed.
+        by_threads: have some made by the library's threads, if there are many.
     """
-    start, size = words.ctypes.data, words.strides[0]
-    goes_on = [
-        matcher.begin(out, start + i * size) for i, (matcher, out) in enumerate(zip(matchers, words, strict=True))
-    ]
+    goes_on = [matcher.error is None and not matcher.is_complete for matcher in matchers]
+    asked: list[tuple[LLMatcher, int]] = []
+    for i, (matcher, out, goes) in enumerate(zip(matchers, words, goes_on, strict=True)):
+        if goes and not matcher._chain:
+            asked.append((matcher._followed, i))
+        else:
+            out.fill(0)
+            _set(out, matcher.chain[:1] if goes else (), True)
+    start, size = words.ctypes.data, words.shape[1] * words.itemsize
+    executor = matchers[0].vocabulary.executor if by_threads and len(asked) >= MANY_MASKS else None
+    if executor is not None:
+        executor.unsafe_compute_mask_ptr(asked, start, size, len(words))
+    else:
+        for followed, i in asked:
+            followed.unsafe_compute_mask_ptr(start + i * size, size)
     has_choice = _have_choice(words)
     _complete(words, matchers, early_stops)
     is_empty = _joined(words) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLExecutor, LLTokenizer
 
 END = "<|the grammar's text is whole|>"
 """A token behind the vocabulary that ends texts for the library, so that it knows nothing of the model's own."""
+MOST_THREADS = 4
+"""That make masks. All of a machine's (the library would take 25 of 32 cores) take longer to wake up than they save."""
 
 
 class Vocabulary:
@@ -42,6 +45,15 @@ class Vocabulary:
         backend.add_special_tokens([END])
         size = max(self._size, backend.get_vocab_size(with_added_tokens=True))
         return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=[backend.token_to_id(END)])
+
+    @cached_property
+    def executor(self) -> LLExecutor | None:
+        """The library's threads, which make masks of several texts at once; None where there are few cores."""
+        from llguidance import LLExecutor
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(MOST_THREADS, cores // 4)
+        return LLExecutor(threads) if threads > 1 else None
 
     @cached_property
     def ends(self) -> tuple[int, ...]:

@@ -6,12 +6,14 @@ import json
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jsonschema_rs
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLExecutor
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
@@ -281,6 +283,53 @@ def test_no_grammar_breaks_the_engine(
             return
         tokens = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
         place.take([int(tokens[choice % len(tokens)])], 10)
+
+
+def test_masks_of_many_texts_are_those_of_each(compilers: dict[str, Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some open, some in a chain, one complete, one that the library gives up; by threads and without."""
+    compiler = compilers["byte-level"]
+    monkeypatch.setattr("manyheads.engine.matcher.MANY_MASKS", 2)
+    monkeypatch.setitem(compiler.vocabulary.__dict__, "executor", Executor())
+    rules = "\n".join(f'w{i}: "a" "b" "{i}"' for i in range(3000))
+    ways = Grammar("grammar", "start: " + " | ".join(f"w{i}" for i in range(3000)) + f"\n{rules}")
+    given_ = [Grammar("regex", "[a-c]{2,9}d"), Grammar("json", SCHEMA), Grammar("regex", "abc[xy]"), ways]
+    given_ += [Grammar("regex", "[ab]"), Grammar("regex", "[a-z]+"), Grammar("regex", "(a|b)c*")]
+    token = backend("byte-level").token_to_id("a")
+    early = [(EOS,), (), (), (), (), (EOS,), ()]
+    cases = [[matcher(compiler, grammar) for grammar in given_] for _ in range(3)]
+    for places in cases:
+        for place in (places[0], places[3], places[4]):
+            assert place.take([token], 0)[0] == [token]
+        assert places[2].chain
+    expected = np.stack([written(place, stops) for place, stops in zip(cases[0], early, strict=True)])
+    for by_threads, places in enumerate(cases[1:]):
+        words = np.empty_like(expected)
+        write_roots(places, words, early, bool(by_threads))
+        assert (words == expected).all()
+        assert [place.error for place in places] == [place.error for place in cases[0]]
+        assert [place.is_complete for place in places] == [i == 4 for i in range(len(given_))]
+        assert [place.error is None for place in places] == [i != 3 for i in range(len(given_))]
+    assert compiler.vocabulary.executor.calls == 1  # type: ignore[union-attr]
+
+
+class Executor:
+    """The library's, on two threads, which counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.inner, self.calls = LLExecutor(2), 0
+
+    def unsafe_compute_mask_ptr(self, *args: Any) -> None:
+        self.calls += 1
+        self.inner.unsafe_compute_mask_ptr(*args)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, 0), (4, 0), (8, 2), (16, 4), (32, 4)])
+def test_few_threads_make_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
+    made: list[int] = []
+    monkeypatch.setattr("llguidance.LLExecutor", made.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    Vocabulary(tmp_path, 2, ()).executor  # noqa: B018
+    assert made == [threads] * (threads > 0)
 
 
 def test_a_vocabulary_without_the_letters_says_so(tmp_path: Path) -> None:
