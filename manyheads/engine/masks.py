@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
-from manyheads.engine.matcher import is_alone
+from manyheads.engine.matcher import Matcher, is_alone, write_nodes, write_roots
 from manyheads.engine.step import Request, RowResult
 from manyheads.speculation.tree import Tree, parents
 
@@ -25,7 +24,8 @@ class Masks:
     """Which tokens M nodes may draw. It is plain data, the same for every device that computes the step's logits."""
 
     place: Tensor  # [M] int64, where the nodes stand among the step's
-    words: Tensor  # [M, W] int32, bit t % 32 of word t // 32 says whether token t is allowed
+    words: Tensor
+    """[M, W] int32, bit t % 32 of word t // 32 says whether token t is allowed. There may be more than the logits."""
 
     def apply(self, logits: Tensor) -> None:
         """Give what is forbidden a logit of -inf, in place on [T, V]."""
@@ -39,7 +39,25 @@ def first_masks(requests: list[Request], state: RowState) -> Masks | None:
     walked = [i for i, request in enumerate(requests) if request.matcher is not None]
     if not walked:
         return None
-    return _masks(state, walked, _roots([requests[i] for i in walked]))
+    rows = [requests[i] for i in walked]
+    words = _room(state, rows, len(rows))
+    _write_roots(state, rows, words.numpy())
+    return Masks(state.tensor(walked), _upload(state, words))
+
+
+@dataclass(eq=False)
+class _Brought:
+    """What a row brings to a step, by the places of its nodes among the step's."""
+
+    request: Request
+    first: int
+    """Its root's."""
+    nodes: list[int]
+    """Of the others, those that it may accept."""
+    below: dict[int, list[int]] = field(default_factory=dict)
+    """For each place those of the nodes below it; -1 is the root's."""
+    allowed: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+    """The masks of the nodes that there is a way to."""
 
 
 class TreeWalk:
@@ -54,11 +72,10 @@ class TreeWalk:
 
     def __init__(self, requests: list[Request], state: RowState) -> None:
         self._state = state
-        self._rows = [i for i, request in enumerate(requests) if request.matcher is not None]
-        self._requests = [requests[i] for i in self._rows]
+        self._rows = {request: i for i, request in enumerate(requests) if request.matcher is not None}
         self.foreseen: list[RowResult] = []
         """What rows are sure to gain, of texts that are known to go on beyond it."""
-        self._roots: dict[Request, NDArray[np.int32]] = {}  # [W] each, as far as they are known
+        self._roots: dict[Request, NDArray[np.int32]] = {}  # [W] each, of texts that were known before
         self._sent: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -71,24 +88,19 @@ class TreeWalk:
         """Take the chance from the candidates for the next token that the grammar forbids, so that they and what stands
         below them get no nodes; the others get what is theirs then. Of rows that have to be read nothing is known."""
         state = self._state
-        known = [request for request in self._requests if request.unread == 0]
+        known = [request for request in self._rows if request.unread == 0]
         if tree.num_nodes == 1 or not known:
             return
         rows = state.tensor([request.row for request in known])[:, None]
-        words = _upload(state, self._roots_of(known))
-        allowed = _bits(words, state.drafts[rows, tree.column])  # [G, n]
+        words = _room(state, known, len(known))
+        _write_roots(state, known, words.numpy())
+        self._roots = dict(zip(known, words.numpy(), strict=True))
+        allowed = _bits(_upload(state, words), state.drafts[rows, tree.column])  # [G, n]
         is_first = tree.depth == 1
         chances = state.chances[rows, tree.column]
         left = 1 - torch.where(is_first & ~allowed, chances, 0.0).sum(1, keepdim=True)
         kept = (chances * allowed / left.clamp(min=LEAST_LEFT)).clamp(max=1.0)
         state.chances[rows, tree.column] = torch.where(is_first, kept, chances)
-
-    def _roots_of(self, requests: list[Request]) -> NDArray[np.int32]:
-        """[R, W], what may follow the texts of such requests."""
-        new = [request for request in requests if request not in self._roots]
-        if new:
-            self._roots |= zip(new, _roots(new), strict=True)
-        return np.stack([self._roots[request] for request in requests])
 
     def send(self, trees: Trees) -> None:
         """Have the host told which nodes rows bring, before the device begins with the forward pass."""
@@ -106,56 +118,88 @@ class TreeWalk:
         if self._copied is not None:
             self._copied.synchronize()
         assert self._sent is not None
-        row, node, token, taken = self._sent.numpy()
-        tokens = token.tolist()
-        places: list[int] = []
-        words: list[NDArray[np.int32]] = []
-        for request, i, root in zip(self._requests, self._rows, self._roots_of(self._requests), strict=True):
-            first, stop = np.searchsorted(row, (i, i + 1)).tolist()
-            places.append(first)
-            words.append(root[None])
-            brought = slice(first + 1, stop)
-            at = [first + 1 + k for k, holds in enumerate(taken[brought].tolist()) if holds]
-            below: dict[int, list[int]] = {}
-            allowed = {-1: root}  # by place
-            if at:
-                below = _below(tree, dict(zip(node[at].tolist(), at, strict=True)))
-                assert request.matcher is not None
-                found, masks = request.matcher.walk(below, tokens, partial(_early_stops, request))
-                places += found
-                words.append(masks)
-                allowed |= zip(found, masks, strict=True)
-            if sure := _sure(request, below, tokens, allowed):
-                depth = max((len(tree.choices[n]) for n in node[at].tolist()), default=0)
-                self.foreseen.append(RowResult(request, sure, drafted_depth=depth, num_drafted=len(at)))
-        return _masks(self._state, places, np.concatenate(words))
+        bounds = np.searchsorted(self._sent[0].numpy(), np.arange(max(self._rows.values()) + 2)).tolist()
+        _, node, tokens, taken = self._sent.tolist()
+        brought: list[_Brought] = []
+        for request, i in self._rows.items():
+            first, stop = bounds[i : i + 2]
+            brought.append(_Brought(request, first, [at for at in range(first + 1, stop) if taken[at]]))
+        brought.sort(key=lambda row: row.request not in self._roots)
+        rows, known = [row.request for row in brought], len(self._roots)
+        room = _room(self._state, rows, len(rows) + sum(len(row.nodes) for row in brought))
+        words = room.numpy()
+        if known:
+            np.stack([self._roots[request] for request in rows[:known]], out=words[:known])
+        _write_roots(self._state, rows[known:], words[known : len(rows)])
+        places = [row.first for row in brought]
+        self._walk(tree, brought, node, tokens, places, words)
+        for row, root in zip(brought, words, strict=False):
+            if sure := _sure(row, root, tokens):
+                depth = max((len(tree.choices[node[at]]) for at in row.nodes), default=0)
+                self.foreseen.append(RowResult(row.request, sure, drafted_depth=depth, num_drafted=len(row.nodes)))
+        return Masks(self._state.tensor(places), _upload(self._state, room[: len(places)]))
+
+    @staticmethod
+    def _walk(
+        tree: Tree,
+        brought: Sequence[_Brought],
+        node: Sequence[int],
+        tokens: Sequence[int],
+        places: list[int],
+        words: NDArray[np.int32],
+    ) -> None:
+        """Go down the trees of rows, and write what may come behind their nodes.
+
+        Args:
+            node, tokens: what stands where.
+            places: of the roots; those of the nodes that there is a way to are added.
+            words: room for the masks of all places, the roots' in the first of it.
+        """
+        walkers: list[Matcher] = []
+        early_stops: list[Iterable[int]] = []
+        for row, root in zip(brought, words, strict=False):
+            matcher = row.request.matcher
+            if not row.nodes or matcher is None:
+                continue
+            row.below = _below(tree, {node[at]: at for at in row.nodes})
+            begin = len(places)
+            found, depths = matcher.walk(row.below, tokens, root, words[begin:])
+            places += found
+            walkers += [matcher] * len(found)
+            early_stops += [_early_stops(row.request, depth) for depth in depths]
+            row.allowed = dict(zip(found, words[begin:], strict=False))
+        if walkers:
+            write_nodes(walkers, words[len(brought) : len(places)], early_stops)
 
 
-def _sure(
-    request: Request, below: dict[int, list[int]], tokens: list[int], allowed: dict[int, NDArray[np.int32]]
-) -> list[int]:
+def _sure(row: _Brought, root: NDArray[np.int32], tokens: Sequence[int]) -> list[int]:
     """What of a chain a row draws: as much as its tree holds, and one token more. Nothing if the chain ends with that,
     if more is to be told of the step than its tokens, or if its rule accepts not even what is certain.
 
     Args:
-        below, tokens: as of `Matcher.walk`.
-        allowed: the mask of each place that there is a way to; -1 is the root's.
+        root: the mask of the row's root.
+        tokens: what stands at each place.
     """
+    request = row.request
     params = request.params
     assert request.matcher is not None
+    chain = request.matcher.chain
     threshold = np.float32(min(params.typical_epsilon, params.typical_alpha))  # as the device has it
     accepts = params.acceptance == "exact" or threshold < 1
     is_told_more = params.logprobs is not None or params.return_steps
     drawn: list[int] = []
-    place = -1
-    for forced in request.matcher.chain if accepts and not is_told_more else ():
-        if place not in allowed or not is_alone(allowed[place], forced):
+    place, mask = -1, root
+    for forced in chain if accepts and not is_told_more else ():
+        if not is_alone(mask, forced):
             return []
         drawn.append(forced)
-        following = [other for other in below.get(place, ()) if tokens[other] == forced]
+        following = [other for other in row.below.get(place, ()) if tokens[other] == forced]
         if not following:
-            return drawn if len(drawn) < len(request.matcher.chain) else []
+            return drawn if len(drawn) < len(chain) else []
         place = following[0]
+        if place not in row.allowed:
+            return []
+        mask = row.allowed[place]
     return []
 
 
@@ -172,13 +216,11 @@ def _below(tree: Tree, places: dict[int, int]) -> dict[int, list[int]]:
     return below
 
 
-def _roots(requests: Sequence[Request]) -> NDArray[np.int32]:
-    """[G, W], what may follow the known tokens of rows with grammars."""
+def _write_roots(state: RowState, requests: Sequence[Request], words: NDArray[np.int32]) -> None:
+    """Write what may follow the known tokens of rows with grammars: [G, W]."""
     matchers = [request.matcher for request in requests if request.matcher is not None]
-    words = np.empty((len(requests), matchers[0].num_words), dtype=np.int32)
-    for request, matcher, out in zip(requests, matchers, words, strict=True):
-        matcher.write(out, _early_stops(request, 0))
-    return words
+    early_stops = [_early_stops(request, 0) for request in requests]
+    write_roots(matchers, words, early_stops, by_threads=state.device.type == "cuda")  # a CPU's cores have a step to do
 
 
 def _early_stops(request: Request, depth: int) -> Iterable[int]:
@@ -186,14 +228,15 @@ def _early_stops(request: Request, depth: int) -> Iterable[int]:
     return request.stop_ids if request.num_output + depth < request.params.min_tokens else ()
 
 
-def _masks(state: RowState, places: list[int], words: NDArray[np.int32]) -> Masks:
-    return Masks(state.tensor(places), _upload(state, words))
+def _room(state: RowState, requests: Sequence[Request], num_masks: int) -> Tensor:
+    """[N, W] int32, room for masks where the device can fetch them."""
+    num_words = next(request.matcher.vocabulary.num_words for request in requests if request.matcher is not None)
+    return torch.empty(num_masks, num_words, dtype=torch.int32, pin_memory=state.device.type == "cuda")
 
 
-def _upload(state: RowState, words: NDArray[np.int32]) -> Tensor:
-    """The words that a device's logits need, on their way to it."""
-    host = torch.from_numpy(np.ascontiguousarray(words[:, : -(-state.vocab_size // 32)]))
-    return host if state.device.type != "cuda" else host.pin_memory().to(state.device, non_blocking=True)
+def _upload(state: RowState, words: Tensor) -> Tensor:
+    """Masks on their way to the device."""
+    return words.to(state.device, non_blocking=True)
 
 
 def _bits(words: Tensor, tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLExecutor, LLTokenizer
 
 END = "<|the grammar's text is whole|>"
 """A token behind the vocabulary that ends texts for the library, so that it knows nothing of the model's own."""
+MOST_THREADS = 4
+"""That make masks. All of a machine's (the library would take 25 of 32 cores) take longer to wake up than they save."""
 
 
 class Vocabulary:
@@ -43,7 +46,21 @@ class Vocabulary:
         size = max(self._size, backend.get_vocab_size(with_added_tokens=True))
         return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=[backend.token_to_id(END)])
 
-    @property
+    @cached_property
+    def executor(self) -> LLExecutor | None:
+        """The library's threads, which make masks of several texts at once; None where there are few cores."""
+        from llguidance import LLExecutor
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(MOST_THREADS, cores // 4)
+        return LLExecutor(threads) if threads > 1 else None
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text for the library."""
+        return tuple(self.tokens.eos_tokens)
+
+    @cached_property
     def num_words(self) -> int:
         """Words of 32 bits that a mask of the library has, at least as many as the model's logits need."""
         return -(-self.tokens.vocab_size // 32)
@@ -56,7 +73,7 @@ class Vocabulary:
         bits = np.zeros(32 * self.num_words, dtype=bool)
         bits[: self._size] = True
         textual = [token for token in self.eos_token_ids if not self.tokens.is_special_token(token)]
-        bits[[*self.tokens.eos_tokens, *textual]] = False
+        bits[[*self.ends, *textual]] = False
         return np.packbits(bits, bitorder="little").view(np.int32)
 
     def is_writable(self, token: int) -> bool:

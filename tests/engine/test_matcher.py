@@ -6,17 +6,20 @@ import json
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jsonschema_rs
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLExecutor
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from manyheads import Grammar
 from manyheads.engine.compiler import Compiler
-from manyheads.engine.matcher import Matcher, first_line
+from manyheads.engine.matcher import Matcher, Words, first_line, write_nodes, write_roots
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.errors import RequestError
 from manyheads.grammar import Kind
@@ -62,10 +65,24 @@ def matcher(compiler: Compiler, grammar: Grammar) -> Matcher:
 
 
 def allowed(place: Matcher, early_stops: tuple[int, ...] = ()) -> list[int]:
-    words = np.zeros(place.num_words, dtype=np.int32)
-    place.write(words, early_stops)
+    words = written(place, early_stops)
     assert place.error is None
     return [int(token) for token in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
+
+
+def written(place: Matcher, early_stops: tuple[int, ...] = ()) -> Words:
+    """The mask of one text."""
+    words: Words = np.empty(place.vocabulary.num_words, dtype=np.int32)
+    write_roots([place], words[None], [early_stops])
+    return words
+
+
+def walked(place: Matcher, below: dict[int, list[int]], tokens: list[int]) -> tuple[list[int], NDArray[np.int32]]:
+    """The places of a tree that there is a way to, and the masks of what may come behind them."""
+    room = np.empty((len(tokens), place.vocabulary.num_words), dtype=np.int32)
+    places, _ = place.walk(below, tokens, written(place), room)
+    write_nodes([place] * len(places), room[: len(places)], [()] * len(places))
+    return places, room[: len(places)]
 
 
 PIECES = st.sampled_from(
@@ -105,20 +122,19 @@ def looked_at(place: Matcher, others: list[int], choice: int) -> None:
     below: dict[int, list[int]] = {}
     for i, way in enumerate(ways):
         below.setdefault(ways.index(way[:-1]) if len(way) > 1 else -1, []).append(i)
-    places, words = place.walk(below, [way[-1] for way in ways])
+    places, words = walked(place, below, [way[-1] for way in ways])
     assert sorted(places) == list(range(len(ways) - len(forbidden)))
     for i, found in zip(places, words, strict=True):
         there = deepcopied(place)
         there.take(ways[i], 0)
-        expected = np.zeros(place.num_words, dtype=np.int32)
-        there.write(expected)
+        expected = written(there)
         assert there.error is None
         assert (found == expected).all()
 
 
 def deepcopied(place: Matcher) -> Matcher:
     """Another one at the same place."""
-    return Matcher(place._followed.deep_copy(), place._vocabulary, [EOS])
+    return Matcher(place._followed.deep_copy(), place.vocabulary, [EOS])
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -179,7 +195,7 @@ def test_a_chain_is_the_only_way_and_ends_where_there_is_a_choice(compilers: dic
     step = matcher(compilers[kind], Grammar("json", SCHEMA))
     for token in chain:
         assert allowed(step) == [token]
-        assert step.walk({-1: [0]}, [token + 1])[0] == []
+        assert walked(step, {-1: [0]}, [token + 1])[0] == []
         assert step.take([token], 0) == ([token], False)
     assert allowed(step) == allowed(place) != []
     assert len(allowed(place)) > 1
@@ -191,7 +207,7 @@ def test_complete_texts_go_nowhere(compilers: dict[str, Compiler]) -> None:
     tokens, is_whole = place.take([], 100)
     assert (backend("byte-level").decode(tokens), is_whole) == ("hello", True)
     assert place.take([7, 8], 100) == ([], True)
-    assert place.walk({-1: [0]}, [7])[0] == []
+    assert walked(place, {-1: [0]}, [7])[0] == []
     assert len(allowed(place)) >= compiler.vocabulary.tokens.vocab_size  # whatever is drawn is dropped
 
 
@@ -201,7 +217,7 @@ def test_end_tokens_stand_beside_what_may_follow(compilers: dict[str, Compiler])
     place.take(allowed(place)[:1], 0)
     assert EOS in allowed(place)
     assert EOS not in allowed(place, early_stops=(EOS,))
-    assert place.walk({-1: [0]}, [EOS])[0] == []  # nothing stands behind it
+    assert walked(place, {-1: [0]}, [EOS])[0] == []  # nothing stands behind it
     only = matcher(compilers["byte-level"], Grammar("regex", "a"))
     (a,) = allowed(only)
     assert allowed(only, early_stops=(a,)) == [a]
@@ -217,7 +233,7 @@ def test_what_no_text_has_is_in_no_chain(tmp_path: Path) -> None:
     for compiler, grammar in (foreign, textual):
         place = matcher(compiler, grammar)
         assert place.take([], 9) == ([tokenizer.token_to_id("the")], False)
-        place.write(np.zeros(place.num_words, dtype=np.int32))
+        written(place)
         assert place.error == "no token of the model's vocabulary goes on with the text"
 
 
@@ -255,19 +271,65 @@ def test_no_grammar_breaks_the_engine(
     except RequestError:
         return
     for choice in choices:
-        words = np.zeros(place.num_words, dtype=np.int32)
-        raw = np.zeros(place.num_words, dtype=np.int32)
+        raw = np.zeros(place.vocabulary.num_words, dtype=np.int32)
         if place.error is None and not place.is_complete:
             place._followed.unsafe_compute_mask_ptr(raw.ctypes.data, raw.nbytes)
             chain = place._find_chain()[:1]
             assert not chain or np.flatnonzero(np.unpackbits(raw.view(np.uint8), bitorder="little")).tolist() == [
                 *chain
             ]
-        place.write(words)
+        words = written(place)
         if place.error is not None or place.is_complete:
             return
         tokens = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
         place.take([int(tokens[choice % len(tokens)])], 10)
+
+
+def test_masks_of_many_texts_are_those_of_each(compilers: dict[str, Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some open, some in a chain, one complete, one that the library gives up; by threads and without."""
+    compiler = compilers["byte-level"]
+    monkeypatch.setattr("manyheads.engine.matcher.MANY_MASKS", 2)
+    monkeypatch.setitem(compiler.vocabulary.__dict__, "executor", Executor())
+    rules = "\n".join(f'w{i}: "a" "b" "{i}"' for i in range(3000))
+    ways = Grammar("grammar", "start: " + " | ".join(f"w{i}" for i in range(3000)) + f"\n{rules}")
+    given_ = [Grammar("regex", "[a-c]{2,9}d"), Grammar("json", SCHEMA), Grammar("regex", "abc[xy]"), ways]
+    given_ += [Grammar("regex", "[ab]"), Grammar("regex", "[a-z]+"), Grammar("regex", "(a|b)c*")]
+    token = backend("byte-level").token_to_id("a")
+    early = [(EOS,), (), (), (), (), (EOS,), ()]
+    cases = [[matcher(compiler, grammar) for grammar in given_] for _ in range(3)]
+    for places in cases:
+        for place in (places[0], places[3], places[4]):
+            assert place.take([token], 0)[0] == [token]
+        assert places[2].chain
+    expected = np.stack([written(place, stops) for place, stops in zip(cases[0], early, strict=True)])
+    for by_threads, places in enumerate(cases[1:]):
+        words = np.empty_like(expected)
+        write_roots(places, words, early, bool(by_threads))
+        assert (words == expected).all()
+        assert [place.error for place in places] == [place.error for place in cases[0]]
+        assert [place.is_complete for place in places] == [i == 4 for i in range(len(given_))]
+        assert [place.error is None for place in places] == [i != 3 for i in range(len(given_))]
+    assert compiler.vocabulary.executor.calls == 1  # type: ignore[union-attr]
+
+
+class Executor:
+    """The library's, on two threads, which counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.inner, self.calls = LLExecutor(2), 0
+
+    def unsafe_compute_mask_ptr(self, *args: Any) -> None:
+        self.calls += 1
+        self.inner.unsafe_compute_mask_ptr(*args)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, 0), (4, 0), (8, 2), (16, 4), (32, 4)])
+def test_few_threads_make_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int) -> None:
+    made: list[int] = []
+    monkeypatch.setattr("llguidance.LLExecutor", made.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    Vocabulary(tmp_path, 2, ()).executor  # noqa: B018
+    assert made == [threads] * (threads > 0)
 
 
 def test_a_vocabulary_without_the_letters_says_so(tmp_path: Path) -> None:
@@ -275,9 +337,8 @@ def test_a_vocabulary_without_the_letters_says_so(tmp_path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     place = matcher(Compiler(Vocabulary(tmp_path, 2, ())), Grammar("regex", "a[xy]"))
-    words = np.zeros(place.num_words, dtype=np.int32)
     place.take([0], 0)
-    place.write(words)
+    written(place)
     assert place.error == "no token of the model's vocabulary goes on with the text"
 
 
