@@ -200,7 +200,17 @@ class Detokenizer:
         for end in range(len(self._ids), len(self._ids) - min(len(new), LONGEST_CHARACTER), -1):
             if text := self._advance(end, final=False):
                 return text
+        if text := self._broken():
+            return text
         return self.flush() if len(self._ids) - self._read > MAX_HELD_TOKENS else ""
+
+    def _broken(self) -> str:
+        """Give the text of bytes that are no UTF-8 and have waited long enough: behind them stands as much as the
+        longest character could still need, and it has not made one of them."""
+        end = len(self._ids) - LONGEST_CHARACTER + 1
+        if end <= self._read or not self._decode(self._ids).startswith(self._decode(self._ids[:end])):
+            return ""
+        return self._advance(end, final=True)
 
     def flush(self) -> str:
         """Give the text of what is still held, as it is: there will be no more tokens."""

@@ -107,6 +107,16 @@ def test_work_per_step_is_bounded() -> None:
         assert len(detokenizer._ids) < 140
 
 
+def test_bytes_that_make_no_character_are_not_held() -> None:
+    """A stream goes on while a model writes what is no text."""
+    vocab = TOKENIZER.hf.get_vocab()
+    for ids in ([vocab["ÿ"]] * 40, [vocab["â"]] * 40, [vocab["â"], vocab["a"]] * 20, [vocab["ð"], vocab["Ł"]] * 20):
+        parts = detokenize(TOKENIZER, ids, [1] * len(ids))
+        assert "".join(parts) == TOKENIZER.decode(ids)
+        assert max(len(part) for part in parts[:-1]) <= 2
+        assert not any(parts[i : i + 4] == [""] * 4 for i in range(len(ids) - 4))
+
+
 def test_chat_template() -> None:
     ids = TOKENIZER.encode_chat(Conversation([{"role": "user", "content": " hello "}]))
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == "<|user|>hello<|end|>\n<|assistant|>"
