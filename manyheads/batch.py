@@ -219,7 +219,6 @@ class RowState:
         self.temperature, self.top_p, self.min_p, self.epsilon, self.alpha = self.floats[:, :5].unbind(1)
         self.repetition_penalty, self.presence_penalty, self.frequency_penalty = self.floats[:, 5:8].unbind(1)
         self.speculative = self.floats[:, 8]  # 1, or 0 for a row that declines trees, as the dummy row does
-        self.broken = zeros(dtype=torch.int32)  # known tokens whose hidden states are not finite
         self.drafter = {name: zeros(*shape, dtype=dtype) for name, (shape, dtype) in (drafter or {}).items()}
         # token counts for penalties, there from the first request on that has some
         self.prompt_seen: Tensor | None = None  # [rows, V] bool
@@ -234,7 +233,7 @@ class RowState:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is allocated."""
-        tensors = [self.cached_len, self.drafts, self.chances, self.page_table, self.ints, self.floats, self.broken]
+        tensors = [self.cached_len, self.drafts, self.chances, self.page_table, self.ints, self.floats]
         counts = [tensor for tensor in (self.prompt_seen, self.output_count, self.tail) if tensor is not None]
         return sum(tensor.nbytes for tensor in (*tensors, *self.drafter.values(), *counts))
 

@@ -172,7 +172,7 @@ class Engine:
         self._ended.clear()
         for chunk in plan.chunks:
             chunk.request.cached_len += chunk.num_inflight
-            chunk.request.unread_chunks += 1
+            chunk.request.unread_known += chunk.num_inflight
             chunk.request.is_extended = False
         for request in (chunk.request for chunk in plan.chunks if chunk.is_last):
             request.unread += 1
@@ -226,6 +226,17 @@ class Engine:
             prompt_tokens = sum(chunk.num_inflight for chunk in plan.chunks)
             self.planner.observe_cost(len(plan.decoding), plan.draft, seconds, prompt_tokens)
         deltas: list[RequestDelta] = []
+        for chunk in plan.chunks:
+            request = chunk.request
+            request.unread_known -= chunk.num_inflight
+            if self._requests.get(request.request_id) is not request:
+                continue
+            if request in result.broken:
+                deltas.append(self._fail(request, []))
+            else:
+                self._register(request)
+        for request, tokens in launched.foreseen.items():
+            request.unread_known -= len(tokens)
         for row in result.rows:
             if self._requests.get(row.request.request_id) is not row.request:
                 continue
@@ -239,10 +250,6 @@ class Engine:
                 deltas.append(msgspec.structs.replace(delta, error=why))
             else:
                 self._register(row.request)
-        for chunk in plan.chunks:
-            chunk.request.unread_chunks -= 1
-            if chunk.request.held_row is not None:
-                self._register(chunk.request)
         return deltas
 
     def _advance(self, row: RowResult, plan: StepPlan, first: bool, is_read: bool = True) -> RequestDelta:
@@ -275,10 +282,12 @@ class Engine:
             return self._fail(request, tokens, row)
         if is_read:
             self._register(request)
+        else:
+            request.unread_known += len(row.tokens)
         return self._delta(request, tokens, row)
 
-    def _fail(self, request: Request, tokens: list[int], row: RowResult) -> RequestDelta:
-        """End a request whose logits are not finite. What it computed is shared with nobody."""
+    def _fail(self, request: Request, tokens: list[int], row: RowResult | None = None) -> RequestDelta:
+        """End a request whose numbers are not finite. What it computed is shared with nobody."""
         self.scheduler.pages.forget(request.table)
         self._remove(request)
         where = f"after {request.num_output} tokens" if request.num_output else "for the prompt"
@@ -287,7 +296,8 @@ class Engine:
         return msgspec.structs.replace(delta, error=why, error_kind="model")
 
     def _register(self, request: Request) -> None:
-        self.scheduler.pages.register(request.table, request.tokens, min(request.cached_len, len(request.tokens)))
+        num_read = request.cached_len - request.unread_known
+        self.scheduler.pages.register(request.table, request.tokens, min(num_read, len(request.tokens)))
 
     def _finish(
         self,

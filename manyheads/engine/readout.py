@@ -11,7 +11,7 @@ from torch import Tensor
 from manyheads.engine.guesses import TreeGuesses
 from manyheads.engine.logprobs import look_up
 from manyheads.engine.prompt_logprobs import Scored
-from manyheads.engine.step import Request, RowResult, StepResult
+from manyheads.engine.step import Chunk, Request, RowResult, StepResult
 from manyheads.request import Guess
 from manyheads.speculation.drafter import Drafter
 
@@ -33,24 +33,38 @@ class Drawn:
     """As `PendingStep.foreseen`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """What a step says of the known tokens of chunks."""
+
+    chunks: list[Chunk]
+    is_finite: Tensor  # [T] bool, whether their hidden states are
+    scored: Sequence[Scored]
+
+    def broken(self) -> list[Request]:
+        """Whose tokens there are not all finite."""
+        parts = torch.split(self.is_finite, [chunk.num_inflight for chunk in self.chunks])
+        return [chunk.request for chunk, part in zip(self.chunks, parts, strict=True) if not part.all()]
+
+
 class PendingStep:
     """A launched step.
 
     Args:
         drawn: of each part of the step.
         drafter: says what candidates mean.
+        computed: of its chunks, if it has some.
         copied: when all of it has reached the host; None if it was never anywhere else.
-        scored: what it says of prompts' own tokens.
     """
 
     def __init__(
         self,
         drawn: list[Drawn],
         drafter: Drafter | None,
+        computed: Computed | None = None,
         copied: torch.cuda.Event | None = None,
-        scored: Sequence[Scored] = (),
     ) -> None:
-        self._drawn, self._drafter, self._copied, self._scored = drawn, drafter, copied, scored
+        self._drawn, self._drafter, self._computed, self._copied = drawn, drafter, computed, copied
         self.is_typical = True
         """As `StepResult.is_typical`."""
 
@@ -63,9 +77,11 @@ class PendingStep:
         """Wait for the device, and say what the step did for each row."""
         if self._copied is not None:
             self._copied.synchronize()
-        for scored in self._scored:
-            scored.keep()
         result = StepResult(rows=[], hits=[], trials=[], is_typical=self.is_typical)
+        if self._computed is not None:
+            for scored in self._computed.scored:
+                scored.keep()
+            result.broken.extend(self._computed.broken())
         for drawn in self._drawn:
             width = drawn.width
             values = drawn.values.tolist()

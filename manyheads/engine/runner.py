@@ -18,8 +18,8 @@ from manyheads.engine.chains import chunk_chain, told_of
 from manyheads.engine.graphs import Recorder
 from manyheads.engine.guesses import TreeGuesses
 from manyheads.engine.masks import Masks, TreeWalk
-from manyheads.engine.prompt_logprobs import Scored, score
-from manyheads.engine.readout import Drawn, PendingStep
+from manyheads.engine.prompt_logprobs import score
+from manyheads.engine.readout import Computed, Drawn, PendingStep
 from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
 from manyheads.engine.state import admit, clear, count_output, rewind, sync_companions, sync_pages
@@ -145,11 +145,10 @@ class Runner:
         if self.recorded is not None and not plan.chunks and self.recorded.serves(plan.decoding):
             trees, values = self.recorded.decode(plan.decoding, plan.draft, self._tensors(plan.draft.tree))
             return self._pending([self._drawn(plan, plan.decoding, trees, values)])
-        scored: list[Scored] = []
-        return self._pending(self._one_pass(plan, scored, follow), scored)
+        return self._pending(*self._one_pass(plan, follow))
 
-    def _one_pass(self, plan: StepPlan, scored: list[Scored], follow: Callable[[], None]) -> list[Drawn]:
-        """Chunks and trees in one forward pass, and the sampler behind it; adds what it says of prompts to `scored`."""
+    def _one_pass(self, plan: StepPlan, follow: Callable[[], None]) -> tuple[list[Drawn], Computed | None]:
+        """Chunks and trees in one forward pass, and the sampler behind it."""
         state = self.state
         # of about equal length side by side: attention may pad them to rectangles
         requests = sorted(plan.decoding, key=lambda request: request.max_cached_len)
@@ -167,10 +166,10 @@ class Runner:
             walk.send(trees)
         chain = chunk_chain(self.run, plan.chunks) if plan.chunks and self.run.base_layers else None
         known, hidden = self._forward(plan.chunks, brought)
-        scored += score(plan.chunks, known.last, self.model.logits, self._sent)
-        ended = self._advance(plan.chunks, known.last) if plan.chunks else []
+        computed = self._computed(plan.chunks, known.last) if plan.chunks else None
+        ended = self._advance(plan.chunks) if plan.chunks else []
         if not ended and rows is None and chain is None:
-            return []
+            return [], computed
         ends = state.tensor([at for _, at in ended])
         last = known.last[ends]
         drawn: list[Drawn] = []
@@ -187,7 +186,7 @@ class Runner:
             # where depth costs passes, those who begin have to wait a step for more than one token
             self.run.propose(others, min(1, plan.draft.tree.max_depth) if ended else 0, plan.draft.nodes)
         if rows is None or trees is None:
-            return drawn
+            return drawn, computed
         logits = logits[len(ended) :]
         raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
         masks: Masks | None = None
@@ -203,7 +202,7 @@ class Runner:
             accepted = accepted_nodes(state, trees, target, distributions)
             values = self.run.finish(rows, trees, hidden, target, accepted)
         foreseen = walk.foreseen if walk is not None else ()
-        return [*drawn, self._drawn(plan, requests, trees, values, raw, foreseen)]
+        return [*drawn, self._drawn(plan, requests, trees, values, raw, foreseen)], computed
 
     def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden]:
         """What the pass makes of the chunks' tokens (and of some that pad them), and of the trees'."""
@@ -229,19 +228,23 @@ class Runner:
             sizes=gain_sizes(len(requests), draft, self.device),
         )
 
-    def _advance(self, chunks: list[Chunk], hidden: Tensor) -> list[tuple[Request, int]]:
-        """All tokens of chunks are kept; the requests whose text is computed now, and where their last tokens stand.
+    def _computed(self, chunks: list[Chunk], hidden: Tensor) -> Computed:
+        """See what the pass made of chunks.
 
         Args:
             hidden: [T, hidden], of the chunks' tokens and perhaps more.
         """
+        scored = score(chunks, hidden, self.model.logits, self._sent)
+        count = sum(chunk.num_inflight for chunk in chunks)
+        return Computed(chunks, self._sent(hidden[:count].isfinite().all(dim=-1)), scored)
+
+    def _advance(self, chunks: list[Chunk]) -> list[tuple[Request, int]]:
+        """All tokens of chunks are kept; the requests whose text is computed now, and where their last tokens stand."""
         state = self.state
         moved = state.tensor([[chunk.request.row, chunk.num_inflight] for chunk in chunks])
         state.cached_len.index_add_(0, moved[:, 0], moved[:, 1])
-        *ends, count = accumulate(chunk.num_inflight for chunk in chunks)
-        broken = ~hidden[:count].isfinite().all(dim=-1)
-        state.broken.index_add_(0, moved[:, 0].repeat_interleave(moved[:, 1], output_size=count), broken.int())
-        return [(chunk.request, end - 1) for chunk, end in zip(chunks, [*ends, count], strict=True) if chunk.is_last]
+        ends = accumulate(chunk.num_inflight for chunk in chunks)
+        return [(chunk.request, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
 
     def _begin(self, requests: list[Request], hidden: Tensor, logits: Tensor) -> tuple[Drawn, Kept]:
         """Rows whose text is computed draw a token each.
@@ -254,7 +257,6 @@ class Runner:
         index = state.tensor([request.row for request in requests])
         raw = {i: logits[i : i + 1].clone() for i, r in enumerate(requests) if r.params.logprobs is not None}
         target, _ = draw(logits, last_nodes(requests, index, self._tensors(ROOT), state), state, self.run.ops)
-        target.masked_fill_(state.broken[index] > 0, -1)
         state.drafts[index, 0] = target.clamp(min=0)
         one, none = torch.ones_like(target), torch.zeros_like(target)
         values = torch.stack((one, one, none, target, none), dim=1)
@@ -293,9 +295,9 @@ class Runner:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
-    def _pending(self, drawn: list[Drawn], scored: Sequence[Scored] = ()) -> PendingStep:
+    def _pending(self, drawn: list[Drawn], computed: Computed | None = None) -> PendingStep:
         if self.device.type == "cpu":
-            return PendingStep(drawn, self.drafter, scored=scored)
+            return PendingStep(drawn, self.drafter, computed)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        return PendingStep(drawn, self.drafter, copied, scored)
+        return PendingStep(drawn, self.drafter, computed, copied)

@@ -278,7 +278,7 @@ class Scheduler:
     @property
     def _has_unread(self) -> bool:
         """Whether steps that were launched may still bring rows something, or tell the prefix cache of their pages."""
-        return any(request.unread or request.unread_chunks for request in self.running)
+        return any(request.unread or request.unread_known for request in self.running)
 
     @property
     def _num_free_rows(self) -> int:

@@ -35,7 +35,6 @@ def admit(state: RowState, drafter: Drafter | None, requests: list[Request]) -> 
     state.cached_len[rows] = values[:, 1]
     state.drafts[rows, 0] = values[:, 2]
     state.ints[rows] = values[:, 3:]
-    state.broken.index_fill_(0, rows, 0)
     state.forget_candidates(rows)
     state.floats[rows] = state.tensor(floats, torch.float32)
     for request in requests:

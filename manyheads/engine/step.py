@@ -54,9 +54,9 @@ class Request:
     cached_len: int = 0
     unread: int = 0
     """Most tokens that it may still gain from steps that were launched and not read yet."""
-    unread_chunks: int = 0
-    """Its chunks that were launched and not read yet: the prefix cache does not know their pages, which keep what could
-    be given back."""
+    unread_known: int = 0
+    """Of `cached_len`, tokens of steps that were launched and not read yet: nobody knows whether their numbers are
+    finite, so the prefix cache does not know their pages, which keep what could be given back."""
     has_candidates: bool = False
     """Whether the drafter has proposed for its next tree."""
     resumes: bool = False
@@ -235,6 +235,7 @@ class StepResult:
     """What the host learns from a step."""
 
     rows: list[RowResult]
+    """Of those that drew tokens."""
     hits: list[list[int]]
     """[depth][rank]: accepted prefixes whose next token was the candidate of this rank."""
     trials: list[int]
@@ -242,6 +243,8 @@ class StepResult:
     gains: list[float] = field(default_factory=list)
     """Tokens that the drafter expected a row to gain beside its own, had the rows brought so many nodes each on
     average: one entry for each of `speculation.planner.SIZES`. Empty where no trees were drafted."""
+    broken: list[Request] = field(default_factory=list)
+    """Those with known tokens in the step whose hidden states are NaN or infinite; what they drew is worth nothing."""
     is_typical: bool = True
     """Whether steps like it take as long; one that tries another number of threads says nothing of that."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def engine(folder: Path, poison: float | None = None, **settings: Any) -> Engine
 def run(served: Engine, jobs: dict[str, tuple[list[int], SamplingParams]]) -> dict[str, list[RequestDelta]]:
     for name, (prompt, params) in jobs.items():
         served.add_request(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params))
-    deltas: dict[str, list[RequestDelta]] = {name: [] for name in jobs}
+    deltas: dict[str, list[RequestDelta]] = defaultdict(list)
     while served.has_work():
         for delta in served.step():
             deltas[delta.request_id].append(delta)
@@ -108,6 +109,28 @@ def test_others_never_notice(
     # what it left behind does not matter to who gets its pages and its row next
     again = run(served, good_jobs())
     assert {name: tokens(again[name]) for name in alone} == {name: tokens(alone[name]) for name in alone}
+
+
+@pytest.mark.parametrize("aborts", [False, True])
+@pytest.mark.parametrize("place", [0, 9, 30])
+def test_nobody_shares_what_is_broken(tiny: Path, overlaps: bool, place: int, aborts: bool) -> None:
+    """Those who come with the same prompt while it is being computed, or after it was given up in its middle."""
+    prompt = [GOOD[k % len(GOOD)] for k in range(40)]
+    prompt[place] = POISON
+    other = ([*prompt[: place // 4 * 4], *GOOD[:6]], good_jobs()["good 1"][1])
+    alone = run(engine(tiny), {"other": other})["other"]
+    for num_steps in (1, 2, 3):
+        served = engine(tiny, float("nan"))
+        served.add_request(EngineRequest(request_id="first", prompt_token_ids=prompt, params=PARAMS[0]))
+        seen = [delta for _ in range(num_steps) for delta in served.step()]
+        if aborts:
+            served.abort("first")
+        deltas = run(served, {"second": (prompt, PARAMS[1]), "other": other})
+        first, second = (seen + deltas["first"])[-1], deltas["second"]
+        assert first.finish_reason == "error" or (aborts and first.finish_reason == "abort")
+        assert (tokens(second), second[-1].error_kind) == ([], "model")
+        assert "not finite for the prompt" in (second[-1].error or "")
+        assert tokens(deltas["other"]) == tokens(alone)
 
 
 def test_a_row_that_breaks_on_the_way_keeps_what_it_has(tiny: Path, overlaps: bool) -> None:

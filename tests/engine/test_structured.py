@@ -181,6 +181,22 @@ def test_what_is_foreseen_is_what_the_step_does(
         assert any(len(row.tokens) > 1 for row, _ in found)
 
 
+def test_what_is_foreseen_is_shared_once_it_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows before whether its numbers are finite; a request that is given up meanwhile shares the rest."""
+    served = build(model)
+    monkeypatch.setattr(type(served.runner), "overlaps", True)
+    launch, steps = served.runner.launch, list[PendingStep]()
+    registered: list[int] = []
+    monkeypatch.setattr(served.runner, "launch", lambda *args: steps.append(launch(*args)) or steps[-1])
+    monkeypatch.setattr(served.scheduler.pages, "register", lambda table, tokens, count: registered.append(count))
+    served.add_request(EngineRequest(request_id="x", prompt_token_ids=PROMPT, params=under(JSON, temperature=0.0)))
+    while not (steps and steps[-1].foreseen):
+        served.step()
+    (row,) = steps[-1].foreseen
+    served.abort("x")
+    assert registered[-1] == row.request.cached_len - len(row.tokens)
+
+
 @pytest.mark.parametrize("speculative", [True, False])
 @pytest.mark.parametrize("ignore_eos", [True, False])
 def test_a_grammar_may_name_an_end_token(
