@@ -102,10 +102,10 @@ class EngineClient:
 
     def submit(self, requests: Iterable[EngineRequest]) -> DeltaQueue:
         """Send requests and return the queue of all their deltas, of which each request's last has a finish_reason."""
-        queue: DeltaQueue = asyncio.Queue()
+        queue = DeltaQueue()
         for request in requests:
             if self.failure is not None:
-                queue.put_nowait(self._last(request.request_id))
+                queue.put(self._last(request.request_id))
                 continue
             self._open[request.request_id] = entry = OpenRequest.of(request, queue, self._random)
             if self._link is not None:
@@ -263,7 +263,7 @@ class EngineClient:
             self._ready.exception()  # retrieved: nobody may be waiting any more
         opened, self._open = self._open, {}
         for request_id, entry in opened.items():
-            entry.queue.put_nowait(self._last(request_id))
+            entry.queue.put(self._last(request_id))
 
     def _end(self, request_id: str) -> None:
         """Answer an abort for an engine that is not there."""

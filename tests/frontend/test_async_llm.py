@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from manyheads.frontend.open_request import DeltaQueue, waiting
+from manyheads.frontend.open_request import DeltaQueue
 from manyheads.request import RequestDelta, StepTrace, TokenLogprobs
 
 
@@ -14,10 +14,10 @@ def delta(request_id: str, *tokens: int, steps: int, **more: object) -> RequestD
 
 
 def taken(*deltas: RequestDelta) -> list[RequestDelta]:
-    queue: DeltaQueue = asyncio.Queue()
+    queue = DeltaQueue()
     for one in deltas:
-        queue.put_nowait(one)
-    return asyncio.run(waiting(queue))
+        queue.put(one)
+    return asyncio.run(queue.take())
 
 
 def test_one_step_as_it_is() -> None:
