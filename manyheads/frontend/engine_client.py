@@ -197,12 +197,17 @@ class EngineClient:
             for request_id in message.admitted:
                 if request_id in self._open:
                     self._open[request_id].runs = True
-            for delta in message.deltas:
+            # first tokens before the others of the step: they kept their readers waiting for longest
+            for delta in sorted(message.deltas, key=self._has_begun):
                 self._add(delta)
                 if delta.finish_reason is not None:
                     self._idle_deaths = 0
         elif isinstance(message, EngineReady):
             self._serve(link, message)
+
+    def _has_begun(self, delta: RequestDelta) -> bool:
+        entry = self._open.get(delta.request_id)
+        return entry is not None and bool(entry.tokens)
 
     def _add(self, delta: RequestDelta) -> None:
         entry = self._open.get(delta.request_id)

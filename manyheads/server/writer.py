@@ -109,13 +109,17 @@ class Writer(ABC, Generic[B]):
 
 def usage(generations: Sequence[Generation]) -> dict[str, Any]:
     """Make OpenAI's `usage`, with the steps that it took."""
-    outputs = [output for generation in generations for output in generation.outputs]
-    num_prompt_tokens = sum(len(generation.prompt.token_ids) for generation in generations)
-    num_output_tokens = sum(len(output.token_ids) for output in outputs)
+    num_prompt_tokens = num_output_tokens = num_cached_tokens = num_steps = 0
+    for generation in generations:
+        num_prompt_tokens += len(generation.prompt.token_ids)
+        num_cached_tokens += generation.outputs[0].num_cached_tokens
+        for output in generation.outputs:
+            num_output_tokens += len(output.token_ids)
+            num_steps += output.num_steps
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(g.outputs[0].num_cached_tokens for g in generations)},
-        "decoding_steps": sum(output.num_steps for output in outputs),
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+        "decoding_steps": num_steps,
     }
