@@ -12,7 +12,6 @@ from manyheads.frontend.backend import Backend
 from manyheads.frontend.bad_words import with_bad_tokens
 from manyheads.frontend.conversation import Conversation
 from manyheads.frontend.generation import Generation, OpenSequences, Place, Prompt, Update, take
-from manyheads.frontend.open_request import waiting
 from manyheads.frontend.output import SequenceOutput
 from manyheads.frontend.text_queue import TextQueue
 from manyheads.frontend.tokenizer import Tokenizer
@@ -65,7 +64,7 @@ class AsyncLLM:
         queue = self.client.submit(request for request, _ in pairs)
         try:
             while sequences:
-                for n, delta in enumerate(await waiting(queue)):
+                for n, delta in enumerate(await queue.take()):
                     if n > 0:
                         await asyncio.sleep(0)  # others come in, and the news that the reader has left
                     update = take(delta, sequences, self.client.abort)

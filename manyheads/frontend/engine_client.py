@@ -102,10 +102,10 @@ class EngineClient:
 
     def submit(self, requests: Iterable[EngineRequest]) -> DeltaQueue:
         """Send requests and return the queue of all their deltas, of which each request's last has a finish_reason."""
-        queue: DeltaQueue = asyncio.Queue()
+        queue = DeltaQueue()
         for request in requests:
             if self.failure is not None:
-                queue.put_nowait(self._last(request.request_id))
+                queue.put(self._last(request.request_id))
                 continue
             self._open[request.request_id] = entry = OpenRequest.of(request, queue, self._random)
             if self._link is not None:
@@ -197,12 +197,17 @@ class EngineClient:
             for request_id in message.admitted:
                 if request_id in self._open:
                     self._open[request_id].runs = True
-            for delta in message.deltas:
+            # first tokens before the others of the step: they kept their readers waiting for longest
+            for delta in sorted(message.deltas, key=self._has_begun):
                 self._add(delta)
                 if delta.finish_reason is not None:
                     self._idle_deaths = 0
         elif isinstance(message, EngineReady):
             self._serve(link, message)
+
+    def _has_begun(self, delta: RequestDelta) -> bool:
+        entry = self._open.get(delta.request_id)
+        return entry is not None and bool(entry.tokens)
 
     def _add(self, delta: RequestDelta) -> None:
         entry = self._open.get(delta.request_id)
@@ -263,7 +268,7 @@ class EngineClient:
             self._ready.exception()  # retrieved: nobody may be waiting any more
         opened, self._open = self._open, {}
         for request_id, entry in opened.items():
-            entry.queue.put_nowait(self._last(request_id))
+            entry.queue.put(self._last(request_id))
 
     def _end(self, request_id: str) -> None:
         """Answer an abort for an engine that is not there."""

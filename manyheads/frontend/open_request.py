@@ -10,8 +10,35 @@ import msgspec
 
 from manyheads.request import EngineRequest, RequestDelta
 
-DeltaQueue = asyncio.Queue[RequestDelta]
-"""Holds at most what its requests may gain: a reader that is behind costs no more than the context's tokens."""
+
+class DeltaQueue:
+    """A delta queue holds what came of some requests until their one reader takes it, all at once.
+
+    It holds at most what its requests may gain: a reader that is behind costs no more than the context's tokens.
+    """
+
+    def __init__(self) -> None:
+        self._deltas: list[RequestDelta] = []
+        self._reader: asyncio.Future[None] | None = None
+        """Done when there is something for a reader that waits."""
+
+    def put(self, delta: RequestDelta) -> None:
+        """Add a delta."""
+        self._deltas.append(delta)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def take(self) -> list[RequestDelta]:
+        """Wait for a delta and take what has come beside it; if this process did not keep up, several steps of a
+        request become one delta. So a server that lags behind writes fewer and larger events, and its readers wait no
+        longer. A request that asks for its steps has a delta for each all the same."""
+        if self._deltas:  # a task that only waits for what is there already cannot be cancelled
+            await asyncio.sleep(0)
+        else:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        deltas, self._deltas = self._deltas, []
+        return deltas if len(deltas) == 1 else _by_request(deltas)
 
 
 @dataclass(eq=False)
@@ -42,7 +69,7 @@ class OpenRequest:
         """Keep what a delta brings, and hand it to the reader."""
         self.tokens += delta.new_token_ids
         self.num_steps = max(self.num_steps, delta.num_steps)
-        self.queue.put_nowait(delta)
+        self.queue.put(delta)
 
     def to_send(self) -> EngineRequest:
         """What an engine that knows nothing of it needs."""
@@ -53,21 +80,12 @@ class OpenRequest:
         )
 
 
-async def waiting(queue: DeltaQueue) -> list[RequestDelta]:
-    """Wait for a delta and take what has come beside it; if this process did not keep up, several steps of a request
-    become one delta. So a server that lags behind writes fewer and larger events, and its readers wait no longer.
-    A request that asks for its steps has a delta for each all the same."""
+def _by_request(deltas: list[RequestDelta]) -> list[RequestDelta]:
+    """Join the steps of each request, but for those that were asked for."""
     found: dict[tuple[str, int], RequestDelta] = {}
-    delta = await queue.get()
-    is_behind = not queue.empty()
-    while True:
+    for delta in deltas:
         key = (delta.request_id, len(found) if delta.trace is not None else -1)
         found[key] = _joined(found[key], delta) if key in found else delta
-        if queue.empty():
-            break
-        delta = queue.get_nowait()
-    if is_behind:  # a task that only waits for what is there already cannot be cancelled
-        await asyncio.sleep(0)
     return list(found.values())
 
 

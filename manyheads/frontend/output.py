@@ -179,10 +179,12 @@ class SequenceOutput:
     def _read(self, tokens: list[int], delta: RequestDelta) -> tuple[str, int]:
         """Return the new text, and how many of the tokens belong to it."""
         shown = tokens[:-1] if self._hides(delta.stop_token_id) else tokens
+        if not self._params.stop:
+            text = self._detokenizer.push(shown)
+            return text if delta.finish_reason is None else text + self._detokenizer.flush(), len(tokens)
         text = ""
-        # one by one where it matters which token completes a stop string
-        for i, piece in enumerate([[token] for token in shown] if self._params.stop else [shown]):
-            text += self._scan(self._detokenizer.push(piece), len(self.token_ids) + i + 1)
+        for i, token in enumerate(shown):  # one by one: it matters which one completes a stop string
+            text += self._scan(self._detokenizer.push([token]), len(self.token_ids) + i + 1)
             if self._scanner.matched is not None:
                 return text, i + 1
         if delta.finish_reason is not None:

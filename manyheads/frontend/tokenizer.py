@@ -194,7 +194,7 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens; give the text that is certain now."""
-        new = [t for t in token_ids if t not in self._skip] if self._skip else token_ids
+        new = token_ids if self._skip.isdisjoint(token_ids) else [t for t in token_ids if t not in self._skip]
         self._ids += new
         # of tokens that come together only the last may be the beginning of a character, and have to wait
         for end in range(len(self._ids), len(self._ids) - min(len(new), LONGEST_CHARACTER), -1):

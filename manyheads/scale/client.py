@@ -102,7 +102,7 @@ class ReplicaClient:
 
     def submit(self, requests: Iterable[EngineRequest]) -> DeltaQueue:
         """Send requests and return the queue of all their deltas."""
-        queue: DeltaQueue = asyncio.Queue()
+        queue = DeltaQueue()
         for request in requests:
             request_id = request.request_id
             self._open[request_id] = entry = OpenRequest.of(request, queue, self._random)

@@ -10,7 +10,6 @@ from manyheads.config import EngineConfig
 from manyheads.errors import EngineError
 from manyheads.frontend.engine_client import EngineClient
 from manyheads.frontend.engine_process import BUILD_ENGINE
-from manyheads.frontend.open_request import waiting
 from manyheads.request import EngineRequest
 from manyheads.scale.heard import Mended
 from manyheads.scale.router import MENDED, STATS
@@ -49,7 +48,7 @@ class Replica:
         ended = False
         try:
             while not ended:
-                for delta in await waiting(queue):
+                for delta in await queue.take():
                     ended = delta.finish_reason is not None
                     yield msgspec.msgpack.encode(delta)
         finally:

@@ -104,8 +104,9 @@ class _ChatWriter(Writer[ChatRequest]):
             "delta": _delta(reply),
             "logprobs": chat_logprobs(self.tokenizer, delta.logprobs),
             "finish_reason": None,
-            **(self._end(output) if is_last else {}),
         }
+        if is_last:
+            choice |= self._end(output)
         if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return self.with_steps(choice, [delta.trace])

@@ -22,7 +22,7 @@ from typing import Any
 
 import uvicorn
 from prometheus_client import CollectorRegistry, Gauge
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from manyheads.server.config import ConnectionLimits
 from manyheads.server.drops import Drops, OncePerMinute
@@ -42,6 +42,8 @@ SWEEP_SECONDS = 0.2
 """So often is looked for connections whose time is over."""
 UNSENT_BYTES = 2**17
 """The system takes so many bytes that are not yet on their way to the client; what is more waits here."""
+MOST_HEAD_BYTES = 2**16
+"""Headers may have about so many bytes, and so many may come between two pieces of a body, or behind it (trailers)."""
 _REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -117,7 +119,7 @@ class Guard:
         self.drops.write()
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """A connection tells the guard what it does: it is in a request, idle, or its headers are not whole yet."""
 
     def __init__(self, guard: Guard, client: socket.socket, **uvicorns: Any) -> None:
@@ -125,6 +127,8 @@ class Connection(H11Protocol):
         self._guard = guard
         self._client = client
         self._is_made = False
+        self._num_held = 0
+        """Bytes that have come since the parser had whole headers or a piece of a body; it would keep any number."""
         self.opening: asyncio.Task[None] | None = None
         """This task makes the connection's transport."""
 
@@ -169,8 +173,27 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what the client has sent."""
+        self._num_held += len(data)
         super().data_received(data)
+        if self._num_held > MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.logger.warning("Headers or trailers of a request are too large.")
+            self.send_400_response(f"this server reads headers of at most {MOST_HEAD_BYTES} bytes")
         self._settle()
+
+    def on_headers_complete(self) -> None:
+        """Begin a request."""
+        self._num_held = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a request's body."""
+        self._num_held = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Take the end of a request."""
+        self._num_held = 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Go on to the next request."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -21,7 +19,7 @@ from manyheads.server.fields import Count, Limits, Whole
 from manyheads.server.openapi import generates
 from manyheads.server.schemas import Queueing, Sampling
 from manyheads.server.service import Service, whole_or_cut
-from manyheads.server.sse import event, stream_response
+from manyheads.server.sse import event
 from manyheads.server.structured import GuidedParameters
 
 
@@ -72,7 +70,7 @@ def generate_router(service: Service) -> APIRouter:
         """Server-sent events `{"text": …}`; the last one is what /generate answers."""
         start = time.perf_counter()
         generation = await _prepare(service, body, request)
-        return stream_response(_events(generation, await service.stream(request, [generation]), start))
+        return service.stream(request, [generation], _GenerateEvents(generation, start))
 
     return router
 
@@ -89,14 +87,20 @@ async def _prepare(service: Service, body: GenerateRequest, request: Request) ->
     return generation
 
 
-async def _events(
-    generation: Generation, updates: AsyncGenerator[Update, None], start: float
-) -> AsyncGenerator[bytes, None]:
-    async with contextlib.aclosing(updates):
-        async for update in updates:
-            if update.delta.text:
-                yield event({"text": update.delta.text})
-    yield event(_answer(generation, start))
+class _GenerateEvents:
+    """It writes the events of /generate_stream."""
+
+    def __init__(self, generation: Generation, start: float) -> None:
+        self._generation, self._start = generation, start
+
+    def begin(self) -> bytes:
+        return b""
+
+    def push(self, update: Update) -> bytes:
+        return event({"text": update.delta.text}) if update.delta.text else b""
+
+    def end(self) -> bytes:
+        return event(_answer(self._generation, self._start))
 
 
 def _answer(generation: Generation, start: float) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +17,7 @@ from manyheads.server.response_answers import ResponseAnswer, ResponseEvent
 from manyheads.server.response_items import Event, ResponseItems
 from manyheads.server.response_request import ResponsesRequest
 from manyheads.server.service import Service, whole_or_cut
-from manyheads.server.sse import event, stream_response
+from manyheads.server.sse import event
 
 
 def responses_router(service: Service) -> APIRouter:
@@ -57,7 +55,7 @@ class _ResponseWriter:
         """Generate, and answer when all is there or as it comes."""
         generations = [self._generation]
         if self._body.stream:
-            return stream_response(self._events(await self._service.stream(request, generations)))
+            return self._service.stream(request, generations, self)
         await self._service.collect(request, generations)
         (output,) = self._generation.outputs
         if self._logprobs is not None:
@@ -68,19 +66,23 @@ class _ResponseWriter:
             pass
         return whole_or_cut([output], self._response(self._status()))
 
-    async def _events(self, updates: AsyncGenerator[Update, None]) -> AsyncGenerator[bytes, None]:
-        yield self._event({"type": "response.created", "response": self._response("in_progress")})
-        yield self._event({"type": "response.in_progress", "response": self._response("in_progress")})
-        async with contextlib.aclosing(updates):
-            async for update in updates:
-                if self._logprobs is not None:
-                    self._logprobs.add(update.delta.logprobs)
-                is_last = update.delta.finish_reason is not None
-                for told in self._items.push(self._reader.push(update.delta.text, final=is_last)):
-                    yield self._event(told)
-        for told in self._items.close(self._status()):
-            yield self._event(told)
-        yield self._event({"type": f"response.{self._status()}", "response": self._response(self._status())})
+    def begin(self) -> bytes:
+        """Write the events that a stream begins with."""
+        kinds = ("response.created", "response.in_progress")
+        return b"".join(self._event({"type": kind, "response": self._response("in_progress")}) for kind in kinds)
+
+    def push(self, update: Update) -> bytes:
+        """Write the events of an update."""
+        if self._logprobs is not None:
+            self._logprobs.add(update.delta.logprobs)
+        is_last = update.delta.finish_reason is not None
+        reply = self._reader.push(update.delta.text, final=is_last)
+        return b"".join(map(self._event, self._items.push(reply)))
+
+    def end(self) -> bytes:
+        """Write the events that a stream ends with."""
+        closing = b"".join(map(self._event, self._items.close(self._status())))
+        return closing + self._event({"type": f"response.{self._status()}", "response": self._response(self._status())})
 
     def _event(self, told: Event) -> bytes:
         self._number += 1

@@ -129,7 +129,7 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
             service = service_of(llm, options)
             web = uvicorn.Config(
                 create_app(service, options),
-                http="h11",
+                http="httptools",
                 ws="none",
                 timeout_keep_alive=options.connections.keep_alive,
                 log_config=log_config(options.log_format),

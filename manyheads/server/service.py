@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi.responses import JSONResponse
@@ -27,11 +26,11 @@ from manyheads.server.auth import client_of, session_of
 from manyheads.server.body import Body
 from manyheads.server.config import ServerConfig
 from manyheads.server.errors import ApiError
+from manyheads.server.leaving import while_there
 from manyheads.server.metrics import Metrics, SequenceTimer
 from manyheads.server.schemas import Queueing
+from manyheads.server.sse import Events, EventStream
 from manyheads.server.unknown import UnknownFields
-
-T = TypeVar("T")
 
 
 class Service:
@@ -142,21 +141,13 @@ class Service:
                     pass
 
         request.state.generations = generations  # for the log and the limits of a key
-        await _or_disconnect(request, run())
+        if not await while_there(request.receive, run()):
+            raise ApiError(499, "the client closed the connection", code="client_closed")
 
-    async def stream(self, request: Request, generations: Sequence[Generation]) -> AsyncGenerator[Update, None]:
-        """Give the updates once the first one is there, so that a refusal can still be the answer's status."""
+    def stream(self, request: Request, generations: Sequence[Generation], events: Events) -> EventStream:
+        """Answer with events, as updates of the generations come."""
         request.state.generations = generations
-        updates = self.updates(generations)
-        first = await _or_disconnect(request, anext(updates))
-
-        async def run() -> AsyncGenerator[Update, None]:
-            async with contextlib.aclosing(updates):
-                yield first
-                async for update in updates:
-                    yield update
-
-        return run()
+        return EventStream(self.updates(generations), events)
 
 
 def service_of(llm: AsyncLLM, options: ServerConfig) -> Service:
@@ -174,23 +165,3 @@ def whole_or_cut(outputs: Iterable[SequenceOutput], body: dict[str, Any]) -> JSO
         return JSONResponse(body)
     error = ApiError(503, "the server ended before the answer was whole; what there is stands in partial", code="cut")
     return error.response(partial=body)
-
-
-async def _or_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Wait for work, but no longer than the client does: then it is cancelled, and ApiError 499 is read by nobody."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task = asyncio.ensure_future(work)
-    watch = asyncio.create_task(gone())
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client closed the connection", code="client_closed")
-        return task.result()
-    finally:
-        for t in (task, watch):
-            t.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)

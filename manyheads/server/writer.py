@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -17,7 +17,7 @@ from manyheads.frontend.output import SequenceOutput, TextDelta
 from manyheads.request import StepTrace
 from manyheads.server.schemas import ChatRequest, CompletionRequest, StreamOptions
 from manyheads.server.service import Service, whole_or_cut
-from manyheads.server.sse import DONE, event, stream_response
+from manyheads.server.sse import DONE
 from manyheads.server.steps import written_steps
 
 B = TypeVar("B", ChatRequest, CompletionRequest)
@@ -41,11 +41,12 @@ class Writer(ABC, Generic[B]):
         """These are the continuations of all prompts, in the order of the choices."""
         self.numbers = {output: number for number, (_, output) in enumerate(self.outputs)}
         self.generation_of = {output: generation for generation, output in self.outputs}
+        self._options = body.stream_options or StreamOptions()
 
     async def respond(self, request: Request) -> Response:
         """Generate, and answer when all is there or as it comes."""
         if self.body.stream:
-            return stream_response(self.events(await self.service.stream(request, self.generations)))
+            return self.service.stream(request, self.generations, self)
         await self.service.collect(request, self.generations)
         chosen = self.chosen()
         self.numbers = {output: number for number, (_, output) in enumerate(chosen)}
@@ -53,25 +54,30 @@ class Writer(ABC, Generic[B]):
         body = {**self.head(self.object), "choices": choices, "usage": usage(self.generations)}
         return whole_or_cut(self.numbers, body)
 
-    async def events(self, updates: AsyncGenerator[Update, None]) -> AsyncGenerator[bytes, None]:
-        """Make the server-sent events of a stream."""
-        head = self.head(self.chunk_object)
-        options = self.body.stream_options or StreamOptions()
+    def begin(self) -> bytes:
+        """Write the events that a stream begins with."""
+        head = msgspec.json.encode(self.head(self.chunk_object))
+        self._before = b"data: " + head[:-1] + b',"choices":['
+        return b"".join(map(self._event, self.opening()))
 
-        def chunk(choice: dict[str, Any]) -> bytes:
-            so_far = usage(self.generations) if options.continuous_usage_stats else None
-            return event({**head, "choices": [choice], **({"usage": so_far} if options.include_usage else {})})
+    def push(self, update: Update) -> bytes:
+        """Write the event of an update, if it has one."""
+        choice = self.chunk(self.generation_of[update.output], update.output, update.delta)
+        return b"" if choice is None else self._event(choice)
 
-        async with contextlib.aclosing(updates):
-            for opened in self.opening():
-                yield chunk(opened)
-            async for update in updates:
-                choice = self.chunk(self.generation_of[update.output], update.output, update.delta)
-                if choice is not None:
-                    yield chunk(choice)
-        if options.include_usage:
-            yield event({**head, "choices": [], "usage": usage(self.generations)})
-        yield DONE
+    def end(self) -> bytes:
+        """Write the events that a stream ends with."""
+        if not self._options.include_usage:
+            return DONE
+        return b'%b],"usage":%b}\n\n' % (self._before, msgspec.json.encode(usage(self.generations))) + DONE
+
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        """Write an event; what all those of a stream begin with is written once."""
+        choices = self._before + msgspec.json.encode(choice)
+        if not self._options.include_usage:
+            return choices + b"]}\n\n"
+        so_far = usage(self.generations) if self._options.continuous_usage_stats else None
+        return b'%b],"usage":%b}\n\n' % (choices, msgspec.json.encode(so_far))
 
     def head(self, kind: str) -> dict[str, Any]:
         """Make what an answer and each chunk begin with."""
@@ -103,13 +109,17 @@ class Writer(ABC, Generic[B]):
 
 def usage(generations: Sequence[Generation]) -> dict[str, Any]:
     """Make OpenAI's `usage`, with the steps that it took."""
-    outputs = [output for generation in generations for output in generation.outputs]
-    num_prompt_tokens = sum(len(generation.prompt.token_ids) for generation in generations)
-    num_output_tokens = sum(len(output.token_ids) for output in outputs)
+    num_prompt_tokens = num_output_tokens = num_cached_tokens = num_steps = 0
+    for generation in generations:
+        num_prompt_tokens += len(generation.prompt.token_ids)
+        num_cached_tokens += generation.outputs[0].num_cached_tokens
+        for output in generation.outputs:
+            num_output_tokens += len(output.token_ids)
+            num_steps += output.num_steps
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(g.outputs[0].num_cached_tokens for g in generations)},
-        "decoding_steps": sum(output.num_steps for output in outputs),
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+        "decoding_steps": num_steps,
     }

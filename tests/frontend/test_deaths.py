@@ -56,11 +56,11 @@ async def streamed(config: EngineConfig, strike: Callable[[int], None]) -> tuple
         queue = client.submit(REQUESTS)
         going = set(texts)
         while going:
-            delta = await queue.get()
-            texts[delta.request_id] += delta.new_token_ids
-            if delta.finish_reason is not None:
-                assert delta.finish_reason == "length", delta.error
-                going.remove(delta.request_id)
+            for delta in await queue.take():
+                texts[delta.request_id] += delta.new_token_ids
+                if delta.finish_reason is not None:
+                    assert delta.finish_reason == "length", delta.error
+                    going.remove(delta.request_id)
             if not is_struck and min(map(len, texts.values())) >= 10:
                 [engine] = children(os.getpid(), ENGINE)
                 strike(engine)

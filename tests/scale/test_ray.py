@@ -17,7 +17,7 @@ import pytest
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
-from manyheads.request import EngineRequest, RequestDelta
+from manyheads.request import EngineRequest
 from tests.server.conftest import free_port
 from tests.tiny import VOCAB, save_model
 
@@ -142,15 +142,15 @@ async def texts(
     said: dict[str, list[int]] = {r.request_id: [] for r in requests}
     left, count = len(requests), 0
     while left:
-        delta: RequestDelta = await queue.get()
-        said[delta.request_id] += delta.new_token_ids
-        count += len(delta.new_token_ids)
-        if after and count >= after:
-            after = 0
-            then()
-        if delta.finish_reason is not None:
-            left -= 1
-            assert delta.finish_reason == "length", delta.error
+        for delta in await queue.take():
+            said[delta.request_id] += delta.new_token_ids
+            count += len(delta.new_token_ids)
+            if after and count >= after:
+                after = 0
+                then()
+            if delta.finish_reason is not None:
+                left -= 1
+                assert delta.finish_reason == "length", delta.error
     return said
 
 
@@ -242,9 +242,9 @@ def the_application_answers_over_http_and_a_session_has_a_replica(config: Engine
 def an_aborted_request_ends_here_and_there(handle: Any, config: EngineConfig) -> None:
     async def work(client: ReplicaClient) -> None:
         queue = client.submit([request("x", [1, 2], max_tokens=100)])
-        await queue.get()
+        await queue.take()
         client.abort("x")
-        while (delta := await queue.get()).finish_reason is None:
+        while (delta := (await queue.take())[-1]).finish_reason is None:
             pass
         assert delta.finish_reason == "abort"
         assert client.num_open == 0

@@ -294,6 +294,41 @@ def test_requests_sent_ahead_are_answered_in_full(slow: Running) -> None:
     assert answers.count(b"HTTP/1.1 200 ") == 2
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        VERSION[:-2] + b"X-Long: ",
+        VERSION[:-2] + b"A: b\r\n" * 100,
+        b"GET /",
+        VERSION + VERSION[:-2] + b"X-Long: ",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX-Long: ",
+    ],
+    ids=["value", "many", "path", "of a further request", "trailer"],
+)
+def test_headers_without_end(short: Running, first: bytes) -> None:
+    """They are refused, and not kept in memory."""
+    with connect(short) as s:
+        s.sendall(first)
+        piece = b"A: b\r\n" * 1000 if first.endswith(b"\n") else b"a" * 6000
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 2**23:
+                s.sendall(piece)
+                sent += len(piece)
+        assert sent < 2**23, "the server takes them all"
+
+
+def test_long_headers(short: Running) -> None:
+    """32 kB of them, in pieces, are none too many."""
+    with connect(short) as s:
+        s.sendall(VERSION[:-2])
+        for i in range(8):
+            s.sendall(b"X-%d: %s\r\n" % (i, b"a" * 4000))
+            time.sleep(0.01)
+        s.sendall(b"\r\n")
+        assert receive(s, b"version").startswith(b"HTTP/1.1 200 ")
+
+
 def test_who_goes_when_there_are_too_many(tmp_path: Path) -> None:
     running = start(tmp_path, "--max-connections", "3", FAKE_ENGINE_STEP_SECONDS="0.02").wait_ready()
 
