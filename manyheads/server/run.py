@@ -34,6 +34,9 @@ from manyheads.sizes import format_size
 
 CLOSE_SECONDS = 1
 """The last answers may take so long to get out."""
+GARBAGE = (20_000, 10, 10)
+"""Garbage is collected after so many new objects (`gc.set_threshold`; Python's own is 700): a step of many streams
+makes thousands, nearly all of which need no collector."""
 
 
 class Server(GuardedServer):
@@ -146,6 +149,7 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
             host, port = listener.getsockname()[:2]
             scheme = "https" if options.ssl_certfile else "http"
             gc.collect()
+            gc.set_threshold(*GARBAGE)
             gc.freeze()  # what imports have made stays: looking at it again stops all streams for a quarter of a second
             print(
                 *([ready.weights] if ready.weights else []),
