@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +120,27 @@ def process_exists(pid: int) -> bool:
         return False
 
 
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether it comes true; the machine may have work of its own."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def num_running(url: str) -> int:
+    line = next(x for x in httpx.get(url + "/metrics").text.splitlines() if x.startswith("manyheads_num_requests_run"))
+    return int(float(line.split()[1]))
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     options = ("--max-queue", "64", "--lora", "sql=where", "--tool-parser", "hermes")
     running = launch(tmp_path_factory.mktemp("server"), *options).wait_ready()
     yield running
+    assert eventually(lambda: num_running(running.url) == 0)  # of clients that have just left
     running.stop()
     lines = [line for line in running.errors().splitlines() if "is ignored" not in line]
     assert len(lines) == 2, running.errors()  # its memory, and the greeting

@@ -7,7 +7,7 @@ import json
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,12 @@ from manyheads.config import ConfigError
 from manyheads.frontend.conversation import Conversation
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.server.run import _bind
-from tests.server.conftest import Running, launch
+from tests.server.conftest import Running, eventually, launch, num_running
 from tests.server.fake_engine import TEXT
 from tests.server.tiny_tokenizer import LightTokenizer
 
 LONG = {"prompt": "Hi", "parameters": {"max_new_tokens": 2000}}
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
-    """Whether it comes true; the machine may have work of its own."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def num_running(url: str) -> int:
-    line = next(x for x in httpx.get(url + "/metrics").text.splitlines() if x.startswith("manyheads_num_requests_run"))
-    return int(float(line.split()[1]))
 
 
 def data_lines(response: httpx.Response) -> list[str]:

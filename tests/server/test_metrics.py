@@ -7,9 +7,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from manyheads.bench import counters
 from manyheads.server.metrics import _PER_TOKEN, TokenGaps
-from tests.server.conftest import Running
+from tests.server.conftest import Running, eventually
 from tests.server.fake_engine import MEMORY
-from tests.server.test_lifecycle import eventually
 
 VLLM_NAMES = [  # what dashboards made for vLLM ask for
     "num_requests_running",
@@ -119,6 +118,8 @@ def test_gaps_are_a_histogram() -> None:
 
 
 def test_gauges_by_depth(client: httpx.Client) -> None:
+    client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 9}).raise_for_status()
+    assert eventually(lambda: scrape(client)["tokens_per_step"] > 0)
     samples = settled(client)
     rates = [samples[f"spec_decode_acceptance_rate[depth={d}]"] for d in (1, 2, 3)]
     assert rates == pytest.approx([0.6, 0.4, 0.5])  # the fake engine's
