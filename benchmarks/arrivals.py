@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import bisect
-import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -25,17 +24,14 @@ import os
 import re
 import statistics
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import streams
-from common import BUILTIN, ROOT, Others, get_json, machine, percentile, save, table
+from common import BUILTIN, ROOT, Others, machine, percentile, save, table
 from traffic import ANSWERS, Ask, draw
 
 from manyheads.bench.prompts import OPENINGS, SUBJECTS
@@ -169,34 +165,13 @@ def figures(engine: dict[int, Told], clients: list[Heard], begin: float, end: fl
     return {key: round(value, 2) for key, value in found.items()} | {"late": round(late, 4), "keeps_up": late <= 0.01}
 
 
-@contextlib.contextmanager
-def server(loop: str, step: float, log: Path) -> Any:
-    """The API process over an engine that computes nothing; it ends with the block."""
-    more = {"PYTHONPATH": streams.python_path(), "STREAMS_LOOP": loop}
-    more |= {"STREAMS_STEP": str(step), "STREAMS_LOG": str(log)}
-    process = subprocess.Popen([sys.executable, streams.__file__, "--serve"], env=os.environ | more)
-    try:
-        while True:
-            try:
-                get_json(f"http://127.0.0.1:{PORT}/health")
-                break
-            except OSError:
-                time.sleep(0.1)
-            if process.poll() is not None:
-                raise SystemExit(f"the server has ended with {process.returncode} before it was ready")
-        yield psutil.Process(process.pid)
-    finally:
-        process.kill()  # NOTE: else it would finish what is open; the engine ends with it
-        process.wait()
-
-
 def measure(loop: str, rate: float, step: float, args: argparse.Namespace) -> dict[str, Any]:
     """One case."""
     seconds = SETTLE_SECONDS + args.hold + LAST_SECONDS
     asks = [(number, *each) for number, each in enumerate(asks_of(rate, step, seconds, args.prompts))]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        with server(loop, step, log) as process:
+        with streams.serving(STREAMS_LOOP=loop, STREAMS_STEP=str(step), STREAMS_LOG=str(log)) as process:
             context = multiprocessing.get_context("spawn")
             all_there = context.Barrier(args.clients + 1)
             with context.Pool(args.clients, all_there.wait) as pool:
@@ -211,6 +186,7 @@ def measure(loop: str, rate: float, step: float, args: argparse.Namespace) -> di
                 time.sleep(end - time.monotonic())
                 after, elsewhere = process.cpu_times(), others.share()
                 heard = [one for part in running.get() for one in part]
+            process.kill()  # NOTE: else it would finish what is open; the engine ends with it
         found = figures(told(log), heard, begin, end, step)
     busy = after.user + after.system - before.user - before.system
     row = {"loop": loop, "rate": rate, "step_ms": step * 1e3, "cpu_share": round(busy / args.hold, 3)}

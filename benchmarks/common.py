@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -243,10 +243,12 @@ def get_json(url: str, body: dict[str, Any] | None = None, timeout: float = 60) 
 
 
 @contextlib.contextmanager
-def server(command: Sequence[str], url: str, ready_timeout: float = 180) -> Iterator[None]:
+def server(
+    command: Sequence[str], url: str, ready_timeout: float = 180, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Runs a server while the block lasts; the block starts when GET {url}/health answers."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env, text=True)
         try:
             deadline = time.monotonic() + ready_timeout
             while True:
@@ -257,7 +259,7 @@ def server(command: Sequence[str], url: str, ready_timeout: float = 180) -> Iter
                     get_json(f"{url}/health", timeout=5)
                     break
                 time.sleep(0.3)
-            yield
+            yield process
         finally:
             process.terminate()
             try:

@@ -98,7 +98,7 @@ def export_reference(args: argparse.Namespace, folder: str, tree: Path | None, *
     return Path(folder) / "heads"
 
 
-def reference_server(args: argparse.Namespace, heads: Path, *extra: str) -> contextlib.AbstractContextManager[None]:
+def reference_server(args: argparse.Namespace, heads: Path, *extra: str) -> contextlib.AbstractContextManager[object]:
     """The first version's server, told not to end replies before their 100 tokens."""
     script = str(ROOT / "benchmarks/first_version/server.py")
     command = [args.reference_python, "-W", "ignore", script, str(heads), "--ignore-eos", *extra]
@@ -107,7 +107,7 @@ def reference_server(args: argparse.Namespace, heads: Path, *extra: str) -> cont
     return server(command, f"http://127.0.0.1:{PORTS['medusa-llm']}")
 
 
-def our_server(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+def our_server(args: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
     """`manyheads serve` with its defaults."""
     manyheads = str(Path(sys.executable).with_name("manyheads"))
     command = [manyheads, "serve", str(args.model), "--port", str(PORTS["manyheads"])]

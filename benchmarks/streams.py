@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import importlib
 import json
 import os
 import random
 import struct
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-from common import BUILTIN, ROOT, get_json, machine, save, table
+from common import BUILTIN, ROOT, machine, save, server, table
 
 from manyheads.config import EngineConfig
 from manyheads.request import EngineReady, EngineRequest, FinishReason, RequestDelta
@@ -108,9 +109,13 @@ def build(config: EngineConfig, progress: object = None) -> Engine:
     return Engine()
 
 
-def python_path() -> str:
-    """Of a server that loads this engine: what this process was given comes behind."""
-    return os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+@contextlib.contextmanager
+def serving(**more: str) -> Iterator[psutil.Process]:
+    """The API process over this engine, with more in its environment; it ends with the block."""
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, __file__, "--serve"]
+    with server(command, f"http://127.0.0.1:{PORT}", env=os.environ | {"PYTHONPATH": path} | more) as process:
+        yield psutil.Process(process.pid)
 
 
 async def read(num_tokens: int) -> tuple[int, int]:
@@ -162,20 +167,9 @@ def main() -> None:
         if os.environ.get("STREAMS_LOOP") == "uvloop":
             asyncio.set_event_loop_policy(importlib.import_module("uvloop").EventLoopPolicy())
         sys.exit(cli.main(["serve", str(BUILTIN), "--port", str(PORT)]))
-    server = subprocess.Popen([sys.executable, __file__, "--serve"], env=os.environ | {"PYTHONPATH": python_path()})
-    try:
-        while True:
-            try:
-                get_json(f"http://127.0.0.1:{PORT}/health")
-                break
-            except OSError:
-                time.sleep(0.1)
-        process = psutil.Process(server.pid)
+    with serving() as process:
         asyncio.run(measure(8, 50, process))
         rows = [asyncio.run(measure(streams, args.tokens, process)) for streams in args.streams]
-    finally:
-        server.terminate()
-        server.wait()
     table(list(rows[0]), [[f"{value:.5g}" for value in row.values()] for row in rows])
     save(args.out, args.part, {"machine": machine(), "rows": rows})
 
