@@ -65,8 +65,8 @@ class Linear:
         """What adapters add, if they do."""
         self._multiply: Callable[[Any], Any] = product
         if split is Split.INPUTS and ranks.size > 1:
-            share = partial(Unsummed, dtype=dtype, ranks=ranks)
-            self._multiply = lambda x: summed(share(product.parts(x))) if whole else share(product.parts(x))
+            add = ranks.sum if whole else partial(Unsummed, ranks)
+            self._multiply = lambda x: add(product.parts(x), dtype)
         elif split is Split.INPUTS and not whole:
             self._multiply = product.parts
         elif split is Split.GATHERED and ranks.size > 1:

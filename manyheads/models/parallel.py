@@ -185,10 +185,10 @@ class Ranks:
 class Unsummed:
     """A rank's share of a result, for whoever adds it to something: sum and norm may be one kernel."""
 
+    ranks: Ranks
     x: Tensor
     """As `Ranks.sum` takes it."""
     dtype: torch.dtype
-    ranks: Ranks
 
     def sum(self) -> Tensor:
         """The result, [T, D]."""
