@@ -120,8 +120,11 @@ class EngineClient:
         entry.aborted = True
         if self._link is None:
             self._end(request_id)
-        else:
+            return
+        try:
             self._link.send(Abort(request_id))
+        except EngineError:  # it takes no messages: nobody waits for it
+            self._end(request_id)
 
     def abort_all(self) -> None:
         """Ask for the end of all open requests."""

@@ -43,15 +43,18 @@ class EngineLink:
         context = self._cleanup.enter_context(zmq.asyncio.Context())
         # requests go out through a plain socket: where its queue has room, sending never waits
         self._requests: zmq.Socket[bytes] = self._cleanup.enter_context(zmq.Socket(context, zmq.PUSH))
+        self._requests.set_hwm(MOST_UNSENT)
         self._outputs = self._cleanup.enter_context(context.socket(zmq.PULL))
-        for socket, name in ((self._requests, "requests"), (self._outputs, "outputs")):
-            socket.set_hwm(MOST_UNSENT if socket is self._requests else MOST_STEPS)
-            socket.linger = 0
-            try:
-                socket.bind(f"ipc://{self.folder}/{name}")
-            except zmq.ZMQError as error:
-                self._cleanup.close()
-                raise EngineError(f"no socket can be made in {self.folder}: {error}; set TMPDIR") from error
+        self._outputs.set_hwm(MOST_STEPS)
+        self._requests.linger = self._outputs.linger = 0
+        try:
+            self._outputs.bind(f"ipc://{self.folder}/outputs")
+            # The queue of a socket that connects is there without the process, too: what is sent to an engine that
+            # has just died is lost with it and goes to the next one.
+            self._requests.connect(f"ipc://{self.folder}/requests")
+        except zmq.ZMQError as error:
+            self._cleanup.close()
+            raise EngineError(f"no socket can be made in {self.folder}: {error}; set TMPDIR") from error
 
     async def start(self, launch: EngineLaunch) -> None:
         """Start the process; what it has to say comes through `messages`."""
@@ -66,7 +69,8 @@ class EngineLink:
         self._watch = asyncio.create_task(self._wait(self._process))
 
     def send(self, message: ToEngine) -> None:
-        """Send a message. Raises EngineError if the engine has not taken any for long."""
+        """Send a message, which is lost where the process has ended. Raises EngineError if the engine has not taken any
+        for long."""
         try:
             self._requests.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
         except zmq.Again:

@@ -131,9 +131,10 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(launch.folder,), daemon=True).start()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    for socket, name in ((inbox, "requests"), (outbox, "outputs")):
-        socket.set_hwm(MOST_UNREAD)
-        socket.connect(f"ipc://{launch.folder}/{name}")
+    inbox.set_hwm(MOST_UNREAD)
+    outbox.set_hwm(MOST_UNREAD)
+    inbox.bind(f"ipc://{launch.folder}/requests")
+    outbox.connect(f"ipc://{launch.folder}/outputs")
     serving = False
     try:
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,34 @@ def test_an_engine_that_fails_costs_a_pause(
     assert texts == texts_alone(dataclasses.replace(config, speculative=False))
     assert restarts == 1
     assert list(temporary.glob("manyheads-*")) == []  # two engines were killed
+
+
+def test_requests_that_come_before_a_death_is_noticed_go_to_the_next_engine(tmp_path: Path, temporary: Path) -> None:
+    save_model(tmp_path / "model")
+    config = config_of(tmp_path / "model", "medusa")
+    left = EngineRequest(request_id="left", prompt_token_ids=[1, 2, 3], params=REQUESTS[0].params)
+
+    async def asked() -> dict[str, list[int]]:
+        client = EngineClient(config, watchdog=3.0, max_restarts=3)
+        await client.start()
+        try:
+            [engine] = children(os.getpid(), ENGINE)
+            kill(engine)
+            time.sleep(0.5)  # the socket's thread sees the end, the client nothing
+            queue = client.submit([*REQUESTS, left])
+            client.abort("left")
+            texts: dict[str, list[int]] = {}
+            reasons: dict[str, str] = {}
+            while len(reasons) < 3:
+                for delta in await queue.take():
+                    texts.setdefault(delta.request_id, []).extend(delta.new_token_ids)
+                    if delta.finish_reason is not None:
+                        reasons[delta.request_id] = delta.error or delta.finish_reason
+            assert reasons == {"greedy": "length", "sampled": "length", "left": "abort"}
+            assert client.num_restarts == 1
+            assert texts.pop("left") == []
+            return texts
+        finally:
+            await client.close()
+
+    assert asyncio.run(asked()) == texts_alone(dataclasses.replace(config, speculative=False))
