@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import dataclasses
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from manyheads.frontend.engine_link import EngineLink
 from manyheads.frontend.engine_process import BUILD_ENGINE, EngineLaunch
 from manyheads.frontend.open_request import DeltaQueue, OpenRequest
 from manyheads.request import Abort, EngineFailed, EngineReady, EngineRequest, FromEngine, RequestDelta, StepOutputs
+from manyheads.say import say
 from manyheads.stats import EngineStats
 
 START_SECONDS = 1800.0
@@ -141,16 +141,20 @@ class EngineClient:
 
     async def _supervise(self) -> None:
         """Run an engine after another until one cannot be replaced."""
-        while True:
-            try:
-                cause = await self._run()
-            except OSError as error:  # no process or socket can be made
-                cause = EngineFailed(str(error))
-            delay = self._bury(cause)
-            if delay is None:
-                return
-            print(f"engine: {cause.message}; starting another", file=sys.stderr, flush=True)
-            await asyncio.sleep(delay)
+        try:
+            while True:
+                try:
+                    cause = await self._run()
+                except (OSError, EngineError) as error:  # no process or socket can be made
+                    cause = EngineFailed(str(error))
+                delay = self._bury(cause)
+                if delay is None:
+                    return
+                say(f"engine: {cause.message}; starting another")
+                await asyncio.sleep(delay)
+        except Exception as error:  # a defect: nobody must wait for an engine that nobody starts
+            self._fail(EngineFailed(f"{type(error).__name__}: {error}"))
+            raise
 
     async def _run(self) -> EngineFailed:
         """Run one engine from its start to its end, and return why it ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import time
@@ -336,6 +337,20 @@ def test_the_server_is_killed(tmp_path: Path) -> None:
         assert running.is_gone()  # the engine notices
         for client in (clients.whole, clients.stream):
             assert isinstance(client.exception(), httpx.TransportError)
+
+
+def test_nobody_reads_its_standard_error_any_more(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stderr")
+    reader = os.open(tmp_path / "stderr", os.O_RDONLY | os.O_NONBLOCK)
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.004").wait_ready()
+    os.close(reader)  # as `manyheads serve 2>&1 | tee log` has it, where Ctrl-C ends tee, too
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, running)
+        running.kill_engine()  # which the server tells
+        assert eventually(lambda: metric(running, "engine_restarts") == 1)
+        assert running.stop(signal.SIGTERM) < 20  # and that it waits for requests
+        check_whole(clients)
+    assert running.is_gone()
 
 
 # starts that fail
