@@ -188,15 +188,18 @@ class EngineClient:
         raise AssertionError("an engine's messages do not end")
 
     async def _watch_silence(self) -> EngineFailed:
-        """Wait until the engine has said nothing for too long."""
+        """Wait until the engine has said nothing for too long. Time in which this process stood still does not count:
+        it has read nothing, and the engine may have stood still with it (a machine or container that was paused)."""
+        now = time.monotonic()
         while True:
             limit = START_SECONDS if self._link is None else self._watchdog
-            left = self._heard + limit - time.monotonic()
+            left = self._heard + limit - now
             if left <= 0:
-                await asyncio.sleep(0.1)  # this process may have stood still itself: what is there is read first
-                if time.monotonic() - self._heard > limit:
-                    return EngineFailed(f"the engine did nothing for {limit:g} s (--watchdog)")
-            await asyncio.sleep(min(max(left, 0.05), 1.0))
+                return EngineFailed(f"the engine did nothing for {limit:g} s (--watchdog)")
+            until = now + min(max(left, 0.05), 1.0)
+            await asyncio.sleep(until - now)
+            now = time.monotonic()
+            self._heard = min(self._heard + max(now - until, 0.0), now)
 
     def _take(self, link: EngineLink, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):

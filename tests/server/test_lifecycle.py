@@ -284,6 +284,21 @@ def test_a_stopped_engine_is_replaced(restarting: Running) -> None:
     assert "the engine did nothing for 2 s" in restarting.errors()
 
 
+def test_an_engine_that_stood_still_with_its_server_is_not_replaced(restarting: Running) -> None:
+    restarts = counts(restarting)
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, restarting)
+        engine = restarting.engine_pid()
+        os.kill(engine, signal.SIGSTOP)
+        restarting.process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        restarting.process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)  # it goes on with a long step
+        os.kill(engine, signal.SIGCONT)
+        check_whole(clients)
+    assert counts(restarting) == restarts
+
+
 def test_an_idle_engine_that_stops_is_replaced(restarting: Running) -> None:
     restarts = metric(restarting, "engine_restarts")
     time.sleep(2.5)  # an engine with nothing to do is alive
