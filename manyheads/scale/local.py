@@ -17,7 +17,7 @@ from ray.serve.schema import ApplicationStatus
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.errors import EngineError
 from manyheads.scale.client import ReplicaClient
-from manyheads.scale.room import check_room, ray_options
+from manyheads.scale.room import check_room, ray_options, resources_by_machine
 from manyheads.scale.serve_app import replicas
 from manyheads.scale.settings import AppSettings, Scaling
 from manyheads.server import run
@@ -25,6 +25,8 @@ from manyheads.server.aside import Aside
 from manyheads.server.config import ServerConfig
 
 NAME = "manyheads"
+WATCH_SECONDS = 2.0
+"""So often it is looked whether Ray is still there."""
 
 
 def serve_replicas(config: EngineConfig, options: ServerConfig, count: int) -> int:
@@ -49,7 +51,13 @@ def serve_replicas(config: EngineConfig, options: ServerConfig, count: int) -> i
     async def leave() -> None:
         await aside.do(_stop)
 
-    return run.serve(config, options, backend=lambda: ReplicaClient(config, find, leave))
+    async def watch() -> str:
+        watching = Aside()  # of its own: it waits where Ray does not answer
+        while await watching.do(resources_by_machine):
+            await asyncio.sleep(WATCH_SECONDS)
+        return "Ray has died on this machine"
+
+    return run.serve(config, options, backend=lambda: ReplicaClient(config, find, leave, watch))
 
 
 def _start_ray(options: ServerConfig, count: int) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 
 from tests.server.conftest import eventually, launch
@@ -29,3 +32,17 @@ def test_replicas_that_cannot_start_say_why() -> None:
         assert running.process.wait(120) == 1
         error = "the replicas could not start: manyheads.config.ConfigError: heads do not fit"
         assert running.errors() == f"manyheads: error: {error}\n"
+
+
+def test_a_ray_that_dies_ends_the_server() -> None:
+    pytest.importorskip("ray")
+    soon = {"RAY_health_check_period_ms": "200", "RAY_health_check_failure_threshold": "2"}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+        running = launch(Path(folder), "--replicas", "1", FAKE_TOKENIZER="1", **soon).wait_ready()
+        running.pids.with_name("pause").touch()
+        asked = pool.submit(httpx.post, running.url + "/generate", json={"prompt": "Hi"}, timeout=100)
+        (raylet,) = (p for p in psutil.Process(running.process.pid).children(recursive=True) if p.name() == "raylet")
+        raylet.kill()  # it would have started replicas
+        assert running.process.wait(100) == 1
+        assert "manyheads: error: the engine has stopped: Ray has died on this machine" in running.errors()
+        assert asked.result().status_code == 503
