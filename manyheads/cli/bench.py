@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from manyheads.bench.plan import BenchInputError, parse_loads, split_address
 from manyheads.cli.parser import Parser
 from manyheads.config import ConfigError
-from manyheads.interrupt import ended_as_by_interrupt
+from manyheads.interrupt import between_steps, ended_as_by_interrupt
 
 if TYPE_CHECKING:
     from manyheads.bench.measure import Options
@@ -272,16 +272,19 @@ def _join(args: argparse.Namespace) -> int:
     if args.api_key:
         os.environ["MANYHEADS_API_KEY"] = args.api_key
     print(f"making load for {args.join} (Ctrl-C ends this)", flush=True)
-    while True:
-        # a session of its own: Ctrl-C must not reach it while it is being imported, where nothing catches it
-        command = [sys.executable, "-m", "manyheads.bench.generator", "--join", args.join]
-        process = subprocess.Popen(command, start_new_session=True)
-        try:
-            process.wait()
-        finally:
-            process.terminate()
-            process.wait()
-        time.sleep(1.0)
+    command = [sys.executable, "-m", "manyheads.bench.generator", "--join", args.join]
+    with ended_as_by_interrupt():
+        while True:
+            with between_steps() as check:  # a Ctrl-C while it is started would leave it behind
+                # a session of its own: Ctrl-C must not reach it while it is being imported, where nothing catches it
+                process = subprocess.Popen(command, start_new_session=True)
+            try:
+                check()
+                process.wait()
+            finally:
+                process.terminate()
+                process.wait()
+            time.sleep(1.0)
 
 
 def _ui(args: argparse.Namespace) -> int:

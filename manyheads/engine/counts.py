@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.step import RowResult
 from manyheads.request import EngineReady
+from manyheads.say import say
 from manyheads.stats import AdapterStats, EngineStats, MemoryUse
 
 
@@ -59,7 +58,7 @@ class Counts:
     def compiled(self, what: str) -> None:
         """Count what was compiled or captured while requests waited for it, and say so."""
         self.num_compiled += 1
-        print(f"engine: compiled or captured while serving: {what}", file=sys.stderr, flush=True)
+        say(f"engine: compiled or captured while serving: {what}")
 
     def stats(self, scheduler: Scheduler, memory: MemoryUse) -> EngineStats:
         """A snapshot, with what the scheduler has now."""

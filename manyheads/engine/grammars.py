@@ -17,6 +17,7 @@ from manyheads.engine.step import Request
 from manyheads.engine.vocabulary import Vocabulary
 from manyheads.errors import RequestError, require
 from manyheads.request import ErrorKind
+from manyheads.say import say
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -76,7 +77,7 @@ class Grammars:
             except RequestError as error:
                 failed.append((held.request, (str(error), "invalid")))
             except Exception as error:  # a defect that one request meets is the end of that request alone
-                traceback.print_exc()
+                say(traceback.format_exc())
                 why = f"the engine cannot compile this grammar: {type(error).__name__}: {error}"
                 failed.append((held.request, (why, "engine")))
         self._held = waiting

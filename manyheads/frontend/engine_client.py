@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import dataclasses
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from manyheads.frontend.engine_link import EngineLink
 from manyheads.frontend.engine_process import BUILD_ENGINE, EngineLaunch
 from manyheads.frontend.open_request import DeltaQueue, OpenRequest
 from manyheads.request import Abort, EngineFailed, EngineReady, EngineRequest, FromEngine, RequestDelta, StepOutputs
+from manyheads.say import say
 from manyheads.stats import EngineStats
 
 START_SECONDS = 1800.0
@@ -141,16 +141,20 @@ class EngineClient:
 
     async def _supervise(self) -> None:
         """Run an engine after another until one cannot be replaced."""
-        while True:
-            try:
-                cause = await self._run()
-            except OSError as error:  # no process or socket can be made
-                cause = EngineFailed(str(error))
-            delay = self._bury(cause)
-            if delay is None:
-                return
-            print(f"engine: {cause.message}; starting another", file=sys.stderr, flush=True)
-            await asyncio.sleep(delay)
+        try:
+            while True:
+                try:
+                    cause = await self._run()
+                except (OSError, EngineError) as error:  # no process or socket can be made
+                    cause = EngineFailed(str(error))
+                delay = self._bury(cause)
+                if delay is None:
+                    return
+                say(f"engine: {cause.message}; starting another")
+                await asyncio.sleep(delay)
+        except Exception as error:  # a defect: nobody must wait for an engine that nobody starts
+            self._fail(EngineFailed(f"{type(error).__name__}: {error}"))
+            raise
 
     async def _run(self) -> EngineFailed:
         """Run one engine from its start to its end, and return why it ended."""
@@ -184,15 +188,18 @@ class EngineClient:
         raise AssertionError("an engine's messages do not end")
 
     async def _watch_silence(self) -> EngineFailed:
-        """Wait until the engine has said nothing for too long."""
+        """Wait until the engine has said nothing for too long. Time in which this process stood still does not count:
+        it has read nothing, and the engine may have stood still with it (a machine or container that was paused)."""
+        now = time.monotonic()
         while True:
             limit = START_SECONDS if self._link is None else self._watchdog
-            left = self._heard + limit - time.monotonic()
+            left = self._heard + limit - now
             if left <= 0:
-                await asyncio.sleep(0.1)  # this process may have stood still itself: what is there is read first
-                if time.monotonic() - self._heard > limit:
-                    return EngineFailed(f"the engine did nothing for {limit:g} s (--watchdog)")
-            await asyncio.sleep(min(max(left, 0.05), 1.0))
+                return EngineFailed(f"the engine did nothing for {limit:g} s (--watchdog)")
+            until = now + min(max(left, 0.05), 1.0)
+            await asyncio.sleep(until - now)
+            now = time.monotonic()
+            self._heard = min(self._heard + max(now - until, 0.0), now)
 
     def _take(self, link: EngineLink, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):

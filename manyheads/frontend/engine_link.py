@@ -30,6 +30,9 @@ class EngineLink:
 
     The sockets live in a folder that only this user may enter; folder and process are gone after `close`. It is made
     within a running event loop.
+
+    Raises:
+        OSError, EngineError: no folder or no socket can be made.
     """
 
     def __init__(self) -> None:
@@ -40,21 +43,21 @@ class EngineLink:
         self._cleanup = contextlib.ExitStack()
         self.folder = tempfile.mkdtemp(prefix="manyheads-")
         self._cleanup.callback(shutil.rmtree, self.folder, ignore_errors=True)
-        context = self._cleanup.enter_context(zmq.asyncio.Context())
-        # requests go out through a plain socket: where its queue has room, sending never waits
-        self._requests: zmq.Socket[bytes] = self._cleanup.enter_context(zmq.Socket(context, zmq.PUSH))
-        self._requests.set_hwm(MOST_UNSENT)
-        self._outputs = self._cleanup.enter_context(context.socket(zmq.PULL))
-        self._outputs.set_hwm(MOST_STEPS)
-        self._requests.linger = self._outputs.linger = 0
         try:
+            context = self._cleanup.enter_context(zmq.asyncio.Context())
+            # requests go out through a plain socket: where its queue has room, sending never waits
+            self._requests: zmq.Socket[bytes] = self._cleanup.enter_context(zmq.Socket(context, zmq.PUSH))
+            self._requests.set_hwm(MOST_UNSENT)
+            self._outputs = self._cleanup.enter_context(context.socket(zmq.PULL))
+            self._outputs.set_hwm(MOST_STEPS)
+            self._requests.linger = self._outputs.linger = 0
             self._outputs.bind(f"ipc://{self.folder}/outputs")
             # The queue of a socket that connects is there without the process, too: what is sent to an engine that
             # has just died is lost with it and goes to the next one.
             self._requests.connect(f"ipc://{self.folder}/requests")
         except zmq.ZMQError as error:
             self._cleanup.close()
-            raise EngineError(f"no socket can be made in {self.folder}: {error}; set TMPDIR") from error
+            raise EngineError(f"no socket can be made in {self.folder} (see TMPDIR): {error}") from error
 
     async def start(self, launch: EngineLaunch) -> None:
         """Start the process; what it has to say comes through `messages`."""

@@ -33,6 +33,7 @@ from manyheads.request import (
     StepOutputs,
     ToEngine,
 )
+from manyheads.say import say
 
 if TYPE_CHECKING:
     from manyheads.engine.engine import Engine
@@ -107,7 +108,7 @@ class Loop:
             try:
                 message = self._decoder.decode(data)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                print(f"engine: dropped a message of {len(data)} bytes: {error}", file=sys.stderr, flush=True)
+                say(f"engine: dropped a message of {len(data)} bytes: {error}")
                 continue
             if isinstance(message, Abort):
                 self.engine.abort(message.request_id)
@@ -117,7 +118,7 @@ class Loop:
             except (RequestError, QueueFull) as error:
                 refused.append(RequestDelta.refusal(message.request_id, error))
             except Exception as error:  # a defect that one request meets is the end of that request alone
-                traceback.print_exc()
+                say(traceback.format_exc())
                 why = f"the engine cannot take this request: {type(error).__name__}: {error}"
                 refused.append(RequestDelta.failure(message.request_id, why, "engine"))
 
@@ -141,7 +142,7 @@ def main() -> None:
         def progress(line: str) -> None:
             outbox.send(msgspec.msgpack.encode(Beat()))
             if launch.verbose:
-                print("engine:", line, file=sys.stderr, flush=True)
+                say(f"engine: {line}")
 
         engine = pkgutil.resolve_name(launch.build)(launch.config, progress)
         loop = Loop(engine, inbox, outbox)
@@ -154,7 +155,7 @@ def main() -> None:
     except Exception as error:
         expected = not serving and isinstance(error, (ValueError, OSError))
         if launch.verbose or not expected:
-            traceback.print_exc()
+            say(traceback.format_exc())
         text = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
         outbox.send(msgspec.msgpack.encode(EngineFailed(text, refused=expected and isinstance(error, ValueError))))
         context.destroy(linger=2000)

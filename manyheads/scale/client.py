@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ class ReplicaClient:
         config: of each engine.
         find: gets a handle of the deployment of `Replica`, which may have to be started.
         leave: lets go what `find` has started.
+        watch: returns once no replica can come any more, and says why.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class ReplicaClient:
         config: EngineConfig,
         find: Callable[[], Awaitable[DeploymentHandle[Any]]],
         leave: Callable[[], Awaitable[None]] | None = None,
+        watch: Callable[[], Coroutine[Any, Any, str]] | None = None,
     ) -> None:
         self.config = config
         self.failure: str | None = None
-        self._find, self._leave = find, leave
+        self._find, self._leave, self._watch = find, leave, watch
+        self._watching: asyncio.Task[str] | None = None
         self._generate: DeploymentHandle[Any] | None = None
         self._open: dict[str, OpenRequest] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -96,15 +99,25 @@ class ReplicaClient:
             handle = await self._find()
             self._generate = handle.options(method_name="generate", stream=True)
             ready: EngineReady = msgspec.msgpack.decode(await handle.ready.remote(), type=EngineReady)
-            return ready
         except (RayError, RayServeException) as error:
             raise EngineError(f"no replica answers: {_reason(error)}") from error
+        if self._watch is not None:
+            self._watching = asyncio.create_task(self._watch())
+            self._watching.add_done_callback(self._lost)
+        return ready
+
+    def _lost(self, watching: asyncio.Task[str]) -> None:
+        if not watching.cancelled():
+            self._fail(str(watching.exception() or watching.result()))
 
     def submit(self, requests: Iterable[EngineRequest]) -> DeltaQueue:
         """Send requests and return the queue of all their deltas."""
         queue = DeltaQueue()
         for request in requests:
             request_id = request.request_id
+            if self.failure is not None:
+                queue.put(self._last(request_id))
+                continue
             self._open[request_id] = entry = OpenRequest.of(request, queue, self._random)
             self._tasks[request_id] = task = asyncio.create_task(self._follow(entry))
             task.add_done_callback(partial(self._forget, request_id))
@@ -127,15 +140,24 @@ class ReplicaClient:
 
     async def close(self) -> None:
         """End what is open; the replicas are Serve's."""
-        self.failure = self.failure or "the server is shutting down"
-        for request_id in list(self._open):
-            self._add(RequestDelta.failure(request_id, f"the engine has stopped: {self.failure}", "engine"))
+        if self._watching is not None:
+            self._watching.cancel()
         tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
+        self._fail("the server is shutting down")
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._leave is not None:
             await self._leave()
+
+    def _fail(self, why: str) -> None:
+        self.failure = self.failure or why
+        for request_id in list(self._open):
+            self._add(self._last(request_id))
+        for task in self._tasks.values():
+            task.cancel()
+
+    def _last(self, request_id: str) -> RequestDelta:
+        """Answer for engines that cannot answer any more."""
+        return RequestDelta.failure(request_id, f"the engine has stopped: {self.failure}", "engine")
 
     async def _follow(self, entry: OpenRequest) -> None:
         """Follow a request through one replica after the other, to its end."""

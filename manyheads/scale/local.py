@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -11,11 +12,12 @@ import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from manyheads.config import ConfigError, EngineConfig
 from manyheads.errors import EngineError
 from manyheads.scale.client import ReplicaClient
-from manyheads.scale.room import check_room, ray_options
+from manyheads.scale.room import check_room, ray_options, resources_by_machine
 from manyheads.scale.serve_app import replicas
 from manyheads.scale.settings import AppSettings, Scaling
 from manyheads.server import run
@@ -23,6 +25,8 @@ from manyheads.server.aside import Aside
 from manyheads.server.config import ServerConfig
 
 NAME = "manyheads"
+WATCH_SECONDS = 2.0
+"""So often it is looked whether Ray is still there."""
 
 
 def serve_replicas(config: EngineConfig, options: ServerConfig, count: int) -> int:
@@ -39,12 +43,21 @@ def serve_replicas(config: EngineConfig, options: ServerConfig, count: int) -> i
     async def find() -> DeploymentHandle[Any]:
         await aside.do(lambda: _start_ray(options, count))
         keep_signals()
-        return await aside.do(lambda: _start_replicas(config, options, count))
+        handle = await aside.do(lambda: _start_replicas(config, options, count))
+        while not await aside.do(_are_ready):  # a signal need not wait until they are
+            await asyncio.sleep(0.1)
+        return handle
 
     async def leave() -> None:
         await aside.do(_stop)
 
-    return run.serve(config, options, backend=lambda: ReplicaClient(config, find, leave))
+    async def watch() -> str:
+        watching = Aside()  # of its own: it waits where Ray does not answer
+        while await watching.do(resources_by_machine):
+            await asyncio.sleep(WATCH_SECONDS)
+        return "Ray has died on this machine"
+
+    return run.serve(config, options, backend=lambda: ReplicaClient(config, find, leave, watch))
 
 
 def _start_ray(options: ServerConfig, count: int) -> None:
@@ -78,9 +91,20 @@ def _start_replicas(config: EngineConfig, options: ServerConfig, count: int) -> 
     try:
         check_room(ray_options(settings.resources, config), count)
         serve.start(proxy_location=ProxyLocation.Disabled)
-        return serve.run(replicas(config, options, settings), name=NAME, route_prefix=None)
+        target = serve.RunTarget(replicas(config, options, settings), name=NAME, route_prefix=None)
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+        return handle
     except RuntimeError as error:
         raise EngineError(f"the replicas could not start: {error}") from error
+
+
+def _are_ready() -> bool:
+    """Tell whether all replicas are there. Raises EngineError: they never will be."""
+    told = serve.status().applications[NAME]
+    if told.status == ApplicationStatus.DEPLOY_FAILED:
+        lines = told.deployments["engine"].message.strip().splitlines()  # a replica's traceback, if one has begun
+        raise EngineError(f"the replicas could not start: {lines[-1] if lines else told.message}")
+    return told.status == ApplicationStatus.RUNNING
 
 
 def _stop() -> None:

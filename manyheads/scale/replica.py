@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator
 
 import msgspec
@@ -44,13 +45,16 @@ class Replica:
         """
         client = self._client
         request = msgspec.msgpack.decode(data, type=EngineRequest)
+        name = request.request_id
+        # a front end that could not reach this replica for a moment may send a request again that has not ended here
+        request = msgspec.structs.replace(request, request_id=f"{name} {uuid.uuid4().hex}")
         queue = client.submit([request])
         ended = False
         try:
             while not ended:
                 for delta in await queue.take():
                     ended = delta.finish_reason is not None
-                    yield msgspec.msgpack.encode(delta)
+                    yield msgspec.msgpack.encode(msgspec.structs.replace(delta, request_id=name))
         finally:
             if not ended:
                 client.abort(request.request_id)

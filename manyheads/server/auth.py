@@ -49,11 +49,13 @@ class Usage:
         if key.max_requests is not None and self.open >= key.max_requests:
             message = f"this API key has {self.open} requests open, the most it may; wait until one has ended"
             raise ApiError(429, message, code="too_many_requests", retry_after=1)
-        if key.tokens_per_minute is not None:
+        now = time.monotonic()
+        since, self.at = now - self.at, now
+        if key.tokens_per_minute is None:
+            self.tokens = 0.0  # nothing to make good, should the key be given a limit one day
+        else:
             per_second = key.tokens_per_minute / 60
-            now = time.monotonic()
-            self.tokens = max(0.0, self.tokens - (now - self.at) * per_second)
-            self.at = now
+            self.tokens = max(0.0, self.tokens - since * per_second)
             if self.tokens >= key.tokens_per_minute:
                 seconds = max(1, math.ceil((self.tokens - key.tokens_per_minute) / per_second))
                 message = f"this API key has used its {key.tokens_per_minute} tokens a minute; wait {seconds} s"

@@ -8,7 +8,6 @@ import gc
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -24,6 +23,7 @@ from manyheads.frontend.engine_process import BUILD_ENGINE
 from manyheads.frontend.llm import folders
 from manyheads.frontend.tokenizer import Tokenizer
 from manyheads.request import EngineReady, SamplingParams
+from manyheads.say import say
 from manyheads.server.app import create_app
 from manyheads.server.aside import Aside
 from manyheads.server.config import ServerConfig
@@ -60,7 +60,7 @@ class Server(GuardedServer):
         service.draining = True
         if self._client.num_open:
             what = f"{self._client.num_open} requests in at most {seconds:g} s; a second signal ends them now"
-            print(f"manyheads: finishing {what}", file=sys.stderr, flush=True)
+            say(f"manyheads: finishing {what}")
         deadline = time.monotonic() + seconds
         while self._client.num_open and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -86,7 +86,7 @@ def serve(
     """
     server.check()
     if server.is_exposed:
-        print(f"warning: anybody who reaches {server.host} may ask: no --api-key or --api-key-file", file=sys.stderr)
+        say(f"warning: anybody who reaches {server.host} may ask: no --api-key or --api-key-file")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processors are the engine's
     raise_file_limit()
 
@@ -151,14 +151,8 @@ async def _serve(config: EngineConfig, options: ServerConfig, backend: Callable[
             gc.collect()
             gc.set_threshold(*GARBAGE)
             gc.freeze()  # what imports have made stays: looking at it again stops all streams for a quarter of a second
-            print(
-                *([ready.weights] if ready.weights else []),
-                _memory(ready),
-                _greeting(ready, service.names[0], host, port, scheme),
-                sep="\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            lines = (ready.weights, _memory(ready), _greeting(ready, service.names[0], host, port, scheme))
+            say("\n".join(filter(None, lines)))
             await server.serve(sockets=[listener])
             if client.failure is not None and not stopping:
                 raise EngineError(f"the engine has stopped: {client.failure}")

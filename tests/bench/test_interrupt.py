@@ -69,7 +69,7 @@ def test_what_was_measured_is_kept(tmp_path: Path, number: int, workers: str) ->
 
 
 def test_workers_that_joined(tmp_path: Path) -> None:
-    """They make the load of one run after the other; Ctrl-C ends them."""
+    """They make the load of one run after the other; Ctrl-C or SIGTERM ends them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -84,9 +84,9 @@ def test_workers_that_joined(tmp_path: Path) -> None:
         assert "The load generator was not the bottleneck" in out
         assert [level.load for level in result.load(tmp_path).levels] == [20, 40]
         assert result.load(tmp_path).whole.completed > 25
-        for worker in joined:
+        for worker, number in zip(joined, (signal.SIGINT, signal.SIGTERM), strict=True):
             # whatever its generator does now, for one run has ended and the next is being waited for
-            status, _, err = end(worker, signal.SIGINT)
+            status, _, err = end(worker, number)
             assert (status, err) == (130, "")
     finally:
         for worker in joined:

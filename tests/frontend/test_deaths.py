@@ -16,6 +16,7 @@ import pytest
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.engine.build import build_engine
+from manyheads.errors import EngineError
 from manyheads.frontend.engine_client import EngineClient
 from manyheads.request import EngineRequest
 from tests.eagle3 import drafter_of
@@ -143,3 +144,34 @@ def test_requests_that_come_before_a_death_is_noticed_go_to_the_next_engine(tmp_
             await client.close()
 
     assert asyncio.run(asked()) == texts_alone(dataclasses.replace(config, speculative=False))
+
+
+def test_an_engine_whose_sockets_cannot_be_made_ends_those_who_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    config = EngineConfig(model="fake")
+    settings: dict[str, Any] = {"watchdog": 3.0, "max_restarts": 1, "build": "tests.server.fake_engine:build"}
+    deep = temporary / ("x" * 90)  # a socket's path has at most 107 characters
+    deep.mkdir()
+
+    async def first() -> None:
+        client = EngineClient(config, **settings)
+        with pytest.raises(EngineError, match="no socket can be made"):
+            await asyncio.wait_for(client.start(), 10)
+        await client.close()
+
+    async def another() -> str | None:
+        client = EngineClient(config, **settings)
+        await client.start()
+        monkeypatch.setattr(tempfile, "tempdir", str(deep))
+        queue = client.submit([EngineRequest(request_id="a", prompt_token_ids=[5], params=SamplingParams())])
+        kill(*children(os.getpid(), ENGINE))
+        while (delta := (await asyncio.wait_for(queue.take(), 10))[-1]).finish_reason is None:
+            pass
+        assert not client.alive
+        await client.close()
+        return delta.error
+
+    assert "no socket can be made" in str(asyncio.run(another()))
+    asyncio.run(first())  # there still
+    assert list(deep.iterdir()) == []

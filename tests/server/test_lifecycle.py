@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import time
@@ -283,6 +284,21 @@ def test_a_stopped_engine_is_replaced(restarting: Running) -> None:
     assert "the engine did nothing for 2 s" in restarting.errors()
 
 
+def test_an_engine_that_stood_still_with_its_server_is_not_replaced(restarting: Running) -> None:
+    restarts = counts(restarting)
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, restarting)
+        engine = restarting.engine_pid()
+        os.kill(engine, signal.SIGSTOP)
+        restarting.process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        restarting.process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)  # it goes on with a long step
+        os.kill(engine, signal.SIGCONT)
+        check_whole(clients)
+    assert counts(restarting) == restarts
+
+
 def test_an_idle_engine_that_stops_is_replaced(restarting: Running) -> None:
     restarts = metric(restarting, "engine_restarts")
     time.sleep(2.5)  # an engine with nothing to do is alive
@@ -336,6 +352,20 @@ def test_the_server_is_killed(tmp_path: Path) -> None:
         assert running.is_gone()  # the engine notices
         for client in (clients.whole, clients.stream):
             assert isinstance(client.exception(), httpx.TransportError)
+
+
+def test_nobody_reads_its_standard_error_any_more(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stderr")
+    reader = os.open(tmp_path / "stderr", os.O_RDONLY | os.O_NONBLOCK)
+    running = start(tmp_path, FAKE_ENGINE_STEP_SECONDS="0.004").wait_ready()
+    os.close(reader)  # as `manyheads serve 2>&1 | tee log` has it, where Ctrl-C ends tee, too
+    with ThreadPoolExecutor(2) as pool:
+        clients = Clients(pool, running)
+        running.kill_engine()  # which the server tells
+        assert eventually(lambda: metric(running, "engine_restarts") == 1)
+        assert running.stop(signal.SIGTERM) < 20  # and that it waits for requests
+        check_whole(clients)
+    assert running.is_gone()
 
 
 # starts that fail

@@ -157,6 +157,14 @@ def test_tokens_per_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usage.tokens == pytest.approx(599)
 
 
+def test_a_limit_that_comes_later_does_not_count_what_was_used_without() -> None:
+    usage = Usage()
+    for _ in range(100):
+        usage.check(Key(name="alice", digest=b""))
+        usage.tokens += 500
+    usage.check(Key(name="alice", digest=b"", tokens_per_minute=600))
+
+
 def test_open_paths() -> None:
     for path in ("/", "/health", "/ready"):
         assert not needs_key(path, True)
