@@ -133,7 +133,7 @@ class Scheduler:
                 self._plan_chunk(plan, request, prompts[request])
         if self.num_preemptions == preemptions:
             self._admit(plan, starting, prompts)
-        self.admission.tick(len(self.waiting) > 0)
+        self.admission.tick(self.waiting.has_ready)
         if not (plan.chunks or plan.decoding):
             return None
         plan.companions.extend(self.pages.news())
