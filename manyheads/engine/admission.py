@@ -44,7 +44,8 @@ class Admission:
         self._pending += work
 
     def tick(self, somebody_waits: bool) -> None:
-        """A step has been planned: what was done since the one before counts if somebody waited all the while."""
+        """A step has been planned: what was done since the one before counts if somebody who can start waited all the
+        while."""
         now = self.clock()
         if self._ticked_at is not None:
             seconds = now - self._ticked_at
@@ -62,7 +63,7 @@ class Admission:
         is_known = self._seconds >= LEAST_SECONDS and self._steps >= LEAST_STEPS and waiting.output_share.is_known
         if not is_known or self._work == 0:
             return 0.0
-        num_rows = len(running) + (0 if waiting else num_free_rows)  # if somebody waits, free ones are of no use
+        num_rows = len(running) + (0 if waiting.has_ready else num_free_rows)  # where these are of no use
         clients = {request.client for request in running} | waiting.clients() | {client}
         num_own = sum(request.client == client for request in running) + waiting.num_waiting(client)
         if num_own < num_rows // len(clients):

@@ -92,6 +92,11 @@ class FairQueue:
         for line in self._lines.values():
             yield from line.requests
 
+    @property
+    def has_ready(self) -> bool:
+        """Whether somebody waits who can start, and for nothing but its turn."""
+        return any(not request.is_held for request in self)
+
     def add(self, request: Request) -> None:
         """Take a new request."""
         self.served[request.client] = self.counter_of(request.client)

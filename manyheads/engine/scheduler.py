@@ -133,7 +133,7 @@ class Scheduler:
                 self._plan_chunk(plan, request, prompts[request])
         if self.num_preemptions == preemptions:
             self._admit(plan, starting, prompts)
-        self.admission.tick(len(self.waiting) > 0)
+        self.admission.tick(self.waiting.has_ready)
         if not (plan.chunks or plan.decoding):
             return None
         plan.companions.extend(self.pages.news())
@@ -172,6 +172,8 @@ class Scheduler:
             client, num_tokens = request.client, min(len(request.tokens), budget)
             if num_tokens == 0:
                 break  # it would get none in this step
+            if self.pages.pages_for(num_tokens) > self.pages.num_usable - 2:
+                break  # there is no room for it beside a single row, and one stays
             starting[client] += 1
             pages += self.pages.pages_for(num_tokens + self.planner.scratch) + 1
             while starting.total() > self._num_free_rows or pages > self.pages.num_available - len(self.running):

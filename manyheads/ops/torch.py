@@ -228,9 +228,8 @@ class TorchOps:
         depth = torch.arange(path.shape[1], device=cache.device)
         moved = (places != depth) & (depth < gained[:, None])
         if bool(moved.any()):
-            source = trees.row_slots.gather(1, places)[moved]
-            destination = trees.row_slots[:, : depth.numel()][moved]
-            cache.move(source, destination)
+            row, to = moved.nonzero(as_tuple=True)  # paths may have room for more depths than there are nodes
+            cache.move(trees.row_slots[row, places[row, to]], trees.row_slots[row, to])
 
     def pack(self, state: RowState, trees: Trees, outcome: Outcome, size: int) -> Gained:
         index, width = trees.inflight.index, trees.tree.max_depth + 1

@@ -75,7 +75,8 @@ class NgramDrafter:
         position = state.cached_len[kept.index][:, None] + 1 - kept.gained + order
         # the last place of a text is nobody's
         position = torch.where(order < kept.gained, position.clamp(min=0), text.shape[1] - 1)
-        text.index_put_((kept.index[:, None].expand_as(position), position), kept.tokens.to(text.dtype))
+        tokens = kept.tokens.clamp(min=0)  # what could not be drawn must not be guessed: no model has such a token
+        text.index_put_((kept.index[:, None].expand_as(position), position), tokens.to(text.dtype))
 
     def propose(self, state: RowState, kept: Kept, depth: int, nodes: float) -> tuple[Tensor, Tensor]:
         text = state.drafter["text"][kept.index]  # [R, L]

@@ -126,6 +126,27 @@ def test_overload(overlaps: bool) -> None:
     assert median(errors) < 0.3
 
 
+def test_what_is_done_while_a_grammar_is_compiled_is_no_rate(overlaps: bool) -> None:
+    """Who waits for that waits for no row: little may be asked for at that time."""
+    world = World(Setup(overlaps=overlaps, max_wait=10.0, **SETUP))
+    for _ in range(4):
+        world.add([1, 2], ignore_eos=True, max_tokens=20)
+    world.run()
+    world.add([1, 2], client="grammar", ignore_eos=True, max_tokens=20)
+    (held,) = world.scheduler.waiting
+    held.is_held = True
+    world.add([1, 2], client="few", ignore_eos=True, max_tokens=30)
+    for _ in range(25):
+        world.now += 0.1
+        world.engine.step()
+    assert [request.client for request in world.scheduler.running] == ["few"]
+    assert world.scheduler.expected_wait("many") == 0
+    held.is_held = False
+    for _ in range(12):  # for 60 steps of four rows: six seconds
+        world.add([1, 2], client="many", ignore_eos=True, max_tokens=20)
+    assert world.scheduler.expected_wait("many") == 0  # nobody has waited for a row
+
+
 def test_a_light_client_is_let_in_beside_a_heavy_one(busy: World) -> None:
     while busy.scheduler.expected_wait("many") <= CLOSES * 30:
         busy.add([1], client="many", max_tokens=30, ignore_eos=True)

@@ -16,6 +16,7 @@ from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
 from manyheads.request import EngineRequest, RequestDelta
+from manyheads.speculation.draft import NO_DRAFT
 from tests.tiny import VOCAB, save_model
 
 POISON = 13
@@ -140,6 +141,23 @@ def test_a_row_that_breaks_on_the_way_keeps_what_it_has(tiny: Path, overlaps: bo
     assert tokens(deltas) == [POISON]
     assert (deltas[-1].finish_reason, deltas[-1].error_kind) == ("error", "model")
     assert "not finite after 1 tokens" in (deltas[-1].error or "")
+
+
+@pytest.mark.parametrize("drafter", ["medusa", "ngram"])
+def test_who_gets_a_broken_rows_place_knows_nothing_of_it(
+    tiny: Path, overlaps: bool, drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that was launched before anyone knew guesses by a text with a token that could not be drawn. After a plain
+    step the next one has no guesses yet: those fill up its tree, and its penalties look at all of them."""
+    job = {"good 2": good_jobs()["good 2"]}
+    served = engine(tiny, float("nan"), drafter=drafter)
+    params = SamplingParams(temperature=0.0, logit_bias={POISON: 100.0}, max_tokens=60)
+    last = run(served, {"bad": (GOOD, params)})["bad"][-1]
+    assert (last.finish_reason, last.error_kind) == ("error", "model")
+    draft, plain = served.planner.draft(8), iter([NO_DRAFT])
+    monkeypatch.setattr(served.planner, "choose", lambda *args: next(plain, draft))
+    again = run(served, job)["good 2"]
+    assert tokens(again) == tokens(run(engine(tiny, drafter=drafter), job)["good 2"])
 
 
 def test_weights_that_overflow_are_told_in_a_line(tmp_path: Path) -> None:

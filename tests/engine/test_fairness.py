@@ -157,6 +157,21 @@ def test_clients_get_the_same_tokens_whatever_they_ask_for(overlaps: bool) -> No
     assert min(served.values()) > 1000
 
 
+@pytest.mark.parametrize("companions", [0, 2])
+def test_nobody_is_set_back_for_a_prompt_that_fits_beside_no_other_row(companions: int, overlaps: bool) -> None:
+    """Where pages have companions, a step's part of a prompt takes more than the whole text will."""
+    world = World(Setup(overlaps=overlaps, pages=12, companions=companions, max_len=48, budget=128, rows=4))
+    flood(world, "many", 4)
+    for _ in range(2):
+        world.step()
+    world.add([2] * 47, client="few", ignore_eos=True)
+    for _ in range(3):
+        world.step()
+        assert rows(world)["many"] == 4
+    assert world.engine.stats().preemptions == 0
+    world.run()
+
+
 def test_a_lower_priority_starts_first_and_gives_way_last(overlaps: bool) -> None:
     world = World(Setup(overlaps=overlaps, rows=1, pages=64))
     order = [world.add([1], client=c, priority=p, max_tokens=2) for c, p in (("a", 0), ("a", 5), ("b", 0), ("a", -1))]
