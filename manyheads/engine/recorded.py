@@ -109,9 +109,12 @@ class RecordedSteps:
         self._steps.clear()
         self._passes.clear()
 
-    def padded_prompts(self, num_tokens: int) -> int:
-        """What a step rounds so many tokens of chunks up to."""
-        return next((size for size in self.prompt_sizes if size >= num_tokens), num_tokens)
+    def padded_pass(self, num_prompts: int, num_trees: int, num_rows: int) -> int:
+        """Tokens of the pass over so many of chunks, and so many of so many rows' trees."""
+        chunks, trees = fitting(CHUNKS, num_prompts, 1), fitting(TREES, num_trees, num_rows)
+        if chunks is None or trees is None or (chunks, trees) not in self._passes:
+            return num_prompts + num_trees
+        return chunks[0] + trees[0]
 
     @staticmethod
     def serves(requests: list[Request]) -> bool:

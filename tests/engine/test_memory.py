@@ -99,7 +99,7 @@ def test_in_half_precision_it_does_not() -> None:
     with pytest.raises(ConfigError) as refused:
         half.require(FIFTEEN, half.parts(), 2)
     text = str(refused.value)
-    needed = r"a memory of 15\.0 GiB is too little: 19\.\d GiB are needed \(weights 12\.6 GiB, heads 1\.4 GiB,"
+    needed = r"a memory of 15\.0 GiB is too little: 20\.\d GiB are needed \(weights 12\.6 GiB, heads 1\.4 GiB,"
     assert re.match(needed, text)
     assert "the process itself 512 MiB, one page of K/V 16 MiB)" in text
     assert "max_num_seqs=8 instead of 256 saves 3." in text
