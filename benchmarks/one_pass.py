@@ -22,7 +22,7 @@ import torch
 from common import BUILTIN, ROOT, machine, save, table
 
 from manyheads import LLM, SamplingParams
-from manyheads.engine.step_run import ChunkRows, Hidden, StepRun, TreeRows
+from manyheads.engine.step_run import ChunkHidden, ChunkRows, Hidden, StepRun, TreeRows
 from manyheads.request import EngineRequest
 
 CONTEXT = 200
@@ -30,13 +30,13 @@ CONTEXT = 200
 
 
 def one_pass(forward: Any, model: Any, chunks: ChunkRows, trees: TreeRows) -> list[torch.Tensor]:
-    hidden, count = forward(chunks, trees).last, len(chunks.tokens)
-    return [model.logits(hidden[count - 1 :])]
+    known, hidden = forward(chunks, trees)
+    return [model.logits(torch.cat((known.ends, hidden.last)))]
 
 
 def two_passes(forward: Any, model: Any, chunks: ChunkRows, trees: TreeRows) -> list[torch.Tensor]:
-    first = model.logits(forward(chunks, None).last[-1:])
-    return [first, model.logits(forward(None, trees).last)]
+    first = model.logits(forward(chunks, None)[0].ends)
+    return [first, model.logits(forward(None, trees)[1].last)]
 
 
 def turns(run: StepRun, chunks: ChunkRows, trees: TreeRows, count: int) -> dict[str, Any]:
@@ -68,11 +68,13 @@ def measure(rows: int, tree_size: int, sizes: list[int], count: int) -> list[dic
     run, chance = runner.run, random.Random(0)
     found: list[dict[str, Any]] = []
 
-    def forward(chunks: ChunkRows | None, trees: TreeRows | None) -> Hidden:
+    def forward(
+        chunks: ChunkRows | None, trees: TreeRows | None, every: bool = False
+    ) -> tuple[ChunkHidden | None, Hidden]:
         if chunks is not None and trees is not None and len(chunks.tokens) in sizes:
             case = {"rows": rows, "nodes": len(trees.inflight.tokens), "chunk": len(chunks.tokens)}
             found.append(case | turns(run, chunks, trees, count))
-        return StepRun.forward(run, chunks, trees)
+        return StepRun.forward(run, chunks, trees, every)
 
     def ask(name: str, length: int, max_tokens: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from common import ROOT, machine, percentile, save, table
 
-from manyheads.engine.record_sizes import CHUNKS, TREE_ROWS, padded_rows
+from manyheads.engine.record_sizes import CHUNKS, TREE_ROWS, TREES, fitting, padded_rows
 from manyheads.engine.step_target import StepTarget
 from manyheads.speculation.costs import CostTable
 from manyheads.speculation.draft import SIZES, Draft
@@ -52,6 +52,12 @@ def costs() -> CostTable:
     trees = {n: {int(n * size): plain[n] + 20e-6 * n * (size - 1) for size in SIZES} for n in rows}
     prompts = {tokens: 4.4e-3 + 16.5e-6 * tokens for tokens in (4, 16, 64, 128, 256, 512, 1024)}
     return CostTable(plain, trees, dict.fromkeys(rows, 0.25e-3), prompts, context=192, cached=0.14e-6)
+
+
+def padded_pass(num_prompts: int, num_trees: int, num_rows: int) -> int:
+    """As `RecordedSteps.padded_pass`, of all that can be recorded."""
+    chunks, trees = fitting(CHUNKS, num_prompts, 1), fitting(TREES, num_trees, num_rows)
+    return num_prompts + num_trees if chunks is None or trees is None else chunks[0] + trees[0]
 
 
 def medusa() -> Planner:
@@ -85,8 +91,7 @@ def steps(planner: Planner, most: int, with_prompts: bool, count: int) -> Iterat
     """Seconds of the planner in each step, and what the step brings."""
     chance = random.Random(0)
     prompt_sizes = tuple(tokens for tokens, _ in CHUNKS[1:])
-    padded = partial(padded_rows, most=max(TREE_ROWS), sizes=TREE_ROWS)
-    planner.measured(costs(), padded, lambda tokens: next((s for s in prompt_sizes if s >= tokens), tokens))
+    planner.measured(costs(), partial(padded_rows, most=max(TREE_ROWS), sizes=TREE_ROWS), padded_pass)
     target = StepTarget(planner, MOST_PROMPTS, None, prompt_sizes)
     prior, known = planner.acceptance.table(), planner.costs
     expected = [planner.expected_tokens(planner.draft(size)) - 1 for size in SIZES]

@@ -13,8 +13,14 @@ from manyheads.models.llama import Llama
 
 
 @torch.inference_mode()
-def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None) -> Tensor:
-    """[T] → [T, hidden]; the tokens are a chain if no tree says otherwise."""
+def hidden_states(
+    model: Llama,
+    tokens: Tensor,
+    tree: TreeTensors | None = None,
+    read: Tensor | None = None,
+    is_finite: Tensor | None = None,
+) -> Tensor:
+    """[T] → [T, hidden], or [N, hidden] of those that are read; the tokens are a chain if no tree says otherwise."""
     config, n, device = model.config, len(tokens), tokens.device
     pages = -(-n // 16)
     kept = config.kv_shape
@@ -33,7 +39,7 @@ def hidden_states(model: Llama, tokens: Tensor, tree: TreeTensors | None = None)
     )
     places = torch.arange(n, device=device)
     attention.plan([group], tree.depth if tree else places, places + 16)
-    return model.forward(tokens, attention)
+    return model.forward(tokens, attention, read=read, is_finite=is_finite)
 
 
 @torch.inference_mode()

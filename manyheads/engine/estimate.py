@@ -206,8 +206,8 @@ class Shape:
 
     def _graphs(self) -> int:
         """Captured at start-up for all sizes of trees, of all depths where these cost passes, else for the one that is
-        used and for roots. What a graph returns is kept: hidden states, those that a drafter reads, and a step's
-        logits."""
+        used and for roots. What a graph returns is kept: hidden states that are read, those that a drafter reads, and
+        a step's logits."""
         if not self.ops.records:
             return 0
         model, drafter, most = self.model, self.drafter or NO_DRAFTER, self.max_num_seqs
@@ -223,8 +223,11 @@ class Shape:
             tokens += [int(size * rows) for size in sizes if int(size * rows) <= inflight]
         keys = pass_keys(most, self.max_num_batched_tokens, self.num_drawn)
         passes = [chunks[0] + trees[0] for chunks, trees in keys]
-        hidden = (1 + len(drafter.base_layers)) * model.hidden_size
-        kept = (sum(tokens) * (model.vocab_size + hidden) + sum(passes) * hidden) * self.dtype.itemsize
+        states = len(drafter.base_layers) * model.hidden_size
+        kept = sum(tokens) * (model.vocab_size + model.hidden_size + states) + sum(passes) * states
+        # of chunks, a dummy row's included, the last tokens' alone
+        kept += sum(chunks[1] + 1 + trees[0] for chunks, trees in keys) * model.hidden_size
+        kept *= self.dtype.itemsize
         count = len(tokens) + len(passes)
         return count * GRAPH_BYTES + kept + self._activations(max(*tokens, *passes)) + self._propose()
 

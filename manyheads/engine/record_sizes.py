@@ -15,17 +15,23 @@ TREES = (
     (16, 16),
     (32, 32),
     (64, 64),
+    (96, 96),
     (128, 64),
     (128, 128),
-    (192, 96),
+    (160, 128),
+    (192, 128),
     (256, 128),
     (256, 256),
+    (288, 192),
+    (320, 256),
     (384, 256),
     (512, 256),
+    (576, 256),
     (768, 256),
     (1024, 256),
 )
-"""Tokens of trees beside them, and the most rows."""
+"""Tokens of trees beside them, and the most rows: from 96 on about what TREE_ROWS bring with 1.25 to 4 nodes each; each
+of so many tokens costs arithmetic."""
 
 PassKey = tuple[tuple[int, int], tuple[int, int]]
 """A recorded forward pass: one of `CHUNKS`, and one of `TREES`."""

@@ -35,6 +35,7 @@ from manyheads.engine.record_sizes import (
 from manyheads.engine.sampler import draw, edits_logits, nodes_of
 from manyheads.engine.step import Chunk, Request
 from manyheads.engine.step_run import (
+    ChunkHidden,
     ChunkRows,
     DecodingRows,
     Hidden,
@@ -75,7 +76,7 @@ class _Pass:
     numbers: Tensor | None  # [3, T] int64: tokens, rows and places of chunks
     chunks: ChunkRows | None
     trees: TreeRows | None
-    recorded: Recorded[Hidden]
+    recorded: Recorded[tuple[ChunkHidden | None, Hidden]]
 
 
 class RecordedSteps:
@@ -108,9 +109,12 @@ class RecordedSteps:
         self._steps.clear()
         self._passes.clear()
 
-    def padded_prompts(self, num_tokens: int) -> int:
-        """What a step rounds so many tokens of chunks up to."""
-        return next((size for size in self.prompt_sizes if size >= num_tokens), num_tokens)
+    def padded_pass(self, num_prompts: int, num_trees: int, num_rows: int) -> int:
+        """Tokens of the pass over so many of chunks, and so many of so many rows' trees."""
+        chunks, trees = fitting(CHUNKS, num_prompts, 1), fitting(TREES, num_trees, num_rows)
+        if chunks is None or trees is None or (chunks, trees) not in self._passes:
+            return num_prompts + num_trees
+        return chunks[0] + trees[0]
 
     @staticmethod
     def serves(requests: list[Request]) -> bool:
@@ -177,9 +181,9 @@ class RecordedSteps:
             step.rows.tree.take(rows.tree)
         return step
 
-    def forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden] | None:
-        """What a pass makes of the chunks' tokens (and of what pads them), and of the trees'; None where none was
-        recorded for so many."""
+    def forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[ChunkHidden | None, Hidden] | None:
+        """What `StepRun.forward` makes of chunks (and of what pads them) and of trees; None where no pass was recorded
+        for so many."""
         num_tokens, num_trees = sum(chunk.num_inflight for chunk in chunks), 0
         num_rows = 0
         if trees is not None:
@@ -192,9 +196,8 @@ class RecordedSteps:
             self._put_chunks(found.numbers, found.chunks, chunks)
         if found.trees is not None and trees is not None:
             self._put_trees(found.trees.inflight, trees.inflight)
-        hidden = found.recorded.replay()
-        start = key[0][0]
-        return hidden.part(0, start), hidden.part(start, start + num_trees)
+        known, hidden = found.recorded.replay()
+        return known, hidden.first(num_trees)
 
     def _put_chunks(self, numbers: Tensor, rows: ChunkRows, chunks: list[Chunk]) -> None:
         state = self.run.state
@@ -252,7 +255,7 @@ class RecordedSteps:
 
         def forward() -> tuple[Trees, Hidden, Tensor, Tensor]:
             trees, brought = run.expand(rows)
-            hidden = run.forward(None, brought)
+            _, hidden = run.forward(None, brought)
             logits = run.model.project(hidden.last)
             return trees, hidden, logits, run.ops.argmax(logits)
 
@@ -292,7 +295,7 @@ class RecordedSteps:
             )
             trees = TreeRows(inflight, MAX_NODES, state.max_len)
 
-        def forward() -> Hidden:
+        def forward() -> tuple[ChunkHidden | None, Hidden]:
             return self.run.forward(chunks, trees)
 
         with self.recorder.aside():

@@ -25,6 +25,7 @@ from manyheads.engine.sampler import draw, last_nodes, nodes_of
 from manyheads.engine.state import admit, clear, count_output, rewind, sync_companions, sync_pages
 from manyheads.engine.step import Chunk, Request, RowResult, StepPlan, nothing
 from manyheads.engine.step_run import (
+    ChunkHidden,
     DecodingRows,
     Hidden,
     StepRun,
@@ -166,20 +167,22 @@ class Runner:
             walk.send(trees)
         chain = chunk_chain(self.run, plan.chunks) if plan.chunks and self.run.base_layers else None
         known, hidden = self._forward(plan.chunks, brought)
-        computed = self._computed(plan.chunks, known.last) if plan.chunks else None
+        computed = self._computed(plan.chunks, known) if known is not None else None
         ended = self._advance(plan.chunks) if plan.chunks else []
         if not ended and rows is None and chain is None:
             return [], computed
-        ends = state.tensor([at for _, at in ended])
-        last = known.last[ends]
+        which, ends = state.tensor([[i for i, _ in ended], [at for _, at in ended]])
+        last = known.ends[which] if known is not None else hidden.last[:0]
         drawn: list[Drawn] = []
         others: Kept | None = None
         if ended or rows is not None:
             logits = self.model.logits(torch.cat((last, hidden.last)))
         if ended:
-            drawn_first, others = self._begin([request for request, _ in ended], last, logits[: len(ended)])
+            begun = [plan.chunks[i].request for i, _ in ended]
+            drawn_first, others = self._begin(begun, last, logits[: len(ended)])
             drawn.append(drawn_first)
         if chain is not None:
+            assert known is not None
             assert known.states is not None
             others = told_of(chain, known.states, others, last, ends)
         if others is not None:
@@ -204,13 +207,12 @@ class Runner:
         foreseen = walk.foreseen if walk is not None else ()
         return [*drawn, self._drawn(plan, requests, trees, values, raw, foreseen)], computed
 
-    def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[Hidden, Hidden]:
-        """What the pass makes of the chunks' tokens (and of some that pad them), and of the trees'."""
-        if self.recorded is not None and (found := self.recorded.forward(chunks, trees)) is not None:
+    def _forward(self, chunks: list[Chunk], trees: TreeRows | None) -> tuple[ChunkHidden | None, Hidden]:
+        """What the pass makes of chunks (and of some tokens that pad them) and of trees."""
+        every = any(chunk.request.params.prompt_logprobs is not None for chunk in chunks)
+        if self.recorded is not None and not every and (found := self.recorded.forward(chunks, trees)) is not None:
             return found
-        hidden = self.run.forward(chunk_rows(self.state, chunks) if chunks else None, trees)
-        count = sum(chunk.num_inflight for chunk in chunks)
-        return hidden.part(0, count), hidden.part(count, len(hidden.last))
+        return self.run.forward(chunk_rows(self.state, chunks) if chunks else None, trees, every)
 
     def _new_tensors(self, tree: Tree) -> TreeTensors:
         """NOTE: shared by all steps with this tree, and not to be written to."""
@@ -228,23 +230,20 @@ class Runner:
             sizes=gain_sizes(len(requests), draft, self.device),
         )
 
-    def _computed(self, chunks: list[Chunk], hidden: Tensor) -> Computed:
-        """See what the pass made of chunks.
-
-        Args:
-            hidden: [T, hidden], of the chunks' tokens and perhaps more.
-        """
-        scored = score(chunks, hidden, self.model.logits, self._sent)
+    def _computed(self, chunks: list[Chunk], known: ChunkHidden) -> Computed:
+        """See what the pass made of chunks, and perhaps of more that pads them."""
+        scored = [] if known.every is None else score(chunks, known.every, self.model.logits, self._sent)
         count = sum(chunk.num_inflight for chunk in chunks)
-        return Computed(chunks, self._sent(hidden[:count].isfinite().all(dim=-1)), scored)
+        return Computed(chunks, self._sent(known.is_finite[:count]), scored)
 
-    def _advance(self, chunks: list[Chunk]) -> list[tuple[Request, int]]:
-        """All tokens of chunks are kept; the requests whose text is computed now, and where their last tokens stand."""
+    def _advance(self, chunks: list[Chunk]) -> list[tuple[int, int]]:
+        """All tokens of chunks are kept; which chunks' requests have their text computed now, and where their last
+        tokens stand."""
         state = self.state
         moved = state.tensor([[chunk.request.row, chunk.num_inflight] for chunk in chunks])
         state.cached_len.index_add_(0, moved[:, 0], moved[:, 1])
         ends = accumulate(chunk.num_inflight for chunk in chunks)
-        return [(chunk.request, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
+        return [(i, end - 1) for i, (chunk, end) in enumerate(zip(chunks, ends, strict=True)) if chunk.is_last]
 
     def _begin(self, requests: list[Request], hidden: Tensor, logits: Tensor) -> tuple[Drawn, Kept]:
         """Rows whose text is computed draw a token each.

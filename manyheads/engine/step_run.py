@@ -26,14 +26,24 @@ from manyheads.speculation.drafter import Chain, Drafter, Kept
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
-    """What a forward pass makes of T tokens."""
+    """What a forward pass makes of T tokens of trees."""
 
     last: Tensor  # [T, hidden], after the final norm
     states: Tensor | None = None  # [T, k, hidden], the inputs of the k layers that the drafter reads
 
-    def part(self, start: int, stop: int) -> Hidden:
-        """That of some of the tokens."""
-        return Hidden(self.last[start:stop], None if self.states is None else self.states[start:stop])
+    def first(self, count: int) -> Hidden:
+        """That of the first tokens."""
+        return Hidden(self.last[:count], None if self.states is None else self.states[:count])
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkHidden:
+    """What a forward pass makes of the T tokens of C chunks."""
+
+    ends: Tensor  # [C, hidden], of the chunks' last tokens, after the final norm
+    is_finite: Tensor  # [T] bool, whether what is cached of the tokens are numbers
+    states: Tensor | None  # [T, k, hidden], as of `Hidden`
+    every: Tensor | None  # [T, hidden], after the final norm, where it was asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +107,14 @@ class StepRun:
         trees = self.ops.expand(self.state, decoding.index, decoding.tree, decoding.num_tokens, decoding.sizes)
         return trees, TreeRows(trees.inflight, decoding.tree.num_nodes, decoding.max_cached_len)
 
-    def forward(self, chunks: ChunkRows | None, trees: TreeRows | None) -> Hidden:
-        """One forward pass over the tokens of chunks and, behind them, of trees."""
+    def forward(
+        self, chunks: ChunkRows | None, trees: TreeRows | None, every: bool = False
+    ) -> tuple[ChunkHidden | None, Hidden]:
+        """One forward pass over the tokens of chunks and, behind them, of trees; of which there may be none.
+
+        Args:
+            every: whether the hidden states of all tokens of chunks are wanted, and not of their last ones alone.
+        """
         inflight: list[InFlight] = []
         groups: list[Group] = []
         if chunks is not None:
@@ -112,13 +128,23 @@ class StepRun:
             self.model.adapters.plan(joined([self._adapters(x) for x in inflight]))
         tokens = joined([x.tokens for x in inflight])
         self.attention.plan(groups, joined([x.position for x in inflight]), joined([x.slots for x in inflight]))
-        if not self.base_layers:
-            return Hidden(self.model.forward(tokens, self.attention))
-        model = self.model
-        shape = (len(tokens), len(self.base_layers), model.config.hidden_size)
-        states = torch.empty(shape, dtype=model.dtype, device=model.device)
-        inputs = dict(zip(self.base_layers, states.unbind(1), strict=True))
-        return Hidden(model.forward(tokens, self.attention, inputs), states)
+        model, states, inputs = self.model, None, None
+        if self.base_layers:
+            shape = (len(tokens), len(self.base_layers), model.config.hidden_size)
+            states = torch.empty(shape, dtype=model.dtype, device=model.device)
+            inputs = dict(zip(self.base_layers, states.unbind(1), strict=True))
+        if chunks is None:
+            return None, Hidden(model.forward(tokens, self.attention, inputs), states)
+        count = len(chunks.tokens)
+        ends = chunks.row_start[1:].to(torch.int64) - 1
+        is_finite = torch.empty(count, dtype=torch.bool, device=model.device)
+        read = None if every else torch.cat((ends, torch.arange(count, len(tokens), device=model.device)))
+        last = model.forward(tokens, self.attention, inputs, read, is_finite)
+        known, others = last.tensor_split((count if every else len(ends),))
+        known_states, other_states = (None, None) if states is None else states.tensor_split((count,))
+        whole = known if every else None
+        known = known if whole is None else whole[ends]
+        return ChunkHidden(known, is_finite, known_states, whole), Hidden(others, other_states)
 
     def finish(
         self,

@@ -58,7 +58,7 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
     comes from a device's cache. `read` ends with results on the host, so a host clock times the device too. The
     shortest of a few times counts.
     """
-    state, padded, padded_prompts = runner.state, None, None
+    state, padded, padded_pass = runner.state, None, None
     context = min(CONTEXT, state.max_len // 2)
     costs = CostTable(context=context)
     patience = MAX_SECONDS
@@ -66,7 +66,7 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
         progress("capturing steps")
         runner.record_steps(all_steps(planner, state.num_rows))
         padded = partial(padded_rows, most=state.num_rows, sizes=TREE_ROWS)
-        padded_prompts = runner.recorded.padded_prompts
+        padded_pass = runner.recorded.padded_pass
     counts = [rows for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rows <= state.num_rows]
     least = TURN_SECONDS
     if not planner.chooses:  # a rough idea will do, of how much a step's prompts may take
@@ -88,7 +88,7 @@ def measure_costs(runner: Runner, planner: Planner, progress: Callable[[str], No
     costs.cached = _time_cached(runner, context, least)
     costs.prompts = _time_prompts(runner, MIN_TURNS if planner.chooses else 2)
     runner.clear()
-    planner.measured(costs, padded, padded_prompts)
+    planner.measured(costs, padded, padded_pass)
 
 
 def exercise(runner: Runner, planner: Planner, max_tokens: int) -> None:

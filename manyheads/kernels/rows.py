@@ -57,6 +57,12 @@ class QuantizedRows(NamedTuple):
         """Where the tensors are."""
         return self.codes.device
 
+    def at(self, rows: Tensor) -> QuantizedRows:
+        """Some of them, by their numbers: [N] int64."""
+        codes = self.codes.view(len(self.scale), -1, self.codes.shape[1])[rows].flatten(0, 1)
+        sums = None if self.sums is None else self.sums[:, rows].contiguous()
+        return QuantizedRows(codes, self.scale[rows], sums, self.dtype)
+
 
 def empty_rows(like: Tensor, dim: int, scheme: CodedScheme) -> QuantizedRows:
     """Rows of so many columns for a weight in a scheme, yet to be written; as many as `like` has, and of its dtype."""

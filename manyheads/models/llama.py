@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from manyheads.attention.base import AttentionBackend, Heads
@@ -17,7 +18,7 @@ from manyheads.models.parallel import ALONE, Ranks, Unsummed
 from manyheads.models.parameters import Normed, Packed, Parameters, Part, Plain
 from manyheads.models.rope import row_order
 from manyheads.ops.adapters import Adapters
-from manyheads.ops.base import Ops
+from manyheads.ops.base import Ops, rows_at
 from manyheads.quantization.base import CodedScheme
 
 if TYPE_CHECKING:
@@ -167,34 +168,52 @@ class Llama:
         """Called at each layer: a long prompt can take a CPU minutes, and a watchdog wants to know that it goes on."""
 
     def forward(
-        self, tokens: Tensor, attention: AttentionBackend, inputs: Mapping[int, Tensor] | None = None
+        self,
+        tokens: Tensor,
+        attention: AttentionBackend,
+        inputs: Mapping[int, Tensor] | None = None,
+        read: Tensor | None = None,
+        is_finite: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
+
+        Most tokens of a prompt are computed for their K/V alone. So those that nobody reads go no further than the last
+        layer's attention: of the rest of that layer, only what `read` names is computed.
 
         Args:
             tokens: [T] int64.
             attention: planned for these tokens.
             inputs: by layer, [T, hidden] that its input is written to; that of layer n, of n, is what the last one
                 gives, before the final norm.
+            read: [N] int64, the tokens whose hidden states are wanted; None for all.
+            is_finite: [M] bool, written to: whether the last attention gives numbers for the first M tokens.
 
         Returns:
-            [T, hidden]
+            [N, hidden]
         """
-        inputs = inputs or {}
+        inputs, last = inputs or {}, len(self.layers) - 1
         residual = self.embed(tokens)
         x: Rows = self.layers[0].input_norm(residual)
         for i, layer in enumerate(self.layers):
             self.beat()
             if i in inputs:
                 inputs[i].copy_(residual)
-            y = self.block(i, layer, x, residual, attention)
-            if i + 1 < len(self.layers):
+            y = attention(i, self.queries(layer, x), layer.q_norm, layer.k_norm)
+            if i == last and is_finite is not None:
+                torch.all(y[: len(is_finite)].isfinite(), dim=1, out=is_finite)
+            if i == last and read is not None and i + 1 not in inputs:
+                x, y, residual = rows_at(x, read), y[read], residual[read]
+                if self.adapters is not None:
+                    self.adapters.keep(read)
+                read = None
+            z = self.block(layer, x, y, residual)
+            if i < last:
                 following = self.layers[i + 1]
-                x = following.input_norm.add(y, residual, self.takes(following, residual))
-        hidden: Tensor = self.norm.add(y, residual, None)
+                x = following.input_norm.add(z, residual, self.takes(following, residual))
+        hidden: Tensor = self.norm.add(z, residual, None)
         if len(self.layers) in inputs:
             inputs[len(self.layers)].copy_(residual)
-        return hidden
+        return hidden if read is None else hidden[read]
 
     def takes(self, layer: AttentionLayer, residual: Tensor) -> CodedScheme | None:
         """The scheme that the layer's first norm may quantize rows for (`Product.takes`)."""
@@ -205,20 +224,19 @@ class Llama:
         x = self.ranks.embed(tokens, self.embedding)
         return x if self._embedding_multiplier == 1.0 else x.mul_(self._embedding_multiplier)
 
-    def block(
-        self, i: int, layer: AttentionLayer, x: Rows, residual: Tensor, attention: AttentionBackend
-    ) -> Tensor | Unsummed:
-        """A layer: it adds all but the last of its results to the residual, and returns that.
+    def block(self, layer: AttentionLayer, x: Rows, y: Tensor, residual: Tensor) -> Tensor | Unsummed:
+        """What a layer does behind its attention: it adds all but the last of its results to the residual, and returns
+        that.
 
         Args:
             x: [T, hidden], the residual after the layer's first norm.
+            y: [T, heads · head_dim], what attention gives.
             residual: [T, hidden]
 
         Returns:
             [T, hidden], or what `Linear.to_add` gives.
         """
-        y = layer.o.to_add(attention(i, self.queries(layer, x), layer.q_norm, layer.k_norm))
-        x = layer.post_norm.add(layer.attention_norm(y), residual, layer.takes(residual))
+        x = layer.post_norm.add(layer.attention_norm(layer.o.to_add(y)), residual, layer.takes(residual))
         added: Tensor | Unsummed = layer.mlp_norm(self.feed_forward(layer, x, residual))
         return added
 

@@ -73,6 +73,13 @@ class Adapters(Protocol):
             which: [T] int64, each one's adapter, from 1 to N; 0 for none.
         """
 
+    def keep(self, rows: Tensor) -> None:
+        """Say which of these tokens go on.
+
+        Args:
+            rows: [N] int64
+        """
+
     def add(self, y: Tensor, x: Tensor, weights: LowRank) -> None:
         """Add to a product what the tokens' adapters add to it.
 
@@ -91,12 +98,13 @@ class TorchAdapters:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._which = torch.empty(0, dtype=torch.int64)
         self._many: list[tuple[int, Tensor]] = []  # adapter, from 0, and its tokens
         self._few: tuple[Tensor, Tensor] | None = None  # tokens, and the adapter of each
         self._rows: dict[int, Tensor] = {}  # by rows that an adapter has in a weight, those of the few tokens' adapters
 
     def plan(self, which: Tensor) -> None:
-        given = which.tolist()
+        self._which, given = which, which.tolist()
         present = sorted(set(given) - {0})
         many = [adapter for adapter in present if given.count(adapter) > FEW]
         self._many = [(adapter - 1, torch.where(which == adapter)[0]) for adapter in many]
@@ -106,6 +114,9 @@ class TorchAdapters:
         if tokens:
             places = which.new_tensor(tokens)
             self._few = places, which[places] - 1
+
+    def keep(self, rows: Tensor) -> None:
+        self.plan(self._which[rows])
 
     def add(self, y: Tensor, x: Tensor, weights: LowRank) -> None:
         if not self._many and self._few is None:

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     """Rows of activations [T, D]: as they are, or in 8 bits for the product that comes next."""
 
 
+def rows_at(x: Rows, rows: Tensor) -> Rows:
+    """Some of the rows, by their numbers: [N] int64."""
+    return x[rows] if isinstance(x, Tensor) else x.at(rows)
+
+
 class Product(ABC):
     """x Wᵀ + b, with one weight in the form that a device multiplies with. One class a form.
 

@@ -13,10 +13,15 @@ class KernelAdapters:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._which: Tensor | None = None
         self._blocks: adapters.Blocks | None = None
 
     def plan(self, which: Tensor) -> None:
-        self._blocks = adapters.group(which, self.count)
+        self._which, self._blocks = which, adapters.group(which, self.count)
+
+    def keep(self, rows: Tensor) -> None:
+        assert self._which is not None, "no tokens were planned"
+        self.plan(self._which[rows])
 
     def add(self, y: Tensor, x: Tensor, weights: LowRank) -> None:
         assert self._blocks is not None, "no tokens were planned"

@@ -174,19 +174,19 @@ class RunningCosts:
 
     Args:
         guess: as measured at start.
-        padded, padded_prompts: what steps with trees round a number of rows up to, and tokens of prompts; None rounds
-            nothing.
+        padded: what steps with trees round a number of rows up to; None rounds nothing.
+        padded_pass: tokens of a pass over so many of prompts, and so many of so many rows' trees; None pads none.
     """
 
     def __init__(
         self,
         guess: CostTable,
         padded: Callable[[int], int] | None = None,
-        padded_prompts: Callable[[int], int] | None = None,
+        padded_pass: Callable[[int, int, int], int] | None = None,
     ) -> None:
         self.guess = guess
         self.padded = padded or (lambda rows: rows)
-        self.padded_prompts = padded_prompts or (lambda tokens: tokens)
+        self.padded_pass = lru_cache(maxsize=4096)(padded_pass or (lambda prompts, trees, rows: prompts + trees))
         self.context: float = guess.context
         """Cached tokens of each row of the steps to come, on average."""
         self._pace = 1.0
@@ -207,8 +207,9 @@ class RunningCosts:
         seconds = self._at_pace(rows, kind) * self._ratio(rows, kind)
         if prompt_tokens == 0:
             return seconds
-        tokens = int(kind.nodes * (rows if kind.is_plain else self.padded(rows)))
-        added = self._prompt_cost(tokens, self.padded_prompts(prompt_tokens))
+        padded = rows if kind.is_plain else self.padded(rows)
+        tokens = int(kind.nodes * padded)
+        added = self._prompt_cost(tokens, self.padded_pass(prompt_tokens, tokens, padded) - tokens)
         return (seconds + added * self._pace) * self._mixed_ratio(prompt_tokens)
 
     def least(self, rows: int, kind: Kind) -> float:

@@ -85,14 +85,14 @@ class Planner:
         self,
         costs: CostTable,
         padded: Callable[[int], int] | None = None,
-        padded_prompts: Callable[[int], int] | None = None,
+        padded_pass: Callable[[int, int, int], int] | None = None,
     ) -> None:
         """Choose by these costs from now on, the first guess, and by what steps turn out to take.
 
         Args:
-            padded, padded_prompts: as `RunningCosts`'s.
+            padded, padded_pass: as `RunningCosts`'s.
         """
-        self.costs = RunningCosts(costs, padded, padded_prompts)
+        self.costs = RunningCosts(costs, padded, padded_pass)
         self._trials = Trials(self.costs)
         self._chosen.clear()
 
@@ -128,7 +128,7 @@ class Planner:
             return NO_DRAFT
         load = (rows, 0, self._gains.level)
         if prompt_tokens:  # no two such steps are alike, but they are rounded up to some that are
-            load = (self.costs.padded(rows), self.costs.padded_prompts(prompt_tokens), self._gains.level)
+            load = (self.costs.padded(rows), self.costs.padded_pass(prompt_tokens, 0, 0), self._gains.level)
         if load not in self._chosen:
             self._chosen[load] = self._best(rows, prompt_tokens)
         return self._chosen[load]

@@ -27,7 +27,7 @@ from manyheads.engine.warmup import exercise
 from manyheads.kernels import compiling
 from manyheads.models.registry import read_config
 from manyheads.ops.torch import TorchOps
-from manyheads.speculation.draft import Draft
+from manyheads.speculation.draft import SIZES, Draft
 from manyheads.speculation.planner import Planner, most_inflight
 from manyheads.speculation.tree import Tree
 from tests.eagle3 import make_drafter
@@ -129,6 +129,24 @@ def test_a_pass_is_recorded_for_whatever_rows_may_bring(most: int) -> None:
         for draft in Planner([[0.5, 0.3]] * 3).drafts(padded):
             tokens = draft.num_tokens(padded)
             assert (fitting(CHUNKS, 100, 1), fitting(TREES, tokens, padded)) in keys, (rows, draft.nodes)
+
+
+def test_trees_beside_prompts_are_padded_with_few_tokens() -> None:
+    """Where they are so many that each costs arithmetic, and a row has at most four nodes."""
+    for rows in TREE_ROWS:
+        for nodes in (size for size in SIZES if 1 < size <= 4):
+            tokens = int(nodes * rows)
+            size = fitting(TREES, tokens, rows)
+            assert size is not None
+            assert size[0] - tokens <= max(32, tokens // 8), (rows, nodes)
+
+
+def test_what_a_pass_is_padded_to(folder: Path) -> None:
+    served = engine(folder, 4, max_num_seqs=16, max_num_batched_tokens=64)
+    recorded = record(served)
+    recorded.record_passes(64, 64)
+    assert [recorded.padded_pass(*sizes) for sizes in ((20, 0, 0), (33, 9, 3), (64, 64, 16))] == [32, 80, 128]
+    assert recorded.padded_pass(65, 64, 16) == 65 + 64, "none is recorded, and nothing padded"
 
 
 @pytest.mark.parametrize("model", ["plain", "eagle3"])

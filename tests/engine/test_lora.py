@@ -121,6 +121,7 @@ def test_kernels_add_the_same_in_recorded_steps(
     served, asked = serve(folder, 4), [shortened(request) for request in jobs(5)]
     record(served)
     monkeypatch.setattr(TorchAdapters, "plan", lambda self, which: adapters.plan(which))
+    monkeypatch.setattr(TorchAdapters, "keep", lambda self, rows: adapters.keep(rows))
     monkeypatch.setattr(TorchAdapters, "add", lambda self, y, x, weights: adapters.add(y, x, weights))
     assert run(served, asked) == [greedy(models[request.lora], request) for request in asked]
 

@@ -21,7 +21,9 @@ def target(seconds: float | None = None, most: int = 1024, sizes: tuple[int, ...
     rows = (1, 64)
     prompts = {1: 0.01, 2000: 0.01 + 1999 * TOKEN}
     guess = CostTable(plain={r: 0.01 + ROW * r for r in rows}, prompts=prompts)
-    planner.measured(guess, padded_prompts=lambda tokens: next((s for s in sizes if s >= tokens), tokens))
+    planner.measured(
+        guess, padded_pass=lambda prompts, trees, rows: trees + next((s for s in sizes if s >= prompts), prompts)
+    )
     return StepTarget(planner, most, seconds, sizes)
 
 

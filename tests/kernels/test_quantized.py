@@ -197,6 +197,13 @@ def test_integers(dim: int) -> None:
     assert whole.abs().amax(1).tolist() == [127 * 257, 127 * 257, 0, 127 * 257]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_some_of_the_rows(scheme: CodedScheme) -> None:
+    x, some = torch.randn(9, 256, device=DEVICE, dtype=torch.float16), torch.tensor([7, 0, 3], device=DEVICE)
+    for found, wanted in zip(quantize_rows(x, scheme).at(some), quantize_rows(x[some], scheme), strict=True):
+        assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted
+
+
 def test_rows_in_fp8() -> None:
     x = torch.randn(4, 200, device=DEVICE).half() * torch.tensor([[1e-3], [1.0], [50.0], [0.0]], device=DEVICE).half()
     codes, scale, *_ = quantize_rows(x, FP8)

@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from manyheads.batch import TreeTensors
 from manyheads.config import ConfigError
 from manyheads.models.linear import Split
-from manyheads.models.llama import Llama
+from manyheads.models.llama import AttentionLayer, Llama
 from manyheads.models.loader import load_model
 from manyheads.models.parameters import Packed
 from manyheads.models.registry import FAMILIES, parameters, read_config
-from tests.forward import logits
+from tests.forward import hidden_states, logits
 from tests.models.families import LLAMA3, MODELS, SHAPE, reference
 
 torch.set_num_threads(1)
@@ -40,6 +41,36 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         wanted = model(TOKENS[None]).logits[0]
     assert float(wanted.std()) > 0.5  # not all alike, so that the tolerance means something
     torch.testing.assert_close(logits(load(tmp_path), TOKENS), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_that_nobody_reads_go_no_further_than_the_last_attention(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference(name).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    every, read, passed = hidden_states(model, TOKENS), torch.tensor([3, 39]), list[int]()
+    feed_forward, is_finite = model.feed_forward, torch.zeros(len(TOKENS) - 1, dtype=torch.bool)
+
+    def watched(layer: AttentionLayer, x: Any, residual: Tensor) -> Any:
+        passed.append(len(x))
+        return feed_forward(layer, x, residual)
+
+    monkeypatch.setattr(model, "feed_forward", watched)
+    found = hidden_states(model, TOKENS, read=read, is_finite=is_finite)
+    assert passed == [len(TOKENS)] * (len(model.layers) - 1) + [2]
+    torch.testing.assert_close(found, every[read], atol=1e-5, rtol=1e-5)
+    assert is_finite.all()
+
+
+def test_a_token_without_numbers_is_told(tmp_path: Path) -> None:
+    """Nobody reads its hidden states, and those before it have numbers (behind it, kernels differ)."""
+    reference("qwen3").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    model.embedding[60] = float("nan")
+    is_finite = torch.ones(3, dtype=torch.bool)
+    hidden_states(model, torch.tensor([1, 2, 60, 3, 4, 5]), read=torch.tensor([0]), is_finite=is_finite)
+    assert is_finite.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("name", MODELS)

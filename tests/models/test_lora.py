@@ -21,7 +21,7 @@ from manyheads.ops.products import PlainProduct
 from manyheads.ops.torch import TorchOps
 from manyheads.quantization.base import CodedScheme
 from manyheads.quantization.int8 import INT8
-from tests.forward import logits
+from tests.forward import hidden_states, logits
 from tests.lora import change_config, merged, save_adapter
 from tests.models.families import reference
 from tests.tiny import make_model, model_config
@@ -58,6 +58,11 @@ def test_an_adapters_sums_are_those_of_merged_weights(tmp_path: Path, family: st
             wanted = oracle(TOKENS[None]).logits[0]
         model.adapters.plan(torch.full((len(TOKENS),), adapter))
         torch.testing.assert_close(logits(model, TOKENS), wanted, atol=3e-4, rtol=1e-3)
+    model.adapters.plan(torch.arange(len(TOKENS)) % 3)
+    every = hidden_states(model, TOKENS)
+    model.adapters.plan(torch.arange(len(TOKENS)) % 3)
+    read = torch.tensor([1, 2, 9, 20])
+    torch.testing.assert_close(hidden_states(model, TOKENS, read=read), every[read], atol=1e-5, rtol=1e-5)
     with torch.inference_mode():
         assert float((wanted - base(TOKENS[None]).logits[0]).abs().max()) > 0.1, "the adapter does nothing"
 

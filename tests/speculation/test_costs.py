@@ -59,14 +59,14 @@ def test_a_drafter_without_passes_has_no_cost_of_them() -> None:
     assert costs.tree_cost(1, 2) == 2.0
 
 
-def running(padded_prompts: Callable[[int], int] | None = None) -> RunningCosts:
+def running(padded_pass: Callable[[int, int, int], int] | None = None) -> RunningCosts:
     """Steps that are guessed to take 1 and 0.1 for each token."""
     guess = CostTable(
         plain={1: 1.1, 8: 1.8},
         trees={r: {r: 1 + 0.1 * r, 64 * r: 1 + 6.4 * r} for r in (1, 8)},
         prompts={1: 1.1, 1000: 101.0},
     )
-    return RunningCosts(guess, padded_prompts=padded_prompts)
+    return RunningCosts(guess, padded_pass=padded_pass)
 
 
 def test_prompts_cost_what_so_many_more_tokens_do() -> None:
@@ -79,10 +79,16 @@ def test_prompts_cost_what_so_many_more_tokens_do() -> None:
     assert CostTable().prompt_cost(8, 16) == 0.0
 
 
-def test_prompts_are_rounded_up_as_steps_do() -> None:
-    costs = running(lambda tokens: 32 * -(-tokens // 32))
-    assert costs.seconds(1, PLAIN, prompt_tokens=3) == pytest.approx(1.1 + 3.2)
-    assert costs.seconds(1, PLAIN, prompt_tokens=33) == pytest.approx(1.1 + 6.4)
+def test_prompts_and_trees_beside_them_are_rounded_up_as_passes_do() -> None:
+    def rounded(tokens: int, to: int) -> int:
+        return to * -(-tokens // to)
+
+    costs = running(lambda prompts, trees, rows: rounded(prompts, 32) + rounded(trees, 8 * rows))
+    assert costs.seconds(1, PLAIN, prompt_tokens=3) == pytest.approx(1.1 + 3.2 + 0.7)
+    assert costs.seconds(1, PLAIN, prompt_tokens=33) == pytest.approx(1.1 + 6.4 + 0.7)
+    few, more = (costs.seconds(1, Kind(nodes), prompt_tokens=32) for nodes in (5, 8))
+    assert few == pytest.approx(more)  # the pass is the same
+    assert costs.seconds(1, Kind(5)) < costs.seconds(1, Kind(8))
 
 
 def test_mixed_steps_are_learnt_by_the_prompts_that_they_bring() -> None:

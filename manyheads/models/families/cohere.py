@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from manyheads.attention.base import AttentionBackend
 from manyheads.models import llama
 from manyheads.models.config import FULL, SLIDING, ModelConfig, head_dim_of, rope_keys, windows_of
 from manyheads.models.families.llama import COMMON
@@ -32,10 +31,9 @@ class Cohere2(Llama):
         scheme = layer.qkv.takes(residual)
         return scheme if scheme is layer.takes(residual) else None
 
-    def block(self, i: int, layer: AttentionLayer, x: Rows, residual: Tensor, attention: AttentionBackend) -> Tensor:
+    def block(self, layer: AttentionLayer, x: Rows, y: Tensor, residual: Tensor) -> Tensor:
         """Both parts read x."""
-        y = layer.o(attention(i, layer.qkv(x), None, None))
-        return y.add_(summed(self.feed_forward(layer, x, residual)))
+        return layer.o(y).add_(summed(self.feed_forward(layer, x, residual)))
 
 
 def read_cohere2(keys: Keys, folder: Path) -> ModelConfig:
