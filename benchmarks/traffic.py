@@ -150,7 +150,11 @@ def measure(url: str, model: str, rate: float, seconds: float, seed: int, texts:
     asks, start = draw(rate, seconds, seed, texts), time.time() + LEAD_SECONDS
     with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
         parts = pool.starmap(work, [(url, model, asks[i::WORKERS], start) for i in range(WORKERS)])
-    answers = [answer for part in parts for answer in part]
+    return figures([answer for part in parts for answer in part], rate, seed)
+
+
+def figures(answers: list[Answer], rate: float, seed: int) -> dict[str, Any]:
+    """What is told of a rate."""
     done = [answer for answer in answers if answer.error is None]
     took = max(answer.at + answer.last for answer in answers)
     found: dict[str, Any] = {"rate": rate, "seed": seed, "sent": len(answers), "completed": len(done)}
