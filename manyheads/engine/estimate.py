@@ -3,8 +3,8 @@
 Each part is what is alive at the dearest moment, in bytes. Beside the weights it is
 
     scratch    activations of the largest step, then its logits and what the sampler makes of them
-    graphs     logits of every captured step and its hidden states, those of every captured pass, activations once
-               (they share a pool), CUDA's own
+    graphs     logits of the largest captured step and its hidden states, those of the largest captured pass,
+               activations once (they share a pool), CUDA's own for each
     state      rows, page tables, penalties' counts, rotary embeddings
 
 and the K/V cache gets what is left.
@@ -206,8 +206,8 @@ class Shape:
 
     def _graphs(self) -> int:
         """Captured at start-up for all sizes of trees, of all depths where these cost passes, else for the one that is
-        used and for roots. What a graph returns is kept: hidden states that are read, those that a drafter reads, and
-        a step's logits."""
+        used and for roots. What they return stands in places that they share: hidden states, those that a drafter
+        reads, and a step's logits; of passes, chunks and trees apart."""
         if not self.ops.records:
             return 0
         model, drafter, most = self.model, self.drafter or NO_DRAFTER, self.max_num_seqs
@@ -223,11 +223,10 @@ class Shape:
             tokens += [int(size * rows) for size in sizes if int(size * rows) <= inflight]
         keys = pass_keys(most, self.max_num_batched_tokens, self.num_drawn)
         passes = [chunks[0] + trees[0] for chunks, trees in keys]
-        states = len(drafter.base_layers) * model.hidden_size
-        kept = sum(tokens) * (model.vocab_size + model.hidden_size + states) + sum(passes) * states
-        # of chunks, a dummy row's included, the last tokens' alone
-        kept += sum(chunks[1] + 1 + trees[0] for chunks, trees in keys) * model.hidden_size
-        kept *= self.dtype.itemsize
+        hidden = (1 + len(drafter.base_layers)) * model.hidden_size
+        most = max(max(chunks[0], trees[0]) for chunks, trees in keys)
+        # logits as they are computed, too
+        kept = (max(tokens) * (2 * model.vocab_size + hidden) + 2 * most * hidden) * self.dtype.itemsize
         count = len(tokens) + len(passes)
         return count * GRAPH_BYTES + kept + self._activations(max(*tokens, *passes)) + self._propose()
 

@@ -12,7 +12,7 @@ is a few launches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -79,6 +79,34 @@ class _Pass:
     recorded: Recorded[tuple[ChunkHidden | None, Hidden]]
 
 
+class _Room:
+    """Where all recordings of a kind leave what they made of tokens: it is used before the next of them is replayed.
+    Had each a place of its own, logits alone would take gigabytes.
+
+    Args:
+        most: tokens that there is room for at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._places: dict[str, Tensor] = {}
+
+    def put(self, name: str, made: Tensor) -> Tensor:
+        """Something that was made of each of so many tokens, put in its place."""
+        if name not in self._places:
+            self._places[name] = made.new_empty(self.most, *made.shape[1:])
+        return self._places[name][: len(made)].copy_(made)
+
+    def put_hidden(self, made: Hidden) -> Hidden:
+        """The same of the tokens of trees."""
+        return Hidden(self.put("last", made.last), None if made.states is None else self.put("states", made.states))
+
+    def put_chunks(self, made: ChunkHidden) -> ChunkHidden:
+        """The same of the tokens of chunks."""
+        states = None if made.states is None else self.put("chunks' states", made.states)
+        return ChunkHidden(self.put("ends", made.ends), self.put("is finite", made.is_finite), states, None)
+
+
 class RecordedSteps:
     """Records steps at start-up or as they are first needed, and replays them.
 
@@ -91,6 +119,7 @@ class RecordedSteps:
         self.run, self.recorder = run, recorder
         self._steps: dict[_Key, _Step] = {}
         self._passes: dict[PassKey, _Pass] = {}
+        self._step_room, self._pass_room = _Room(0), _Room(0)
         self.prompt_sizes: tuple[int, ...] = ()
         """Tokens of chunks that passes were recorded for."""
         self._trees: dict[_Key, Tree] = {}  # what stands in the steps' tree tensors now
@@ -108,6 +137,7 @@ class RecordedSteps:
         """Let go of all recordings; nothing can be run any more."""
         self._steps.clear()
         self._passes.clear()
+        self._step_room, self._pass_room = _Room(0), _Room(0)
 
     def padded_pass(self, num_prompts: int, num_trees: int, num_rows: int) -> int:
         """Tokens of the pass over so many of chunks, and so many of so many rows' trees."""
@@ -227,19 +257,23 @@ class RecordedSteps:
     def _make_steps(self, wanted: list[tuple[_Key, Draft]]) -> None:
         """Record what is not there yet."""
         with self.recorder.session():
+            if (most := max(tokens for (_, _, tokens, _), _ in wanted)) > self._step_room.most:
+                self._step_room = _Room(most)  # what was recorded before keeps its own
             for key, draft in wanted:
                 if key not in self._steps:
                     self._steps[key] = self._record_step(key[0], draft)
 
-    def _make_passes(self, keys: Iterable[PassKey]) -> None:
+    def _make_passes(self, keys: Collection[PassKey]) -> None:
         """Record what is not there yet, the largest first: the others compute in its memory."""
         with self.recorder.session():
+            if (most := max((max(chunks[0], trees[0]) for chunks, trees in keys), default=0)) > self._pass_room.most:
+                self._pass_room = _Room(most)
             for key in sorted(keys, reverse=True):
                 if key not in self._passes:
                     self._passes[key] = self._record_pass(key)
 
     def _record_step(self, num_rows: int, draft: Draft) -> _Step:
-        run, num_nodes = self.run, draft.tree.num_nodes
+        run, room, num_nodes = self.run, self._step_room, draft.tree.num_nodes
         device, drafter = run.state.device, run.drafter
         # as deep as the drafter reaches: paths of trees that are not are padded
         reach = drafter.shape.max_depth if drafter is not None and num_nodes > 1 else 0
@@ -257,7 +291,7 @@ class RecordedSteps:
             trees, brought = run.expand(rows)
             _, hidden = run.forward(None, brought)
             logits = run.model.project(hidden.last)
-            return trees, hidden, logits, run.ops.argmax(logits)
+            return trees, room.put_hidden(hidden), room.put("logits", logits), run.ops.argmax(logits)
 
         with self.recorder.aside():
             trees, hidden, _, target = forward()
@@ -268,7 +302,7 @@ class RecordedSteps:
         return _Step(rows, trees, hidden, logits, target, first, second)
 
     def _record_pass(self, key: PassKey) -> _Pass:
-        state = self.run.state
+        state, room = self.run.state, self._pass_room
         device, dummy = state.device, state.num_rows
         (num_tokens, num_chunks), (num_trees, num_rows) = key
         numbers: Tensor | None = None
@@ -296,7 +330,8 @@ class RecordedSteps:
             trees = TreeRows(inflight, MAX_NODES, state.max_len)
 
         def forward() -> tuple[ChunkHidden | None, Hidden]:
-            return self.run.forward(chunks, trees)
+            known, hidden = self.run.forward(chunks, trees)
+            return None if known is None else room.put_chunks(known), room.put_hidden(hidden)
 
         with self.recorder.aside():
             forward()

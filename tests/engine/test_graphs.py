@@ -33,6 +33,7 @@ from manyheads.speculation.tree import Tree
 from tests.eagle3 import make_drafter
 from tests.engine.test_exactness import engine, prompts, run
 from tests.kernels import INTERPRETED
+from tests.tiny import VOCAB
 
 T = TypeVar("T")
 
@@ -139,6 +140,29 @@ def test_trees_beside_prompts_are_padded_with_few_tokens() -> None:
             size = fitting(TREES, tokens, rows)
             assert size is not None
             assert size[0] - tokens <= max(32, tokens // 8), (rows, nodes)
+
+
+def test_what_recordings_make_of_tokens_stands_in_places_that_they_share(
+    folder: Path, reference: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """Logits of each step by themselves would take gigabytes."""
+    make_drafter(tmp_path / "drafter", read_config(folder))
+    served = engine(folder, None, heads=str(tmp_path / "drafter"), max_num_seqs=8)
+    recorded = record(served)
+    recorded.record_steps(all_steps(served.planner, 8))
+    recorded.record_passes(64, 64)
+    steps, passes = list(recorded._steps.values()), list(recorded._passes.values())
+    assert len(steps) > 10 < len(passes)
+    made: dict[str, list[Tensor]] = {"logits": [step.logits for step in steps]}
+    made["last"], made["states"] = ([getattr(step.hidden, name) for step in steps] for name in ("last", "states"))
+    for known, hidden in (found.recorded.result for found in passes):
+        made.setdefault("last of passes", []).append(hidden.last)
+        if known is not None:
+            made.setdefault("ends", []).append(known.ends)
+    assert {
+        name: len({tensor.untyped_storage().data_ptr() for tensor in of}) for name, of in made.items()
+    } == dict.fromkeys(made, 1)
+    assert max(map(len, made["logits"])) * VOCAB * 4 == made["logits"][0].untyped_storage().nbytes()
 
 
 def test_what_a_pass_is_padded_to(folder: Path) -> None:

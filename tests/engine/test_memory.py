@@ -99,10 +99,10 @@ def test_in_half_precision_it_does_not() -> None:
     with pytest.raises(ConfigError) as refused:
         half.require(FIFTEEN, half.parts(), 2)
     text = str(refused.value)
-    needed = r"a memory of 15\.0 GiB is too little: 20\.\d GiB are needed \(weights 12\.6 GiB, heads 1\.4 GiB,"
+    needed = r"a memory of 15\.0 GiB is too little: 18\.\d GiB are needed \(weights 12\.6 GiB, heads 1\.4 GiB,"
     assert re.match(needed, text)
     assert "the process itself 512 MiB, one page of K/V 16 MiB)" in text
-    assert "max_num_seqs=8 instead of 256 saves 3." in text
+    assert "max_num_seqs=8 instead of 256 saves 2." in text
     assert "max_num_batched_tokens=256 instead of 2048 saves" in text
     assert "speculative=False saves" in text
     with pytest.raises(ConfigError, match=r"K/V cache 15\.\d GiB\).* change: a smaller num_blocks; "):
@@ -143,7 +143,8 @@ def test_what_grows_with_what() -> None:
 @pytest.mark.parametrize("most", [1, 8, 256])
 @pytest.mark.parametrize("kind", ["medusa", "eagle3"])
 def test_all_that_recordings_return_is_counted(kind: str, most: int) -> None:
-    """Of steps, at every depth where these cost passes, logits and hidden states; of passes, hidden states."""
+    """Of the largest step logits and hidden states, of the largest pass hidden states; and CUDA's own of each, at every
+    depth where these cost passes."""
     if kind == "medusa":
         planner, drafter = Planner(DEFAULT_ACCEPTANCE), HEADS
     else:
@@ -162,10 +163,10 @@ def test_all_that_recordings_return_is_counted(kind: str, most: int) -> None:
         (rows, draft.tree.num_nodes, draft.num_tokens(rows), draft.passes) for rows, draft in all_steps(planner, most)
     }
     passes = pass_keys(most, shape.max_num_batched_tokens, shape.num_drawn)
-    kept = sum(tokens for _, _, tokens, _ in steps) * 2 * (32000 + hidden)
-    kept += sum(chunks[0] + trees[0] for chunks, trees in passes) * 2 * hidden
+    kept = max(tokens for _, _, tokens, _ in steps) * 2 * (32000 + hidden)
+    kept += max(chunks[0] + trees[0] for chunks, trees in passes) * 2 * hidden
     kept += GRAPH_BYTES * (len(steps) + len(passes))
-    assert kept < shape.parts().graphs < 1.15 * kept + GIB
+    assert kept < shape.parts().graphs < 1.15 * kept + 1.5 * GIB  # with what they compute in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
