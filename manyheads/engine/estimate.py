@@ -185,16 +185,16 @@ class Shape:
     def _draw(self) -> int:
         """The eager sampler's.
 
-        Logits as computed and in float32, over the temperature, sorted with their order (int64), softmax, cumulated,
-        masks: 36 bytes for each beside the logits as computed; 16 more kept for log-probabilities, of up to four times
-        as many nodes as drew. Or, when that is done, the noise for every row and depth, where it is made before it is
-        added. And one row's penalties.
+        Logits as computed, in float32 and over the temperature, what finds those that are left, and which are not; 16
+        bytes for each are kept for log-probabilities, of up to four times as many nodes as drew. Or, when that is done,
+        the noise for every row and depth, where it is made before it is added. And one row's penalties.
         """
         logits, vocab = self._logits(), self.model.vocab_size
         depths = 1 + (self.drafter.max_depth if self.drafter else 0)
         noise = self.ops.noise_bytes * self.max_num_seqs * depths * vocab
         penalties = 32 * (MAX_NODES if self.drafter else 1) * vocab
-        return max((36 + self.dtype.itemsize) * logits, 16 * logits + noise) + 16 * logits + penalties
+        drawn = (9 + self.ops.cutoff_bytes + self.dtype.itemsize) * logits
+        return max(drawn, 16 * logits + noise) + 16 * logits + penalties
 
     def _propose(self) -> int:
         """The drafter's: logits as computed, joined, in float32, exponentiated; top-k with indices."""

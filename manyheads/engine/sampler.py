@@ -77,7 +77,7 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tenso
     """Draw the target's token at every node.
 
     Args:
-        logits: [T, V] float32, overwritten for rows whose parameters or grammars change them.
+        logits: [T, V] float32, overwritten for rows whose parameters or grammars change them or leave some out.
 
     Returns:
         [T] int64 tokens (-1 where the logits are not finite), and for each request with typical acceptance (by its
@@ -102,9 +102,11 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tenso
     if typical or filtered:
         scaled = logits / torch.where(temperature > 0, temperature, 1.0)[nodes.row, None]
     if filtered:
-        dropped = _dropped(scaled, *(x[nodes.rows][nodes.row] for x in (state.top_k, state.top_p, state.min_p)))
-        dropped &= (temperature > 0)[nodes.row, None]
-        logits, scaled = (x.masked_fill(dropped, float("-inf")) for x in (logits, scaled))
+        everything = ((state.top_k, state.vocab_size), (state.top_p, 1.0), (state.min_p, 0.0))
+        limits = (torch.where(temperature > 0, x[nodes.rows], all_of_it)[nodes.row] for x, all_of_it in everything)
+        dropped = scaled < ops.cutoff(scaled, *limits)[:, None]
+        for x in (logits, scaled):
+            x.masked_fill_(dropped, float("-inf"))
     distributions = {i: torch.softmax(scaled[nodes.place[i]], dim=-1) for i in typical}
     target = ops.draw(logits, temperature, seed, nodes.first, nodes.row, nodes.depth, nodes.max_depth)
     return target, distributions
@@ -148,24 +150,3 @@ def _edit_logits(logits: Tensor, nodes: Nodes, i: int, request: Request, state: 
         early = nodes.first[i] + nodes.tree.depth < state.min_len[row]  # [n]
         stops = torch.tensor(sorted(request.stop_ids), device=logits.device)
         logits[:, stops] = torch.where(early[:, None], float("-inf"), logits[:, stops])
-
-
-def _dropped(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Whether tokens are outside top-k, top-p (the smallest set with that mass) or min-p (that share of the largest).
-
-    Args:
-        logits: [T, V], over the temperature; the others [T]. A top_p of 1 drops nothing, though of a large vocabulary
-            the mass may be rounded up to 1 before the last token.
-
-    Returns:
-        [T, V] bool.
-    """
-    ordered, order = logits.sort(dim=-1, descending=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    drop = rank >= top_k[:, None]
-    probabilities = torch.softmax(ordered.masked_fill(drop, float("-inf")), dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more probable tokens
-    behind = (before >= top_p[:, None]) & (top_p < 1)[:, None]
-    drop = drop | behind | (probabilities < min_p[:, None] * probabilities[..., :1])
-    drop[..., 0] = False
-    return torch.zeros_like(drop).scatter(-1, order, drop)

@@ -114,6 +114,8 @@ class Ops(Protocol):
     """Whether a step can be recorded once and replayed (CUDA graphs)."""
     noise_bytes: int
     """What `draw` takes for each number of its noise while it makes it."""
+    cutoff_bytes: int
+    """What `cutoff` takes for each logit."""
     library_bytes: int
     """What the libraries behind the operations take of the device for themselves."""
     widened_rows: int
@@ -233,6 +235,24 @@ class Ops(Protocol):
 
     def argmax(self, logits: Tensor) -> Tensor:
         """[N, V] → [N] int64, of equals the first; -1 where the greatest is not a finite number."""
+
+    def cutoff(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        """The least logit that these leave to be drawn; equals are left together.
+
+        Left are the `top_k` greatest; of these the most probable ones as long as those before have less than `top_p`
+        of the probability (nucleus sampling: Holtzman et al. 2020, section 3.1); and of these what is at least `min_p`
+        times as probable as the most probable one (Nguyen et al. 2024, section 3).
+
+        Args:
+            logits: [T, V] float32, over the temperature.
+            top_k: [T] int64, from 1 on; V leaves all.
+            top_p: [T] float32, above 0; 1 leaves all, though of a large vocabulary the mass may be rounded up to 1
+                before the last token.
+            min_p: [T] float32; 0 leaves all.
+
+        Returns:
+            [T] float32; -inf leaves all. Where logits are NaN or infinite it means nothing.
+        """
 
     def draw(
         self,

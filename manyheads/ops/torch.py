@@ -23,12 +23,16 @@ from manyheads.quantization.blocks import BlockWeight
 from manyheads.quantization.int4 import Int4Weight
 from manyheads.quantization.int8 import Int8Weight
 
+FEW_BEST = 64
+"""Logits of a row that are sorted at first to find what top-k and top-p leave."""
+
 
 class TorchOps:
     """`ops.base.Ops`, some fifty operations of torch where kernels need a few launches."""
 
     records = False
     noise_bytes = 36  # hashes in int64, at most four at once, and what becomes of them
+    cutoff_bytes = 28  # where all of a row have to be sorted
     library_bytes = 0
     widened_rows = 0
     gathers_pages = True
@@ -141,6 +145,28 @@ class TorchOps:
     def argmax(self, logits: Tensor) -> Tensor:
         most, tokens = logits.max(dim=-1)
         return tokens.masked_fill_(~most.isfinite(), -1)
+
+    def cutoff(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        width, most = logits.shape[-1], logits.amax(dim=-1)
+        mass = 1 / logits.softmax(dim=-1).amax(dim=-1)  # of exp(x - most)
+        has_k, has_p = top_k < width, top_p < 1
+        size = FEW_BEST
+        while True:  # the answer is among the best few, most of the time; sorting all takes a hundred times as long
+            size = min(size, width)
+            best = logits.topk(size, dim=-1).values
+            cut = best.gather(1, top_k.clamp(max=size)[:, None] - 1)[:, 0].masked_fill_(~has_k, -torch.inf)
+            is_known = ~has_k | (best[:, -1] < cut)
+            weights = torch.where(best >= cut[:, None], (best - most[:, None]).exp_(), 0.0)
+            share = top_p * torch.where(has_k, weights.sum(dim=-1), mass)
+            is_left = (weights.cumsum(dim=-1) - weights < share[:, None]) & (weights > 0)
+            is_known &= ~has_p | has_k | ~is_left[:, -1]
+            if size == width or bool((is_known | ~most.isfinite()).all()):
+                break
+            size *= 8
+        last = best.gather(1, is_left.sum(dim=-1, keepdim=True).clamp_(min=1) - 1)[:, 0]
+        cut = torch.where(has_p, torch.maximum(cut, last), cut)
+        cut = torch.where(min_p > 0, torch.maximum(cut, most + min_p.log()), cut)
+        return torch.minimum(cut, most)
 
     def draw(
         self,

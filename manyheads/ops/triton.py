@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyheads.attention.triton import TritonAttention
 from manyheads.batch import Outcome, RowState, Trees
-from manyheads.kernels import compact, compiling, fused, guesses, settle, topk, trees, widen
+from manyheads.kernels import compact, compiling, cutoff, fused, guesses, settle, topk, trees, widen
 from manyheads.kv_cache import KVCache
 from manyheads.ops import kernel_experts, kernel_products
 from manyheads.ops.adapters import Adapters
@@ -25,6 +25,7 @@ class TritonOps(TorchOps):
 
     records = True
     noise_bytes = 0  # it is made where it is added
+    cutoff_bytes = 0
     library_bytes = 96 * 2**20  # cuBLAS's workspaces on two streams (32 MiB each), and scratch of split attention
     widened_rows = widen.PIECE
     gathers_pages = False
@@ -42,6 +43,7 @@ class TritonOps(TorchOps):
     head_input = staticmethod(fused.head_input)
     argmax = staticmethod(topk.argmax)
     best = staticmethod(topk.topk)
+    cutoff = staticmethod(cutoff.cutoff)
     draw = staticmethod(topk.draw)
     expand = staticmethod(trees.expand)
     begin_guesses = staticmethod(guesses.begin_guesses)

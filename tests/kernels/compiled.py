@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from manyheads.kernels import adapters, experts, fused, guesses, quantized, routing, settle, widen
+from manyheads.kernels import adapters, cutoff, experts, fused, guesses, quantized, routing, settle, widen
 from manyheads.kernels.attention import _attend_kernel
 from manyheads.kernels.exchange import FEW_ROWS, PROGRAMS, _gather_kernel, _rows_kernel, _words_kernel, most_rows
 from manyheads.quantization.int8 import INT8
@@ -179,7 +179,16 @@ def compile_pack(capability: int) -> int:
     return compiled(settle._pack_kernel, kinds | dict.fromkeys(numbers, "i32"), constants, capability)
 
 
+def compile_cutoff(capability: int) -> int:
+    """What top-k, top-p and min-p leave."""
+    kinds = {"logits": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32", "found": "*fp32"}
+    numbers = {"width": "i32", "stride_logits": "i32"}
+    return compiled(cutoff._cutoff_kernel, kinds | numbers, {"BLOCK": 4096}, capability, num_warps=8)
+
+
 if __name__ == "__main__":
+    for capability in (HOPPER, AMPERE):
+        print("cutoff", capability, compile_cutoff(capability))
     for sums in (("fp16", 1, HOPPER), ("bf16", 4, HOPPER), ("fp32", 1, AMPERE)):
         print(*sums, compile_sum(*sums))
     print("sinks", compile_attention(HOPPER))
