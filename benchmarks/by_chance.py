@@ -33,7 +33,7 @@ from manyheads.batch import Level, OpenNodes, RowState
 from manyheads.config import EngineConfig
 from manyheads.engine import recorded, runner
 from manyheads.engine.engine import Engine
-from manyheads.engine.sampler import Nodes
+from manyheads.engine.nodes import Nodes
 from manyheads.kv_cache import KVCache
 from manyheads.ops.base import Ops
 from manyheads.request import EngineRequest

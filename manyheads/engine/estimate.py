@@ -21,6 +21,7 @@ import torch
 from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
 from manyheads.engine.memory import Limit
+from manyheads.engine.penalties import AT_ONCE
 from manyheads.engine.record_sizes import ROWS, TREE_ROWS, all_rows, pass_keys
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.config import ModelConfig
@@ -187,12 +188,13 @@ class Shape:
 
         Logits as computed, in float32 and over the temperature, what finds those that are left, and which are not; 16
         bytes for each are kept for log-probabilities, of up to four times as many nodes as drew. Or, when that is done,
-        the noise for every row and depth, where it is made before it is added. And one row's penalties.
+        the noise for every row and depth, where it is made before it is added. And the penalties of so many nodes as
+        are looked at together.
         """
         logits, vocab = self._logits(), self.model.vocab_size
         depths = 1 + (self.drafter.max_depth if self.drafter else 0)
         noise = self.ops.noise_bytes * self.max_num_seqs * depths * vocab
-        penalties = 32 * (MAX_NODES if self.drafter else 1) * vocab
+        penalties = 32 * min(AT_ONCE, self.num_drawn) * vocab
         drawn = (9 + self.ops.cutoff_bytes + self.dtype.itemsize) * logits
         return max(drawn, 16 * logits + noise) + 16 * logits + penalties
 

@@ -7,34 +7,17 @@ same whatever the tree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from manyheads.batch import RowState, Trees, TreeTensors
 from manyheads.engine.bans import ban_tokens, has_bans
 from manyheads.engine.masks import Masks, first_masks
+from manyheads.engine.nodes import Nodes
+from manyheads.engine.penalties import penalize
 from manyheads.engine.state import has_penalties
 from manyheads.engine.step import Request
 from manyheads.ops.base import Ops
-
-
-@dataclass(frozen=True, eq=False)
-class Nodes:
-    """R rows that draw at T nodes, as the sampler sees them. There may be more (dummy) rows than requests."""
-
-    requests: list[Request]
-    rows: Tensor  # [R] int64, slots of the row state
-    row: Tensor  # [T] int64, which of the R a node belongs to
-    depth: Tensor  # [T] int64, in its row's tree
-    max_depth: int
-    first: Tensor  # [R] int64, position in the sequence of the token that a root draws
-    node_tokens: Tensor  # [R, n] int64, what the nodes of the whole tree would hold
-    place: Tensor  # [R, n] int64, where they stand among the T; nodes that a row did not bring stand at its root
-    tree: TreeTensors
-    masks: Masks | None = None
-    """What grammars allow; None where no row has one."""
 
 
 def nodes_of(
@@ -46,6 +29,7 @@ def nodes_of(
         requests=requests,
         rows=index,
         row=trees.row,
+        node=trees.node,
         depth=trees.tree.depth[trees.node],
         max_depth=max_depth,
         first=state.cached_len[index] + 1,
@@ -63,6 +47,7 @@ def last_nodes(requests: list[Request], index: Tensor, root: TreeTensors, state:
         requests=requests,
         rows=index,
         row=order,
+        node=torch.zeros_like(order),
         depth=torch.zeros_like(order),
         max_depth=0,
         first=state.cached_len[index],
@@ -83,8 +68,9 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tenso
         [T] int64 tokens (-1 where the logits are not finite), and for each request with typical acceptance (by its
         place among them) the distributions of its tree's nodes, [n, V].
     """
+    penalize(logits, nodes, state)
     for i, request in enumerate(nodes.requests):
-        if edits_logits(request):
+        if _edits_row(request):
             edited = logits[nodes.place[i]]
             _edit_logits(edited, nodes, i, request, state)
             # nodes that the row did not bring write to its root, and must write what the root does
@@ -114,8 +100,11 @@ def draw(logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tenso
 
 def edits_logits(request: Request) -> bool:
     """Whether its parameters change logits before a token is chosen."""
-    edits = has_penalties(request) or bool(request.params.logit_bias) or has_bans(request.params)
-    return edits or _stops_are_early(request)
+    return has_penalties(request) or _edits_row(request)
+
+
+def _edits_row(request: Request) -> bool:
+    return bool(request.params.logit_bias) or has_bans(request.params) or _stops_are_early(request)
 
 
 def _stops_are_early(request: Request) -> bool:
@@ -124,23 +113,9 @@ def _stops_are_early(request: Request) -> bool:
 
 
 def _edit_logits(logits: Tensor, nodes: Nodes, i: int, request: Request, state: RowState) -> None:
-    """Penalties, bias, bans and the stop tokens that come too early, in place on one row's [n, V] logits."""
+    """Bias, bans and the stop tokens that come too early, in place on one row's [n, V] logits."""
     params = request.params
     row = request.row
-    if has_penalties(request):
-        prompt_seen, output_count = state.count_tokens()
-        # a node's count: the row's output so far, and the nodes on the way from the root (which is output already)
-        below = nodes.tree.ancestors.clone()
-        below[:, 0] = False
-        num_nodes = nodes.tree.num_nodes
-        count = output_count[row].repeat(num_nodes, 1)
-        tokens = nodes.node_tokens[i].expand(num_nodes, -1)
-        count.scatter_add_(1, tokens, below.to(count.dtype))
-        if params.repetition_penalty != 1.0:
-            seen = prompt_seen[row] | (count > 0)
-            penalty = params.repetition_penalty
-            logits.copy_(torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits))
-        logits -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[:, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST, MOST = -3.0, 17.0
+"""Bounds of the noise: 24 bits say no more."""
 _MASK32 = 0xFFFFFFFF
 
 
@@ -20,10 +22,19 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     Returns:
         [R, P, vocab_size] float32.
     """
+    tokens = torch.arange(vocab_size, device=seed.device)
+    return gumbel_of(streams(seed[:, None], position)[..., None], tokens)
+
+
+def streams(seed: Tensor, position: Tensor) -> Tensor:
+    """What the noise of all tokens at a position begins with; shapes are broadcast."""
     low, high = seed & _MASK32, (seed >> 32) & _MASK32
-    stream = _fmix32(_fmix32(low)[:, None] ^ _fmix32(high + 0x9E3779B9)[:, None] ^ _fmix32(position * 0x85EBCA6B))
-    token = torch.arange(vocab_size, device=seed.device)
-    bits = _fmix32(stream[..., None] ^ _fmix32(token * 0x9E3779B9 + 0x7F4A7C15))  # [R, P, V]
+    return _fmix32(_fmix32(low) ^ _fmix32(high + 0x9E3779B9) ^ _fmix32(position * 0x85EBCA6B))
+
+
+def gumbel_of(stream: Tensor, token: Tensor) -> Tensor:
+    """The noise of tokens, float32 from LEAST to MOST; shapes are broadcast."""
+    bits = _fmix32(stream ^ _fmix32(token * 0x9E3779B9 + 0x7F4A7C15))
     # strictly between 0 and 1: 23 bits and a half are a float32, of 24 bits the largest would be rounded up to 1
     uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))

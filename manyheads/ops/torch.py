@@ -16,7 +16,7 @@ from manyheads.ops import blocks, experts, guesses, integer, products
 from manyheads.ops.adapters import Adapters, TorchAdapters
 from manyheads.ops.base import GroupedProduct, Product
 from manyheads.ops.experts import LoopedProduct
-from manyheads.ops.noise import gumbel
+from manyheads.ops.noise import LEAST, MOST, gumbel, gumbel_of, streams
 from manyheads.quantization.base import CodedScheme, CodedWeight, Weight
 from manyheads.quantization.bitsandbytes import BitsandbytesWeight
 from manyheads.quantization.blocks import BlockWeight
@@ -179,10 +179,20 @@ class TorchOps:
         max_depth: int,
     ) -> Tensor:
         greedy, temperature = self.argmax(logits), temperature[row]
-        noise = gumbel(seed, first[:, None] + torch.arange(max_depth + 1, device=first.device), logits.shape[-1])
+        draws = (temperature > 0) & (greedy >= 0)
         scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-        drawn = (scaled + noise[row, depth]).argmax(dim=-1)
-        return torch.where((temperature > 0) & (greedy >= 0), drawn, greedy)
+        # noise can lift a token by so much over the most probable one; mostly few can be drawn, after top-p very few
+        least = (scaled.amax(dim=-1) - (MOST - LEAST)).masked_fill_(~draws, torch.inf)
+        node, token = (scaled >= least[:, None]).nonzero().unbind(1)
+        if 2 * len(node) > len(first) * (max_depth + 1) * logits.shape[-1]:
+            noise = gumbel(seed, first[:, None] + torch.arange(max_depth + 1, device=first.device), logits.shape[-1])
+            drawn = (scaled + noise[row, depth]).argmax(dim=-1)
+            return torch.where(draws, drawn, greedy)
+        worth = scaled[node, token] + gumbel_of(streams(seed[row], first[row] + depth)[node], token)
+        most = worth.new_full((len(logits),), -torch.inf).scatter_reduce_(0, node, worth, "amax")
+        best = torch.where(worth == most[node], token, logits.shape[-1])  # of equals the first
+        drawn = token.new_full((len(logits),), logits.shape[-1]).scatter_reduce_(0, node, best, "amin")
+        return torch.where(draws, drawn, greedy)
 
     def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, tokens = logits.topk(count, dim=-1)

@@ -13,8 +13,8 @@ from torch import Tensor
 from manyheads.batch import RowState, TreeTensors
 from manyheads.engine import ranks, recorded, runner
 from manyheads.engine.engine import Engine
+from manyheads.engine.nodes import Nodes
 from manyheads.engine.runner import Runner
-from manyheads.engine.sampler import Nodes
 from manyheads.request import EngineRequest, SamplingParams
 from manyheads.speculation.drafter import DrafterShape
 from manyheads.speculation.eagle3.drafter import Eagle3Drafter
@@ -139,6 +139,7 @@ class Chain:
                 requests=[],
                 rows=rows,
                 row=torch.arange(count).repeat_interleave(nodes),
+                node=order.repeat(count),
                 depth=order.repeat(count),
                 max_depth=self.depth,
                 first=torch.full_like(rows, first),
