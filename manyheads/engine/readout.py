@@ -38,13 +38,14 @@ class Computed:
     """What a step says of the known tokens of chunks."""
 
     chunks: list[Chunk]
-    is_finite: Tensor  # [T] bool, whether their hidden states are
+    is_finite: Tensor  # [T] bool, whether what is cached of them are numbers
     scored: Sequence[Scored]
 
     def broken(self) -> list[Request]:
-        """Whose tokens there are not all finite."""
+        """Who has tokens there of which not all that is cached, or was asked for, are numbers."""
         parts = torch.split(self.is_finite, [chunk.num_inflight for chunk in self.chunks])
-        return [chunk.request for chunk, part in zip(self.chunks, parts, strict=True) if not part.all()]
+        broken = [chunk.request for chunk, part in zip(self.chunks, parts, strict=True) if not part.all()]
+        return [*broken, *(scored.request for scored in self.scored if not scored.columns.logprobs.isfinite().all())]
 
 
 class PendingStep:

@@ -127,6 +127,11 @@ def parameters(config: ModelConfig, layer: Callable[[ModelConfig, str], LayerPar
     )
 
 
+def are_finite(rows: Tensor) -> Tensor:
+    """[N, …] → [N] bool, whether rows have numbers alone."""
+    return rows.isfinite().all(dim=1)
+
+
 class Llama:
     """The forward pass over a flat ragged batch; attention and its cache are the caller's.
 
@@ -186,7 +191,8 @@ class Llama:
             inputs: by layer, [T, hidden] that its input is written to; that of layer n, of n, is what the last one
                 gives, before the final norm.
             read: [N] int64, the tokens whose hidden states are wanted; None for all.
-            is_finite: [M] bool, written to: whether the last attention gives numbers for the first M tokens.
+            is_finite: [M] bool, written to: whether the last layer is given numbers for the first M tokens, and its
+                attention gives some.
 
         Returns:
             [N, hidden]
@@ -200,7 +206,8 @@ class Llama:
                 inputs[i].copy_(residual)
             y = attention(i, self.queries(layer, x), layer.q_norm, layer.k_norm)
             if i == last and is_finite is not None:
-                torch.all(y[: len(is_finite)].isfinite(), dim=1, out=is_finite)
+                count = len(is_finite)  # NOTE: of few keys, torch's attention makes numbers of queries that are none
+                torch.logical_and(are_finite(residual[:count]), are_finite(y[:count]), out=is_finite)
             if i == last and read is not None and i + 1 not in inputs:
                 x, y, residual = rows_at(x, read), y[read], residual[read]
                 if self.adapters is not None:

@@ -12,6 +12,7 @@ from manyheads import EngineConfig, SamplingParams
 from manyheads.engine import prompt_logprobs
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
+from manyheads.engine.runner import Runner
 from manyheads.request import EngineRequest, RequestDelta
 from tests.tiny import VOCAB
 
@@ -68,6 +69,29 @@ def test_they_are_the_models(engine: Engine, reference: LlamaForCausalLM) -> Non
         assert all(delta.prompt_logprobs is None for delta in deltas[params.prompt_logprobs is not None :])
         assert sum(len(delta.new_token_ids) for delta in deltas) == params.max_tokens
         assert deltas[-1].finish_reason == "length"
+
+
+def test_what_is_no_number_is_an_error_for_who_asks(
+    engine: Engine, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else reads what the model makes of a prompt's inner tokens."""
+    with torch.inference_mode():
+        best = [reference(torch.tensor([prompt])).logits[0].argmax(-1).tolist() for prompt in PROMPTS[:3]]
+    odd = next(token for token in best[1] if token not in {tokens[-1] for tokens in best})
+    assert isinstance(engine.runner, Runner)
+    model = engine.runner.model
+    logits = model.logits
+
+    def broken(hidden: torch.Tensor) -> torch.Tensor:
+        found = logits(hidden)
+        return found.masked_fill_((found.argmax(-1) == odd)[:, None], float("inf"))
+
+    monkeypatch.setattr(model, "logits", broken)
+    asked = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=count) for count in (None, 2, None)]
+    deltas = run(engine, asked)
+    assert [some[-1].finish_reason for some in deltas] == ["length", "error", "length"]
+    assert "not finite for the prompt" in (deltas[1][-1].error or "")
+    assert all(delta.prompt_logprobs is None for delta in deltas[1])
 
 
 def test_a_prompt_of_one_token_has_none(engine: Engine) -> None:

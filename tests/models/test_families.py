@@ -63,14 +63,17 @@ def test_tokens_that_nobody_reads_go_no_further_than_the_last_attention(
     assert is_finite.all()
 
 
-def test_a_token_without_numbers_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [2, 0])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_token_without_numbers_is_told(tmp_path: Path, before: int, poison: float) -> None:
     """Nobody reads its hidden states, and those before it have numbers (behind it, kernels differ)."""
     reference("qwen3").save_pretrained(tmp_path)
     model = load(tmp_path)
-    model.embedding[60] = float("nan")
-    is_finite = torch.ones(3, dtype=torch.bool)
-    hidden_states(model, torch.tensor([1, 2, 60, 3, 4, 5]), read=torch.tensor([0]), is_finite=is_finite)
-    assert is_finite.tolist() == [True, True, False]
+    model.embedding[60, 3] = poison
+    tokens = torch.tensor([1, 2, 60, 3, 4, 5] if before else [60])
+    is_finite = torch.ones(before + 1, dtype=torch.bool)
+    hidden_states(model, tokens, read=torch.tensor([0]), is_finite=is_finite)
+    assert is_finite.tolist() == [True] * before + [False]
 
 
 @pytest.mark.parametrize("name", MODELS)
