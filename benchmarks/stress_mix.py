@@ -142,7 +142,7 @@ def model_folder(root: Path, family: str, has_text: bool) -> Path:
     model.save_pretrained(folder)
     torch.manual_seed(1)
     save_heads(folder, model.config.hidden_size)
-    make_drafter(folder / "eagle3", read_config(folder))
+    make_drafter(folder / "eagle3", read_config(folder), rope_scaling=None)
     save_adapter(folder / "a", model)
     save_adapter(folder / "b", model, targets=("o_proj",), rank=2, seed=1)
     return folder

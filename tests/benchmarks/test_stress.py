@@ -17,6 +17,7 @@ from manyheads.request import EngineRequest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import stress
+from stress_mix import MODELS, model_folder
 
 SEEDS = (14, 23, 51)
 """With what the first test looks for; the second one has three engines."""
@@ -52,6 +53,12 @@ def test_mixtures_give_what_their_requests_give_alone(models: Path) -> None:
     assert counts["seeds"] == len(SEEDS)
     assert min(counts[name] for name in ("accepted tokens", "preemptions", "tokens of shared prefixes", "aborted")) > 0
     assert {"death", "second rank", "recorded steps", "overlapping steps", "asked: grammar"} <= features.keys()
+
+
+def test_every_family_has_drafters_and_adapters(models: Path) -> None:
+    for family in MODELS:
+        folder = model_folder(models, family, False)
+        assert all((folder / name).is_dir() for name in ("heads", "eagle3", "a", "b")), family
 
 
 def test_a_seed_is_the_same_every_time(models: Path) -> None:
