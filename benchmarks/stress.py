@@ -372,14 +372,18 @@ def differences(mix: Mix, job: Job) -> Iterator[str]:
         if text or (message.timeout is None and all(life.config.max_wait is None for life in mix.lives)):
             yield f"refused though it may not be: {got.error}"
         return
+    if params.grammar is not None and "not finite" in got.error + wanted.error:
+        # What a grammar leaves no choice about may be told before an error, or not. And where one engine draws a token,
+        # another knows it and computes it in the middle of a chunk, where nobody reads what the last layer makes of it;
+        # or it does not compute it, since the text ends with it.
+        most = min(len(text), len(wanted.tokens))
+        if not mix.broken or (text[:most] != wanted.tokens[:most] and not is_lossy):
+            yield f"{text}, error {got.error!r}, and not {wanted}"
+        return
     if reason == "error":
         if is_lossy and mix.broken:
             return
-        # what a grammar leaves no choice about may be told before an error, or not
-        most = min(len(text), len(wanted.tokens)) if params.grammar is not None and mix.broken else None
-        where = ("not finite" in got.error, "not finite" in wanted.error) if most is not None else ()
-        same = got.error == wanted.error or (where and all(where))
-        if text[:most] != wanted.tokens[:most] or not same:
+        if text != wanted.tokens or got.error != wanted.error:
             yield f"{text}, error {got.error!r}, and not {wanted}"
         return
     yield from broken_rules(job, got, text)
