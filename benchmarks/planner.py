@@ -25,7 +25,7 @@ from typing import Any
 
 from common import ROOT, machine, percentile, save, table
 
-from manyheads.engine.record_sizes import CHUNKS, TREE_ROWS, TREES, fitting, padded_rows
+from manyheads.engine.record_sizes import CHUNKS, TREE_ROWS, fitting_pass, padded_rows
 from manyheads.engine.step_target import StepTarget
 from manyheads.speculation.costs import CostTable
 from manyheads.speculation.draft import SIZES, Draft
@@ -56,8 +56,8 @@ def costs() -> CostTable:
 
 def padded_pass(num_prompts: int, num_trees: int, num_rows: int) -> int:
     """As `RecordedSteps.padded_pass`, of all that can be recorded."""
-    chunks, trees = fitting(CHUNKS, num_prompts, 1), fitting(TREES, num_trees, num_rows)
-    return num_prompts + num_trees if chunks is None or trees is None else chunks[0] + trees[0]
+    key = fitting_pass(num_prompts, 1, num_trees, num_rows)
+    return num_prompts + num_trees if key is None else key[0][0] + key[1][0]
 
 
 def medusa() -> Planner:

@@ -17,7 +17,7 @@ prompts, when a grammar is compiled, what the clock says. So **to repeat** a see
 **Compared** are tokens, how texts end, errors and log-probabilities with those of a plain engine that has each request
 alone: no drafter, no prefix cache, one chunk. Sampled texts are compared seed by seed; aborted ones, and those that
 ended by `max_steps`, have to be beginnings. What typical acceptance draws is only held to the request's own rules. With
-K/V in 8 bits one of ten thousand sampled texts may be another (docs/quantization.md), so there requests are greedy.
+K/V in 8 bits a sampled text may be another now and then (docs/quantization.md), so there requests are greedy.
 After every step pages, rows and requests are accounted for, and both ranks' rows are the same; at the end nothing is
 left over.
 """

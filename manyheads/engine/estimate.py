@@ -226,9 +226,9 @@ class Shape:
         keys = pass_keys(most, self.max_num_batched_tokens, self.num_drawn)
         passes = [chunks[0] + trees[0] for chunks, trees in keys]
         hidden = (1 + len(drafter.base_layers)) * model.hidden_size
-        most = max(max(chunks[0], trees[0]) for chunks, trees in keys)
+        largest = max(max(chunks[0], trees[0]) for chunks, trees in keys)
         # logits as they are computed, too
-        kept = (max(tokens) * (2 * model.vocab_size + hidden) + 2 * most * hidden) * self.dtype.itemsize
+        kept = (max(tokens) * (2 * model.vocab_size + hidden) + 2 * largest * hidden) * self.dtype.itemsize
         count = len(tokens) + len(passes)
         return count * GRAPH_BYTES + kept + self._activations(max(*tokens, *passes)) + self._propose()
 

@@ -59,6 +59,13 @@ def fitting(sizes: tuple[tuple[int, int], ...], tokens: int, rows: int) -> tuple
     return next((size for size in sizes if size[0] >= tokens and size[1] >= rows), None)
 
 
+def fitting_pass(num_prompts: int, num_chunks: int, num_trees: int, num_rows: int) -> PassKey | None:
+    """The smallest pass for so many tokens of so many chunks, and of so many rows' trees; None where none is large
+    enough."""
+    chunks, trees = fitting(CHUNKS, num_prompts, num_chunks), fitting(TREES, num_trees, num_rows)
+    return None if chunks is None or trees is None else (chunks, trees)
+
+
 def all_rows(most: int, sizes: tuple[int, ...]) -> list[int]:
     """What numbers of rows up to `most` are padded to, the largest first."""
     return sorted({padded_rows(count, most, sizes) for count in range(1, most + 1)}, reverse=True)

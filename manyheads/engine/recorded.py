@@ -22,13 +22,11 @@ from torch import Tensor
 from manyheads.batch import MAX_NODES, InFlight, Trees, TreeTensors
 from manyheads.engine.graphs import Recorded, Recorder
 from manyheads.engine.record_sizes import (
-    CHUNKS,
     ROWS,
     TREE_ROWS,
-    TREES,
     PassKey,
     all_rows,
-    fitting,
+    fitting_pass,
     padded_rows,
     pass_keys,
 )
@@ -141,10 +139,8 @@ class RecordedSteps:
 
     def padded_pass(self, num_prompts: int, num_trees: int, num_rows: int) -> int:
         """Tokens of the pass over so many of chunks, and so many of so many rows' trees."""
-        chunks, trees = fitting(CHUNKS, num_prompts, 1), fitting(TREES, num_trees, num_rows)
-        if chunks is None or trees is None or (chunks, trees) not in self._passes:
-            return num_prompts + num_trees
-        return chunks[0] + trees[0]
+        key = fitting_pass(num_prompts, 1, num_trees, num_rows)
+        return num_prompts + num_trees if key is None or key not in self._passes else key[0][0] + key[1][0]
 
     @staticmethod
     def serves(requests: list[Request]) -> bool:
@@ -218,9 +214,8 @@ class RecordedSteps:
         num_rows = 0
         if trees is not None:
             num_trees, num_rows = trees.inflight.tokens.shape[0], trees.inflight.index.shape[0]
-        key: Any = (fitting(CHUNKS, num_tokens, len(chunks)), fitting(TREES, num_trees, num_rows))
-        found = self._passes.get(key)
-        if found is None:
+        key = fitting_pass(num_tokens, len(chunks), num_trees, num_rows)
+        if key is None or (found := self._passes.get(key)) is None:
             return None
         if found.chunks is not None and found.numbers is not None:
             self._put_chunks(found.numbers, found.chunks, chunks)

@@ -142,9 +142,8 @@ class StepRun:
         last = model.forward(tokens, self.attention, inputs, read, is_finite)
         known, others = last.tensor_split((count if every else len(ends),))
         known_states, other_states = (None, None) if states is None else states.tensor_split((count,))
-        whole = known if every else None
-        known = known if whole is None else whole[ends]
-        return ChunkHidden(known, is_finite, known_states, whole), Hidden(others, other_states)
+        of_chunks = ChunkHidden(known[ends] if every else known, is_finite, known_states, known if every else None)
+        return of_chunks, Hidden(others, other_states)
 
     def finish(
         self,

@@ -1,7 +1,7 @@
 """Which of a row's logits top-k, top-p and min-p leave, without sorting them: the least of those is searched for.
 
 A float's bits are an integer that compares as it does (once those of negatives are flipped), so 32 halvings find any
-value. Each is a pass over the row, which stays in the cache; sorting it takes some 20 times as long.
+value. Each is a pass over the row, which stays in the cache.
 """
 
 from __future__ import annotations

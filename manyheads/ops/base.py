@@ -251,7 +251,7 @@ class Ops(Protocol):
             min_p: [T] float32; 0 leaves all.
 
         Returns:
-            [T] float32; -inf leaves all. Where logits are NaN or infinite it means nothing.
+            [T] float32; -inf leaves all. Where the greatest is NaN or infinite it means nothing.
         """
 
     def draw(

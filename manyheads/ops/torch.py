@@ -151,7 +151,7 @@ class TorchOps:
         mass = 1 / logits.softmax(dim=-1).amax(dim=-1)  # of exp(x - most)
         has_k, has_p = top_k < width, top_p < 1
         size = FEW_BEST
-        while True:  # the answer is among the best few, most of the time; sorting all takes a hundred times as long
+        while True:  # the answer is among the best few, most of the time, and to sort all takes long
             size = min(size, width)
             best = logits.topk(size, dim=-1).values
             cut = best.gather(1, top_k.clamp(max=size)[:, None] - 1)[:, 0].masked_fill_(~has_k, -torch.inf)
