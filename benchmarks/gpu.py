@@ -14,6 +14,8 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 `replies`: of 480 greedy replies of 128 tokens, how many are those of another run, which left them in the file that
 --replies names (the first run with that file does).
 
+With --sampling, texts are drawn with a temperature, cutoffs and penalties, instead of greedily.
+
 With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
 one's own (by_chance.py); of vLLM's chains too, position by position. --random makes MODEL a folder without weights, for
 a published shape with random ones (random_model.py; of vLLM plain only). Both go with --quantization and with several
@@ -30,6 +32,7 @@ step, by all ranks at the same time, and bounds how fast it can be.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import time
@@ -79,7 +82,8 @@ class Manyheads:
             acceptance=args.acceptance,
             random_folder=str(args.model) if args.random else None,
         ).install()
-        self.temperature = 1.0 if args.acceptance else 0.0  # a row that samples passes by the sampler
+        # by chance, all rows have to pass by the sampler
+        self.sampling = args.sampling or {"temperature": 1.0 if args.acceptance else 0.0}
         self.engine = build_engine(
             EngineConfig(
                 model=str(args.model),
@@ -111,7 +115,7 @@ class Manyheads:
     def add(self, prompt: list[int], num_tokens: int) -> str:
         from manyheads.request import EngineRequest, SamplingParams
 
-        params = SamplingParams(temperature=self.temperature, max_tokens=num_tokens, ignore_eos=True)
+        params = SamplingParams(**self.sampling, max_tokens=num_tokens, ignore_eos=True)
         self._count += 1
         self.engine.add_request(EngineRequest(request_id=str(self._count), prompt_token_ids=prompt, params=params))
         return str(self._count)
@@ -183,12 +187,12 @@ class Vllm:
             tensor_parallel_size=args.tensor_parallel_size,
             **speculative,
         )
-        self._params = SamplingParams
+        self._params = functools.partial(SamplingParams, **(args.sampling or {"temperature": 0.0}))
         self._received: dict[str, int] = {}
 
     def _sampling(self, num_tokens: int) -> Any:
         # no min_tokens: it would forbid the end token, and with it the text that our engine writes
-        return self._params(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        return self._params(max_tokens=num_tokens, ignore_eos=True, detokenize=False)
 
     def add(self, prompt: list[int], num_tokens: int) -> str:
         name = f"stream-{len(self._received)}"
@@ -269,6 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--acceptance", nargs="?", const="published", help="accept candidates by chance; a JSON file has other rates"
     )
+    parser.add_argument("--sampling", type=json.loads, help="instead of greedily: SamplingParams of both, in JSON")
     parser.add_argument("--users", type=lambda text: [int(n) for n in text.split(",")], default=list(USERS))
     parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"))
     parser.add_argument("--tokens-in", type=int, default=128)
@@ -283,6 +288,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")
     args = parser.parse_args()
     if args.acceptance:
+        if args.sampling:
+            parser.error("--acceptance draws by chance, whatever --sampling says")
         file = None if args.acceptance == "published" else Path(args.acceptance)
         args.acceptance = table_of(args.mode, file)
     if args.random:
@@ -294,7 +301,7 @@ def main() -> None:
     ready = time.perf_counter() - args.start
     print(f"ready after {ready:.1f} s", flush=True)
     record: dict[str, Any] = {"ready_s": ready, "system": args.system, "mode": args.mode, "memory": system.memory()}
-    record["ranks"] = args.tensor_parallel_size
+    record |= {"ranks": args.tensor_parallel_size, "sampling": args.sampling}
     record["costs_ms"] = system.costs()
     print(record["memory"], flush=True)
     for test in args.tests:

@@ -178,10 +178,15 @@ def test_text_is_that_of_one_rank(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("drafter", ["none", "medusa", "ngram", "eagle3"])
-def test_two_gpus_give_the_text_of_one(wide: Path, tmp_path: Path, drafter: str) -> None:
+@pytest.mark.parametrize(
+    ("drafter", "scheme"),
+    [("none", None), ("medusa", None), ("ngram", None), ("eagle3", None)]
+    + [("medusa", "int8"), ("medusa", "int4"), ("medusa", "fp8"), ("eagle3", "int4")],
+)
+def test_two_gpus_give_the_text_of_one(wide: Path, tmp_path: Path, drafter: str, scheme: str | None) -> None:
     """In processes of their own, with steps that are recorded."""
     settings: dict[str, Any] = {"device": "cuda", "block_size": 16, "num_blocks": 60, "max_num_batched_tokens": 64}
+    settings["quantization"] = scheme
     if drafter == "none":
         settings["speculative"] = False
     elif drafter == "ngram":
