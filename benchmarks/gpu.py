@@ -14,7 +14,9 @@ times between what 32 streams get, while a prompt of 4,000 tokens comes every 0.
 `replies`: of 480 greedy replies of 128 tokens, how many are those of another run, which left them in the file that
 --replies names (the first run with that file does).
 
-With --sampling, texts are drawn with a temperature, cutoffs and penalties, instead of greedily.
+`sampled`: the sweep once for each of --sampling, which are `SamplingParams` of both systems, in JSON:
+
+    … --tests sampled --sampling '{"temperature": 0}' '{"temperature": 0.8, "top_p": 0.9}'
 
 With --acceptance, candidates are accepted by chance, by what is published for the kind of drafter or by a table of
 one's own (by_chance.py); of vLLM's chains too, position by position. --random makes MODEL a folder without weights, for
@@ -32,7 +34,6 @@ step, by all ranks at the same time, and bounds how fast it can be.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import time
@@ -50,6 +51,9 @@ USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class System(Protocol):
+    sampling: dict[str, Any]
+    """How the requests to come are drawn: `SamplingParams` of either system."""
+
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         """Greedy continuations of exactly so many tokens."""
 
@@ -83,7 +87,7 @@ class Manyheads:
             random_folder=str(args.model) if args.random else None,
         ).install()
         # by chance, all rows have to pass by the sampler
-        self.sampling = args.sampling or {"temperature": 1.0 if args.acceptance else 0.0}
+        self.sampling: dict[str, Any] = {"temperature": 1.0 if args.acceptance else 0.0}
         self.engine = build_engine(
             EngineConfig(
                 model=str(args.model),
@@ -187,12 +191,13 @@ class Vllm:
             tensor_parallel_size=args.tensor_parallel_size,
             **speculative,
         )
-        self._params = functools.partial(SamplingParams, **(args.sampling or {"temperature": 0.0}))
+        self._params = SamplingParams
+        self.sampling: dict[str, Any] = {"temperature": 0.0}
         self._received: dict[str, int] = {}
 
     def _sampling(self, num_tokens: int) -> Any:
         # no min_tokens: it would forbid the end token, and with it the text that our engine writes
-        return self._params(max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        return self._params(**self.sampling, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
 
     def add(self, prompt: list[int], num_tokens: int) -> str:
         name = f"stream-{len(self._received)}"
@@ -273,7 +278,7 @@ def main() -> None:
     parser.add_argument(
         "--acceptance", nargs="?", const="published", help="accept candidates by chance; a JSON file has other rates"
     )
-    parser.add_argument("--sampling", type=json.loads, help="instead of greedily: SamplingParams of both, in JSON")
+    parser.add_argument("--sampling", type=json.loads, nargs="+", default=[])
     parser.add_argument("--users", type=lambda text: [int(n) for n in text.split(",")], default=list(USERS))
     parser.add_argument("--prompts", type=Path, default=Path("spec_bench.jsonl"))
     parser.add_argument("--tokens-in", type=int, default=128)
@@ -288,8 +293,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")
     args = parser.parse_args()
     if args.acceptance:
-        if args.sampling:
-            parser.error("--acceptance draws by chance, whatever --sampling says")
         file = None if args.acceptance == "published" else Path(args.acceptance)
         args.acceptance = table_of(args.mode, file)
     if args.random:
@@ -301,7 +304,7 @@ def main() -> None:
     ready = time.perf_counter() - args.start
     print(f"ready after {ready:.1f} s", flush=True)
     record: dict[str, Any] = {"ready_s": ready, "system": args.system, "mode": args.mode, "memory": system.memory()}
-    record |= {"ranks": args.tensor_parallel_size, "sampling": args.sampling}
+    record["ranks"] = args.tensor_parallel_size
     record["costs_ms"] = system.costs()
     print(record["memory"], flush=True)
     for test in args.tests:
@@ -350,6 +353,15 @@ def sweep(system: System, args: argparse.Namespace) -> list[dict[str, Any]]:
         system.generate(rounds[0], 16)  # whatever is compiled or captured on the way
         rows.append(decoding(system, rounds, args.tokens_out))
     return rows
+
+
+def sampled(system: System, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The sweep, drawn in several ways."""
+    found = []
+    for system.sampling in args.sampling:
+        print(system.sampling, flush=True)
+        found.append({"sampling": system.sampling, "rows": sweep(system, args)})
+    return found
 
 
 def long(system: System, args: argparse.Namespace) -> dict[str, Any]:
@@ -460,7 +472,15 @@ def profile(system: System, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-TESTS = {"sweep": sweep, "long": long, "first": first, "gaps": gaps, "replies": replies, "profile": profile}
+TESTS = {
+    "sweep": sweep,
+    "sampled": sampled,
+    "long": long,
+    "first": first,
+    "gaps": gaps,
+    "replies": replies,
+    "profile": profile,
+}
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ class Run:
             if life.recorded:
                 recorded = record(mock.Mock(runner=rank))
                 if has_passes:
-                    recorded.record_passes(64, 64)
+                    recorded.record_passes(64, 64, {})
             if rank.drafter is not None and life.skill > 0:
                 inspire(rank.drafter, engine, self.texts, Random(seed), life.skill)
 

@@ -16,9 +16,9 @@ from manyheads.request import MAX_BAD_TOKENS
 
 MAX_NODES = 64
 """Most nodes of a tree, so that a set of nodes is the bits of an int64."""
-MAX_PADDING = 1024
-"""Most tokens that the dummy row may bring to a pass (`engine/record_sizes.py`); attention looks up the page of each,
-however long a sequence may be."""
+MAX_PADDING = 1024 + 64
+"""Most tokens that the dummy row may bring to a pass (`engine/record_sizes.py`, `engine/quickest.py`); attention looks
+up the page of each, however long a sequence may be."""
 
 
 @dataclass(frozen=True, eq=False)

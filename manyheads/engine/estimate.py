@@ -22,6 +22,7 @@ from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
 from manyheads.engine.memory import Limit
 from manyheads.engine.penalties import AT_ONCE
+from manyheads.engine.quickest import MOST_ADDED
 from manyheads.engine.record_sizes import ROWS, TREE_ROWS, all_rows, pass_keys
 from manyheads.kv_cache import KVCache, KVShape
 from manyheads.models.config import ModelConfig
@@ -224,9 +225,9 @@ class Shape:
             inflight = most_inflight(rows) if self.tree_size is None else self.num_drawn
             tokens += [int(size * rows) for size in sizes if int(size * rows) <= inflight]
         keys = pass_keys(most, self.max_num_batched_tokens, self.num_drawn)
-        passes = [chunks[0] + trees[0] for chunks, trees in keys]
+        passes = [chunks[0] + trees[0] + MOST_ADDED for chunks, trees in keys]
         hidden = (1 + len(drafter.base_layers)) * model.hidden_size
-        largest = max(max(chunks[0], trees[0]) for chunks, trees in keys)
+        largest = max(max(chunks[0], trees[0]) for chunks, trees in keys) + MOST_ADDED
         # logits as they are computed, too
         kept = (max(tokens) * (2 * model.vocab_size + hidden) + 2 * largest * hidden) * self.dtype.itemsize
         count = len(tokens) + len(passes)

@@ -82,6 +82,7 @@ class RecordPasses(msgspec.Struct, array_like=True, frozen=True, tag="record_pas
 
     max_tokens: int
     max_inflight: int
+    instead: dict[int, int]
 
 
 Message = Launch | Followed | Put | Rewind | Clear | RecordSteps | RecordPasses
@@ -166,8 +167,8 @@ class Follower:
                 runner.clear()
             case RecordSteps(wanted):
                 runner.record_steps(wanted)
-            case RecordPasses(max_tokens, max_inflight):
-                runner.record_passes(max_tokens, max_inflight)
+            case RecordPasses(max_tokens, max_inflight, instead):
+                runner.record_passes(max_tokens, max_inflight, instead)
 
     def _follow(self) -> None:
         message = self._receive()

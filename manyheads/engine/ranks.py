@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -152,9 +152,11 @@ class LeadingRunner(Runner):
         self._others.tell(RecordSteps(wanted))
         super().record_steps(wanted)
 
-    def record_passes(self, max_tokens: int, max_inflight: int) -> None:
-        self._others.tell(RecordPasses(max_tokens, max_inflight))
-        super().record_passes(max_tokens, max_inflight)
+    def record_passes(self, max_tokens: int, max_inflight: int, instead: Mapping[int, int] | None = None) -> None:
+        if instead is None:  # what one of them measured holds for all
+            instead = self.quickest_sizes(max_tokens, max_inflight)
+        self._others.tell(RecordPasses(max_tokens, max_inflight, dict(instead)))
+        super().record_passes(max_tokens, max_inflight, instead)
 
 
 def leading_runner(plan: Blueprint, progress: Progress) -> Runner:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 """Rows that steps of roots alone are recorded for; beyond, steps of 64 rows."""
-TREE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+TREE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
 """The same for trees: the nodes of a step go to the rows that are surest, and to dummy rows only their roots."""
 CHUNKS = ((0, 0), (32, 8), (64, 16), (128, 32), (192, 48), (256, 64), (384, 64), (512, 64), (768, 64), (1024, 64))
 """Tokens of chunks that passes are recorded for, and the most chunks that may bring them: what grammars leave no choice
@@ -16,18 +18,22 @@ TREES = (
     (32, 32),
     (64, 64),
     (96, 96),
-    (128, 64),
     (128, 128),
     (160, 128),
-    (192, 128),
-    (256, 128),
+    (192, 160),
+    (224, 192),
     (256, 256),
-    (288, 192),
+    (288, 256),
     (320, 256),
+    (352, 256),
     (384, 256),
+    (448, 256),
     (512, 256),
     (576, 256),
+    (640, 256),
+    (704, 256),
     (768, 256),
+    (896, 256),
     (1024, 256),
 )
 """Tokens of trees beside them, and the most rows: from 96 on about what TREE_ROWS bring with 1.25 to 4 nodes each; each
@@ -64,6 +70,17 @@ def fitting_pass(num_prompts: int, num_chunks: int, num_trees: int, num_rows: in
     enough."""
     chunks, trees = fitting(CHUNKS, num_prompts, num_chunks), fitting(TREES, num_trees, num_rows)
     return None if chunks is None or trees is None else (chunks, trees)
+
+
+def computed(key: PassKey, instead: Mapping[int, int]) -> tuple[int, int]:
+    """Tokens of chunks and of trees that a pass computes.
+
+    Args:
+        instead: numbers of tokens, both together, that others are computed for.
+    """
+    (chunks, _), (trees, _) = key
+    added = instead.get(chunks + trees, chunks + trees) - chunks - trees
+    return (chunks + added, trees) if chunks else (chunks, trees + added)
 
 
 def all_rows(most: int, sizes: tuple[int, ...]) -> list[int]:

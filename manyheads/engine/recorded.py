@@ -12,7 +12,7 @@ is a few launches.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from manyheads.engine.record_sizes import (
     TREE_ROWS,
     PassKey,
     all_rows,
+    computed,
     fitting_pass,
     padded_rows,
     pass_keys,
@@ -48,18 +49,29 @@ from manyheads.speculation.tree import Tree
 
 _Key = tuple[int, int, int, int]
 """Rows, nodes that a row may bring, in-flight tokens, and passes of the drafter."""
+_HalfKey = tuple[int, int, int]
+"""The same without passes, which come in a step's second half."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
-    """A decoding step, and the tensors that it reads and writes."""
+class _Half:
+    """The first half of a decoding step, and the tensors that it reads and writes."""
 
     rows: DecodingRows
     trees: Trees
     hidden: Hidden
     logits: Tensor  # [T, V]
     target: Tensor  # [T] int64
-    forward: Recorded[tuple[Trees, Hidden, Tensor, Tensor]]
+    recorded: Recorded[tuple[Trees, Hidden, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A decoding step."""
+
+    rows: DecodingRows
+    """Those of its first half, and how deep it proposes."""
+    half: _Half
     finish: Recorded[Tensor]
 
 
@@ -75,6 +87,12 @@ class _Pass:
     chunks: ChunkRows | None
     trees: TreeRows | None
     recorded: Recorded[tuple[ChunkHidden | None, Hidden]]
+
+    @property
+    def num_tokens(self) -> int:
+        """That it computes."""
+        chunks = 0 if self.chunks is None else len(self.chunks.tokens)
+        return chunks + (0 if self.trees is None else len(self.trees.inflight.tokens))
 
 
 class _Room:
@@ -116,31 +134,38 @@ class RecordedSteps:
     def __init__(self, run: StepRun, recorder: Recorder) -> None:
         self.run, self.recorder = run, recorder
         self._steps: dict[_Key, _Step] = {}
+        self._halves: dict[_HalfKey, _Half] = {}
         self._passes: dict[PassKey, _Pass] = {}
         self._step_room, self._pass_room = _Room(0), _Room(0)
         self.prompt_sizes: tuple[int, ...] = ()
         """Tokens of chunks that passes were recorded for."""
-        self._trees: dict[_Key, Tree] = {}  # what stands in the steps' tree tensors now
+        self._trees: dict[_HalfKey, Tree] = {}  # what stands in the steps' tree tensors now
 
     def record_steps(self, wanted: list[tuple[int, Draft]]) -> None:
         """Record steps of so many rows with these drafts."""
         self._make_steps([(self._key(num_rows, draft), draft) for num_rows, draft in wanted])
 
-    def record_passes(self, max_tokens: int, max_inflight: int) -> None:
-        """Record forward passes over all numbers of tokens of chunks, up to `max_tokens`, and of trees."""
-        self._make_passes(pass_keys(self.run.state.num_rows, max_tokens, max_inflight))
+    def record_passes(self, max_tokens: int, max_inflight: int, instead: Mapping[int, int]) -> None:
+        """Record forward passes over all numbers of tokens of chunks, up to `max_tokens`, and of trees.
+
+        Args:
+            instead: numbers of tokens, both together, that others are computed for (`quickest`).
+        """
+        self._make_passes(pass_keys(self.run.state.num_rows, max_tokens, max_inflight), instead)
         self.prompt_sizes = tuple(sorted({chunks[0] for chunks, _ in self._passes} - {0}))
 
     def forget(self) -> None:
         """Let go of all recordings; nothing can be run any more."""
         self._steps.clear()
+        self._halves.clear()
         self._passes.clear()
         self._step_room, self._pass_room = _Room(0), _Room(0)
 
     def padded_pass(self, num_prompts: int, num_trees: int, num_rows: int) -> int:
         """Tokens of the pass over so many of chunks, and so many of so many rows' trees."""
         key = fitting_pass(num_prompts, 1, num_trees, num_rows)
-        return num_prompts + num_trees if key is None or key not in self._passes else key[0][0] + key[1][0]
+        found = None if key is None else self._passes.get(key)
+        return num_prompts + num_trees if found is None else found.num_tokens
 
     @staticmethod
     def serves(requests: list[Request]) -> bool:
@@ -160,12 +185,13 @@ class RecordedSteps:
         """
         rows = self.decoding_rows(requests, draft, tree)
         step, state = self._with_rows(rows, draft), self.run.state
-        step.forward.replay()
+        half = step.half
+        half.recorded.replay()
         if any(not request.params.greedy or edits_logits(request) for request in requests):
-            nodes = nodes_of(requests, step.trees, state, draft.tree.max_depth)
-            target, _ = draw(step.logits.float(), nodes, state, self.run.ops)
-            step.target.copy_(target)
-        return step.trees, step.finish.replay()
+            nodes = nodes_of(requests, half.trees, state, draft.tree.max_depth)
+            target, _ = draw(half.logits.float(), nodes, state, self.run.ops)
+            half.target.copy_(target)
+        return half.trees, step.finish.replay()
 
     def decoding_rows(self, requests: list[Request], draft: Draft, tree: TreeTensors) -> DecodingRows:
         """Rows as the step that is recorded for as many has them, with dummy rows behind them.
@@ -191,19 +217,20 @@ class RecordedSteps:
             trees, hidden, target: of these rows. NOTE: not what a recorded step returned, which is written to here.
         """
         step = self._with_rows(rows, draft)
-        there, given = ([*_tensors(x), *_tensors(x.inflight)] for x in (step.trees, trees))
-        there += [*_tensors(step.hidden), step.target]
+        half = step.half
+        there, given = ([*_tensors(x), *_tensors(x.inflight)] for x in (half.trees, trees))
+        there += [*_tensors(half.hidden), half.target]
         given += [*_tensors(hidden), target]
         torch._foreach_copy_(there, given)
-        return step.trees, step.finish.replay()
+        return half.trees, step.finish.replay()
 
     def _with_rows(self, rows: DecodingRows, draft: Draft) -> _Step:
         """The step that is recorded for so many rows, made ready for these."""
         key = self._key(len(rows.index), draft)
         step = self._steps[key]
         step.rows.index.copy_(rows.index, non_blocking=True)
-        if self._trees.get(key) != draft.tree:
-            self._trees[key] = draft.tree
+        if self._trees.get(key[:3]) != draft.tree:
+            self._trees[key[:3]] = draft.tree
             step.rows.tree.take(rows.tree)
         return step
 
@@ -256,18 +283,34 @@ class RecordedSteps:
                 self._step_room = _Room(most)  # what was recorded before keeps its own
             for key, draft in wanted:
                 if key not in self._steps:
-                    self._steps[key] = self._record_step(key[0], draft)
+                    self._steps[key] = self._record_step(key, draft)
 
-    def _make_passes(self, keys: Collection[PassKey]) -> None:
+    def _make_passes(self, keys: Collection[PassKey], instead: Mapping[int, int]) -> None:
         """Record what is not there yet, the largest first: the others compute in its memory."""
         with self.recorder.session():
-            if (most := max((max(chunks[0], trees[0]) for chunks, trees in keys), default=0)) > self._pass_room.most:
+            sizes = {key: computed(key, instead) for key in sorted(keys, reverse=True)}
+            if (most := max(map(max, sizes.values()), default=0)) > self._pass_room.most:
                 self._pass_room = _Room(most)
-            for key in sorted(keys, reverse=True):
+            for key, (num_tokens, num_trees) in sizes.items():
                 if key not in self._passes:
-                    self._passes[key] = self._record_pass(key)
+                    self._passes[key] = self._record_pass((num_tokens, key[0][1]), (num_trees, key[1][1]))
 
-    def _record_step(self, num_rows: int, draft: Draft) -> _Step:
+    def _record_step(self, key: _Key, draft: Draft) -> _Step:
+        if key[:3] not in self._halves:
+            self._halves[key[:3]] = self._record_half(key[0], draft)
+        run, half = self.run, self._halves[key[:3]]
+        rows = replace(half.rows, depth=draft.tree.max_depth, nodes=draft.nodes)
+
+        def finish() -> Tensor:
+            return run.finish(rows, half.trees, half.hidden, half.target)
+
+        with self.recorder.aside():
+            half.rows.index.fill_(run.state.num_rows)  # not the rows of a step that had the same first half
+            half.recorded.replay()  # whose results it reads
+            finish()
+            return _Step(rows, half, self.recorder.record(finish))
+
+    def _record_half(self, num_rows: int, draft: Draft) -> _Half:
         run, room, num_nodes = self.run, self._step_room, draft.tree.num_nodes
         device, drafter = run.state.device, run.drafter
         # as deep as the drafter reaches: paths of trees that are not are padded
@@ -289,17 +332,15 @@ class RecordedSteps:
             return trees, room.put_hidden(hidden), room.put("logits", logits), run.ops.argmax(logits)
 
         with self.recorder.aside():
-            trees, hidden, _, target = forward()
-            run.finish(rows, trees, hidden, target)
+            forward()
             first = self.recorder.record(forward)
-            trees, hidden, logits, target = first.result
-            second = self.recorder.record(lambda: run.finish(rows, trees, hidden, target))
-        return _Step(rows, trees, hidden, logits, target, first, second)
+        return _Half(rows, *first.result, first)
 
-    def _record_pass(self, key: PassKey) -> _Pass:
+    def _record_pass(self, of_chunks: tuple[int, int], of_trees: tuple[int, int]) -> _Pass:
+        """Of so many tokens, and rows, of each."""
         state, room = self.run.state, self._pass_room
         device, dummy = state.device, state.num_rows
-        (num_tokens, num_chunks), (num_trees, num_rows) = key
+        (num_tokens, num_chunks), (num_trees, num_rows) = of_chunks, of_trees
         numbers: Tensor | None = None
         chunks: ChunkRows | None = None
         trees: TreeRows | None = None

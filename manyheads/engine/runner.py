@@ -6,7 +6,7 @@ needed to launch the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -19,7 +19,9 @@ from manyheads.engine.graphs import Recorder
 from manyheads.engine.guesses import TreeGuesses
 from manyheads.engine.masks import Masks, TreeWalk
 from manyheads.engine.prompt_logprobs import score
+from manyheads.engine.quickest import quickest
 from manyheads.engine.readout import Computed, Drawn, PendingStep
+from manyheads.engine.record_sizes import pass_keys
 from manyheads.engine.recorded import RecordedSteps
 from manyheads.engine.sampler import draw, last_nodes, nodes_of
 from manyheads.engine.state import admit, clear, count_output, rewind, sync_companions, sync_pages
@@ -106,10 +108,18 @@ class Runner:
         if self.recorded is not None:
             self.recorded.recorder.tell = tell
 
-    def record_passes(self, max_tokens: int, max_inflight: int) -> None:
-        """`RecordedSteps.record_passes`, where steps are recorded."""
+    def record_passes(self, max_tokens: int, max_inflight: int, instead: Mapping[int, int] | None = None) -> None:
+        """`RecordedSteps.record_passes`, where steps are recorded; None measures which numbers of tokens are computed
+        instead of others."""
         if self.recorded is not None:
-            self.recorded.record_passes(max_tokens, max_inflight)
+            if instead is None:
+                instead = self.quickest_sizes(max_tokens, max_inflight)
+            self.recorded.record_passes(max_tokens, max_inflight, instead)
+
+    def quickest_sizes(self, max_tokens: int, max_inflight: int) -> dict[int, int]:
+        """`quickest`, of the passes that are recorded for so many tokens."""
+        keys = pass_keys(self.state.num_rows, max_tokens, max_inflight)
+        return quickest(self.model, {chunks[0] + trees[0] for chunks, trees in keys})
 
     def record_steps(self, wanted: list[tuple[int, Draft]]) -> None:
         """`RecordedSteps.record_steps`, where steps are recorded."""

@@ -191,7 +191,7 @@ def test_text_is_that_of_plain_decoding(
     drafter(folder, tmp_path / "drafter")
     served = serve(folder, tmp_path / "drafter", tree_size, num_blocks=24)
     if recorded:
-        record(served).record_passes(8, 128)
+        record(served).record_passes(8, 128, {})
     assert run(served, JOBS, rate=0.4) == plain
     stats = served.stats()
     assert stats.drafted_tokens > 0

@@ -108,7 +108,7 @@ def test_memory_of_graphs_is_what_capturing_took(
     recorded._make_steps([(recorded._key(2, wide), wide)])
     assert recorder.memory_bytes == 350
     assert (2, 64, 128, 0) in recorded._steps
-    recorded.record_passes(64, 128)
+    recorded.record_passes(64, 128, {})
     assert recorder.memory_bytes == runner.graph_bytes == 400
 
 
@@ -150,11 +150,11 @@ def test_what_recordings_make_of_tokens_stands_in_places_that_they_share(
     served = engine(folder, None, heads=str(tmp_path / "drafter"), max_num_seqs=8)
     recorded = record(served)
     recorded.record_steps(all_steps(served.planner, 8))
-    recorded.record_passes(64, 64)
+    recorded.record_passes(64, 64, {})
     steps, passes = list(recorded._steps.values()), list(recorded._passes.values())
     assert len(steps) > 10 < len(passes)
-    made: dict[str, list[Tensor]] = {"logits": [step.logits for step in steps]}
-    made["last"], made["states"] = ([getattr(step.hidden, name) for step in steps] for name in ("last", "states"))
+    made: dict[str, list[Tensor]] = {"logits": [step.half.logits for step in steps]}
+    made["last"], made["states"] = ([getattr(step.half.hidden, name) for step in steps] for name in ("last", "states"))
     for known, hidden in (found.recorded.result for found in passes):
         made.setdefault("last of passes", []).append(hidden.last)
         if known is not None:
@@ -168,9 +168,26 @@ def test_what_recordings_make_of_tokens_stands_in_places_that_they_share(
 def test_what_a_pass_is_padded_to(folder: Path) -> None:
     served = engine(folder, 4, max_num_seqs=16, max_num_batched_tokens=64)
     recorded = record(served)
-    recorded.record_passes(64, 64)
+    recorded.record_passes(64, 64, {})
     assert [recorded.padded_pass(*sizes) for sizes in ((20, 0, 0), (33, 9, 3), (64, 64, 16))] == [32, 80, 128]
     assert recorded.padded_pass(65, 64, 16) == 65 + 64, "none is recorded, and nothing padded"
+
+
+def test_passes_of_other_sizes_give_the_same(folder: Path, reference: LlamaForCausalLM) -> None:
+    """A few more tokens may be computed sooner; they are the dummy row's, of chunks if there are some."""
+    instead = {32: 48, 48: 96, 64: 64, 128: 192}
+    jobs = [(prompt, SamplingParams(temperature=i % 2, seed=i, max_tokens=9)) for i, prompt in enumerate(prompts(12))]
+    wanted = run(engine(folder, 4), jobs, rate=0.4)
+    served = engine(folder, 4)
+    recorded = record(served)
+    recorded.record_passes(64, 128, instead)
+    assert run(served, jobs, rate=0.4) == wanted
+    sizes = {key: found.num_tokens for key, found in recorded._passes.items()}
+    assert {sum(tokens for tokens, _ in key): size for key, size in sizes.items()}.items() >= instead.items()
+    assert recorded.padded_pass(20, 0, 0) == 48
+    of_trees = recorded._passes[(0, 0), (32, 32)].trees
+    assert of_trees is not None
+    assert len(of_trees.inflight.tokens) == 48
 
 
 @pytest.mark.parametrize("model", ["plain", "eagle3"])
@@ -189,8 +206,8 @@ def test_passes_are_recorded_whatever_a_sequence_may_have(
     served = engine(folder, 4, **settings)
     recorded = record(served)
     # with few rows: all tokens are the last one's, and torch would fill up the others to as many
-    recorded._make_passes([((CHUNKS[-1][0], 2), (TREES[-1][0], 2))])
-    recorded.record_passes(8, 128)
+    recorded._make_passes([((CHUNKS[-1][0], 2), (TREES[-1][0], 2))], {})
+    recorded.record_passes(8, 128, {})
     assert recorded.run.state.page_table.shape[1] * recorded.run.state.page_size >= most
     assert run(served, jobs) == wanted
 
@@ -201,7 +218,7 @@ def test_what_was_run_for_its_kernels_leaves_nothing_behind(folder: Path, refere
     wanted = run(engine(folder, 4), jobs)
     served = engine(folder, 4)
     recorded = record(served)
-    recorded.record_passes(8, 128)
+    recorded.record_passes(8, 128, {})
     runner = served.runner
     assert isinstance(runner, Runner)
     exercise(runner, served.planner, 8)
@@ -238,6 +255,17 @@ def test_drafts_of_other_depths_are_other_steps(folder: Path, reference: LlamaFo
         assert {draft.passes for draft in drafts} == {1, 2, 3}
         for draft in drafts:
             assert recorded._steps[recorded._key(rows, draft)].rows.depth == draft.tree.max_depth
+    draft = planner.drafts(2)[-1]
+    deeper = dataclasses.replace(draft, passes=draft.passes + 1)
+    recorded.record_steps([(2, deeper)])
+    first, second = (recorded._steps[recorded._key(2, each)] for each in (draft, deeper))
+    assert first.half is second.half, "passes come in the second half"
+    assert first.finish is not second.finish
+    state, rows = recorded.run.state, first.rows
+    rows.index.copy_(torch.tensor([0, 1]))
+    state.cached_len[:2] = 7
+    recorded.record_steps([(2, dataclasses.replace(draft, passes=draft.passes + 2))])
+    assert state.cached_len.tolist()[:2] == [7, 7], "what is recorded while serving leaves running rows alone"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +290,7 @@ def test_text_is_that_of_steps_without_graphs(
     wanted = run(engine(folder, tree_size, num_blocks=24, drafter=drafter), jobs, rate=0.4)
     served = engine(folder, tree_size, num_blocks=24, drafter=drafter)
     recorded = record(served)
-    recorded.record_passes(8, 128)
+    recorded.record_passes(8, 128, {})
     assert run(served, jobs, rate=0.4) == wanted
     assert len(recorded._steps) > 2
     assert len(recorded._passes) > 1
@@ -349,6 +377,6 @@ def test_text_is_the_same_with_kernels(folder: Path, tree_size: int, monkeypatch
 
 def test_padding() -> None:
     assert [padded_rows(n, 256, ROWS) for n in (1, 3, 5, 33, 200)] == [1, 3, 6, 40, 256]
-    assert [padded_rows(n, 256, TREE_ROWS) for n in (1, 3, 5, 33, 200)] == [1, 4, 8, 48, 256]
+    assert [padded_rows(n, 256, TREE_ROWS) for n in (1, 3, 5, 33, 200)] == [1, 4, 8, 48, 208]
     assert padded_rows(5, 5, ROWS) == 5
     assert padded_rows(300, 512, ROWS) == 320

@@ -180,8 +180,10 @@ def test_text_is_that_of_one_rank(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(
     ("drafter", "scheme"),
-    [("none", None), ("medusa", None), ("ngram", None), ("eagle3", None)]
-    + [("medusa", "int8"), ("medusa", "int4"), ("medusa", "fp8"), ("eagle3", "int4")],
+    [
+        *(("none", None), ("medusa", None), ("ngram", None), ("eagle3", None)),
+        *(("medusa", "int8"), ("medusa", "int4"), ("medusa", "fp8"), ("eagle3", "int4")),
+    ],
 )
 def test_two_gpus_give_the_text_of_one(wide: Path, tmp_path: Path, drafter: str, scheme: str | None) -> None:
     """In processes of their own, with steps that are recorded."""

@@ -233,7 +233,7 @@ def test_recordings_end_steps_that_draw_in_one_pass(
     params += [SamplingParams(max_tokens=80, seed=2, repetition_penalty=1.3)]
     served = build(model)
     recorded = record(served)
-    recorded.record_passes(64, 128)
+    recorded.record_passes(64, 128, {})
     draft = served.planner.draft(8)
     flat = Draft(Tree(((), *((rank,) for rank in range(draft.tree.num_nodes - 1)))), draft.nodes)
     assert draft.tree.max_depth > flat.tree.max_depth
