@@ -45,6 +45,8 @@ def linears_of(layer: AttentionLayer) -> list[Linear]:
 def choose(sizes: Collection[int], measure: Callable[[list[int]], Mapping[int, float]]) -> dict[int, int]:
     """`quickest`, by what products of these sizes take."""
     asked = sorted(size for size in set(sizes) if size >= LEAST)
+    if not asked:
+        return {}
     more = {size: range(size, size + MOST_ADDED + 1, STEP) for size in asked}
     seconds = measure(sorted({size for those in more.values() for size in those}))
     chosen = {}
