@@ -19,7 +19,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 
 from manyheads.batch import Level, OpenNodes, RowState
+from manyheads.checkpoint import resolve
 from manyheads.config import EngineConfig
 from manyheads.engine import recorded, runner
 from manyheads.engine.engine import Engine
 from manyheads.engine.nodes import Nodes
+from manyheads.frontend.tokenizer import REPLACEMENT, Tokenizer
 from manyheads.kv_cache import KVCache
 from manyheads.ops.base import Ops
 from manyheads.request import EngineRequest
@@ -97,10 +99,11 @@ class ByChance:
 
     Args:
         table: None takes what is published for the kind of the engine's drafter.
+        others: tokens of which one is drawn where no candidate is right; none are all that there are.
     """
 
-    def __init__(self, table: Table | None = None) -> None:
-        self.table = table
+    def __init__(self, table: Table | None = None, others: Sequence[int] = ()) -> None:
+        self.table, self._others = table, torch.tensor(others, dtype=torch.int64)
         self._promised = torch.empty(0)  # [1 + C], by column of a row's draft; the last one is what pads families
         self._children = torch.empty(0)  # [1 + C, K + 1] int64: the columns of a column's children by rank; 0 is none
         self._bounds = torch.empty(0)  # [1 + C, K] int64: numbers below it, of 2^31, choose a rank or one before it
@@ -163,6 +166,7 @@ class ByChance:
             promised[at[column, : len(rates)] - 1] = rates
         bounds = (weights.cumsum(dim=1) * 2**BITS).round().to(torch.int64)
         self._promised, self._children, self._bounds = (x.to(device) for x in (promised, at, bounds))
+        self._others = self._others.to(device)
 
     def _draw(self, logits: Tensor, nodes: Nodes, state: RowState, ops: Ops) -> tuple[Tensor, dict[int, Tensor]]:
         """What `sampler.draw` gives: a token for each node, here one of its candidates or any other, by chance.
@@ -178,8 +182,19 @@ class ByChance:
         bits = hashed(state.seed[row], nodes.first[nodes.row] + nodes.depth)
         rank = (self._bounds[column] <= (bits & (2**BITS - 1))[:, None]).sum(dim=1)
         child = self._children[column, rank]
-        other = (bits >> BITS) % logits.shape[-1]
-        return torch.where(child > 0, state.drafts[row, child], other), {}
+        other = bits >> BITS
+        if len(self._others):
+            other = self._others[other % len(self._others)]
+        return torch.where(child > 0, state.drafts[row, child], other % logits.shape[-1]), {}
+
+
+def whole_tokens(folder: Path) -> list[int]:
+    """The tokens of a folder's tokenizer that are text by themselves. A server holds back the others, of which bytes of
+    characters are some, and ids that an enlarged model has beyond its tokenizer's: so gaps of streams would be longer
+    than any model makes them."""
+    tokenizer = Tokenizer.load(folder)
+    ids = sorted(set(tokenizer.hf.get_vocab().values()) - tokenizer.special_ids)
+    return [token for token in ids if (text := tokenizer.decode([token])) and REPLACEMENT not in text]
 
 
 def hashed(seed: Tensor, position: Tensor) -> Tensor:
@@ -207,7 +222,7 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> Engine:
 
     from manyheads.engine.build import build_engine
 
-    Changes(by_chance=True).install()
+    Changes(by_chance=True, tokenizer=str(resolve(config.tokenizer or config.model))).install()
     engine = build_engine(config, progress)
     add = engine.add_request
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import random_model
-from by_chance import ByChance, Table
+from by_chance import ByChance, Table, whole_tokens
 
 from manyheads.engine import rank, ranks
 
@@ -21,6 +21,8 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     """Whether candidates are accepted by chance (by_chance.py);"""
     acceptance: Table | None = None
     """at these rates, or at those that are published for the kind of drafter."""
+    tokenizer: str | None = None
+    """A folder; where no candidate is right, a token is drawn that is text by itself (`by_chance.whole_tokens`)."""
     random_folder: str | None = None
     """A folder, written by random_model.py, whose weights are made up."""
 
@@ -29,7 +31,9 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
         if self.random_folder is not None:
             random_model.install(Path(self.random_folder))
         if self.by_chance:
-            ByChance(self.acceptance).install()
+            ByChance(
+                self.acceptance, whole_tokens(Path(self.tokenizer)) if self.tokenizer is not None else ()
+            ).install()
         ranks.COMMAND = (sys.executable, __file__, msgspec.json.encode(self).decode())
 
 

@@ -1,7 +1,7 @@
 """Which of a row's logits top-k, top-p and min-p leave, without sorting them: the least of those is searched for.
 
-A float's bits are an integer that compares as it does (once those of negatives are flipped), so 32 halvings find any
-value. Each is a pass over the row, which stays in the cache.
+A float's bits are an integer that compares as it does (once those of negatives are flipped). So the value lies between
+two of 2^32 integers, and each pass over the row, which stays in the cache, leaves an eighth of what is between them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 from manyheads.kernels.dependent import begin, dependent
 
 _BLOCK = 4096
+_WAYS, _PASSES = 8, 11
+"""8^11 is more than 2^32."""
 
 
 def cutoff(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -30,7 +32,9 @@ def cutoff(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tenso
             width,
             logits.stride(0),
             BLOCK=_BLOCK,
-            num_warps=8,
+            WAYS=_WAYS,
+            PASSES=_PASSES,
+            num_warps=16,
             **dependent(logits.device),
         )
     return found
@@ -38,7 +42,17 @@ def cutoff(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tenso
 
 @triton.jit
 def _cutoff_kernel(
-    logits, top_k, top_p, min_p, found, width, stride_logits, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+    logits,
+    top_k,
+    top_p,
+    min_p,
+    found,
+    width,
+    stride_logits,
+    BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,
+    PASSES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: a row."""
     begin(DEPENDENT)
@@ -51,32 +65,35 @@ def _cutoff_kernel(
         x = tl.load(logits + start + order, mask=start + order < width, other=float("-inf"))
         most = tl.maximum(most, tl.max(x, axis=0))
     cut = tl.full((), float("-inf"), tl.float32)
+    way = tl.arange(0, WAYS)
     if count < width:  # the largest value that so many reach
         low, high = tl.full((), -(1 << 31), tl.int64), tl.full((), 1 << 31, tl.int64)
-        for _ in range(32):
-            middle = (low + high) >> 1
-            reach = tl.full((), 0, tl.int32)
+        for _ in range(PASSES):
+            bounds = (low + (high - low) * way // WAYS).to(tl.int32)
+            reaching = tl.zeros((BLOCK, WAYS), tl.int32)
             for start in range(0, width, BLOCK):
                 there = start + order < width
-                x = tl.load(logits + start + order, mask=there, other=0.0)
-                reach += tl.sum((there & (_key(x) >= middle)).to(tl.int32), axis=0)
-            low = tl.where(reach >= count, middle, low)
-            high = tl.where(reach >= count, high, middle)
+                key = _key(tl.load(logits + start + order, mask=there, other=0.0))
+                reaching += (there[:, None] & (key[:, None] >= bounds[None, :])).to(tl.int32)
+            found_at = tl.sum(((tl.sum(reaching, axis=0) >= count) & (way > 0)).to(tl.int64), axis=0)
+            low, high = low + (high - low) * found_at // WAYS, low + (high - low) * (found_at + 1) // WAYS
         cut = _value(low)
     if share < 1.0:  # the least value above which there is less than that share of what is left
-        mass = tl.full((), 0.0, tl.float32)
+        weights = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, width, BLOCK):
             x = tl.load(logits + start + order, mask=start + order < width, other=float("-inf"))
-            mass += tl.sum(tl.where(x >= cut, tl.exp(x - most), 0.0), axis=0)
-        low, high = tl.full((), -(1 << 31) - 1, tl.int64), _key(most).to(tl.int64)
-        for _ in range(32):
-            middle = (low + high) >> 1
-            above = tl.full((), 0.0, tl.float32)
+            weights += tl.where(x >= cut, tl.exp(x - most), 0.0)
+        enough = share * tl.sum(weights, axis=0)
+        low, high = tl.full((), -(1 << 31), tl.int64), _key(most).to(tl.int64)
+        for _ in range(PASSES):
+            bounds = (low + (high - low) * way // WAYS).to(tl.int32)
+            above = tl.zeros((BLOCK, WAYS), tl.float32)
             for start in range(0, width, BLOCK):
                 x = tl.load(logits + start + order, mask=start + order < width, other=float("-inf"))
-                above += tl.sum(tl.where((_key(x) > middle) & (x >= cut), tl.exp(x - most), 0.0), axis=0)
-            low = tl.where(above < share * mass, low, middle)
-            high = tl.where(above < share * mass, middle, high)
+                weight = tl.where(x >= cut, tl.exp(x - most), 0.0)
+                above += tl.where(_key(x)[:, None] > bounds[None, :], weight[:, None], 0.0)
+            found_at = tl.sum(((tl.sum(above, axis=0) >= enough) & (way > 0)).to(tl.int64), axis=0)
+            low, high = low + (high - low) * found_at // WAYS, low + (high - low) * (found_at + 1) // WAYS
         cut = tl.maximum(cut, _value(high))
     if least > 0.0:
         cut = tl.maximum(cut, most + tl.log(least))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from manyheads.batch import RowState, TreeTensors
+from manyheads.checkpoint import BUILTIN_FOLDER
 from manyheads.engine import ranks, recorded, runner
 from manyheads.engine.engine import Engine
 from manyheads.engine.nodes import Nodes
 from manyheads.engine.runner import Runner
+from manyheads.frontend.tokenizer import Detokenizer, Tokenizer
 from manyheads.request import EngineRequest, SamplingParams
 from manyheads.speculation.drafter import DrafterShape
 from manyheads.speculation.eagle3.drafter import Eagle3Drafter
@@ -111,12 +114,12 @@ def test_two_ranks_draw_the_same(tmp_path: Path, kind: str) -> None:
 class Chain:
     """Draws of rows with the best of a Medusa drafter's candidates as their trees: a root and a node of each depth."""
 
-    def __init__(self, seeds: Tensor) -> None:
+    def __init__(self, seeds: Tensor, others: tuple[int, ...] = ()) -> None:
         self.count, self.depth, width = len(seeds), len(TABLE), 4
         self.state = RowState(self.count, 64, 16, self.depth * width, VOCAB, seeds.device)
         self.state.seed[: self.count] = seeds
         self.state.drafts.copy_(torch.arange(1 + self.depth * width))
-        self.chance = by_chance.ByChance(TABLE)
+        self.chance = by_chance.ByChance(TABLE, others)
         self.chance._take(self, seeds.device)
 
     name = "medusa"
@@ -129,6 +132,11 @@ class Chain:
 
     def ranks(self, rows: Tensor, first: int) -> Tensor:
         """[R, D + 1], the rank of each node's child; 4 is none of them."""
+        candidate = self.tokens(rows, first) - 1 - 4 * torch.arange(1 + self.depth)
+        return torch.where((candidate < 0) | (candidate > 3), 4, candidate)
+
+    def tokens(self, rows: Tensor, first: int) -> Tensor:
+        """[R, D + 1], what each node draws."""
         count, nodes = len(rows), 1 + self.depth
         order = torch.arange(nodes)
         tree = TreeTensors.blank(nodes, self.depth, rows.device)
@@ -150,8 +158,7 @@ class Chain:
             self.state,
             None,  # type: ignore[arg-type]
         )
-        candidate = found.view(count, nodes) - 1 - 4 * order
-        return torch.where((candidate < 0) | (candidate > 3), 4, candidate)
+        return found.view(count, nodes)
 
 
 @pytest.mark.parametrize("are_drawn", [True, False], ids=["drawn seeds", "seeds in a row"])
@@ -183,6 +190,20 @@ def test_draws_follow_the_table_and_not_each_other(are_drawn: bool) -> None:
     others = by_chance.hashed(seeds[:, None], torch.arange(200)) >> by_chance.BITS
     seen = (others % 16).flatten().bincount(minlength=16)
     assert float(((seen - 5000) ** 2 / 5000).sum()) < 15 + 4 * 30**0.5
+
+
+def test_what_is_no_candidate_is_text_by_itself() -> None:
+    whole = by_chance.whole_tokens(BUILTIN_FOLDER)
+    tokenizer = Tokenizer.load(BUILTIN_FOLDER)
+    assert 3000 < len(whole) < len(tokenizer.hf.get_vocab())
+    rng = random.Random(0)
+    detokenizer = Detokenizer(tokenizer)
+    assert all(detokenizer.push([rng.choice(whole)]) for _ in range(300)), "nothing is held back"
+    chain = Chain(torch.arange(50), others=(77, 91))
+    tokens = chain.tokens(torch.arange(50), 30)
+    candidates = chain.ranks(torch.arange(50), 30) < 4
+    assert {77, 91} == set(tokens[~candidates].tolist())
+    assert not {77, 91} & set(tokens[candidates].tolist())
 
 
 def test_draws_do_not_depend_on_what_runs_beside() -> None:

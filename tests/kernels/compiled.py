@@ -183,7 +183,9 @@ def compile_cutoff(capability: int) -> int:
     """What top-k, top-p and min-p leave."""
     kinds = {"logits": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32", "found": "*fp32"}
     numbers = {"width": "i32", "stride_logits": "i32"}
-    return compiled(cutoff._cutoff_kernel, kinds | numbers, {"BLOCK": 4096}, capability, num_warps=8)
+    return compiled(
+        cutoff._cutoff_kernel, kinds | numbers, {"BLOCK": 4096, "WAYS": 8, "PASSES": 11}, capability, num_warps=16
+    )
 
 
 if __name__ == "__main__":
