@@ -5,7 +5,7 @@
 
 Scheduler, page manager, prompt budget, planner and the loop that launches a step before it reads the one before are the
 project's own; the device alone is made up. A step takes what its tokens, the K/V that it reads and its drafter's passes
-took on an H200 with a 7B model's shape in half precision (results/gpu_products.json, gpu_mixed_steps.json), padded as
+took on an H200 with a 7B model's shape in half precision (results/gpu_sizes.json, gpu_mixed_steps.json), padded as
 recorded passes are, and candidates are right as often as by_chance.py has it for EAGLE-3. The host takes no time.
 Requests are those of traffic.py. The table has what gpu_mix.py measured of the same beside it
 (results/gpu_mix_chance.json), which says how far to believe the rest.
@@ -35,7 +35,8 @@ from manyheads.engine import engine as engine_module
 from manyheads.engine.admission import Admission
 from manyheads.engine.engine import Engine
 from manyheads.engine.page_manager import PageManager
-from manyheads.engine.record_sizes import CHUNKS, TREE_ROWS, padded_rows
+from manyheads.engine.quickest import choose
+from manyheads.engine.record_sizes import CHUNKS, TREE_ROWS, padded_rows, pass_keys
 from manyheads.engine.scheduler import Scheduler
 from manyheads.engine.step import RowResult, StepPlan, StepResult, nothing
 from manyheads.engine.step_target import StepTarget
@@ -43,12 +44,12 @@ from manyheads.request import EngineReady, EngineRequest, SamplingParams
 from manyheads.speculation.costs import CostTable, interpolate
 from manyheads.speculation.draft import SIZES
 from manyheads.speculation.eagle3.template import Template
-from manyheads.speculation.planner import Planner
+from manyheads.speculation.planner import Planner, most_inflight
 from manyheads.speculation.tree import Choice, grow
 
-PRODUCTS = {1: 3.67e-3, 64: 3.89e-3, 128: 4.29e-3, 256: 5.5e-3, 576: 12.3e-3, 704: 14.66e-3, 1024: 20.5e-3}
-"""Seconds of a step's matrix products by tokens: up to 256 of gpu_products.json, from 576 on `products_ms` of
-gpu_mixed_steps.json, where a GPU at work is slower; the last is their slope's."""
+AT_WORK = {1: 1.0, 64: 1.0, 256: 1.06, 576: 1.11}
+"""Products take so many times as long, by tokens, where the GPU does much else (`products_ms` of gpu_mixed_steps.json).
+"""
 CACHED, TOKEN, STEP = 0.1375e-6, 1e-6, 0.4e-3
 """Seconds for a cached token that is read, for a token beside its products, and for a step (`64x1`, `192x1`)."""
 PASS, PASS_ROW = 0.25e-3, 0.6e-6
@@ -118,11 +119,11 @@ class Device:
             padded = padded_rows(rows, ROWS, TREE_ROWS)
         trees = plan.draft.num_tokens(padded)
         prompts = plan.num_prompt_tokens
-        tokens = padded_pass(prompts, trees, padded) if self.pads and prompts else prompts + trees
+        tokens = tokens_of_pass(prompts, trees, padded) if self.pads and prompts else prompts + trees
         self.num_tokens += prompts + plan.draft.num_tokens(rows)
         self.num_padded += tokens
         cached = sum(request.cached_len for request in [*plan.decoding, *(chunk.request for chunk in plan.chunks)])
-        seconds = interpolate(PRODUCTS, tokens) + TOKEN * tokens + CACHED * cached + STEP
+        seconds = product_seconds(tokens) + TOKEN * tokens + CACHED * cached + STEP
         begin = sum(chunk.is_last for chunk in plan.chunks)  # their first guesses are one deep
         for count, passes in ((rows, plan.draft.passes), (begin, min(1, plan.draft.passes))):
             seconds += passes * (PASS + PASS_ROW * count) if count else 0.0
@@ -157,6 +158,35 @@ class Device:
         return len(path) + 1
 
 
+def products() -> dict[int, float]:
+    """Seconds of a step's matrix products by tokens, in steps of 16."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "gpu_sizes.json").read_text())["rows"]
+    return {row["tokens"]: row["layers_ms"] * 1e-3 * interpolate(AT_WORK, min(row["tokens"], 576)) for row in rows}
+
+
+PRODUCTS = products()
+
+
+def product_seconds(tokens: float) -> float:
+    """Of so many tokens: those of the next number that was measured. NOTE: more tokens may take less."""
+    most = max(PRODUCTS)
+    return min((size, time) for size, time in PRODUCTS.items() if size >= min(tokens, most))[1] * max(
+        1.0, tokens / most
+    )
+
+
+INSTEAD = choose(
+    {chunks[0] + trees[0] for chunks, trees in pass_keys(ROWS, MOST_PROMPTS, most_inflight(ROWS))},
+    lambda sizes: {size: product_seconds(size) for size in sizes},
+)
+
+
+def tokens_of_pass(num_prompts: int, num_trees: int, num_rows: int) -> int:
+    """What a recorded pass over so many computes."""
+    tokens = padded_pass(num_prompts, num_trees, num_rows)
+    return INSTEAD.get(tokens, tokens)
+
+
 def planner_of(rates: Table, pads: bool) -> Planner:
     """As a start on this device would make it."""
     template = Template(rates)
@@ -165,7 +195,7 @@ def planner_of(rates: Table, pads: bool) -> Planner:
     counts = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
     def step(tokens: float, rows: int = 0) -> float:
-        return interpolate(PRODUCTS, tokens) + TOKEN * tokens + CACHED * MEASURED_CONTEXT * rows + STEP
+        return product_seconds(tokens) + TOKEN * tokens + CACHED * MEASURED_CONTEXT * rows + STEP
 
     costs = CostTable(
         plain={rows: step(rows, rows) for rows in counts},
@@ -175,7 +205,7 @@ def planner_of(rates: Table, pads: bool) -> Planner:
         context=MEASURED_CONTEXT,
         cached=CACHED,
     )
-    padding = (partial(padded_rows, most=ROWS, sizes=TREE_ROWS), padded_pass) if pads else (None, None)
+    padding = (partial(padded_rows, most=ROWS, sizes=TREE_ROWS), tokens_of_pass) if pads else (None, None)
     planner.measured(costs, *padding)
     return planner
 
@@ -244,7 +274,7 @@ def told(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rates", type=float, nargs="+", default=[15, 30, 45, 52, 60, 75])
+    parser.add_argument("--rates", type=float, nargs="+", default=[15, 30, 45, 52, 56, 60, 75])
     parser.add_argument("--hold", type=float, default=30.0, help="seconds of a rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-padding", action="store_true")

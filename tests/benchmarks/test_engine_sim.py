@@ -31,7 +31,7 @@ def test_one_token_takes_one_step() -> None:
     assert padded == 1.0
     [answer], padded = simulate([ask(3.0, 576, 1)], pads=True)
     assert answer.first is not None
-    assert answer.first > PRODUCTS[704]
+    assert answer.first > PRODUCTS[768]
     assert padded == pytest.approx(768 / 576)
 
 
@@ -39,7 +39,7 @@ def test_an_answer_takes_as_many_steps_as_guesses_leave() -> None:
     """A row alone has the largest tree that pays; a step takes at least what its weights do."""
     num_tokens = 300
     [answer], _ = simulate([ask(0.0, 64, num_tokens)], pads=True)
-    step = PRODUCTS[1] + STEP + PASS + CACHED * 64
+    step = PRODUCTS[16] + STEP + PASS + CACHED * 64
     seconds = answer.token_seconds * (num_tokens - 1)
     assert step * num_tokens / 4.5 < seconds < step * num_tokens / 2, "2 to 4.5 tokens a step"
 
