@@ -20,8 +20,8 @@ import torch
 
 from manyheads.batch import MAX_NODES, RowState
 from manyheads.config import ConfigError
+from manyheads.engine import logprobs, penalties
 from manyheads.engine.memory import Limit
-from manyheads.engine.penalties import AT_ONCE
 from manyheads.engine.quickest import MOST_ADDED
 from manyheads.engine.record_sizes import ROWS, TREE_ROWS, all_rows, pass_keys
 from manyheads.kv_cache import KVCache, KVShape
@@ -187,17 +187,18 @@ class Shape:
     def _draw(self) -> int:
         """The eager sampler's.
 
-        Logits as computed, in float32 and over the temperature, what finds those that are left, and which are not; 16
-        bytes for each are kept for log-probabilities, of up to four times as many nodes as drew. Or, when that is done,
-        the noise for every row and depth, where it is made before it is added. And the penalties of so many nodes as
-        are looked at together.
+        Logits as computed, in float32 and over the temperature, what finds those that are left, and which are not. Or,
+        when that is done, the noise for every row and depth, where it is made before it is added. Computed in float32,
+        they are there once more for log-probabilities. And penalties, or log-probabilities, of so many tokens as are
+        looked at together.
         """
         logits, vocab = self._logits(), self.model.vocab_size
         depths = 1 + (self.drafter.max_depth if self.drafter else 0)
         noise = self.ops.noise_bytes * self.max_num_seqs * depths * vocab
-        penalties = 32 * min(AT_ONCE, self.num_drawn) * vocab
+        at_once = max(32 * min(penalties.AT_ONCE, self.num_drawn), 16 * min(logprobs.AT_ONCE, self.num_drawn)) * vocab
         drawn = (9 + self.ops.cutoff_bytes + self.dtype.itemsize) * logits
-        return max(drawn, 16 * logits + noise) + 16 * logits + penalties
+        kept = 4 * logits if self.dtype == torch.float32 else 0
+        return max(drawn, 16 * logits + noise if noise else 0) + kept + at_once
 
     def _propose(self) -> int:
         """The drafter's: logits as computed, joined, in float32, exponentiated; top-k with indices."""

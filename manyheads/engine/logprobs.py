@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from manyheads.batch import RowState
+from manyheads.engine.step import Request
 from manyheads.request import TokenLogprobs
+
+AT_ONCE = 256
+"""Tokens that are looked up at a time: it takes some times the memory of their logits."""
 
 
 class Columns(NamedTuple):
@@ -18,6 +24,11 @@ class Columns(NamedTuple):
     top_ids: Tensor  # [m, k] int64
     top_logprobs: Tensor  # [m, k] float32
 
+    def first(self, count: int, num_top: int) -> Columns:
+        """The same of the first tokens, and of the likeliest."""
+        ids, values = (top[:count, :num_top] for top in (self.top_ids, self.top_logprobs))
+        return Columns(self.logprobs[:count], self.ranks[:count], ids, values)
+
     def of(self, tokens: list[int]) -> list[TokenLogprobs]:
         """The same for the host, which waits for it."""
         rows = zip(tokens, *(column.tolist() for column in self), strict=True)
@@ -27,9 +38,52 @@ class Columns(NamedTuple):
         ]
 
 
-def look_up(logits: Tensor, tokens: list[int], num_top: int) -> Columns:
-    """Find tokens, and the `num_top` likeliest beside, in raw logits [m, V]."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+def look_up(logits: Tensor, tokens: Tensor, num_top: int) -> Columns:
+    """Find tokens, and the `num_top` likeliest beside.
+
+    Args:
+        logits: [m, V], raw, of any type.
+        tokens: [m] int64.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, tokens[:, None])
     values, ids = logprobs.topk(num_top, dim=-1)
     return Columns(chosen[:, 0], (logprobs > chosen).sum(dim=1) + 1, ids, values)
+
+
+def of_rows(
+    requests: Sequence[Request],
+    raw: Tensor,
+    values: Tensor,
+    width: int,
+    place: Tensor,
+    state: RowState,
+    send: Callable[[Tensor], Tensor],
+) -> dict[int, Columns]:
+    """What a step's rows say of the tokens that they gained, for those that want it: by their places among the
+    requests, of as many tokens as a row may gain, or has. What stands behind those that it has means nothing.
+
+    Args:
+        raw: [T, V], of the step's nodes.
+        values, width: as `Drawn`'s, on the device; there may be more rows than requests.
+        place: [R, n] int64, where nodes stand among the T.
+        send: sends a tensor to the host.
+    """
+    which = {i: request.params.logprobs for i, request in enumerate(requests) if request.params.logprobs is not None}
+    if not which:
+        return {}
+    index = state.tensor(list(which))
+    of = values[index]
+    tokens, nodes = (of[:, start : start + width] for start in (3, 3 + width))
+    tokens, nodes = tokens.clamp(0, raw.shape[1] - 1), nodes.clamp(0, place.shape[1] - 1)
+    places, counts = place[index].gather(1, nodes), [width] * len(which)
+    if raw.device.type == "cpu":  # which knows how many there are; a GPU is not asked
+        counts = of[:, 0].tolist()
+        there = torch.arange(width) < of[:, :1]
+        tokens, places = tokens[there], places[there]
+    tokens, places = tokens.flatten(), places.flatten()
+    slices = (slice(start, start + AT_ONCE) for start in range(0, len(places), AT_ONCE))
+    parts = [look_up(raw[places[part]], tokens[part], max(which.values())) for part in slices]
+    columns = (torch.split(send(torch.cat(column)), counts) for column in zip(*parts, strict=True))
+    rows = (Columns(*row) for row in zip(*columns, strict=True))
+    return {i: row.first(count, num_top) for (i, num_top), count, row in zip(which.items(), counts, rows, strict=True)}

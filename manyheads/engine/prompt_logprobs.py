@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.engine.logprobs import Columns, look_up
+from manyheads.engine.logprobs import AT_ONCE, Columns, look_up
 from manyheads.engine.step import Chunk, Request
-
-SLICE = 256
-"""Logits of so many tokens are held at once: those of a whole chunk would take gigabytes with a large vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,9 @@ def score(
         is_known = request.num_scored >= begin + len(following)
         if count is not None and following and not is_known:
             request.num_scored = begin + len(following)
-            states = hidden[start : start + len(following)]
-            parts = [
-                look_up(logits(states[i : i + SLICE]), following[i : i + SLICE], count)
-                for i in range(0, len(following), SLICE)
-            ]
+            states, tokens = hidden[start : start + len(following)], torch.tensor(following, device=hidden.device)
+            slices = (slice(first, first + AT_ONCE) for first in range(0, len(following), AT_ONCE))
+            parts = [look_up(logits(states[part]), tokens[part], count) for part in slices]
             columns = Columns(*(send(torch.cat(column)) for column in zip(*parts, strict=True)))
             found.append(Scored(request, begin + 1, following, columns))
         start += chunk.num_inflight

@@ -32,6 +32,8 @@ COMMAND: tuple[str, ...] = (sys.executable, "-m", "manyheads.engine.rank")
 """What starts a rank."""
 LENGTH_BYTES = 4
 """A message is preceded by its length, in so many bytes."""
+CLOSE_SECONDS = 10.0
+"""How long ranks that were killed may take to end."""
 ARRIVALS_SECONDS = 0.01
 """So often rank 0 looks who has come."""
 
@@ -62,9 +64,16 @@ class Others:
             subprocess.Popen(COMMAND, stdin=subprocess.PIPE) for _ in range(1, config.tensor_parallel_size)
         ]
         self._pipes = [_writable(process) for process in self._processes]
-        weakref.finalize(self, _close, self._processes, self._pipes)
-        for rank, process in enumerate(self._processes, 1):
-            threading.Thread(target=_watch, args=(weakref.ref(self), rank, process), daemon=True).start()
+        left, there = threading.Event(), weakref.ref(self)
+        watchers = [
+            threading.Thread(target=_watch, args=(there, rank, process, left), daemon=True)
+            for rank, process in enumerate(self._processes, 1)
+        ]
+        self.close = weakref.finalize(self, _close, self._processes, self._pipes, watchers, left)
+        """Ends them, as it happens by itself when nobody has this object any more, or the program ends."""
+        for watcher in watchers:
+            watcher.start()
+        for rank in range(1, config.tensor_parallel_size):
             first = RankLaunch(config=config, rank=rank, folder=str(folder), version=version("manyheads"))
             with self.blamed():
                 self._send(self._pipes[rank - 1], msgspec.msgpack.encode(first))
@@ -199,15 +208,25 @@ def _how(rank: int, process: subprocess.Popen[bytes]) -> str | None:
     return f"rank {rank} ended " + (f"by signal {-status}" if status < 0 else f"with status {status}")
 
 
-def _watch(others: weakref.ref[Others], rank: int, process: subprocess.Popen[bytes]) -> None:
+def _watch(others: weakref.ref[Others], rank: int, process: subprocess.Popen[bytes], left: threading.Event) -> None:
     process.wait()
-    if (there := others()) is not None:
+    if not left.is_set() and (there := others()) is not None:
         there.ended(rank, process)
 
 
-def _close(processes: list[subprocess.Popen[bytes]], pipes: list[IO[bytes]]) -> None:
-    """Nobody uses the ranks any more."""
+def _close(
+    processes: list[subprocess.Popen[bytes]],
+    pipes: list[IO[bytes]],
+    watchers: list[threading.Thread],
+    left: threading.Event,
+) -> None:
+    """Nobody uses the ranks any more. At the end of a program no thread may be in the middle of a call into torch: it
+    would not get back to the interpreter, and end the process by a signal."""
+    left.set()
     for process, pipe in zip(processes, pipes, strict=True):
         with contextlib.suppress(BrokenPipeError):
             pipe.close()
         process.kill()  # it owns nothing that would have to be saved
+    for watcher in watchers:
+        if watcher is not threading.current_thread():
+            watcher.join(CLOSE_SECONDS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyheads.engine.guesses import TreeGuesses
-from manyheads.engine.logprobs import look_up
+from manyheads.engine.logprobs import Columns
 from manyheads.engine.prompt_logprobs import Scored
 from manyheads.engine.step import Chunk, Request, RowResult, StepResult
 from manyheads.request import Guess
@@ -25,8 +25,8 @@ class Drawn:
     width: int  # of emitted tokens and of paths
     known: set[int]  # the rows whose candidates were proposed for this step
     gains: Tensor | None = None  # [sizes] float32, `Trees.gains` at the sizes that the planner considers
-    logits: dict[int, Tensor] = field(default_factory=dict)
-    """By row, for requests that want log-probabilities: [n, V] float32, raw."""
+    logprobs: dict[int, Columns] = field(default_factory=dict)
+    """By row, for requests that want them, of as many tokens as a row may gain."""
     guesses: TreeGuesses | None = None
     """What trees held, if a request asks for its steps."""
     foreseen: Sequence[RowResult] = ()
@@ -92,11 +92,9 @@ class PendingStep:
                 is_finite = tokens[-1] >= 0
                 if not is_finite:
                     del tokens[-1]
-                    gained -= 1
                 logprobs = None
-                if tokens and i in drawn.logits:
-                    drew = torch.tensor(values[i][3 + width : 3 + width + gained], device=drawn.logits[i].device)
-                    logprobs = look_up(drawn.logits[i][drew], tokens, request.params.logprobs or 0).of(tokens)
+                if tokens and (columns := drawn.logprobs.get(i)) is not None:
+                    logprobs = columns.first(len(tokens), columns.top_ids.shape[1]).of(tokens)
                 guesses: list[Guess] = []
                 if drawn.guesses is not None and request.params.return_steps:
                     path = values[i][3 + width + 1 : 3 + width + values[i][0]]

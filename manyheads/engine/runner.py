@@ -17,6 +17,7 @@ from manyheads.batch import RowState, Trees, TreeTensors
 from manyheads.engine.chains import chunk_chain, told_of
 from manyheads.engine.graphs import Recorder
 from manyheads.engine.guesses import TreeGuesses
+from manyheads.engine.logprobs import Columns, of_rows
 from manyheads.engine.masks import Masks, TreeWalk
 from manyheads.engine.prompt_logprobs import score
 from manyheads.engine.quickest import quickest
@@ -185,11 +186,14 @@ class Runner:
         last = known.ends[which] if known is not None else hidden.last[:0]
         drawn: list[Drawn] = []
         others: Kept | None = None
+        begun = [plan.chunks[i].request for i, _ in ended]
         if ended or rows is not None:
-            logits = self.model.logits(torch.cat((last, hidden.last)))
+            raw = self.model.project(torch.cat((last, hidden.last)))
+            logits = raw.float()  # which is drawn from, and edited
+            if logits is raw and any(request.params.logprobs is not None for request in (*begun, *requests)):
+                raw = raw.clone()
         if ended:
-            begun = [plan.chunks[i].request for i, _ in ended]
-            drawn_first, others = self._begin(begun, last, logits[: len(ended)])
+            drawn_first, others = self._begin(begun, last, logits[: len(ended)], raw)
             drawn.append(drawn_first)
         if chain is not None:
             assert known is not None
@@ -200,8 +204,7 @@ class Runner:
             self.run.propose(others, min(1, plan.draft.tree.max_depth) if ended else 0, plan.draft.nodes)
         if rows is None or trees is None:
             return drawn, computed
-        logits = logits[len(ended) :]
-        raw = {i: logits[trees.place[i]] for i, r in enumerate(requests) if r.params.logprobs is not None}
+        logits, raw = logits[len(ended) :], raw[len(ended) :]
         masks: Masks | None = None
         if walk is not None:
             follow()
@@ -255,23 +258,25 @@ class Runner:
         ends = accumulate(chunk.num_inflight for chunk in chunks)
         return [(i, end - 1) for i, (chunk, end) in enumerate(zip(chunks, ends, strict=True)) if chunk.is_last]
 
-    def _begin(self, requests: list[Request], hidden: Tensor, logits: Tensor) -> tuple[Drawn, Kept]:
+    def _begin(self, requests: list[Request], hidden: Tensor, logits: Tensor, raw: Tensor) -> tuple[Drawn, Kept]:
         """Rows whose text is computed draw a token each.
 
         Args:
             hidden: [R, hidden], of their last tokens.
-            logits: [R, V] float32.
+            logits: [R, V] float32, overwritten.
+            raw: the same, and perhaps more, as computed.
         """
         state = self.state
         index = state.tensor([request.row for request in requests])
-        raw = {i: logits[i : i + 1].clone() for i, r in enumerate(requests) if r.params.logprobs is not None}
-        target, _ = draw(logits, last_nodes(requests, index, self._tensors(ROOT), state), state, self.run.ops)
+        nodes = last_nodes(requests, index, self._tensors(ROOT), state)
+        target, _ = draw(logits, nodes, state, self.run.ops)
         state.drafts[index, 0] = target.clamp(min=0)
         one, none = torch.ones_like(target), torch.zeros_like(target)
         values = torch.stack((one, one, none, target, none), dim=1)
         kept = Kept(index, hidden, values[:, 3:4], values[:, :1])
         count_output(state, requests, index, kept.tokens, kept.gained)
-        return Drawn(requests, self._sent(values), width=1, known=set(), logits=raw), kept
+        logprobs = of_rows(requests, raw, values, 1, nodes.place, state, self._sent)
+        return Drawn(requests, self._sent(values), width=1, known=set(), logprobs=logprobs), kept
 
     def _drawn(
         self,
@@ -279,9 +284,15 @@ class Runner:
         requests: list[Request],
         trees: Trees,
         values: Tensor,
-        logits: dict[int, Tensor] | None = None,
+        raw: Tensor | None = None,
         foreseen: Sequence[RowResult] = (),
     ) -> Drawn:
+        """What a step says of decoding rows.
+
+        Args:
+            trees, values: of the rows, and perhaps more.
+            raw: [T, V], logits of the trees' nodes; None where nobody wants log-probabilities.
+        """
         width = trees.tree.max_depth + 1
         count_output(self.state, requests, trees.inflight.index, values[:, 3 : 3 + width], values[:, :1])
         known: set[int] = set()
@@ -294,8 +305,11 @@ class Runner:
         if plan.draft.propose and self.drafter is not None and any(r.params.return_steps for r in requests):
             tree = plan.draft.tree
             guesses = TreeGuesses(self._sent(trees.taken[: len(requests)]), tree, self.drafter.columns(tree))
+        logprobs: dict[int, Columns] = {}
+        if raw is not None:
+            logprobs = of_rows(requests, raw, values, width, trees.place, self.state, self._sent)
         sent = self._sent(values[: len(requests)])
-        return Drawn(requests, sent, width, known, gains, logits or {}, guesses, foreseen)
+        return Drawn(requests, sent, width, known, gains, logprobs, guesses, foreseen)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """On its way to the host, at once: what a graph returns lies in memory that the next graph may compute in."""

@@ -366,6 +366,21 @@ def test_a_start_that_fails_leaves_the_ranks(
     assert [(each.rank, each.size) for each in left] == [(0, 2)]
 
 
+def test_ranks_that_are_let_go_abort_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who watches them has ended by then: at a program's end it may not be found in the middle of torch."""
+    ended: list[int] = []
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", "import sys; sys.stdin.read()"))
+    monkeypatch.setattr(ranks.Others, "ended", lambda self, rank, process: ended.append(rank))
+    before = threading.active_count()
+    others = ranks.Others(EngineConfig(tensor_parallel_size=3), tmp_path)
+    assert threading.active_count() == before + 2
+    others.close()
+    assert [process.poll() for process in others._processes] == [-signal.SIGKILL] * 2
+    assert threading.active_count() == before
+    assert ended == []
+    assert others.failure is None
+
+
 PROGRAM = """
 import sys
 from manyheads import EngineConfig, SamplingParams
