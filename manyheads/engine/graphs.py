@@ -48,7 +48,8 @@ class Recorder:
         before = taken_bytes(self._device)
         yield
         torch.cuda.empty_cache()
-        self.memory_bytes += taken_bytes(self._device) - before
+        # what other processes take of the device counts as well, and some may have ended meanwhile
+        self.memory_bytes += max(0, taken_bytes(self._device) - before)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

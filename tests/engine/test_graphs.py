@@ -95,7 +95,7 @@ def test_memory_of_graphs_is_what_capturing_took(
     folder: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = engine(folder, 1)
-    looks = iter((1000, 1300, 1300, 1350, 1350, 1400))
+    looks = iter((1000, 1300, 1300, 1350, 1350, 1400, 1400, 900))
     monkeypatch.setattr("manyheads.engine.graphs.taken_bytes", lambda _: next(looks))
     recorded = record(served)
     recorder, runner = recorded.recorder, served.runner
@@ -110,6 +110,9 @@ def test_memory_of_graphs_is_what_capturing_took(
     assert (2, 64, 128, 0) in recorded._steps
     recorded.record_passes(64, 128, {})
     assert recorder.memory_bytes == runner.graph_bytes == 400
+    wider = Draft(wide.tree, 48)
+    recorded.record_steps([(2, wider)])
+    assert recorder.memory_bytes == 400, "another process has ended"
 
 
 @pytest.mark.parametrize("most", [1, 5, 64, 256, 257, 500])
