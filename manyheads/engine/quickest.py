@@ -1,7 +1,7 @@
 """How many tokens a pass is padded to: a few more are often computed sooner.
 
 A library cuts a product into tiles, and chooses them by the number of rows, which does not always go well: on an H200,
-the products of a 7B model take 8.9 ms for 416 tokens and 8.0 for 432 (benchmarks/results/gpu_sizes.json). So a start
+the products of a 7B model take 9.0 ms for 416 tokens and 8.1 for 432 (benchmarks/results/gpu_sizes.json). So a start
 measures the products of the sizes that passes may have, and of a few more tokens.
 """
 
