@@ -292,6 +292,8 @@ def main() -> None:
     parser.add_argument("--random", choices=random_model.SHAPES, help="random weights of this shape, on this device")
     parser.add_argument("--rounds", type=int, default=8, help="of few users, each with other prompts")
     args = parser.parse_args()
+    if "sampled" in args.tests and (args.acceptance or not args.sampling):
+        parser.error("the test `sampled` needs --sampling, and draws that are not by chance")
     if args.acceptance:
         file = None if args.acceptance == "published" else Path(args.acceptance)
         args.acceptance = table_of(args.mode, file)
@@ -357,10 +359,11 @@ def sweep(system: System, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def sampled(system: System, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The sweep, drawn in several ways."""
-    found = []
+    found, usual = [], system.sampling
     for system.sampling in args.sampling:
         print(system.sampling, flush=True)
         found.append({"sampling": system.sampling, "rows": sweep(system, args)})
+    system.sampling = usual
     return found
 
 

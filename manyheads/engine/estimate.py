@@ -195,7 +195,8 @@ class Shape:
         logits, vocab = self._logits(), self.model.vocab_size
         depths = 1 + (self.drafter.max_depth if self.drafter else 0)
         noise = self.ops.noise_bytes * self.max_num_seqs * depths * vocab
-        at_once = max(32 * min(penalties.AT_ONCE, self.num_drawn), 16 * min(logprobs.AT_ONCE, self.num_drawn)) * vocab
+        looked_up = min(logprobs.AT_ONCE, max(self.max_num_batched_tokens, self.max_num_seqs * depths))
+        at_once = max(32 * min(penalties.AT_ONCE, self.num_drawn), 16 * looked_up) * vocab
         drawn = (9 + self.ops.cutoff_bytes + self.dtype.itemsize) * logits
         kept = 4 * logits if self.dtype == torch.float32 else 0
         return max(drawn, 16 * logits + noise if noise else 0) + kept + at_once

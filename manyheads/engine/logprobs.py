@@ -56,9 +56,11 @@ def of_rows(
     raw: Tensor,
     values: Tensor,
     width: int,
+    most: int,
     place: Tensor,
     state: RowState,
     send: Callable[[Tensor], Tensor],
+    asks: bool,
 ) -> dict[int, Columns]:
     """What a step's rows say of the tokens that they gained, for those that want it: by their places among the
     requests, of as many tokens as a row may gain, or has. What stands behind those that it has means nothing.
@@ -66,20 +68,22 @@ def of_rows(
     Args:
         raw: [T, V], of the step's nodes.
         values, width: as `Drawn`'s, on the device; there may be more rows than requests.
+        most: tokens that a row may gain, `width` at most.
         place: [R, n] int64, where nodes stand among the T.
         send: sends a tensor to the host.
+        asks: whether the device may be asked how many tokens rows gained: a CPU, which one need not wait for.
     """
     which = {i: request.params.logprobs for i, request in enumerate(requests) if request.params.logprobs is not None}
     if not which:
         return {}
     index = state.tensor(list(which))
     of = values[index]
-    tokens, nodes = (of[:, start : start + width] for start in (3, 3 + width))
+    tokens, nodes = (of[:, start : start + most] for start in (3, 3 + width))
     tokens, nodes = tokens.clamp(0, raw.shape[1] - 1), nodes.clamp(0, place.shape[1] - 1)
-    places, counts = place[index].gather(1, nodes), [width] * len(which)
-    if raw.device.type == "cpu":  # which knows how many there are; a GPU is not asked
+    places, counts = place[index].gather(1, nodes), [most] * len(which)
+    if asks:
         counts = of[:, 0].tolist()
-        there = torch.arange(width) < of[:, :1]
+        there = torch.arange(most, device=of.device) < of[:, :1]
         tokens, places = tokens[there], places[there]
     tokens, places = tokens.flatten(), places.flatten()
     slices = (slice(start, start + AT_ONCE) for start in range(0, len(places), AT_ONCE))

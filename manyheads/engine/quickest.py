@@ -19,8 +19,9 @@ LEAST = 128
 """Fewer tokens wait for weights to be read, as many as they may be."""
 STEP, MOST_ADDED = 16, 64
 """Tokens are added in steps, and at most so many."""
-WORTH = 0.99
-"""What more tokens have to take, of the time of fewer, for them to be added."""
+WORTH, LEAST_GAIN = 0.99, 2e-6
+"""What a layer's products of more tokens have to take, of the time of fewer, for them to be added, and how many seconds
+less: other kernels take them as well, and events tell no shorter times apart."""
 TURNS = 4
 """Of each size; the shortest counts."""
 AHEAD_CYCLES = 2_000_000
@@ -29,15 +30,15 @@ AHEAD_CYCLES = 2_000_000
 
 def quickest(model: Llama, sizes: Collection[int]) -> dict[int, int]:
     """For each of these numbers of tokens, the one that is computed instead: itself, or a few more. Nothing is measured
-    on a CPU, or where a product may not be launched ahead."""
-    if model.device.type != "cuda" or not model.can_be_captured:
+    on a CPU, where a product may not be launched ahead, or of experts, who take more tokens for what they are."""
+    if model.device.type != "cuda" or not model.can_be_captured or model.config.experts_per_token:
         return {}
     linears = linears_of(model.layers[len(model.layers) // 2])
     return choose(sizes, lambda measured: _seconds(model, linears, measured))
 
 
 def linears_of(layer: AttentionLayer) -> list[Linear]:
-    """Its products; those of experts are not among them."""
+    """Its products."""
     held = (getattr(layer, field.name) for field in fields(layer))
     return [part for part in held if isinstance(part, Linear)]
 
@@ -52,7 +53,8 @@ def choose(sizes: Collection[int], measure: Callable[[list[int]], Mapping[int, f
     chosen = {}
     for size, those in more.items():
         best = min(those, key=lambda other: seconds[other])
-        chosen[size] = best if seconds[best] < WORTH * seconds[size] else size
+        is_worth_it = seconds[best] < min(WORTH * seconds[size], seconds[size] - LEAST_GAIN)
+        chosen[size] = best if is_worth_it else size
     return chosen
 
 
@@ -68,7 +70,7 @@ def _seconds(model: Llama, linears: Sequence[Linear], sizes: Sequence[int]) -> d
             torch.cuda._sleep(AHEAD_CYCLES)  # type: ignore[no-untyped-call]
             begin.record()
             for linear in linears:
-                linear.product(rows[linear.product.in_features][:size])
+                linear.share(rows[linear.product.in_features][:size])
             end.record()
             end.synchronize()
             found[size] = min(found[size], begin.elapsed_time(end) / 1e3)

@@ -180,6 +180,7 @@ def leading_runner(plan: Blueprint, progress: Progress) -> Runner:
         failed.callback(shutil.rmtree, folder, ignore_errors=True)
         progress(f"starting {plan.config.tensor_parallel_size} ranks")
         others = Others(plan.config, folder)
+        failed.callback(others.close)
         ranks = others.join(folder, plan)
         failed.callback(_leave, ranks, None)
         with others.blamed():
@@ -223,10 +224,11 @@ def _close(
     """Nobody uses the ranks any more. At the end of a program no thread may be in the middle of a call into torch: it
     would not get back to the interpreter, and end the process by a signal."""
     left.set()
-    for process, pipe in zip(processes, pipes, strict=True):
+    for process in processes:
+        process.kill()  # it owns nothing that would have to be saved
+    for pipe in pipes:
         with contextlib.suppress(BrokenPipeError):
             pipe.close()
-        process.kill()  # it owns nothing that would have to be saved
     for watcher in watchers:
-        if watcher is not threading.current_thread():
+        if watcher.ident is not None and watcher is not threading.current_thread():
             watcher.join(CLOSE_SECONDS)

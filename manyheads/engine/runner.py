@@ -275,7 +275,7 @@ class Runner:
         values = torch.stack((one, one, none, target, none), dim=1)
         kept = Kept(index, hidden, values[:, 3:4], values[:, :1])
         count_output(state, requests, index, kept.tokens, kept.gained)
-        logprobs = of_rows(requests, raw, values, 1, nodes.place, state, self._sent)
+        logprobs = of_rows(requests, raw, values, 1, 1, nodes.place, state, self._sent, not self.overlaps)
         return Drawn(requests, self._sent(values), width=1, known=set(), logprobs=logprobs), kept
 
     def _drawn(
@@ -307,7 +307,8 @@ class Runner:
             guesses = TreeGuesses(self._sent(trees.taken[: len(requests)]), tree, self.drafter.columns(tree))
         logprobs: dict[int, Columns] = {}
         if raw is not None:
-            logprobs = of_rows(requests, raw, values, width, trees.place, self.state, self._sent)
+            most, asks = plan.draft.most_gained, not self.overlaps
+            logprobs = of_rows(requests, raw, values, width, most, trees.place, self.state, self._sent, asks)
         sent = self._sent(values[: len(requests)])
         return Drawn(requests, sent, width, known, gains, logprobs, guesses, foreseen)
 

@@ -63,12 +63,14 @@ class Linear:
         self.product = product = ops.product(weight, bias, dtype)
         self.adapters: LowRank | None = None
         """What adapters add, if they do."""
-        self._multiply: Callable[[Any], Any] = product
+        self.share: Callable[[Any], Tensor] = product
+        """What this rank multiplies, before ranks add up or gather what they have."""
+        if split is Split.INPUTS and (ranks.size > 1 or not whole):
+            self.share = product.parts
+        self._multiply: Callable[[Any], Any] = self.share
         if split is Split.INPUTS and ranks.size > 1:
             add = ranks.sum if whole else partial(Unsummed, ranks)
             self._multiply = lambda x: add(product.parts(x), dtype)
-        elif split is Split.INPUTS and not whole:
-            self._multiply = product.parts
         elif split is Split.GATHERED and ranks.size > 1:
             self._multiply = lambda x: ranks.gather(product(x), size or ranks.size * product.out_features)
 

@@ -19,6 +19,7 @@ from manyheads import SamplingParams
 from manyheads.batch import MAX_PADDING
 from manyheads.engine.engine import Engine
 from manyheads.engine.graphs import Recorded, Recorder
+from manyheads.engine.quickest import MOST_ADDED
 from manyheads.engine.record_sizes import CHUNKS, ROWS, TREE_ROWS, TREES, fitting, padded_rows, pass_keys
 from manyheads.engine.recorded import RecordedSteps, all_steps
 from manyheads.engine.runner import Runner
@@ -198,7 +199,7 @@ def test_passes_are_recorded_whatever_a_sequence_may_have(
     folder: Path, reference: LlamaForCausalLM, tmp_path: Path, model: str
 ) -> None:
     """A pass of the largest size belongs to the dummy row as it is recorded, which then brings more than any row."""
-    most = max(CHUNKS[-1][0], TREES[-1][0])
+    most = max(CHUNKS[-1][0], TREES[-1][0]) + MOST_ADDED
     assert most <= MAX_PADDING
     settings: dict[str, Any] = {"max_model_len": 64}
     if model == "eagle3":
@@ -209,7 +210,7 @@ def test_passes_are_recorded_whatever_a_sequence_may_have(
     served = engine(folder, 4, **settings)
     recorded = record(served)
     # with few rows: all tokens are the last one's, and torch would fill up the others to as many
-    recorded._make_passes([((CHUNKS[-1][0], 2), (TREES[-1][0], 2))], {})
+    recorded._make_passes([((CHUNKS[-1][0], 2), (TREES[-1][0], 2))], {2048: 2048 + MOST_ADDED})
     recorded.record_passes(8, 128, {})
     assert recorded.run.state.page_table.shape[1] * recorded.run.state.page_size >= most
     assert run(served, jobs) == wanted

@@ -27,7 +27,7 @@ from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.masks import Masks, TreeWalk
 from manyheads.engine.rank import build
-from manyheads.engine.rank_messages import Clear, Follower, Message
+from manyheads.engine.rank_messages import Clear, Follower, Message, RecordPasses
 from manyheads.engine.ranks import LeadingRunner, Others, RankFailed, RankLaunch
 from manyheads.engine.runner import Runner
 from manyheads.engine.warmup import exercise
@@ -78,6 +78,10 @@ class ThreadRanks:
 
     def blamed(self) -> Any:
         return contextlib.nullcontext()
+
+    def close(self) -> None:
+        for inbox in self.inboxes:
+            inbox.put(None)
 
     def _run(self, launch: RankLaunch, inbox: queue.SimpleQueue[bytes | None]) -> None:
         try:
@@ -369,7 +373,7 @@ def test_a_start_that_fails_leaves_the_ranks(
 def test_ranks_that_are_let_go_abort_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who watches them has ended by then: at a program's end it may not be found in the middle of torch."""
     ended: list[int] = []
-    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", "import sys; sys.stdin.read()"))
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(ranks.Others, "ended", lambda self, rank, process: ended.append(rank))
     before = threading.active_count()
     others = ranks.Others(EngineConfig(tensor_parallel_size=3), tmp_path)
@@ -379,6 +383,11 @@ def test_ranks_that_are_let_go_abort_nothing(tmp_path: Path, monkeypatch: pytest
     assert threading.active_count() == before
     assert ended == []
     assert others.failure is None
+
+
+def test_a_message_of_passes_arrives_as_it_was() -> None:
+    message = RecordPasses(2048, 1024, {416: 432, 512: 512})
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Message) == message
 
 
 PROGRAM = """

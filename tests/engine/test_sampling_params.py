@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
 from manyheads.batch import RowState
+from manyheads.engine import logprobs
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
@@ -140,7 +141,11 @@ def test_filters_keep_the_draw_among_the_likely(
         assert tokens_of(deltas) == wanted
 
 
-def test_logprobs_are_the_models(engine: Engine, reference: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("at_once", [1, 256])
+def test_logprobs_are_the_models(
+    engine: Engine, reference: LlamaForCausalLM, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "AT_ONCE", at_once)
     deltas = answer(engine, temperature=1.0, seed=3, logprobs=4)
     output = tokens_of(deltas)
     entries = [entry for delta in deltas for entry in delta.logprobs or []]
