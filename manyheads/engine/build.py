@@ -94,7 +94,8 @@ def _target(config: EngineConfig, runner: Runner, max_tokens: int, max_inflight:
             drafter.offered,
             drafter.shape.scratch_tokens,
         )
-    runner.record_passes(max_tokens, max_inflight)
+    # what is measured here holds for all ranks
+    runner.record_passes(max_tokens, max_inflight, runner.quickest_sizes(max_tokens, max_inflight))
     measure_costs(runner, planner, progress)
     if recorded is not None:
         progress("compiling what serves prompts")

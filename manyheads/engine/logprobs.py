@@ -38,13 +38,27 @@ class Columns(NamedTuple):
         ]
 
 
-def look_up(logits: Tensor, tokens: Tensor, num_top: int) -> Columns:
-    """Find tokens, and the `num_top` likeliest beside.
+def look_up(
+    source: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    num_top: int,
+    send: Callable[[Tensor], Tensor],
+) -> Columns:
+    """Find tokens, and the `num_top` likeliest beside, some at a time.
 
     Args:
-        logits: [m, V], raw, of any type.
-        tokens: [m] int64.
+        source: [m, …], what logits are made of.
+        logits: makes [n, V] of n of these, raw, of any type.
+        tokens: [m] int64, m > 0.
+        send: sends a tensor to the host.
     """
+    slices = (slice(start, start + AT_ONCE) for start in range(0, len(tokens), AT_ONCE))
+    parts = [_look_up(logits(source[part]), tokens[part], num_top) for part in slices]
+    return Columns(*(send(torch.cat(column)) for column in zip(*parts, strict=True)))
+
+
+def _look_up(logits: Tensor, tokens: Tensor, num_top: int) -> Columns:
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, tokens[:, None])
     values, ids = logprobs.topk(num_top, dim=-1)
@@ -63,7 +77,8 @@ def of_rows(
     asks: bool,
 ) -> dict[int, Columns]:
     """What a step's rows say of the tokens that they gained, for those that want it: by their places among the
-    requests, of as many tokens as a row may gain, or has. What stands behind those that it has means nothing.
+    requests, of as many tokens as a row may gain, or has, and as many likeliest ones as any of them wants. What stands
+    behind the tokens that it has means nothing.
 
     Args:
         raw: [T, V], of the step's nodes.
@@ -86,8 +101,6 @@ def of_rows(
         there = torch.arange(most, device=of.device) < of[:, :1]
         tokens, places = tokens[there], places[there]
     tokens, places = tokens.flatten(), places.flatten()
-    slices = (slice(start, start + AT_ONCE) for start in range(0, len(places), AT_ONCE))
-    parts = [look_up(raw[places[part]], tokens[part], max(which.values())) for part in slices]
-    columns = (torch.split(send(torch.cat(column)), counts) for column in zip(*parts, strict=True))
-    rows = (Columns(*row) for row in zip(*columns, strict=True))
-    return {i: row.first(count, num_top) for (i, num_top), count, row in zip(which.items(), counts, rows, strict=True)}
+    found = look_up(places, lambda at: raw[at], tokens, max(which.values()), send)
+    columns = (torch.split(column, counts) for column in found)
+    return {i: Columns(*row) for i, row in zip(which, zip(*columns, strict=True), strict=True)}

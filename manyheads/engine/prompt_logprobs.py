@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyheads.engine.logprobs import AT_ONCE, Columns, look_up
+from manyheads.engine.logprobs import Columns, look_up
 from manyheads.engine.step import Chunk, Request
 
 
@@ -53,9 +53,7 @@ def score(
         if count is not None and following and not is_known:
             request.num_scored = begin + len(following)
             states, tokens = hidden[start : start + len(following)], torch.tensor(following, device=hidden.device)
-            slices = (slice(first, first + AT_ONCE) for first in range(0, len(following), AT_ONCE))
-            parts = [look_up(logits(states[part]), tokens[part], count) for part in slices]
-            columns = Columns(*(send(torch.cat(column)) for column in zip(*parts, strict=True)))
+            columns = look_up(states, logits, tokens, count, send)
             found.append(Scored(request, begin + 1, following, columns))
         start += chunk.num_inflight
     return found

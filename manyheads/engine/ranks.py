@@ -161,9 +161,7 @@ class LeadingRunner(Runner):
         self._others.tell(RecordSteps(wanted))
         super().record_steps(wanted)
 
-    def record_passes(self, max_tokens: int, max_inflight: int, instead: Mapping[int, int] | None = None) -> None:
-        if instead is None:  # what one of them measured holds for all
-            instead = self.quickest_sizes(max_tokens, max_inflight)
+    def record_passes(self, max_tokens: int, max_inflight: int, instead: Mapping[int, int]) -> None:
         self._others.tell(RecordPasses(max_tokens, max_inflight, dict(instead)))
         super().record_passes(max_tokens, max_inflight, instead)
 

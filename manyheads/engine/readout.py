@@ -26,7 +26,7 @@ class Drawn:
     known: set[int]  # the rows whose candidates were proposed for this step
     gains: Tensor | None = None  # [sizes] float32, `Trees.gains` at the sizes that the planner considers
     logprobs: dict[int, Columns] = field(default_factory=dict)
-    """By row, for requests that want them, of as many tokens as a row may gain."""
+    """By row, for requests that want them (`logprobs.of_rows`)."""
     guesses: TreeGuesses | None = None
     """What trees held, if a request asks for its steps."""
     foreseen: Sequence[RowResult] = ()
@@ -94,7 +94,7 @@ class PendingStep:
                     del tokens[-1]
                 logprobs = None
                 if tokens and (columns := drawn.logprobs.get(i)) is not None:
-                    logprobs = columns.first(len(tokens), columns.top_ids.shape[1]).of(tokens)
+                    logprobs = columns.first(len(tokens), request.params.logprobs or 0).of(tokens)
                 guesses: list[Guess] = []
                 if drawn.guesses is not None and request.params.return_steps:
                     path = values[i][3 + width + 1 : 3 + width + values[i][0]]

@@ -109,16 +109,15 @@ class Runner:
         if self.recorded is not None:
             self.recorded.recorder.tell = tell
 
-    def record_passes(self, max_tokens: int, max_inflight: int, instead: Mapping[int, int] | None = None) -> None:
-        """`RecordedSteps.record_passes`, where steps are recorded; None measures which numbers of tokens are computed
-        instead of others."""
+    def record_passes(self, max_tokens: int, max_inflight: int, instead: Mapping[int, int]) -> None:
+        """`RecordedSteps.record_passes`, where steps are recorded."""
         if self.recorded is not None:
-            if instead is None:
-                instead = self.quickest_sizes(max_tokens, max_inflight)
             self.recorded.record_passes(max_tokens, max_inflight, instead)
 
     def quickest_sizes(self, max_tokens: int, max_inflight: int) -> dict[int, int]:
         """`quickest`, of the passes that are recorded for so many tokens."""
+        if self.recorded is None:
+            return {}
         keys = pass_keys(self.state.num_rows, max_tokens, max_inflight)
         return quickest(self.model, {chunks[0] + trees[0] for chunks, trees in keys})
 

@@ -69,14 +69,13 @@ def _cutoff_kernel(
     if count < width:  # the largest value that so many reach
         low, high = tl.full((), -(1 << 31), tl.int64), tl.full((), 1 << 31, tl.int64)
         for _ in range(PASSES):
-            bounds = (low + (high - low) * way // WAYS).to(tl.int32)
+            bounds = _part(low, high, way, WAYS).to(tl.int32)
             reaching = tl.zeros((BLOCK, WAYS), tl.int32)
             for start in range(0, width, BLOCK):
                 there = start + order < width
                 key = _key(tl.load(logits + start + order, mask=there, other=0.0))
                 reaching += (there[:, None] & (key[:, None] >= bounds[None, :])).to(tl.int32)
-            found_at = tl.sum(((tl.sum(reaching, axis=0) >= count) & (way > 0)).to(tl.int64), axis=0)
-            low, high = low + (high - low) * found_at // WAYS, low + (high - low) * (found_at + 1) // WAYS
+            low, high = _narrowed(low, high, tl.sum(reaching, axis=0) >= count, way, WAYS)
         cut = _value(low)
     if share < 1.0:  # the least value above which there is less than that share of what is left
         weights = tl.zeros((BLOCK,), tl.float32)
@@ -86,18 +85,33 @@ def _cutoff_kernel(
         enough = share * tl.sum(weights, axis=0)
         low, high = tl.full((), -(1 << 31), tl.int64), _key(most).to(tl.int64)
         for _ in range(PASSES):
-            bounds = (low + (high - low) * way // WAYS).to(tl.int32)
+            bounds = _part(low, high, way, WAYS).to(tl.int32)
             above = tl.zeros((BLOCK, WAYS), tl.float32)
             for start in range(0, width, BLOCK):
                 x = tl.load(logits + start + order, mask=start + order < width, other=float("-inf"))
                 weight = tl.where(x >= cut, tl.exp(x - most), 0.0)
                 above += tl.where(_key(x)[:, None] > bounds[None, :], weight[:, None], 0.0)
-            found_at = tl.sum(((tl.sum(above, axis=0) >= enough) & (way > 0)).to(tl.int64), axis=0)
-            low, high = low + (high - low) * found_at // WAYS, low + (high - low) * (found_at + 1) // WAYS
+            low, high = _narrowed(low, high, tl.sum(above, axis=0) >= enough, way, WAYS)
         cut = tl.maximum(cut, _value(high))
     if least > 0.0:
         cut = tl.maximum(cut, most + tl.log(least))
     tl.store(found + row, tl.minimum(cut, most))
+
+
+@triton.jit
+def _part(low, high, number, WAYS: tl.constexpr):
+    """Where a part of what is between two bounds begins, of as many as there are ways."""
+    return low + (high - low) * number // WAYS
+
+
+@triton.jit
+def _narrowed(low, high, holds, way, WAYS: tl.constexpr):
+    """The part between the last bound for which something holds, and the next one; for the lowest it does.
+
+    holds, way [WAYS].
+    """
+    last = tl.sum((holds & (way > 0)).to(tl.int64), axis=0)
+    return _part(low, high, last, WAYS), _part(low, high, last + 1, WAYS)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from manyheads import EngineConfig, SamplingParams
-from manyheads.engine import prompt_logprobs
+from manyheads.engine import logprobs
 from manyheads.engine.build import build_engine
 from manyheads.engine.engine import Engine
 from manyheads.engine.runner import Runner
@@ -22,7 +22,7 @@ PROMPTS = [SHARED + [(i * k) % VOCAB for k in range(2 + 5 * i)] for i in range(8
 
 @pytest.fixture
 def engine(folder: Path, reference: LlamaForCausalLM, overlaps: bool, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr(prompt_logprobs, "AT_ONCE", 3)
+    monkeypatch.setattr(logprobs, "AT_ONCE", 3)
     settings = {"max_num_seqs": 6, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 36, "tree_size": 16}
     return build_engine(EngineConfig(model=str(folder), dtype="float32", num_threads=1, **settings))
 
