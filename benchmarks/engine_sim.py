@@ -220,6 +220,7 @@ def simulate(asks: list[Ask], pads: bool) -> tuple[list[Answer], float]:
         PageManager(PAGES + 1, PAGE, True),
         StepTarget(planner_of(rates, pads), MOST_PROMPTS, None, sizes),
         max_num_seqs=ROWS,
+        max_model_len=MAX_LEN,
         max_queue=len(asks),
         admission=Admission(None, clock.perf_counter),
     )

@@ -42,6 +42,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         ),
         _target(config, runner, shape.max_num_batched_tokens, shape.num_drawn, progress),
         max_num_seqs=shape.max_num_seqs,
+        max_model_len=runner.state.max_len,
         max_queue=config.max_queue,
         admission=Admission(config.max_wait),
     )

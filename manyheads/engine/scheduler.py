@@ -32,6 +32,7 @@ class Scheduler:
     Args:
         target: how long a step may be; its planner chooses the trees.
         max_num_seqs: most rows at once.
+        max_model_len: tokens of the longest text that the device has room for.
         max_queue: most waiting requests.
         admission: says who would not start in time; None lets everyone wait.
     """
@@ -42,10 +43,12 @@ class Scheduler:
         target: StepTarget,
         *,
         max_num_seqs: int,
+        max_model_len: int,
         max_queue: int,
         admission: Admission | None = None,
     ) -> None:
         self.pages = pages
+        self.max_model_len = max_model_len
         self.target, self.planner = target, target.planner
         self.max_queue = max_queue
         self.admission = admission or Admission()
@@ -123,12 +126,14 @@ class Scheduler:
         ):
             draft = self.planner.smaller(draft)
         plan = StepPlan(chunks=[], decoding=[], draft=draft)
+        # rows that may have all their tokens come along where a step runs without them, too
+        runs_anyway = any(prompts.values()) or any(request.room > request.unread for request in decoding)
         preemptions = self.num_preemptions
         for request in list(self.running):
             if request.held_row is None:
                 continue  # preempted for one before it in this very loop
             if request.decoding:
-                self._plan_decoding(plan, request)
+                self._plan_decoding(plan, request, runs_anyway)
             elif prompts[request] > 0:
                 self._plan_chunk(plan, request, prompts[request])
         if self.num_preemptions == preemptions:
@@ -198,10 +203,11 @@ class Scheduler:
         wanted = ((r, r.max_cached_len + r.most_slots(draft, chunk)) for r in requests)
         return sum(max(0, self.pages.pages_for(length) - len(r.table.pages)) for r, length in wanted)
 
-    def _plan_decoding(self, plan: StepPlan, request: Request) -> None:
-        room = request.max_len - len(request.tokens) - request.unread
-        if room < 1:
-            return  # what is unread may be all that it gets
+    def _plan_decoding(self, plan: StepPlan, request: Request, runs_anyway: bool) -> None:
+        if request.room <= (min(request.unread, 1) if runs_anyway else request.unread):
+            return  # what is unread is all that it gets, or may be; a token it brings at least
+        if len(request.tokens) + request.unread >= self.max_model_len:
+            return  # what is unread may be all that there is room for
         if self._reserve_or_preempt(request, request.max_cached_len + plan.draft.num_slots):
             plan.decoding.append(request)
 

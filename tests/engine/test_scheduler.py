@@ -349,6 +349,25 @@ def test_a_step_is_launched_before_the_one_before_is_read() -> None:
     world.check_answers()
 
 
+@pytest.mark.parametrize("goes_on", [False, True], ids=["alone", "beside one that goes on"])
+def test_who_may_have_all_its_tokens_comes_along_where_a_step_runs_anyway(goes_on: bool) -> None:
+    """Else it waits for the news, for which a step would be too long."""
+    world = World(Setup(overlaps=True, pages=40, page_size=4, max_len=64, sizes=[13], skill=1))
+    name = world.add([1, 2, 3], max_tokens=6, ignore_eos=True)
+    if goes_on:
+        world.add([2, 1, 3], max_tokens=40, ignore_eos=True)
+    world.run()
+    world.check_answers()
+    took_part = [any(request.request_id == name for request in plan.decoding) for plan in world.runner.plans]
+    last = world.sent[name].last
+    assert last is not None
+    assert last.num_steps > 3
+    if goes_on:
+        assert took_part[1 : last.num_steps] == [True] * (last.num_steps - 1)  # the first one is for the prompt
+    else:
+        assert took_part == [False] + [True] * (last.num_steps - 1)
+
+
 @pytest.mark.parametrize("sizes", [[1], [13]], ids=["plain", "trees"])
 def test_what_was_launched_after_the_end_is_dropped(sizes: list[int]) -> None:
     """The second request gets the row and the pages of the first while a step of the first is unread."""

@@ -68,8 +68,11 @@ class FakeRunner:
         window: how far back it looks at the companions of pages, where these have some.
     """
 
-    def __init__(self, page_size: int, skill: int, overlaps: bool, ragged: bool = False, window: int = 0) -> None:
-        self.page_size, self.skill, self.overlaps, self.window = page_size, skill, overlaps, window
+    def __init__(
+        self, page_size: int, max_len: int, skill: int, overlaps: bool, ragged: bool = False, window: int = 0
+    ) -> None:
+        self.page_size, self.max_len, self.skill = page_size, max_len, skill
+        self.overlaps, self.window = overlaps, window
         self.random = random.Random(0) if ragged else None
         self.cache: dict[int, int] = {}  # slot → K/V entry
         self.companions: dict[int, list[int]] = {}  # page → those that hold the same for other layers
@@ -131,7 +134,8 @@ class FakeRunner:
             assert cached_len == request.cached_len == request.max_cached_len
         else:
             assert request.cached_len <= cached_len <= request.max_cached_len
-            assert len(request.tokens) + request.unread < request.max_len, "it may have all that it gets"
+            assert len(request.tokens) + request.unread < self.max_len, "there may be no room"
+            assert request.room > 1, "it has all that it gets"
         device = self.tables.setdefault(request.row, {})
         device |= {i: table.pages[i] for i in range(table.num_synced, len(table.pages))}
         table.num_synced = len(table.pages)
@@ -277,17 +281,18 @@ class World:
         self.setup = setup
         self.now = 1000.0
         window = setup.window if setup.companions else None
-        self.runner = FakeRunner(setup.page_size, setup.skill, setup.overlaps, setup.ragged, window or 0)
         num_pages = setup.pages * (1 + setup.companions) + 1
         pages = PageManager(num_pages, setup.page_size, setup.caching, window, setup.companions)
+        self.max_len = min(setup.max_len, pages.longest_text)
+        self.runner = FakeRunner(setup.page_size, self.max_len, setup.skill, setup.overlaps, setup.ragged, window or 0)
         self.scheduler = Scheduler(
             pages,
             StepTarget(RestlessPlanner(setup.sizes), setup.budget),
             max_num_seqs=setup.rows,
+            max_model_len=self.max_len,
             max_queue=setup.max_queue,
             admission=Admission(setup.max_wait, lambda: self.now),
         )
-        self.max_len = min(setup.max_len, pages.longest_text)
         ready = EngineReady(
             model="fake",
             max_model_len=self.max_len,
