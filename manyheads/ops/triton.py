@@ -25,7 +25,7 @@ class TritonOps(TorchOps):
 
     records = True
     noise_bytes = 0  # it is made where it is added
-    cutoff_bytes = 0
+    cutoff_bytes = 1  # at most: room for 4,096 floats, of rows of 16,384 logits and more
     library_bytes = 96 * 2**20  # cuBLAS's workspaces on two streams (32 MiB each), and scratch of split attention
     widened_rows = widen.PIECE
     gathers_pages = False

@@ -179,18 +179,18 @@ def compile_pack(capability: int) -> int:
     return compiled(settle._pack_kernel, kinds | dict.fromkeys(numbers, "i32"), constants, capability)
 
 
-def compile_cutoff(capability: int) -> int:
-    """What top-k, top-p and min-p leave."""
-    kinds = {"logits": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32", "found": "*fp32"}
+def compile_cutoff(capability: int, narrows: bool) -> int:
+    """What top-k, top-p and min-p leave of short or long rows."""
+    kinds = dict.fromkeys(("logits", "top_p", "min_p", "room", "found"), "*fp32") | {"top_k": "*i64"}
     numbers = {"width": "i32", "stride_logits": "i32"}
-    return compiled(
-        cutoff._cutoff_kernel, kinds | numbers, {"BLOCK": 4096, "WAYS": 8, "PASSES": 11}, capability, num_warps=16
-    )
+    constants = {"BLOCK": 4096, "SMALL": 1024, "WAYS": 8, "PASSES": 11, "NARROWS": narrows}
+    return compiled(cutoff._cutoff_kernel, kinds | numbers, constants, capability, num_warps=16)
 
 
 if __name__ == "__main__":
     for capability in (HOPPER, AMPERE):
-        print("cutoff", capability, compile_cutoff(capability))
+        for narrows in (False, True):
+            print("cutoff", capability, narrows, compile_cutoff(capability, narrows))
     for sums in (("fp16", 1, HOPPER), ("bf16", 4, HOPPER), ("fp32", 1, AMPERE)):
         print(*sums, compile_sum(*sums))
     print("sinks", compile_attention(HOPPER))

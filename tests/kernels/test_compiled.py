@@ -19,4 +19,4 @@ def test_kernels_compile_for_gpus() -> None:
     command = [sys.executable, str(Path(__file__).with_name("compiled.py"))]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 23
+    assert len(done.stdout.splitlines()) == 25

@@ -15,7 +15,16 @@ from manyheads.kernels.cutoff import cutoff
 from manyheads.ops.torch import TorchOps
 from tests.kernels import DEVICE
 
-WAYS = {"torch": TorchOps().cutoff, "kernel": cutoff}
+
+def of_long_rows(logits: Tensor, *limits: Tensor) -> Tensor:
+    """Rows from 256 on are long ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "_BLOCK", 64)
+        patch.setattr(kernel, "_SMALL", 16)
+        return cutoff(logits, *limits)
+
+
+WAYS = {"torch": TorchOps().cutoff, "kernel": cutoff, "kernel, of long rows": of_long_rows}
 PARAMETERS = [
     (None, 1.0, 0.0),
     (1, 1.0, 0.0),
