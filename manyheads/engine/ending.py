@@ -30,9 +30,9 @@ def gain(request: Request, drawn: list[int], is_drawing: bool = False) -> Gain:
     if request.matcher is not None:
         # log-probabilities are computed where tokens are drawn
         most = room if request.params.logprobs is None and not is_drawing else 0
-        # NOTE: not beyond a stop, or the matchers of other ranks, which are told the text, would be elsewhere
+        # NOTE: not beyond the end, or the matchers of other ranks, which are told the text, would be elsewhere
         end = next((i for i, token in enumerate(drawn, 1) if token in request.stop_ids), len(drawn))
-        tokens, is_whole = request.matcher.take(drawn[:end], most)
+        tokens, is_whole = request.matcher.take(drawn[: min(end, room)], most)
     reason: FinishReason | None = None
     stop_token: int | None = None
     if is_whole and len(tokens) <= room:

@@ -126,14 +126,12 @@ class Scheduler:
         ):
             draft = self.planner.smaller(draft)
         plan = StepPlan(chunks=[], decoding=[], draft=draft)
-        # rows that may have all their tokens come along where a step runs without them, too
-        runs_anyway = any(prompts.values()) or any(request.room > request.unread for request in decoding)
         preemptions = self.num_preemptions
         for request in list(self.running):
             if request.held_row is None:
                 continue  # preempted for one before it in this very loop
             if request.decoding:
-                self._plan_decoding(plan, request, runs_anyway)
+                self._plan_decoding(plan, request)
             elif prompts[request] > 0:
                 self._plan_chunk(plan, request, prompts[request])
         if self.num_preemptions == preemptions:
@@ -141,6 +139,7 @@ class Scheduler:
         self.admission.tick(self.waiting.has_ready)
         if not (plan.chunks or plan.decoding):
             return None
+        plan.decoding.extend(request for request in decoding if self._may_come_along(plan, request))
         plan.companions.extend(self.pages.news())
         return plan
 
@@ -203,13 +202,24 @@ class Scheduler:
         wanted = ((r, r.max_cached_len + r.most_slots(draft, chunk)) for r in requests)
         return sum(max(0, self.pages.pages_for(length) - len(r.table.pages)) for r, length in wanted)
 
-    def _plan_decoding(self, plan: StepPlan, request: Request, runs_anyway: bool) -> None:
-        if request.room <= (min(request.unread, 1) if runs_anyway else request.unread):
-            return  # what is unread is all that it gets, or may be; a token it brings at least
-        if len(request.tokens) + request.unread >= self.max_model_len:
-            return  # what is unread may be all that there is room for
+    def _plan_decoding(self, plan: StepPlan, request: Request) -> None:
+        if request.room <= request.unread:
+            return  # what is unread may be all that it gets
         if self._reserve_or_preempt(request, request.max_cached_len + plan.draft.num_slots):
             plan.decoding.append(request)
+
+    def _may_come_along(self, plan: StepPlan, request: Request) -> bool:
+        """Whether a row that may have all its tokens runs in a step that others run in anyway.
+
+        It does if it can have more to come, since an unread step brings one token at least, and takes nothing from
+        others; and not where its text may be as long as the device has room for.
+        """
+        return (
+            request.held_row is not None
+            and 1 < request.room <= request.unread
+            and len(request.tokens) + request.unread < self.max_model_len
+            and self.pages.reserve(request.table, request.max_cached_len + plan.draft.num_slots)
+        )
 
     def _plan_chunk(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
         num_tokens = self._fitting(request, plan.draft, num_tokens)

@@ -111,6 +111,7 @@ def _cutoff_kernel(
             tl.debug_barrier()
         if NARROWS and num_left <= BLOCK:
             cut = _search(room, num_left, count, count < width, share, mass, most, SMALL, WAYS, PASSES)
+            cut = tl.maximum(cut, low)
         else:
             cut = _search(logits, width, count, count < width, share, mass, most, BLOCK, WAYS, PASSES)
     if least > 0.0:

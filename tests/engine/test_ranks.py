@@ -273,10 +273,11 @@ def test_text_under_a_grammar_is_that_of_one_rank(tmp_path: Path, threads: list[
     assert said(2) == said(1)
 
 
+@pytest.mark.parametrize("ends_by", ["stop", "length"])
 def test_ranks_draw_alike_where_a_text_ends_within_a_step(
-    tmp_path: Path, threads: list[ThreadRanks], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, threads: list[ThreadRanks], monkeypatch: pytest.MonkeyPatch, ends_by: str
 ) -> None:
-    """A stop token has others behind it in the tree, and its row is in the next step already. A drafter that looks at
+    """The last token has others behind it in the tree, and its row is in the next step already. A drafter that looks at
     the whole batch, on each rank by itself, would choose by what that row draws."""
     made: dict[threading.Thread, list[torch.Tensor]] = {}
     masks = TreeWalk.masks
@@ -294,13 +295,14 @@ def test_ranks_draw_alike_where_a_text_ends_within_a_step(
     served = engine(model, 2, drafter="ngram", num_blocks=90)
     monkeypatch.setattr(TreeWalk, "masks", watched)
     monkeypatch.setattr(served.planner, "choose", lambda *args: served.planner.draft(6))
-    message = EngineRequest(
-        request_id="a", prompt_token_ids=[*text, 7], params=msgspec.structs.replace(params, stop_token_ids=(stop,))
-    )
+    end = {"stop_token_ids": (stop,)} if ends_by == "stop" else {"max_tokens": 5}
+    message = EngineRequest(request_id="a", prompt_token_ids=[*text, 7], params=msgspec.structs.replace(params, **end))
     served.add_request(message)
+    # of a row that may have all its tokens, the next step is for others
+    served.add_request(EngineRequest(request_id="b", prompt_token_ids=[7], params=msgspec.structs.replace(params)))
     deltas: list[RequestDelta] = []
     while served.has_work():
-        deltas += served.step()
+        deltas += [delta for delta in served.step() if delta.request_id == "a"]
     assert [token for delta in deltas for token in delta.new_token_ids] == text[:5]
     assert len(deltas) < 5
     texts(served, 1)  # which the other rank has to be done for
