@@ -10,7 +10,7 @@ recorded passes are, and candidates are right as often as by_chance.py has it fo
 Requests are those of traffic.py. The table has what gpu_mix.py measured of the same beside it
 (results/gpu_mix_chance.json), which says how far to believe the rest.
 
-`--no-padding` is a device that computes exactly the tokens that it is given.
+`--no-padding` is a device that computes exactly the tokens that it is given, `--target-step-ms` the server's option.
 """
 
 from __future__ import annotations
@@ -210,15 +210,15 @@ def planner_of(rates: Table, pads: bool) -> Planner:
     return planner
 
 
-def simulate(asks: list[Ask], pads: bool) -> tuple[list[Answer], float]:
-    """How requests went, and how many tokens were computed for each that rows brought."""
+def simulate(asks: list[Ask], pads: bool, target: float | None = None) -> tuple[list[Answer], float]:
+    """How requests went, and how many tokens were computed for each that rows brought; target: seconds of a step."""
     clock, rates = Clock(), table_of("eagle3")
     engine_module.time = clock  # type: ignore[attr-defined, assignment]
     device = Device(clock, rates, pads)
     sizes = tuple(size for size, _ in CHUNKS[1:]) if pads else ()
     scheduler = Scheduler(
         PageManager(PAGES + 1, PAGE, True),
-        StepTarget(planner_of(rates, pads), MOST_PROMPTS, None, sizes),
+        StepTarget(planner_of(rates, pads), MOST_PROMPTS, target, sizes),
         max_num_seqs=ROWS,
         max_model_len=MAX_LEN,
         max_queue=len(asks),
@@ -279,15 +279,19 @@ def main() -> None:
     parser.add_argument("--hold", type=float, default=30.0, help="seconds of a rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-padding", action="store_true")
+    parser.add_argument("--target-step-ms", type=float)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "engine_sim.json")
     args = parser.parse_args()
+    target = args.target_step_ms / 1e3 if args.target_step_ms else None
+    what = "without padding" if args.no_padding else "now"
+    what += f", steps of {args.target_step_ms:g} ms" if target else ""
     rows, chance = [], random.Random(0)
     texts = [[chance.randrange(VOCAB - 1) for _ in range(WORDS)] for _ in range(1000)]
     for rate in args.rates:
         for seed in args.seeds:
-            answers, padded = simulate(draw(rate, args.hold, seed, texts), not args.no_padding)
+            answers, padded = simulate(draw(rate, args.hold, seed, texts), not args.no_padding, target)
             rows.append(figures(answers, rate, seed) | {"padded": round(padded, 3)})
-    save(args.out, "without padding" if args.no_padding else "now", {"machine": machine(), "rows": rows})
+    save(args.out, what, {"machine": machine(), "rows": rows})
     by_rate = {rate: [row for row in rows if row["rate"] == rate] for rate in args.rates}
     lines = [[f"{rate:g}", told(of), measured(rate), f"{of[0]['padded']:.2f}"] for rate, of in by_rate.items()]
     print("token p50, ms / first p99, s / share within the limits / tokens/s:")
