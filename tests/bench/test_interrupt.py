@@ -81,9 +81,11 @@ def test_workers_that_joined(tmp_path: Path) -> None:
             out, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
         assert f"waiting for 2 workers: manyheads bench --join {address}" in " ".join(err.split())
-        assert "The load generator was" in out  # told by the workers; the bottleneck or not, as the machine has time
-        assert [level.load for level in result.load(tmp_path).levels] == [20, 40]
-        assert result.load(tmp_path).whole.completed > 25
+        found = result.load(tmp_path)
+        was = "was" if any(level.generator.bound for level in found.levels) else "was not"  # a busy machine's may be
+        assert f"The load generator {was} the bottleneck" in out
+        assert [level.load for level in found.levels] == [20, 40]
+        assert found.whole.completed > 25
         for worker, number in zip(joined, (signal.SIGINT, signal.SIGTERM), strict=True):
             # whatever its generator does now, for one run has ended and the next is being waited for
             status, _, err = end(worker, number)
